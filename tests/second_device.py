@@ -60,11 +60,15 @@ def _run(func: Any, *args: Any, **kwargs: Any) -> Any:
     """Runs an operator on the tensors behind ours. Fails where a GPU would."""
     given: list[torch.Tensor] = []
     asked: list[bool] = []
-    on_host = [_on_host(one, given, asked) for one in args]
-    named = {name: _on_host(one, given, asked) for name, one in kwargs.items()}
-    ours = {id(one.host): one for one in given if isinstance(one, _OnSecondDevice)}
+    on_host = [_on_host(arg, given, asked) for arg in args]
+    named = {name: _on_host(kwarg, given, asked) for name, kwarg in kwargs.items()}
+    ours = {id(tensor.host): tensor for tensor in given if isinstance(tensor, _OnSecondDevice)}
     name = func.overloadpacket.__name__
-    if ours and name not in _MAY_MIX and any(one.dim() and not isinstance(one, _OnSecondDevice) for one in given):
+    if (
+        ours
+        and name not in _MAY_MIX
+        and any(argument.dim() and not isinstance(argument, _OnSecondDevice) for argument in given)
+    ):
         raise RuntimeError(f"{func} mixes tensors of {NAME} with the CPU's")
     CALLS[name] += bool(ours)
     with torch.inference_mode(False), torch.no_grad():
@@ -86,7 +90,7 @@ def _on_host(argument: Any, given: list[torch.Tensor], asked: list[bool]) -> Any
         given.append(argument)
         return argument.host if isinstance(argument, _OnSecondDevice) else argument
     if isinstance(argument, (list, tuple)):
-        return [_on_host(one, given, asked) for one in argument]
+        return [_on_host(item, given, asked) for item in argument]
     if isinstance(argument, torch.device):
         asked.append(argument.type == NAME)
         return torch.device("cpu")
@@ -100,7 +104,7 @@ def _placed(result: Any, *, here: bool, ours: Mapping[int, torch.Tensor]) -> Any
             return ours[id(result)] if id(result) in ours else _OnSecondDevice(result)
         return result.clone() if id(result) in ours else result
     if isinstance(result, (list, tuple)):
-        return type(result)(_placed(one, here=here, ours=ours) for one in result)
+        return type(result)(_placed(item, here=here, ours=ours) for item in result)
     return result
 
 
@@ -111,7 +115,7 @@ class NoArithmeticOnCpu(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.overloadpacket.__name__ in self.REFUSED:
-            devices = {one.device.type for one in tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor)}
+            devices = {leaf.device.type for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
             assert "cpu" not in devices, f"{func} on the CPU"
         return func(*args, **(kwargs or {}))
 

@@ -46,7 +46,9 @@ def shard(*files: tuple[Sequence[Segment], str | None], checks: bool = True) -> 
     for segments, sha256 in files:
         flags = (1 << 31) * checks | (1 << 30) * (sha256 is not None)
         records.append(bytes(32) + struct.pack("<2IQ", flags, len(segments), 0))
-        records += [_raw(one.xorb) + struct.pack("<4I", 0, one.size, one.first, one.end) for one in segments]
+        records += [
+            _raw(segment.xorb) + struct.pack("<4I", 0, segment.size, segment.first, segment.end) for segment in segments
+        ]
         records += [bytes(48)] * (len(segments) * checks)
         records += [_raw(sha256) + bytes(16)] if sha256 is not None else []
     return b"".join([*records, b"\xff" * 32 + bytes(16), b"the rest"])

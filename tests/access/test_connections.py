@@ -46,7 +46,7 @@ def count(url: str) -> int:
 def test_a_process_that_gets_no_further_connection_waits_for_one_of_its_own(url: str) -> None:
     others = [Database(url, pool_size=90), Database(url, DatabaseTimeouts(connect_s=2), pool_size=20)]
     taken = [others[0].engine.connect() for _ in range(90)]
-    assert all(one.scalar(text("SELECT 1")) == 1 for one in taken)
+    assert all(connection.scalar(text("SELECT 1")) == 1 for connection in taken)
 
     def ask(_number: int) -> int:
         with others[1].read() as session:
@@ -62,8 +62,8 @@ def test_a_process_that_gets_no_further_connection_waits_for_one_of_its_own(url:
     with pytest.raises(Unavailable, match="max_connections") as raised, third.read():
         pass
     assert "ADAPTORY_DATABASE_POOL_SIZE" in raised.value.next_step
-    for one in (*taken, *rest):
-        one.close()
+    for connection in (*taken, *rest):
+        connection.close()
     for database in (others[0], more, third):
         database.close()
 

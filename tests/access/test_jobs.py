@@ -201,8 +201,8 @@ def test_one_reader_reads_a_job_once_for_all_streams_that_follow_it(
         states.append([document["state"] for _, document in parsed(answer.text)])
 
     threads = [threading.Thread(target=follow, args=(job_id,)) for job_id in job_ids * 9]
-    for one in threads:
-        one.start()
+    for thread in threads:
+        thread.start()
     time.sleep(2)
     with counted(house.resources) as sent:
         for _ in range(5):
@@ -212,8 +212,8 @@ def test_one_reader_reads_a_job_once_for_all_streams_that_follow_it(
         statements = len(sent)
     for job_id in job_ids:
         house.ask("admin", "POST", f"/v1/jobs/{job_id}/cancel")
-    for one in threads:
-        one.join(20)
+    for thread in threads:
+        thread.join(20)
     assert states == [["queued", "cancelled"]] * 18
     house.close()
     assert 5 <= statements <= 5 * 12, "five commits of at most twelve statements, their own included"

@@ -67,7 +67,7 @@ def test_a_stranger_is_answered_alike_whatever_was_measured_in_private(house: Ho
         tried = [record(house, caller, "other", better) for caller, better in asked]
         tried += [house.ask("stranger", "GET", "/v1/releases", params={"sort": "long.f1"})]
         tried += [house.ask("stranger", "GET", "/v1/suites/long"), house.ask("stranger", "GET", "/v1/suites")]
-        return [(one.status_code, one.text.replace(one.headers["X-Request-Id"], "")) for one in tried]
+        return [(answer.status_code, answer.text.replace(answer.headers["X-Request-Id"], "")) for answer in tried]
 
     before = answers()
     assert record(house, "publisher", "acme", better=True).status_code == 200
@@ -85,13 +85,13 @@ def test_the_file_of_a_suite_states_its_metrics_and_its_author_corrects_them(hou
     assert record(house, "stranger", "other", better=True).status_code == 422
     assert record(house, "stranger", "other", better=False).status_code == 200
     shown = house.ask("stranger", "GET", "/v1/adapters/other/sql/releases/1.0.0").json()["scores"]
-    assert [one["higher_is_better"] for one in shown if one["metric"] == "f1"] == [False]
+    assert [score["higher_is_better"] for score in shown if score["metric"] == "f1"] == [False]
     assert add(house, "stranger", metrics={"f1": "lower"}).status_code == 200, "what is stated already changes nothing"
 
     assert add(house, "publisher", metrics={"f1": "higher"}).status_code == 200
     assert house.ask("stranger", "GET", "/v1/suites/long").json()["metrics"] == {"f1": "higher", "rouge_l": "higher"}
     shown = house.ask("stranger", "GET", "/v1/adapters/other/sql/releases/1.0.0").json()["scores"]
-    assert [one["higher_is_better"] for one in shown if one["metric"] == "f1"] == [True]
+    assert [score["higher_is_better"] for score in shown if score["metric"] == "f1"] == [True]
     with house.resources.read() as session:
         rows = list_oldest_first(session, EventQuery(act="suite:metric"))
         assert [(row.actor, row.before, row.after) for row in rows if row.detail["metric"] == "f1"] == [
@@ -118,7 +118,7 @@ def test_who_recorded_a_score_deletes_it_and_the_audit_keeps_it(house: House) ->
     assert (deleted.status_code, deleted.json()["value"]) == (200, 0.5)
     assert house.ask("publisher", "DELETE", path).json()["code"] == "score_unknown"
     shown = house.ask("reader", "GET", "/v1/adapters/acme/sql/releases/1.0.0").json()["scores"]
-    assert [one["suite"] for one in shown] == ["exact"]
+    assert [score["suite"] for score in shown] == ["exact"]
     assert house.ask("admin", "DELETE", path.replace("long", "exact")).status_code == 200
     rows = house.ask("admin", "GET", "/v1/audit", params={"act": "score:delete"}).json()["items"]
     assert [(row["actor"], row["before"]["measured_by"]) for row in rows] == [

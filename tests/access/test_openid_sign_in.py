@@ -114,7 +114,7 @@ def test_a_user_of_the_provider_signs_in_with_the_roles_of_its_groups_beside_its
     assert "client_secret" not in fields
 
     listed = house.ask("operator", "GET", "/v1/tokens", params={"limit": 500}).json()["items"]
-    assert token.id in {one["id"] for one in listed if one["session"]}
+    assert token.id in {row["id"] for row in listed if row["session"]}
     assert house.ask("operator", "DELETE", f"/v1/tokens/{token.id}").status_code == 200
     assert browser.open(f"/{PRIVATE}").status_code == 401
 

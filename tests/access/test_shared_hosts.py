@@ -149,7 +149,7 @@ def test_a_secret_ends_with_its_server_and_each_port_has_its_own(tmp_path: Path)
     directory = tmp_path / "home"
     with server(directory, ADAPTORY_LOOPBACK_OPEN="false") as (url, _):
         with server(directory, ADAPTORY_LOOPBACK_OPEN="false") as (other, _):
-            secrets = [secret_of(one, directory) for one in (url, other)]
+            secrets = [secret_of(address, directory) for address in (url, other)]
             assert len(set(secrets)) == 2
             headers = {"Authorization": f"Bearer {secrets[0]}"}
             assert httpx2.get(f"{other}/v1/adapters", headers=headers).status_code == 401

@@ -132,9 +132,9 @@ def test_revoking_a_token_or_a_session_ends_the_session_at_once(house: House, br
     made = new_token(house)
     browser.sign_in(made["token"])
     listed = house.ask("operator", "GET", "/v1/tokens", params={"limit": 500}).json()["items"]
-    (row,) = [one for one in listed if one["parent_id"] == made["id"]]
+    (row,) = [token for token in listed if token["parent_id"] == made["id"]]
     assert (row["session"], row["user"], row["revoked_at"]) == (True, "releaser", None)
-    assert not next(one for one in listed if one["id"] == made["id"])["session"]
+    assert not next(token for token in listed if token["id"] == made["id"])["session"]
     assert house.ask("operator", "DELETE", f"/v1/tokens/{row['id']}").status_code == 200
     assert browser.open(f"/{PRIVATE}").status_code == 401
     browser.sign_in(made["token"])
@@ -142,7 +142,7 @@ def test_revoking_a_token_or_a_session_ends_the_session_at_once(house: House, br
     assert house.ask("operator", "DELETE", f"/v1/tokens/{made['id']}").status_code == 200
     assert browser.open(f"/{PRIVATE}").status_code == 401
     listed = house.ask("operator", "GET", "/v1/tokens", params={"limit": 500}).json()["items"]
-    assert all(one["revoked_at"] for one in listed if made["id"] in (one["id"], one["parent_id"]))
+    assert all(token["revoked_at"] for token in listed if made["id"] in (token["id"], token["parent_id"]))
     assert browser.sign_in(made["token"]).status_code == 401
 
 

@@ -100,10 +100,12 @@ def test_what_needs_no_store_does_not_wait_while_more_than_all_threads_ask_one_t
         there.assert_others_do_not_wait()
         refused, waiting = wait(downloads, timeout=PATIENCE_S + SOON_S)
         assert len(waiting) == STORE_THREADS, "all were refused but those that hang in the store"
-        assert {(one.result().status_code, one.result().json()["code"]) for one in refused} == {(503, "store_busy")}
-        assert all(int(one.result().headers["Retry-After"]) > 0 for one in refused)
+        assert {(answer.result().status_code, answer.result().json()["code"]) for answer in refused} == {
+            (503, "store_busy")
+        }
+        assert all(int(answer.result().headers["Retry-After"]) > 0 for answer in refused)
         there.store.go_on.set()
-        assert {one.result(60).status_code for one in waiting} <= {200, 307}
+        assert {answer.result(60).status_code for answer in waiting} <= {200, 307}
         assert there.house.ask("reader", "GET", FILE).status_code in (200, 307), "the threads are free again"
 
 
@@ -150,9 +152,9 @@ def test_what_a_request_sent_that_found_no_thread_is_kept_no_longer(house: House
         late = [
             there.ask("publisher", "POST", "/v1/uploads", json={"namespace": PRIVATE, "files": files}) for _ in range(8)
         ]
-        assert {one.result(PATIENCE_S + SOON_S).status_code for one in late} == {503}
+        assert {answer.result(PATIENCE_S + SOON_S).status_code for answer in late} == {503}
         gc.collect()
-        assert not [one for one in gc.get_objects() if type(one) is UploadIn]
+        assert not [object_ for object_ in gc.get_objects() if type(object_) is UploadIn]
 
 
 @pytest.mark.parametrize("house", services.PAIRINGS[:1], indirect=True)
@@ -164,6 +166,6 @@ def test_a_directory_that_hangs_in_the_middle_of_downloads_holds_up_no_one_else(
         for path in ("/readyz", f"/v1/blobs/{house.things[PRIVATE].sha256}"):
             assert there.ask("reader", "HEAD" if "blobs" in path else "GET", path).result(SOON_S).status_code == 200
         there.store.go_on.set()
-        answers = [one.result(60) for one in downloads]
+        answers = [download.result(60) for download in downloads]
         bodies = {answer.content for answer in answers if answer.status_code == 200}
         assert bodies == {f"weights of {PRIVATE}".encode()}

@@ -128,7 +128,7 @@ def test_a_job_publishes_in_its_repository_and_nowhere_else(house: House, ci: Is
 
 
 def _unsigned(header: dict[str, Any], claims: dict[str, Any], signature: bytes = b"x") -> str:
-    return ".".join(_b64(json.dumps(one).encode()) for one in (header, claims)) + f".{_b64(signature)}"
+    return ".".join(_b64(json.dumps(part).encode()) for part in (header, claims)) + f".{_b64(signature)}"
 
 
 def _b64(content: bytes) -> str:

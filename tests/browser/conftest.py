@@ -119,7 +119,7 @@ def _publish_many(cli: Cli) -> None:
         files = releases.files_of(session, old)[old.revision_id]
         suite = suites.find(session, "guard-exact")
         for minor in range(32):
-            renamed = [ManifestFile(f"{minor}-{one.path}", one.size_bytes, Digest(one.sha256)) for one in files]
+            renamed = [ManifestFile(f"{minor}-{file.path}", file.size_bytes, Digest(file.sha256)) for file in files]
             name, version = RepositoryName("acme", "long"), Version(1, minor, 0)
             new = NewRelease(name, Kind.ADAPTER, version, None, renamed, old.base_digest, FACTS)
             release, _ = releases.publish(session, actor, new)
@@ -129,7 +129,7 @@ def _publish_many(cli: Cli) -> None:
 
 def compare(url: str, *adapters: str) -> None:
     """Requests the conflict check of some adapters, and waits until the server's worker has computed it."""
-    wanted = {"inputs": [{"adapter": one} for one in adapters]}
+    wanted = {"inputs": [{"adapter": adapter} for adapter in adapters]}
     eventually(lambda: httpx2.post(f"{url}/v1/conflicts", json=wanted).json()["state"] == "done")
 
 
@@ -216,8 +216,8 @@ def browser() -> Generator[Browser]:
 def grave_findings(tab: Page) -> list[str]:
     """The serious and critical findings of axe on the page in the tab."""
     violations = Axe().run(tab).response["violations"]
-    grave = [one for one in violations if one["impact"] in ("serious", "critical")]
-    return [f"{one['id']}: {node['html'][:200]}" for one in grave for node in one["nodes"]]
+    grave = [violation for violation in violations if violation["impact"] in ("serious", "critical")]
+    return [f"{violation['id']}: {node['html'][:200]}" for violation in grave for node in violation["nodes"]]
 
 
 @pytest.fixture(scope="module")

@@ -63,7 +63,7 @@ def test_a_promotion_is_refused_forced_and_rolled_back(
     expect(late.get_by_text("prod serves 1.0.0 now")).to_be_visible()
     expect(late.get_by_label("Reason (required)")).to_have_value("I have seen it too")
     late.close()
-    assert not [one for one in complaints if "412" not in one]
+    assert not [complaint for complaint in complaints if "412" not in complaint]
 
 
 def test_a_release_is_deprecated_and_yanked_with_reasons(site: Site, world: World, tab: Page) -> None:

@@ -57,7 +57,7 @@ def demo(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) 
     home = tmp_path_factory.mktemp("demo") / "home"
     shutil.copytree(Path(pytestconfig.getoption("--screenshots")), home)
     cli = Cli({"ADAPTORY_HOME": str(home), "ADAPTORY_USER": "mia"})
-    jobs = [one["state"] for one in cli.json("jobs")["items"] if one["kind"] == "composition"]
+    jobs = [item["state"] for item in cli.json("jobs")["items"] if item["kind"] == "composition"]
     with server(home, ADAPTORY_USER="mia") as (url, _):
         compare(url, *THREE)
         yield Demo(url, jobs[::-1].index("done") + 1)

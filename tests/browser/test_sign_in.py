@@ -29,7 +29,7 @@ def readable(tab: Page) -> None:
     for theme in ("light", "dark"):
         tab.emulate_media(color_scheme=theme)  # type: ignore[arg-type]
         tab.set_viewport_size({"width": 390, "height": 844})
-        wrong = [one["id"] for one in Axe().run(tab).response["violations"] if one["impact"] in GRAVE]
+        wrong = [violation["id"] for violation in Axe().run(tab).response["violations"] if violation["impact"] in GRAVE]
         assert wrong == [], tab.url
         assert tab.evaluate("document.documentElement.scrollWidth") <= 390, tab.url
 

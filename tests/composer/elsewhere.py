@@ -22,9 +22,9 @@ class Other:
 
     def spread(self, passes: Sequence[Pass]) -> Iterator[tuple[Pass, Sequence[Measured]]]:
         self.rounds.append(len(passes))
-        for one in reversed(passes):
-            if self.left_out not in one.who:
-                yield one, self._results(one)
+        for run in reversed(passes):
+            if self.left_out not in run.who:
+                yield run, self._results(run)
 
     def _results(self, wanted: Pass) -> Sequence[Measured]:
         return self.run(wanted.who, [(suite, example) for _, suite, example in wanted.keys])

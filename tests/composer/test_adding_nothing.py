@@ -28,7 +28,7 @@ def added(adapter: LoadedAdapter, weight: float, method: str) -> tuple[float, se
     """The norm of the sum of an adapter and its opposite, and the codes of the findings."""
     made = combine_deltas([adapter, adapter], [weight, -1.0], method, {"tied": "untie"})
     norms = [norm_of(pair_of(delta)) for delta in made.deltas if isinstance(delta, LowRank)]
-    return sum(one**2 for one in norms) ** 0.5, {finding.code for finding in made.findings}
+    return sum(norm**2 for norm in norms) ** 0.5, {finding.code for finding in made.findings}
 
 
 @pytest.mark.parametrize("method", SUMS)
@@ -52,9 +52,9 @@ def test_a_sum_that_pico_multiplies_by_a_large_factor_is_a_finding(shared: Share
 def test_what_is_made_row_by_row_is_not_restored_from_rounding_either(shared: Shared) -> None:
     (one,) = loaded(shared.base, shared.adapters[0])
     made = combine_deltas([one, one], [1.0, -1.0], "pico_magnitude_prune", {"tied": "untie", "density": 0.5})
-    rows = [one.rows(torch.zeros(one.stored_shape), 0) for one in made.deltas if isinstance(one, RowwiseDelta)]
+    rows = [delta.rows(torch.zeros(delta.stored_shape), 0) for delta in made.deltas if isinstance(delta, RowwiseDelta)]
     assert rows
-    assert not any(bool(one.any()) for one in rows)
+    assert not any(bool(row.any()) for row in rows)
     assert "cancelled" in {finding.code for finding in made.findings}
 
 
@@ -86,7 +86,7 @@ def test_an_adapter_without_weight_beside_another_is_the_same_finding(
     plan = plan_merge(base, given)
     report = combine(given, tmp_path / "out", base.architecture)
     for findings in (plan.findings, report.findings, conflicts(adapters, [1.0, weight]).findings):
-        assert [one.subject for one in findings if one.code == "zero_delta"] == [adapters[1].name]
+        assert [finding.subject for finding in findings if finding.code == "zero_delta"] == [adapters[1].name]
 
 
 def test_weights_of_zero_alone_are_refused_by_merge_combine_and_conflicts(shared: Shared, tmp_path: Path) -> None:

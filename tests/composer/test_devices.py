@@ -197,7 +197,7 @@ def test_a_probe_measures_the_cpus_numbers(
         evidence = Evidence(load=lambda loaded=loaded: loaded, suites=suites, k=2, most=2, calibration=fit_on)
         report = examine([red, green], [1.0, 1.0], parse_settings(method), evidence=evidence)
         assert report.probe is not None
-        effects.append([value for one in report.probe.overall.effects for value in (one.alone, one.combined)])
+        effects.append([value for effect in report.probe.overall.effects for value in (effect.alone, effect.combined)])
     assert effects[0] == pytest.approx(effects[1], rel=1e-3)
 
 

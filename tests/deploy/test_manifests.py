@@ -73,22 +73,22 @@ def test_the_compose_file_is_valid_and_asks_for_every_secret() -> None:
         with pytest.raises(AssertionError, match=f"{name} is missing"):
             compose(**{key: value for key, value in FILLED_IN.items() if key != name})
     text = (DEPLOY / "Dockerfile").read_text()
-    for name, one in config["services"].items():
-        assert _unknown_settings(one.get("environment", {})) == set(), name
-        if "build" in one:
-            assert f" AS {one['build']['target']}" in text
-            assert (one["read_only"], one["cap_drop"]) == (True, ["ALL"]), name
+    for name, service in config["services"].items():
+        assert _unknown_settings(service.get("environment", {})) == set(), name
+        if "build" in service:
+            assert f" AS {service['build']['target']}" in text
+            assert (service["read_only"], service["cap_drop"]) == (True, ["ALL"]), name
     assert config["services"]["api"]["depends_on"]["migrate"]["condition"] == "service_completed_successfully"
-    assert [name for name, one in config["services"].items() if one.get("ports")] == ["proxy"]
-    within = {name for name, one in config["services"].items() if "front" in one["networks"]}
+    assert [name for name, service in config["services"].items() if service.get("ports")] == ["proxy"]
+    within = {name for name, service in config["services"].items() if "front" in service["networks"]}
     assert within == {"api", "worker", "s3", "proxy"}, "servers and workers find the store where clients do"
     assert config["services"]["proxy"]["networks"]["front"]["aliases"] == [FILLED_IN["SITE"]]
 
 
 def test_what_is_deployed_does_not_show_whether_another_namespace_holds_a_file() -> None:
     """If clients write in place, the address of an upload would show it."""
-    servers = [one.get("environment", {}) for one in compose(**FILLED_IN)["services"].values()]
-    with_bucket = [one for one in servers if "ADAPTORY_STORAGE__BUCKET" in one]
+    servers = [service.get("environment", {}) for service in compose(**FILLED_IN)["services"].values()]
+    with_bucket = [server for server in servers if "ADAPTORY_STORAGE__BUCKET" in server]
     assert with_bucket
     assert {one["ADAPTORY_STORAGE__DIRECT"] for one in with_bucket} == {"false"}
     for overlay in OVERLAYS:
@@ -153,8 +153,8 @@ def test_pods_are_restricted_and_each_object_that_selects_pods_selects_some(over
             assert container["resources"]["requests"].keys() == {"cpu", "memory"}
             assert "memory" in container["resources"]["limits"]
             assert {one["configMapRef"]["name"] for one in container["envFrom"] if "configMapRef" in one} <= maps
-            mounted = {one["name"] for one in container["volumeMounts"]}
-            assert mounted == {one["name"] for one in spec["volumes"]}
+            mounted = {volumeMount["name"] for volumeMount in container["volumeMounts"]}
+            assert mounted == {volume["name"] for volume in spec["volumes"]}
     labels = [template["metadata"]["labels"] for _, template in pods(overlay)]
     for one in rendered(overlay):
         spec = one.get("spec", {})
@@ -224,7 +224,7 @@ def test_the_policy_of_the_bucket_allows_what_the_code_calls_and_nothing_else() 
             if isinstance(node, ast.Attribute) and ast.unparse(node.value).rpartition(".")[2] in ("client", "_client"):
                 called.add(node.attr)
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _NAMING:
-                called |= {one.value for one in node.args[:1] if isinstance(one, ast.Constant)}
+                called |= {arg.value for arg in node.args[:1] if isinstance(arg, ast.Constant)}
     called -= _LOCAL
     assert called == ACTIONS.keys()
     policy = json.loads((DEPLOY / "s3" / "policy.json").read_text())

@@ -42,5 +42,7 @@ def test_rules_and_dashboard_use_metrics_that_a_server_has_and_strangers_do_not_
     known = set(re.findall(r"^# TYPE (\S+)", text, re.MULTILINE))
     used = set(_METRIC.findall((DEPLOY / "prometheus" / "alerts.yaml").read_text()))
     dashboard = json.loads((DEPLOY / "grafana" / "adaptory.json").read_text())
-    used |= {name for panel in dashboard["panels"] for one in panel["targets"] for name in _METRIC.findall(one["expr"])}
+    used |= {
+        name for panel in dashboard["panels"] for target in panel["targets"] for name in _METRIC.findall(target["expr"])
+    }
     assert {name.removesuffix("_bucket") for name in used} <= known

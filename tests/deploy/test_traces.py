@@ -34,7 +34,7 @@ class Collector(ThreadingHTTPServer):
 
     def attributes(self, name: str) -> list[dict[str, str]]:
         spans = [span for _, span in self.spans if span.name == name]
-        return [{one.key: one.value.string_value for one in span.attributes} for span in spans]
+        return [{attribute.key: attribute.value.string_value for attribute in span.attributes} for span in spans]
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -45,7 +45,7 @@ class _Handler(BaseHTTPRequestHandler):
 
             body = gzip.decompress(body)
         for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
-            named = {one.key: one.value.string_value for one in resource.resource.attributes}
+            named = {attribute.key: attribute.value.string_value for attribute in resource.resource.attributes}
             assert isinstance(self.server, Collector)
             self.server.spans += [
                 (named["service.name"], span) for scope in resource.scope_spans for span in scope.spans
@@ -95,7 +95,7 @@ def test_a_collector_gets_requests_with_their_statements_and_the_steps_of_jobs(
     names = collector.names("adaptory-server")
     assert {"GET /v1/resolve", "SELECT", "composition publish"} <= names, names
     assert not any("/readyz" in name for name in names)
-    statements = [one["db.query.text"] for one in collector.attributes("SELECT")]
+    statements = [attribute["db.query.text"] for attribute in collector.attributes("SELECT")]
     assert any("releases" in text for text in statements)
     assert not any("acme" in text for text in statements), "values are not in them"
     resolved = next(span for _, span in collector.spans if span.name == "GET /v1/resolve")

@@ -229,8 +229,8 @@ def _bare(column: Column[Any]) -> bool:
 
 def _rules(table: Any) -> set[str]:
     """Names of the constraints and triggers that can fail a write."""
-    unique = {str(one.name) for one in table.constraints if isinstance(one, UniqueConstraint)}
-    return unique | {str(one.name) for one in table.indexes if one.unique}
+    unique = {str(constraint.name) for constraint in table.constraints if isinstance(constraint, UniqueConstraint)}
+    return unique | {str(index.name) for index in table.indexes if index.unique}
 
 
 def schema_of(kind: str, directory: Path, revision: str) -> MetaData:

@@ -251,7 +251,7 @@ def test_what_is_read_beside_yanks_is_of_one_moment(
             over.set()
 
         def search(api: Api, **asked: object) -> object:
-            return [(one["version"], one["yanked"]) for one in api.get("/v1/releases", **asked)["items"]]
+            return [(item["version"], item["yanked"]) for item in api.get("/v1/releases", **asked)["items"]]
 
         def resolve(api: Api, reference: str) -> object:
             resolved = api.get("/v1/resolve", ref=reference)

@@ -31,7 +31,7 @@ def held(environ: dict[str, str]) -> Generator[Resources]:
 def recorded(nats: list[float], digest: str, **changes: Any) -> dict[str, Any]:
     value = sum(nats) / (2 * len(nats))
     score = {"suite_digest": digest, "metric": "nll", "value": value, "n": len(nats), "higher_is_better": False}
-    examples = [{"nats": one, "tokens": 2, "score": 0.0} for one in nats]
+    examples = [{"nats": nat, "tokens": 2, "score": 0.0} for nat in nats]
     return {"scores": [score | changes], "results": [{"suite_digest": digest, "examples": examples}]}
 
 

@@ -96,7 +96,7 @@ class Push:
 def test_a_push_survives_kills_of_the_server_and_leaves_nothing_behind(server: Server) -> None:
     chance = random.Random(os.environ.get("ADAPTORY_TEST_SEED", "xet"))
     xorbs = [b"".join(chunk(chance.randbytes(CHUNK), PLAIN) for _ in range(20)) for _ in range(2)]
-    segments = [Segment(name_of(one), 0, 20, 20 * CHUNK) for one in xorbs]
+    segments = [Segment(name_of(xorb), 0, 20, 20 * CHUNK) for xorb in xorbs]
     document = shard(*[(segments * count, None) for count in (1, 5, 15)])
     server.begin()
     push = Push.begin(server)

@@ -160,4 +160,4 @@ def test_the_suite_of_the_readme_is_one() -> None:
     suite = Suite.from_json(yaml.safe_load(text))
     assert suite.scoring is not None
     own = scorer_named(suite.scoring, ("sql_results",))
-    assert [own(one.completion, one) for one in suite.examples] == [1.0]
+    assert [own(example.completion, example) for example in suite.examples] == [1.0]

@@ -40,7 +40,7 @@ def errors_of(adapter: Path) -> list[tuple[str, str, str]]:
         findings = inspect(adapter, BASE).findings
     except (InvalidFile, NotSupported, Mismatch) as error:
         return [(error.code, error.subject, error.message)]
-    return [(one.code, one.subject, one.message) for one in findings if one.severity == "error"]
+    return [(finding.code, finding.subject, finding.message) for finding in findings if finding.severity == "error"]
 
 
 def assert_clear(errors: list[tuple[str, str, str]], what: object) -> None:

@@ -60,9 +60,12 @@ def test_a_xorb_has_its_chunks_in_whatever_pieces_it_comes(
 def test_a_shard_says_what_was_written_into_it(files: list[tuple[list[Segment], str | None]], checks: bool) -> None:
     read = list(read_shard(io.BytesIO(shard(*files, checks=checks))))
     assert [one.sha256 for one in read] == [sha256 for _, sha256 in files]
-    seen = [[Segment(one.xorb, one.first, one.end, one.size_bytes) for one in file.segments] for file in read]
+    seen = [
+        [Segment(segment.xorb, segment.first, segment.end, segment.size_bytes) for segment in file.segments]
+        for file in read
+    ]
     assert seen == [segments for segments, _ in files]
-    assert [one.size_bytes for one in read] == [sum(one.size for one in segments) for segments, _ in files]
+    assert [one.size_bytes for one in read] == [sum(segment.size for segment in segments) for segments, _ in files]
 
 
 def _use_xorb(content: bytes) -> None:

@@ -40,7 +40,7 @@ def errors_made(source: str) -> list[tuple[ast.Call, str, ast.expr | None]]:
     """Each error with its code, empty unless it is a constant, and its own next step."""
     calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
     made = [call for call in calls if isinstance(call.func, ast.Name) and call.func.id in NAMES]
-    own = [next((one.value for one in call.keywords if one.arg == "next_step"), None) for call in made]
+    own = [next((keyword.value for keyword in call.keywords if keyword.arg == "next_step"), None) for call in made]
     codes = [str(getattr(call.args[0], "value", "")) if call.args else "" for call in made]
     return list(zip(made, codes, own, strict=True))
 
@@ -48,7 +48,7 @@ def errors_made(source: str) -> list[tuple[ast.Call, str, ast.expr | None]]:
 def user_arguments(source: str) -> dict[str, dict[int, str]]:
     """Function -> its arguments that a user reads, by position."""
     functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
-    names = {one.name: [argument.arg for argument in one.args.args] for one in functions}
+    names = {function.name: [argument.arg for argument in function.args.args] for function in functions}
     positions = {
         name: {index: one for index, one in enumerate(own) if one in USER_TEXTS} for name, own in names.items()
     }

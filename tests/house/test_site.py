@@ -53,8 +53,8 @@ def test_every_link_of_the_documentation_leads_somewhere_and_its_pages_load_noth
     for page in pages:
         parser = _Fetched()
         parser.feed(page.read_text(encoding="utf-8"))
-        addresses |= {(page.name, one) for one in parser.addresses}
-    assert [one for one in addresses if "//" in one[1] and not one[1].startswith("data:")] == []
+        addresses |= {(page.name, address) for address in parser.addresses}
+    assert [address for address in addresses if "//" in address[1] and not address[1].startswith("data:")] == []
     missing = {
         (page.name, address)
         for page in pages
@@ -116,7 +116,7 @@ def test_links_of_notebooks_lead_somewhere() -> None:
         for link in re.findall(r"\]\(([^)\s#]+)(?:#[^)\s]*)?\)", path.read_text(encoding="utf-8"))
     }
     assert notebooks
-    assert {one for one in links if not one.exists()} == set()
+    assert {link for link in links if not link.exists()} == set()
 
 
 def test_anchors_in_links_from_outside_of_the_site_exist() -> None:
@@ -124,6 +124,8 @@ def test_anchors_in_links_from_outside_of_the_site_exist() -> None:
     for path in (ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "examples" / "README.md"):
         for link, anchor in re.findall(r"\]\(([^)\s#]+\.md)#([^)\s]+)\)", path.read_text(encoding="utf-8")):
             headings = re.findall(r"^#+ (.+)$", (path.parent / link).read_text(encoding="utf-8"), re.MULTILINE)
-            if anchor not in {re.sub(r"[^\w\- ]", "", one).strip().lower().replace(" ", "-") for one in headings}:
+            if anchor not in {
+                re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings
+            }:
                 dead.append(f"{path.name}: {link}#{anchor}")
     assert dead == []

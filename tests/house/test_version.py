@@ -23,4 +23,8 @@ def test_package_changelog_and_manifests_name_one_version() -> None:
 
 def test_a_release_is_described_in_sixty_lines() -> None:
     sections = re.split(r"^## (?=\d)", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)[1:]
-    assert {one.splitlines()[0]: len(one.strip().splitlines()) for one in sections if one.count("\n") > MAX_LINES} == {}
+    assert {
+        section.splitlines()[0]: len(section.strip().splitlines())
+        for section in sections
+        if section.count("\n") > MAX_LINES
+    } == {}

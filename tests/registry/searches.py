@@ -97,7 +97,7 @@ _newer = aliased(Release)
 
 def plain_search(session: Session, actor: Actor, query: Query, order: str, better: bool = True) -> list[int]:
     """The ids of all hits in order; `better` is whether a higher value of the metric in `order` is."""
-    given = {one.name: getattr(query, one.name) for one in fields(query)}
+    given = {field.name: getattr(query, field.name) for field in fields(query)}
     asked = [
         condition(given[name]) for name, condition in CONDITIONS.items() if given[name] not in (None, False, (), "")
     ]

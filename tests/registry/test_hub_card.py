@@ -114,8 +114,8 @@ def test_measured_scores_are_added_to_those_that_a_card_reports(index: str) -> N
     assert made.endswith("---\nText")
     assert made.count("model-index:") == made.count("license: mit") == 1
     seen, doubts = reported_scores({"README.md": made.encode()})
-    rows = {(one.dataset, one.metric): (one.value, one.revision) for one in seen}
-    own = {(one["suite"], one["metric"]): (one["value"], DIGEST) for one in measured}
+    rows = {(inputs_.dataset, inputs_.metric): (inputs_.value, inputs_.revision) for inputs_ in seen}
+    own = {(result["suite"], result["metric"]): (result["value"], DIGEST) for result in measured}
     assert rows == own | ({("d", "f1"): (0.25, None)} if "f1" in index else {})
     assert doubts == []
     assert len(ModelCard(made).data.eval_results or []) == len(rows), "the hub's client reads the same"

@@ -42,17 +42,25 @@ def describe() -> dict[str, object]:
     refs = api.list_repo_refs("acme/sql")
     user = api.whoami()
     return {
-        "whoami": [user["name"], [one["name"] for one in user["orgs"]]],
-        "info": {one.rfilename: [one.size, one.lfs["sha256"] if one.lfs else None] for one in info.siblings},
+        "whoami": [user["name"], [org["name"] for org in user["orgs"]]],
+        "info": {
+            sibling.rfilename: [sibling.size, sibling.lfs["sha256"] if sibling.lfs else None]
+            for sibling in info.siblings
+        },
         "id": [info.id, info.private, info.library_name, info.card_data.base_model],
         "tree": {one.path: one.size for one in tree if hasattr(one, "size")},
         "brought": {one.path: one.last_commit["title"] for one in tree},
         "paths": [one.path for one in api.get_paths_info("acme/sql", [WEIGHTS, "absent"], revision="prod")],
-        "branches": {one.name: one.target_commit for one in refs.branches},
-        "tags": {one.name: one.target_commit for one in refs.tags},
-        "commits": [[one.title, one.commit_id] for one in api.list_repo_commits("acme/sql")],
-        "models": sorted(one.id for one in api.list_models(author="acme")),
-        "searched": [one.id for one in api.list_models(search="SQL", filter="base_model:adapter:Acme/Tiny-Llama")],
+        "branches": {branch.name: branch.target_commit for branch in refs.branches},
+        "tags": {tag.name: tag.target_commit for tag in refs.tags},
+        "commits": [
+            [list_repo_commit.title, list_repo_commit.commit_id]
+            for list_repo_commit in api.list_repo_commits("acme/sql")
+        ],
+        "models": sorted(list_model.id for list_model in api.list_models(author="acme")),
+        "searched": [
+            list_model.id for list_model in api.list_models(search="SQL", filter="base_model:adapter:Acme/Tiny-Llama")
+        ],
         "limited": len(list(api.list_models(limit=1))),
         "exists": [api.repo_exists("acme/sql"), api.repo_exists("acme/ghost"), api.repo_exists("gpt2")],
         "revision_exists": [api.revision_exists("acme/sql", one) for one in ("prod", "v1.1.0", "ghost")],
@@ -74,7 +82,8 @@ def download(directory: Path) -> dict[str, object]:
     seen: dict[str, object] = {}
     for _ in range(2):
         seen["files"] = {
-            name: digest(hf_hub_download("acme/sql", WEIGHTS, revision=one)) for name, one in revisions.items()
+            name: digest(hf_hub_download("acme/sql", WEIGHTS, revision=revision))
+            for name, revision in revisions.items()
         }
         seen["snapshot"] = files(snapshot_download("acme/sql", revision="prod"))
         seen["alias"] = files(snapshot_download("acme/sql.prod"))

@@ -25,7 +25,7 @@ def push(directory: Path, adapter: Path) -> dict[str, object]:
         "next": files(api.snapshot_download(NAME, revision="next", cache_dir=directory / "next")),
         "by_id": files(api.snapshot_download(NAME, revision=first, cache_dir=directory / "id")),
         "branches": branches(),
-        "log": [one.title for one in api.list_repo_commits(NAME, revision="next")],
+        "log": [list_repo_commit.title for list_repo_commit in api.list_repo_commits(NAME, revision="next")],
         "main": error(lambda: api.model_info(NAME)),
         "tag": error(lambda: api.create_tag(NAME, tag="9.0.0")),
     }
@@ -46,17 +46,17 @@ def read(directory: Path, ids: Path) -> dict[str, object]:
     seen = {f"{name} {at}": error(partial(call, at)) for name, call in calls.items() for at in revisions}
     return {
         "drafts": len(seen),
-        "not_hidden": {call: one for call, one in seen.items() if one[0] != "RevisionNotFoundError"},
+        "not_hidden": {call: inputs_ for call, inputs_ in seen.items() if inputs_[0] != "RevisionNotFoundError"},
         "main": error(lambda: api.model_info(NAME)),
         "served": error(lambda: api.snapshot_download(NAME, cache_dir=directory / "cache-of-main")),
         "files": files(str(directory / "cache-of-main")),
         "branches": branches(),
-        "titles": [one.title for one in api.list_repo_commits(NAME)] if branches() else [],
+        "titles": [list_repo_commit.title for list_repo_commit in api.list_repo_commits(NAME)] if branches() else [],
     }
 
 
 def branches() -> dict[str, str]:
-    return {one.name: one.target_commit for one in api.list_repo_refs(NAME).branches}
+    return {branch.name: branch.target_commit for branch in api.list_repo_refs(NAME).branches}
 
 
 if __name__ == "__main__":

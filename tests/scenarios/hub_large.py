@@ -12,7 +12,7 @@ def main() -> None:
     api.create_repo(name, exist_ok=True)
     api.upload_file(repo_id=name, path_in_repo="large.dat", path_or_fileobj=Path(sys.argv[1]) / "large.dat")
     files = api.list_repo_tree(name)
-    sys.stdout.write(json.dumps({one.path: [one.size, one.lfs["sha256"]] for one in files}))
+    sys.stdout.write(json.dumps({file.path: [file.size, file.lfs["sha256"]] for file in files}))
 
 
 if __name__ == "__main__":

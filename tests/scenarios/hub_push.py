@@ -54,12 +54,12 @@ def main() -> None:
     refs = api.list_repo_refs(name)
     seen = {
         "names": [name, again],
-        "empty": [empty.sha, [one.rfilename for one in empty.siblings or []]],
+        "empty": [empty.sha, [sibling.rfilename for sibling in empty.siblings or []]],
         "commits": [first, repeated, second, third],
-        "log": [one.title for one in api.list_repo_commits(name)],
+        "log": [list_repo_commit.title for list_repo_commit in api.list_repo_commits(name)],
         "unreleased": unreleased,
-        "tags": {one.name: one.target_commit for one in refs.tags},
-        "branches": {one.name: one.target_commit for one in refs.branches},
+        "tags": {tag.name: tag.target_commit for tag in refs.tags},
+        "branches": {branch.name: branch.target_commit for branch in refs.branches},
         "released": files(api.snapshot_download(name, revision="1.0.0", cache_dir=directory / "released")),
         "command": pushed_by_command(f"{name}-by-command", adapter),
         "large": pushed_as_large(f"{name}-large", adapter, directory),

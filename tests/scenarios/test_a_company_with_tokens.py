@@ -144,7 +144,7 @@ def test_a_rollback_is_explained_by_its_audit_row_alone(company: Company, world:
         olga.ok("push", world.adapters[name], f"acme/sql:{version}", "--base", "tiny", "--channel", "prod")
     olga.ok("rollback", "acme/sql@prod", "--reason", "answers are empty")
     (row,) = olga.json("audit", "--act", "channel:rollback")["items"]
-    commits = {one["version"]: one["commit"] for one in olga.json("log", "acme/sql")["items"]}
+    commits = {item["version"]: item["commit"] for item in olga.json("log", "acme/sql")["items"]}
     assert (row["actor"], row["subject"], row["reason"]) == ("olga", "acme/sql@prod", "answers are empty")
     assert row["before"] == {"move": 2, "version": "1.1.0", "commit": commits["1.1.0"]}
     assert row["after"] == {"move": 3, "version": "1.0.0", "commit": commits["1.0.0"]}

@@ -70,4 +70,4 @@ def test_a_fact_that_is_added_in_four_files_is_in_the_database_and_in_every_docu
         database.execute("UPDATE releases SET reviewed_by = 'rita', stamp = stamp + 1")
     database.close()
     assert adaptory("show", "acme/sql@prod")["reviewed_by"] == "rita"
-    assert [one["reviewed_by"] for one in adaptory("search")["items"]] == ["rita"]
+    assert [item["reviewed_by"] for item in adaptory("search")["items"]] == ["rita"]

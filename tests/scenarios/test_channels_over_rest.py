@@ -323,9 +323,9 @@ def test_channels_are_listed_by_name_a_page_at_a_time(line: Line) -> None:
     for name in ("prod", "beta", "canary"):
         assert line.http.put(f"{line.path}/channels/{name}", json={"version": "1.0.0"}).status_code == 200
     first = line.http.get(f"{line.path}/channels", params={"limit": 2}).json()
-    assert [one["channel"] for one in first["items"]] == ["beta", "canary"]
+    assert [item["channel"] for item in first["items"]] == ["beta", "canary"]
     rest = line.http.get(f"{line.path}/channels", params={"limit": 2, "cursor": first["next"]}).json()
-    assert ([one["channel"] for one in rest["items"]], rest["next"]) == (["prod"], None)
+    assert ([item["channel"] for item in rest["items"]], rest["next"]) == (["prod"], None)
 
 
 @pytest.mark.on("PostgreSQL")

@@ -96,7 +96,9 @@ def test_a_recipe_is_planned_composed_and_composed_again(team: Cli, world: World
     ]  # fmt: skip
     assert done["result"] == done["results"][0]
     assert [gate["passed"] for gate in done["gates"]] == [True, True]
-    measured_now = {(one["repository"], one["recorded"]) for row in done["candidate_scores"] for one in row["inputs"]}
+    measured_now = {
+        (source["repository"], source["recorded"]) for row in done["candidate_scores"] for source in row["inputs"]
+    }
     assert measured_now == {("acme/sql", False), ("acme/terraform", False), ("acme/support", False)}
     assert {(score["suite"], score["metric"]) for score in done["candidate_scores"]} == {
         ("sql-exact", "nll"), ("sql-exact", "accuracy"), ("guard-exact", "nll"), ("guard-exact", "accuracy"),

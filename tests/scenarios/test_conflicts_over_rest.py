@@ -72,7 +72,7 @@ def host(resources: Resources) -> Actor:
 
 
 def wanted(*adapters: str, **others: Any) -> dict[str, Any]:
-    return {"inputs": [{"adapter": one} for one in adapters or PAIR], **others}
+    return {"inputs": [{"adapter": adapter} for adapter in adapters or PAIR], **others}
 
 
 def test_a_reader_gets_the_report_that_the_command_computes_and_a_repeated_request_computes_nothing(
@@ -81,7 +81,7 @@ def test_a_reader_gets_the_report_that_the_command_computes_and_a_repeated_reque
     rex, ray = office.apis["rex"], office.apis["ray"]
     begun = rex.post("/v1/conflicts", wanted())
     assert (begun["state"], begun["report"]) == ("queued", None)
-    assert [(one["repository"], one["version"], one["weight"]) for one in begun["inputs"]] == [
+    assert [(source["repository"], source["version"], source["weight"]) for source in begun["inputs"]] == [
         ("acme/sql", "1.0.0", 1.0),
         ("den/support", "1.0.0", 1.0),
     ]
@@ -111,13 +111,13 @@ def test_other_weights_settings_or_an_other_order_are_another_check(office: Offi
         wanted(method="ties", settings={"density": 0.5}),
         wanted(method="ties", settings={"density": 0.4}),
     ]
-    ids = [rex.post("/v1/conflicts", one)["id"] for one in requests]
+    ids = [rex.post("/v1/conflicts", request)["id"] for request in requests]
     assert len(set(ids)) == len(ids)
-    assert [rex.post("/v1/conflicts", one)["id"] for one in requests] == ids
+    assert [rex.post("/v1/conflicts", request)["id"] for request in requests] == ids
     while office.work():
         pass
     done = [rex.get(f"/v1/conflicts/{number}") for number in ids]
-    assert {one["state"] for one in done} == {"done"}
+    assert {check["state"] for check in done} == {"done"}
     assert done[2]["report"]["adapters"][0]["weight"] == 0.5
     assert done[1]["report"]["adapters"][0]["name"] == PAIR[1]
 

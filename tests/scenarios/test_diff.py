@@ -76,7 +76,7 @@ def test_a_breaking_change_is_called_one_with_its_reasons(stocked_embedded: Cli,
 @pytest.mark.on("PostgreSQL")
 def test_scores_are_compared_with_the_error_of_their_difference(stocked_embedded: Cli, world: World) -> None:
     cli = stocked_embedded
-    digest = next(one["digest"] for one in cli.json("suite", "list")["items"] if one["name"] == "sql-exact")
+    digest = next(item["digest"] for item in cli.json("suite", "list")["items"] if item["name"] == "sql-exact")
     measured = {"1.0.0": ((0.5, 0.03), (1.0, 0.2)), "1.1.0": ((0.7, 0.04), (0.9, 0.2))}
     for (version, values), name in zip(measured.items(), ("sql", "other-sql"), strict=True):
         cli.ok("push", world.adapters[name], f"acme/sql:{version}", "--base", "tiny")

@@ -19,11 +19,11 @@ from tests.scenarios.world import Cli, Ran, World
 
 
 def checks(ran: Ran) -> dict[str, dict[str, Any]]:
-    return {one["name"]: one for one in ran.json["checks"]}
+    return {check["name"]: check for check in ran.json["checks"]}
 
 
 def states(ran: Ran) -> dict[str, str]:
-    return {name: one["state"] for name, one in checks(ran).items()}
+    return {name: check["state"] for name, check in checks(ran).items()}
 
 
 @pytest.mark.on("SQLite")
@@ -61,7 +61,7 @@ def test_what_is_wrong_is_said_with_what_to_do(stocked_embedded: Cli, world: Wor
         shutil.move(world.base.with_name("elsewhere"), world.base)
     seen = checks(ran)
     assert (ran.code, ran.json["healthy"]) == (1, False)
-    wrong = {name: one["state"] for name, one in seen.items() if one["state"] != "ok"}
+    wrong = {name: check["state"] for name, check in seen.items() if check["state"] != "ok"}
     assert wrong == {
         "contents": "error", "policies": "warning", "workers": "warning", "gc": "warning", "bases": "warning"
     }  # fmt: skip

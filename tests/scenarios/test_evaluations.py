@@ -89,7 +89,7 @@ def test_several_releases_and_their_base_are_evaluated_on_several_suites_at_once
     cli.ok("suite", "add", write_suite(tmp_path, "chosen", task="multiple_choice", examples=choices))
     command = ("eval", "acme/sql:1.0.0", "acme/sql:1.1.0", "tiny", "--suite", "spoken", "--suite", "chosen")
     together = cli.json(*command)["items"]
-    assert [one["subject"] for one in together] == ["acme/sql:1.0.0", "acme/sql:1.1.0", "tiny"]
+    assert [row["subject"] for row in together] == ["acme/sql:1.0.0", "acme/sql:1.1.0", "tiny"]
     for one in together:
         named = {(score["suite"], score["metric"]): score for score in one["scores"]}
         assert {key: score["n"] for key, score in named.items()} == {
@@ -109,7 +109,7 @@ def test_several_releases_and_their_base_are_evaluated_on_several_suites_at_once
     assert (document["old"], document["change"], document["deltas"]) == ("tiny", None, None)
     assert {(row["suite"], row["metric"]): row["new"] for row in document["scores"]} == values
     paired = {row["suite"]: row["paired"] for row in document["scores"] if row["metric"] == "nll"}
-    assert {suite: one["n"] for suite, one in paired.items()} == {"spoken": 8, "chosen": 3}
+    assert {suite: row["n"] for suite, row in paired.items()} == {"spoken": 8, "chosen": 3}
     back = cli.json("diff", "acme/sql:1.1.0", "tiny")["scores"]
     assert [row["difference"] for row in back] == [pytest.approx(-row["difference"]) for row in document["scores"]]
     shown = cli.ok("diff", "tiny", "acme/sql:1.1.0").out

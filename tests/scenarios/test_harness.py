@@ -21,7 +21,7 @@ def test_harness_tasks_are_recorded_as_suites_with_the_version_of_the_harness(
     write_task(tasks, "loss", LOSS, ["", "", ""])
     asked = ("--harness", "colours,Words", "--harness", "loss", "--harness-path", tasks)
     done = team.json("eval", "acme/sql", "acme/terraform", "tiny", *asked, "--suite", "sql-exact")["items"]
-    assert [one["subject"] for one in done] == ["acme/sql", "acme/terraform", "tiny"]
+    assert [subject["subject"] for subject in done] == ["acme/sql", "acme/terraform", "tiny"]
     rows = {(row["suite"], row["metric"]): row for row in done[0]["scores"]}
     names = [("colours", "acc"), ("colours", "acc_norm"), ("words", "exact_match_strict"), ("loss", "bits_per_byte")]
     assert [*rows] == [("sql-exact", "nll"), ("sql-exact", "accuracy"), *names]
@@ -31,7 +31,7 @@ def test_harness_tasks_are_recorded_as_suites_with_the_version_of_the_harness(
         False,
         True,
     )
-    losses = [next(row["value"] for row in one["scores"] if row["suite"] == "loss") for one in done]
+    losses = [next(row["value"] for row in subject["scores"] if row["suite"] == "loss") for subject in done]
     assert len(set(losses)) == 3, "each adapter was active for its own run, and none for the base"
 
     shown = {(row["suite"], row["metric"]): row for row in team.json("show", "acme/sql")["scores"]}
@@ -157,10 +157,10 @@ def test_a_worker_runs_a_task_if_it_makes_the_same_content_of_it(team: Cli, tmp_
     worker = Cli(team.environment | {"ADAPTORY_HARNESS_PATH": str(tasks)}, team.served_with)
     done = worker.json("eval", "acme/terraform", "acme/sql", *asked, "--queue", "--suite", "sql-exact")
     assert done["state"] == "done"
-    measured = {(one["repository"], one["suite"]): one["scores"] for one in done["items"]}
+    measured = {(item["repository"], item["suite"]): item["scores"] for item in done["items"]}
     assert {suite for _, suite in measured} == {"sql-exact", "colours", "words", "hues"}
     for row in here:
-        again = next(one for one in measured["acme/terraform", row["suite"]] if one["metric"] == row["metric"])
+        again = next(result for result in measured["acme/terraform", row["suite"]] if result["metric"] == row["metric"])
         assert again["value"] == pytest.approx(row["value"], rel=1e-5)
     shown = {(row["suite"], row["metric"]): row for row in team.json("show", "acme/sql")["scores"]}
     assert shown["hues", "acc"]["source"].startswith("lm-eval 0.")

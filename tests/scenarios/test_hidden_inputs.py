@@ -105,13 +105,13 @@ def test_an_output_still_tells_what_it_was_made_of_and_names_it_to_who_may_read_
         assert json.loads(note)["note"]["recipe"]["settings"] == RECIPE["settings"]
         alone = of_note(note)
         assert alone is not None
-        assert [one.name for one in alone.members] == [row.commit[:12] for row in release.inputs]
+        assert [member.name for member in alone.members] == [row.commit[:12] for row in release.inputs]
     assert made["pia"]
     assert made["rex"]
-    assert [str(one).split(" x ")[1].split(":")[0] for one in made["pia"].members] == ["acme/sql", "acme/support"]
-    assert [one.name for one in made["rex"].members] == ["hidden", "hidden"]
+    assert [str(member).split(" x ")[1].split(":")[0] for member in made["pia"].members] == ["acme/sql", "acme/support"]
+    assert [member.name for member in made["rex"].members] == ["hidden", "hidden"]
     assert made["pia"].how == made["rex"].how == "ties: rank 4, density 0.5, scope tensor, vote plain, divide count"
-    assert [one.weight for one in made["pia"].members] == [one.weight for one in made["rex"].members]
+    assert [member.weight for member in made["pia"].members] == [member.weight for member in made["rex"].members]
     assert house.cli.json("verify", "den/merged:1.0.0", "--rebuild")["rebuild"]["verdict"] == "same"
 
 
@@ -190,8 +190,8 @@ def test_nothing_is_inherited_from_what_the_pusher_may_not_read_and_no_hidden_in
             pushed = published.document
             inherited = pushed["release"]["inputs"]
             expected = [] if who == "eve" else made["inputs"]
-            assert [one["commit"] for one in inherited] == [one["commit"] for one in expected]
-            assert {(one["repository"], one["version"]) for one in inherited} <= {(None, None)}
+            assert [source["commit"] for source in inherited] == [source["commit"] for source in expected]
+            assert {(source["repository"], source["version"]) for source in inherited} <= {(None, None)}
             assert "acme" not in json.dumps(pushed)
             assert ("lab/both" in json.dumps(pushed["warnings"])) == (who == "bob")
 

@@ -27,7 +27,7 @@ from tests.scenarios.world import SMALL_PARTS, Cli, World, server
 
 ROOT = Path(__file__).parents[2]
 LONG = pytest.mark.long
-VERSIONS = ["0.24.7", *(pytest.param(one, marks=LONG) for one in ("0.36.2", "1.0.0", "1.20.0")), "2.4.0"]
+VERSIONS = ["0.24.7", *(pytest.param(version, marks=LONG) for version in ("0.36.2", "1.0.0", "1.20.0")), "2.4.0"]
 WITH_XET = ("1.20.0", "2.4.0")
 """They send large files by Xet, unless it is disabled."""
 XORBS = ("POST", "/xet/{upload}/v1/xorbs/default/{xorb}")
@@ -94,7 +94,7 @@ def hub(
             publisher,
             cli,
             home.with_name("server.log"),
-            {name: one["release"] for name, one in pushed.items()},
+            {name: release["release"] for name, release in pushed.items()},
             direct=request.param == "S3",
             process_id=process.pid or 0,
         )
@@ -113,8 +113,8 @@ def test_a_client_reads_what_adaptory_has_published(hub: Hub, world: World, vers
     before = hub.requests()
     seen = hub.run(client(version), "hub_client.py", tmp_path)
     assert seen["version"] == version
-    digests = {name: {row["path"]: row["sha256"] for row in one["files"]} for name, one in hub.pushed.items()}
-    commits = {name: one["commit"] for name, one in hub.pushed.items()}
+    digests = {name: {row["path"]: row["sha256"] for row in release["files"]} for name, release in hub.pushed.items()}
+    commits = {name: release["commit"] for name, release in hub.pushed.items()}
     old, new = digests["1.0.0"], digests["1.1.0"]
 
     described = seen["described"]

@@ -44,7 +44,7 @@ class Online(Cli):
         environment = {name: value for name, value in os.environ.items() if not name.startswith(apart)}
         environment |= {"HF_HOME": str(self.directory / "hf"), "HF_HUB_DISABLE_TELEMETRY": "1", **self.environment}
         out, err = self.directory / "out", self.directory / "err"
-        process = start_command([str(one) for one in arguments], environment, out, err)
+        process = start_command([str(argument) for argument in arguments], environment, out, err)
         process.join(60)
         assert process.exitcode is not None
         return Ran(process.exitcode, out.read_text(), err.read_text())
@@ -98,7 +98,7 @@ def record(cli: Cli, ref: str, **values: float) -> None:
 
 
 def scores(release: dict[str, Any]) -> dict[str, tuple[float, bool]]:
-    return {f"{one['suite']}.{one['metric']}": (one["value"], one["reported"]) for one in release["scores"]}
+    return {f"{score['suite']}.{score['metric']}": (score["value"], score["reported"]) for score in release["scores"]}
 
 
 @pytest.mark.on("PostgreSQL")
@@ -154,7 +154,10 @@ def _is_read_by_the_client(directory: Path) -> None:
     data = ModelCard(text).data
     assert (data.base_model, data.library_name, data.license) == (BASE_ID, "peft", "mit")
     assert data.tags == ["adaptory", "lora"]
-    results = {(one.dataset_type, one.metric_type): one.metric_value for one in data.eval_results or []}
+    results = {
+        (eval_result.dataset_type, eval_result.metric_type): eval_result.metric_value
+        for eval_result in data.eval_results or []
+    }
     assert results == {("squad", "f1"): 0.5, ("sql-exact", "accuracy"): 0.5, ("sql-exact", "nll"): 1.5}
     [file] = (directory / ".eval_results").iterdir()
     [entry] = parse_eval_result_entries(yaml.safe_load(file.read_text()))
@@ -376,7 +379,7 @@ def test_a_machine_without_a_base_brings_it_from_its_hub(
     assert (refused.code, "No location of tiny is on this machine." in refused.err) == (3, True)
     assert "HF_HUB_OFFLINE" in refused.err
     other.ok("eval", "acme/sql", "--suite", "sql-exact", "--queue")
-    brought = {one for one in hub.downloads() if one.endswith(".safetensors")}
+    brought = {name for name in hub.downloads() if name.endswith(".safetensors")}
     assert brought == {path.name for path in world.base.glob("*.safetensors")}
     assert on_disk.json("show", "acme/sql")["scores"]
     offline.ok("base", "add", location, "--name", "tiny")

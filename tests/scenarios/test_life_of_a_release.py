@@ -266,7 +266,7 @@ def test_two_pulls_into_one_directory_never_mix_their_bytes(
 def test_a_yanked_release_on_a_channel_is_no_yardstick_for_its_gate(stocked_embedded: Cli, world: World) -> None:
     cli = stocked_embedded
     suite = cli.json("suite", "list")["items"]
-    digest = next(one["digest"] for one in suite if one["name"] == "sql-exact")
+    digest = next(suite["digest"] for suite in suite if suite["name"] == "sql-exact")
     for version, nll in (("1.0.0", 1.0), ("2.0.0", 5.0), ("3.0.0", 4.9)):
         cli.ok("push", world.adapters["sql"], f"acme/sql:{version}", "--base", "tiny")
         score = {"suite_digest": digest, "metric": "nll", "value": nll, "n": 6, "higher_is_better": False}
@@ -304,7 +304,7 @@ def test_a_lost_blob_comes_back_with_the_next_push(stocked_embedded: Cli, world:
 
 def test_a_value_that_no_measurement_gives_is_no_score(stocked_embedded: Cli, world: World) -> None:
     cli = stocked_embedded
-    digest = next(one["digest"] for one in cli.json("suite", "list")["items"] if one["name"] == "sql-exact")
+    digest = next(item["digest"] for item in cli.json("suite", "list")["items"] if item["name"] == "sql-exact")
     cli.ok("push", world.adapters["sql"], "acme/sql:1.0.0", "--base", "tiny")
     directions = {"nll": False, "accuracy": True, "points": True}
     with api_of(cli) as api:

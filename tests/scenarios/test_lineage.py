@@ -107,7 +107,7 @@ def test_a_member_that_may_not_be_seen_stays_hidden_and_another_note_is_not_beli
     release["inputs"][1]["weight"] = 7.0
     made = of_release(ReleaseOut.read(release), note)
     assert made is not None
-    assert (made.method, [one.weight.value for one in made.members]) == ("", [0.8, 7.0])
+    assert (made.method, [member.weight.value for member in made.members]) == ("", [0.8, 7.0])
 
 
 def test_a_release_whose_note_the_store_has_lost_is_still_shown(team: Cli, tmp_path: Path) -> None:

@@ -38,10 +38,10 @@ def test_a_searched_composition_is_published_with_its_evidence_and_judged_on_oth
     lock, evidence = done["lock"], done["lock"]["optimized"]
     choice = evidence["choice"]
     assert (lock["method"], evidence["seed"]) == (choice["method"], 0)
-    assert [one["weight"] for one in lock["inputs"]] == pytest.approx(choice["factors"])
+    assert [source["weight"] for source in lock["inputs"]] == pytest.approx(choice["factors"])
     suite = parse_suite(world.suites["sql"])
     seen = next(row["examples"] for row in evidence["searched"] if row["suite"] == "sql-exact")
-    assert seen == [example_digest(one) for one in suite.sample(2)]
+    assert seen == [example_digest(example) for example in suite.sample(2)]
     (judged,) = {row["n"] for row in done["candidate_scores"] if row["suite"] == "sql-exact"}
     assert judged == len(suite.examples) - 2
     small_team.ok("pull", "acme/assistant:1.0.0", "-o", tmp_path / "assistant")
@@ -55,8 +55,8 @@ def test_a_searched_composition_is_published_with_its_evidence_and_judged_on_oth
         page = unescape(http.get(f"/compositions/{done['id']}").text)
     chosen = page.partition("What the search chose")[2].partition("</section>")[0]
     assert chosen.count('<span class="badge">chosen</span>') == 1
-    names = [one["name"] for one in (*evidence["best"], *evidence["tried"])]
-    assert [one for one in names if f'<th scope="row">{one}' not in chosen] == []
+    names = [row["name"] for row in (*evidence["best"], *evidence["tried"])]
+    assert [name for name in names if f'<th scope="row">{name}' not in chosen] == []
 
 
 def test_a_plan_searches_too_and_publishes_nothing(small_team: Cli, tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_directories_are_searched_without_a_registry(world: World, on_disk: Cli,
     given = [*directories, "--base", world.base, "--suite", world.suites["sql"], "--suite", world.suites["support"]]
     result = on_disk.json("conflicts", *given, "--optimize", "--policy", policy)
     assert result["choice"]
-    assert result["members"] == [str(one) for one in directories]
+    assert result["members"] == [str(directory) for directory in directories]
     shown = on_disk.ok("conflicts", *given, "--optimize", "--policy", policy).out
     assert f"optimize: {result['headline']}" in shown
     assert f"resumed: {result['passes']} of {result['passes']} examples" in shown, "of the same members and suites"

@@ -124,7 +124,7 @@ def test_long_lists_among_the_hyperparameters_hide_nothing_else(
 def test_a_card_that_cannot_be_read_is_a_warning_and_no_obstacle(stocked_embedded: Cli, documented: Path) -> None:
     (documented / "README.md").write_text("---\na: &a [x]\nb: *a\nlicense: mit\n---\n")
     published = stocked_embedded.json("push", documented, "acme/sql:1.0.0", "--base", "tiny")
-    assert [(one["code"], one["severity"]) for one in published["warnings"]] == [("provenance", "warning")]
+    assert [(warning["code"], warning["severity"]) for warning in published["warnings"]] == [("provenance", "warning")]
     assert published["release"]["provenance"]["license"] is None
 
 
@@ -159,7 +159,7 @@ def test_a_release_tells_which_ranks_it_uses_and_the_push_hints_at_it(stocked: C
     factors = dict(zip(names, (factors_of(strong, 32, 32), factors_of(idle, 32, 32)), strict=True))
     write_adapter(tmp_path / "a", factors, dtype=torch.float32)
     pushed = cli.ok("push", tmp_path / "a", "acme/sql:1.0.0", "--base", "tiny", "--json")
-    assert {one["code"] for one in pushed.json["warnings"]} == {"rank_unused", "near_zero_modules"}
+    assert {warning["code"] for warning in pushed.json["warnings"]} == {"rank_unused", "near_zero_modules"}
     assert "Rank 8, but 95 % of the energy is in 2" in pushed.err
     summary = cli.json("show", "acme/sql")["adapter"]["spectrum"]
     assert (summary["rank_95"], summary["near_zero"]) == (2, 1)
@@ -176,7 +176,7 @@ def test_a_release_tells_which_ranks_it_uses_and_the_push_hints_at_it(stocked: C
     assert [(row["module"], row["near_zero"]) for row in spectrum["modules"]] == [(names[0], False), (names[1], True)]
     inspected = cli.json("inspect", tmp_path / "a")
     assert inspected["adapter"]["spectrum"] == summary
-    assert {one["code"] for one in inspected["findings"]} == {"rank_unused", "near_zero_modules"}
+    assert {finding["code"] for finding in inspected["findings"]} == {"rank_unused", "near_zero_modules"}
 
 
 def test_a_release_tells_who_loads_it_and_why_others_do_not(stocked: Cli, world: World) -> None:

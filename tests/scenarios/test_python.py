@@ -72,10 +72,10 @@ def live(registry: Registry, cli: Cli, world: World, directory: Path) -> None:
     ]
     registry.record_scores(first, scores)
     assert sorted(registry.resolve(first).scores, key=lambda one: one.n + one.value) == scores
-    assert [str(one) for one in registry.search(base="tiny", score="sql-exact.accuracy>=0.5")] == [str(first)]
-    assert {str(one) for one in registry.search(latest=True)} == {str(second), str(terraform)}
+    assert [str(release) for release in registry.search(base="tiny", score="sql-exact.accuracy>=0.5")] == [str(first)]
+    assert {str(release) for release in registry.search(latest=True)} == {str(second), str(terraform)}
     pages = registry.search(limit=1)
-    assert len({str(one) for one in pages}) == 3
+    assert len({str(release) for release in pages}) == 3
 
     moves(registry, cli, directory)
     pulled = registry.pull("acme/sql@prod")
@@ -205,7 +205,9 @@ def test_the_pages_about_python_run_as_one_program(desk: dict[str, Any], capsys:
 
 def test_every_example_of_a_docstring_runs(desk: dict[str, Any]) -> None:
     examples = dict(of_docstrings())
-    methods = {f"Registry.{name}" for name, one in vars(Registry).items() if inspect.isfunction(one) and name[0] != "_"}
+    methods = {
+        f"Registry.{name}" for name, member in vars(Registry).items() if inspect.isfunction(member) and name[0] != "_"
+    }
     assert methods - {"Registry.close"} <= examples.keys()
     assert "AdaptoryCallback" in examples
     with Registry() as registry:

@@ -103,7 +103,7 @@ def test_an_upgrade_measures_the_new_base_for_its_owner_alone(team: Cli, world: 
             job = upgrades.begin(resources, actor, "tiny", "following", ["sql-exact"], evaluate=True)["job"]
             with resources.read() as session:
                 wanted = [one["release"] and session.get(Release, one["release"]) for one in find(session, job).wanted]
-                assert {one and f"acme/{one.repository.name}" for one in wanted} == measured
+                assert {release and f"acme/{release.repository.name}" for release in wanted} == measured
 
 
 def test_an_upgrade_whose_job_is_cancelled_exits_as_an_evaluation_does(

@@ -47,7 +47,7 @@ def test_suites_that_want_other_answers_to_the_same_prompts_are_named(
     on_disk: Cli, world: World, tmp_path: Path, command: str
 ) -> None:
     suite = yaml.safe_load(world.suites["sql"].read_text())
-    other = {**suite, "name": "other", "examples": [{**one, "completion": " no"} for one in suite["examples"]]}
+    other = {**suite, "name": "other", "examples": [{**example, "completion": " no"} for example in suite["examples"]]}
     (tmp_path / "other.yaml").write_text(yaml.safe_dump(other))
     both = [word for file in (world.suites["sql"], tmp_path / "other.yaml") for word in ("--suite", file)]
     fitting = (*adapters(world), "--base", world.base, "--method", "regmean", *both)
@@ -138,11 +138,11 @@ def test_a_recipe_is_fitted_judged_on_other_examples_and_locked_by_digest(
     gates = [f"{name}-exact.nll within 1000 of inputs" for name in NAMES]
     done = team.json("compose", recipe(tmp_path, evaluate=["sql-exact", "support-exact"], gates=gates))
     assert done["state"] == "done"
-    assert [len(one["examples"]) for one in done["lock"]["calibration"]] == [2, 2]
+    assert [len(examples["examples"]) for examples in done["lock"]["calibration"]] == [2, 2]
     for row in done["candidate_scores"]:
-        own = [one for one in row["inputs"] if f"{one['repository']}-exact" == f"acme/{row['suite']}"]
+        own = [source for source in row["inputs"] if f"{source['repository']}-exact" == f"acme/{row['suite']}"]
         assert row["n"] == 4, "two of six examples were used to fit"
-        assert [(one["n"], one["recorded"]) for one in own] == [(4, False)], (
+        assert [(row["n"], row["recorded"]) for row in own] == [(4, False)], (
             "measured on the same four, in the same job"
         )
     assert all(gate["passed"] and gate["required"] for gate in done["gates"])
@@ -182,7 +182,7 @@ def test_inputs_are_measured_on_a_suite_that_is_no_inputs_own(team: Cli, tmp_pat
     changes = {"method": "stack", "settings": {}, "evaluate": ["sql-exact", "terraform-exact"], "gates": gates}
     done = team.json("compose", recipe(tmp_path, **changes))
     assert [gate["passed"] for gate in done["gates"]] == [True]
-    compared = {(row["suite"], one["repository"]) for row in done["candidate_scores"] for one in row["inputs"]}
+    compared = {(row["suite"], source["repository"]) for row in done["candidate_scores"] for source in row["inputs"]}
     assert compared == {
         ("terraform-exact", "acme/sql"), ("terraform-exact", "acme/support"), ("sql-exact", "acme/sql"),
     }  # fmt: skip

@@ -285,9 +285,9 @@ def test_the_best_come_first_with_documents_that_keep_to_their_schema(
         assert items[0]["scores"][0]["value"] == 0.75
         counted = http.get("/v1/releases", params={"facets": "base,kind,measured", "limit": 1}).json()
         facets = FoundPage.model_validate(counted).facets or {}
-        assert [(one.value, one.count, one.more) for one in facets["base"]] == [("tiny", 3, False)]
-        assert [one.value for one in facets["kind"]] == ["adapter"]
-        assert {one.value: one.count for one in facets["measured"]}["guard-exact.nll"] == 3
+        assert [(choice.value, choice.count, choice.more) for choice in facets["base"]] == [("tiny", 3, False)]
+        assert [choice.value for choice in facets["kind"]] == ["adapter"]
+        assert {choice.value: choice.count for choice in facets["measured"]}["guard-exact.nll"] == 3
         following = http.get("/v1/releases", params={"cursor": counted["next"]}).json()
         assert (len(following["items"]), "facets" in following) == (2, False)
         listed = http.get("/v1/adapters/acme/sql/releases").json()["items"]

@@ -66,7 +66,7 @@ def stock_sign(directory: Path, keys: Keys) -> None:
 
 def require(cli: Cli, *trusted: Keys, required: bool = True, covers: str = "files") -> None:
     with api_of(cli) as api:
-        policy = {"require_signature": required, "signing_keys": [one.pem for one in trusted]}
+        policy = {"require_signature": required, "signing_keys": [key.pem for key in trusted]}
         policy |= {"signature_covers": covers}
         api.put("/v1/namespaces/acme", policy)
 

@@ -29,7 +29,7 @@ def shown(cli: Cli, resources: Resources) -> dict[str, Any]:
         metrics = http.get("/metrics").text
         listed = http.get("/jobs", headers={"Accept": "text/html"})
     assert (page.status_code, listed.status_code) == (200, 200)
-    doctor = {one["name"]: one for one in cli("doctor", "--no-contents", "--json").json["checks"]}["workers"]
+    doctor = {check["name"]: check for check in cli("doctor", "--no-contents", "--json").json["checks"]}["workers"]
     document = cli.json("jobs", 1)
     return {
         "since": document["stalled_since"],

@@ -55,7 +55,7 @@ def test_a_json_document_has_escapes_for_what_speaks_to_a_terminal_and_reads_bac
     assert notes in [json.loads(line)["reason"] for line in export.out.splitlines()]
     assert "é 漢" in shown.out
     for text in (shown.out, refused.out, export.out):
-        assert all(one.isprintable() or one == "\n" for one in text)
+        assert all(character.isprintable() or character == "\n" for character in text)
 
 
 class Terminal(io.StringIO):

@@ -109,7 +109,7 @@ def test_a_file_with_two_names_is_sent_once(cli: Cli) -> None:
     files = [row(content, "a.txt"), row(content, "b.txt")]
     with api_of(cli) as api:
         planned = api.post("/v1/uploads", {"namespace": "acme", "files": files})["files"]
-        assert [one["path"] for one in planned] == ["a.txt", "b.txt"]
+        assert [upload["path"] for upload in planned] == ["a.txt", "b.txt"]
         assert planned[0]["upload"] == planned[1]["upload"]
 
 

@@ -54,14 +54,14 @@ def test_weights_of_a_composition_that_are_pushed_again_keep_its_inputs_licences
     kind = ("--kind", "model") if name == "merged" else ()
     for target in (f"acme/{name}:1.1.0", "other/name:1.0.0"):
         pushed = cli.json("push", directory, target, "--base", "tiny", *kind)
-        assert "composed_weights" in [one["code"] for one in pushed["warnings"]]
+        assert "composed_weights" in [warning["code"] for warning in pushed["warnings"]]
         assert inputs(cli, target) == inputs(cli, f"acme/{name}:1.0.0") != []
         policy = {"version": 1, "licenses": {"refuse": ["gpl-3.0"]}, "verdict": "ok"}
         (tmp_path / "policy.yaml").write_text(yaml.safe_dump(policy))
         channel = f"{target.partition(':')[0]}@prod"
         cli.ok("policy", "set", channel, tmp_path / "policy.yaml")
         refused = cli("promote", target, "--to", "prod", "--json").json["error"]["findings"]
-        results: Mapping[str, Any] = {one["rule"]: one for one in refused}
+        results: Mapping[str, Any] = {result["rule"]: result for result in refused}
         assert not results["no gpl-3.0"]["passed"]
         assert "not composed here" not in results["verdict ok"]["detail"]
 
@@ -124,5 +124,5 @@ def test_a_tag_of_the_hub_keeps_the_inputs_of_the_weights_that_it_publishes(
         hub.create(resources, name)
         head = hub.commit(resources, files, name)
         findings = transfers.release(resources, hub.actor(resources), name, head, parse_version("1.0.0"), "")
-    assert "composed_weights" in [one["code"] for one in findings]
+    assert "composed_weights" in [finding["code"] for finding in findings]
     assert inputs(cli, "acme/tagged:1.0.0") == inputs(cli, "acme/both:1.0.0")

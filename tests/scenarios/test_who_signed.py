@@ -94,7 +94,7 @@ def test_a_release_and_a_policy_tell_a_workers_signature_from_a_publishers(
     assert "by a worker" in signing.ok("show", "strict/evil:1.0.0").out
     policy(signing, tmp_path, signature="publisher")
     refused = signing("promote", "strict/evil:1.0.0", "--to", "prod", "--json").json["error"]
-    assert [one["detail"] for one in refused["findings"]] == ["only a worker has signed it"]
+    assert [finding["detail"] for finding in refused["findings"]] == ["only a worker has signed it"]
     signing.ok("sign", "strict/evil:1.0.0", "--key", worker_keys.private)
     assert signing("promote", "strict/evil:1.0.0", "--to", "prod").code == 1, "the worker's key stays the worker's"
     with api_of(signing) as api:  # nor is its bundle anybody else's, once it was downloaded

@@ -105,9 +105,9 @@ def pushed(resources: Resources, directory: Path, name: str = "new") -> Registry
         ManifestFile(path.name, path.stat().st_size, Digest(hash_file(path)))
         for path in sorted(directory.glob("[aR]*"))
     ]
-    rows = [{"path": one.path, "size_bytes": one.size_bytes, "sha256": one.sha256} for one in manifest]
+    rows = [{"path": file.path, "size_bytes": file.size_bytes, "sha256": file.sha256} for file in manifest]
     try:
-        send(api, "acme", [PushedFile(directory / one.path, one) for one in manifest], lambda _count: None)
+        send(api, "acme", [PushedFile(directory / file.path, file) for file in manifest], lambda _count: None)
         api.post(f"/v1/adapters/acme/{name}/releases", {"bump": "minor", "base": "tiny", "files": rows})
     except RegistryError as error:
         return error
@@ -180,7 +180,7 @@ def test_a_score_that_a_card_reports_is_not_one_that_was_read_wrongly(
         assert pushed(resources, adapter, f"new-{reads}") is None
         store.right = store.wrong = 0
         scores = cli.json("show", f"acme/new-{reads}")["scores"]
-        assert [one["value"] for one in scores] == [0.75], reads
+        assert [score["value"] for score in scores] == [0.75], reads
 
 
 def test_a_card_that_is_read_wrongly_once_is_not_shown_so_for_good(
@@ -227,5 +227,5 @@ def test_a_check_of_all_contents_reports_no_blob_that_was_read_wrongly_once(
     _, resources, store = held
     store.wrong = 1
     findings = check(resources, read_bytes=True, progress=nothing)
-    assert not [one for one in findings if one.code == "blob_corrupt"]
+    assert not [finding for finding in findings if finding.code == "blob_corrupt"]
     assert not store.wrong

@@ -91,7 +91,7 @@ def missing(shown: tuple[str, ...], printed: str) -> list[str]:
     left: list[str] = []
     for line in shown:
         pattern = re.compile(".*".join(map(re.escape, masked(line).split("…"))))
-        at = next((number for number, one in enumerate(lines) if pattern.fullmatch(one)), None)
+        at = next((number for number, printed in enumerate(lines) if pattern.fullmatch(printed)), None)
         if at is None:
             left.append(line)
         else:

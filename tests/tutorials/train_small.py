@@ -61,7 +61,7 @@ def batch(rows: list[tuple[str, str]]) -> Batch:
 
 
 def train(model: Any, rows: list[tuple[str, str]], steps: int, rate: float) -> None:
-    optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=rate)
+    optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=rate)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, steps)
     order = torch.Generator().manual_seed(0)
     for _ in range(steps):

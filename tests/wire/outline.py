@@ -17,7 +17,9 @@ _NAME = re.compile(r".*/")
 def outline(document: Json) -> str:
     """The routes by path, then the schemas by name."""
     routes = [line for path, item in sorted(document["paths"].items()) for line in _routes(path, item)]
-    schemas = [line for name, one in sorted(document["components"]["schemas"].items()) for line in _schema(name, one)]
+    schemas = [
+        line for name, schema in sorted(document["components"]["schemas"].items()) for line in _schema(name, schema)
+    ]
     others = {name: part for name, part in document["components"].items() if name != "schemas"}
     rest = {name: part for name, part in document.items() if name not in ("paths", "components")}
     return "\n".join([*routes, "", *schemas, "", f"components {others}", f"document {rest}"])
@@ -25,10 +27,11 @@ def outline(document: Json) -> str:
 
 def _routes(path: str, item: Json) -> Iterator[str]:
     for method, route in sorted(item.items()):
-        security = " or ".join(", ".join(one) or "anyone" for one in route.get("security", [])) or "anyone"
+        security = " or ".join(", ".join(scheme) or "anyone" for scheme in route.get("security", [])) or "anyone"
         yield f"{method.upper()} {path} ({security}): {_answers(route['responses'])}"
-        for one in sorted(route.get("parameters", []), key=lambda one: (one["in"], one["name"])):
-            yield f"  {one['in']} {one['name']}{'' if one.get('required') else '?'}: {kind(one['schema'])}"
+        for parameter in sorted(route.get("parameters", []), key=lambda one: (one["in"], one["name"])):
+            optional = "" if parameter.get("required") else "?"
+            yield f"  {parameter['in']} {parameter['name']}{optional}: {kind(parameter['schema'])}"
         body = route.get("requestBody")
         for media, content in sorted((body or {}).get("content", {}).items()):
             required = "" if body.get("required") else "?"
@@ -37,10 +40,12 @@ def _routes(path: str, item: Json) -> Iterator[str]:
 
 def _answers(responses: Json) -> str:
     """Each status with its content; those with a problem document together."""
-    problems = [status for status, one in responses.items() if "application/problem+json" in one.get("content", {})]
+    problems = [
+        status for status, response in responses.items() if "application/problem+json" in response.get("content", {})
+    ]
     others = [
-        f"{status} {_reference(one) or ' or '.join(_content(one)) or 'nothing'}"
-        for status, one in responses.items()
+        f"{status} {_reference(response) or ' or '.join(_content(response)) or 'nothing'}"
+        for status, response in responses.items()
         if status not in problems
     ]
     return "; ".join([*others, f"problems {' '.join(problems)}"] if problems else others)
@@ -58,8 +63,8 @@ def _schema(name: str, schema: Json) -> Iterator[str]:
         yield f"{name}: {kind(schema)}"
         return
     yield f"{name}{_limits(schema)}:"
-    for field, one in sorted(schema["properties"].items()):
-        yield f"  {field}{'' if field in schema.get('required', ()) else '?'}: {kind(one)}"
+    for field, part in sorted(schema["properties"].items()):
+        yield f"  {field}{'' if field in schema.get('required', ()) else '?'}: {kind(part)}"
 
 
 def kind(schema: Json) -> str:
@@ -72,7 +77,7 @@ def kind(schema: Json) -> str:
     elif schema.get("type") == "array":
         base = f"[{kind(schema.get('items', {}))}]"
     elif "properties" in schema:
-        base = "{" + ", ".join(f"{name}: {kind(one)}" for name, one in sorted(schema["properties"].items())) + "}"
+        base = "{" + ", ".join(f"{name}: {kind(part)}" for name, part in sorted(schema["properties"].items())) + "}"
     else:
         base = " ".join(str(schema[key]) for key in ("type", "format") if key in schema) or "any"
     return base + _limits(schema)

@@ -38,7 +38,9 @@ def test_every_command_has_an_example_that_it_takes_and_a_text_for_each_option_w
             group, command = command, command.commands[name]  # type: ignore[attr-defined]
         if hasattr(command, "commands"):
             continue
-        silent = [one.name for one in command.params if not getattr(one, "help", "") and not getattr(one, "hidden", 0)]
+        silent = [
+            param.name for param in command.params if not getattr(param, "help", "") and not getattr(param, "hidden", 0)
+        ]
         assert silent == [], path
         example = page.partition("\n  Example:\n")[2].replace("\\\n", " ")
         words = shlex.split(example)

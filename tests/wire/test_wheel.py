@@ -70,7 +70,9 @@ def test_the_wheel_brings_command_packages_and_migrations_and_says_which_extra_i
     subprocess.run([installed / "python", "-c", "import registry, composer"], cwd=tmp_path, check=True)
     assert run(installed, tmp_path, "list").returncode == 0
     errors = errors_of_types(installed, tmp_path / "typed")
-    assert [(Path(one["file"]).name, one["rule"]) for one in errors] == [("wrong.py", "reportAssignmentType")], errors
+    assert [(Path(error["file"]).name, error["rule"]) for error in errors] == [("wrong.py", "reportAssignmentType")], (
+        errors
+    )
     refused = run(installed, tmp_path, "merge", "--base", "x", "--adapter", "y", "-o", "z")
     assert refused.returncode == 7
     assert "Install adaptory with its extra `composer`." in refused.stderr

@@ -36,7 +36,7 @@ def deltas(seed: int, modules: list[str], size: float = 0.2, layout: Layout = La
 
 
 def encoded(loaded: LoadedModel) -> list[Encoded]:
-    return [Encoded(tuple(encode_prompt(loaded, one, True)), 1) for one in PROMPTS]
+    return [Encoded(tuple(encode_prompt(loaded, prompt, True)), 1) for prompt in PROMPTS]
 
 
 MODULES = ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.v_proj", "model.layers.1.mlp.down_proj"]
@@ -52,8 +52,8 @@ def captured(loaded: LoadedModel, victim: list[Delta]) -> dict[str, tuple[torch.
         for module in MODULES
     ]
     with torch.inference_mode(), deltas_applied(loaded.model, victim):
-        for one in encoded(loaded):
-            loaded.model(input_ids=torch.tensor([one.ids], device=loaded.device))
+        for example in encoded(loaded):
+            loaded.model(input_ids=torch.tensor([example.ids], device=loaded.device))
     for handle in handles:
         handle.remove()
     both: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -69,8 +69,8 @@ def test_ratio_along_and_across_are_those_of_the_dense_products(loaded: LoadedMo
     own = other = common = 0.0
     for module, (X_NI, Y_NO) in captured(loaded, victim).items():
         moved = [
-            sum((X_NI @ (d.scale * d.B_OR @ d.A_RI).double().T for d in one if d.module == module), torch.zeros(()))
-            for one in (victim, intruder)
+            sum((X_NI @ (d.scale * d.B_OR @ d.A_RI).double().T for d in adapter if d.module == module), torch.zeros(()))
+            for adapter in (victim, intruder)
         ]
         base = Y_NO.square().sum()
         own += (moved[0].square().sum() / base).item()
@@ -156,7 +156,10 @@ def test_an_embedding_that_scales_what_it_looks_up_scales_what_an_adapter_adds(
         B=torch.randn(32, 2),
         scale=0.1,
     )
-    ids, embedding = torch.cat([torch.tensor(one.ids) for one in encoded(gemma)]), gemma.model.get_submodule(path)
+    ids, embedding = (
+        torch.cat([torch.tensor(example.ids) for example in encoded(gemma)]),
+        gemma.model.get_submodule(path),
+    )
     with torch.inference_mode():
         before = embedding(ids)
         with deltas_applied(gemma.model, [own]):
@@ -191,7 +194,7 @@ def streamed(loaded: LoadedModel) -> LoadedModel:
     """The same base, of which only the embedding and one layer fit into the given memory."""
     measured = load_model(loaded.model.name_or_path, device="cpu", memory=60_000)
     assert measured.streamed
-    assert any(one.is_meta for one in measured.model.parameters())
+    assert any(parameter.is_meta for parameter in measured.model.parameters())
     return measured
 
 
@@ -204,7 +207,7 @@ def test_a_base_that_does_not_fit_in_memory_is_streamed_and_shows_the_same(
         assert there.directed[pair].intruder == pytest.approx(one.intruder, rel=1e-5)
         assert there.directed[pair].ratio == pytest.approx(one.ratio, rel=1e-5)
         assert there.directed[pair].modules == pytest.approx(one.modules, rel=1e-5)
-    assert any(one.is_meta for one in streamed.model.parameters()), "what was read is given back"
+    assert any(parameter.is_meta for parameter in streamed.model.parameters()), "what was read is given back"
 
 
 def test_prompts_of_different_lengths_share_the_reading_of_a_streamed_base(streamed: LoadedModel) -> None:
@@ -235,5 +238,5 @@ def test_fused_experts_act_and_are_not_looked_at(tmp_path: Path) -> None:
     }
     measured = activations(model, members, PROMPTS).directed["red", "green"]
     assert sorted(measured.modules) == [f"model.layers.{layer}.self_attn.q_proj" for layer in (0, 1)]
-    alone = {name: [one for one in own if "q_proj" in one.module] for name, own in members.items()}
+    alone = {name: [delta for delta in own if "q_proj" in delta.module] for name, own in members.items()}
     assert measured.ratio != pytest.approx(activations(model, alone, PROMPTS).directed["red", "green"].ratio, rel=1e-6)

@@ -127,7 +127,7 @@ def test_a_policy_says_what_share_of_the_answers_has_to_be_left(least: float, st
 
 
 def test_the_share_that_is_left_is_printed_with_its_interval() -> None:
-    (answers,) = [one for one in of_outcome(answering(13, 4), Policy()) if one.code == "probe_answers"]
+    (answers,) = [finding for finding in of_outcome(answering(13, 4), Policy()) if finding.code == "probe_answers"]
     assert "4 of the 13 examples" in answers.message
     assert "(9% to 61% of all)" in answers.message
     share = answering(13, 4).to_json(Limits())["effects"][0]["answers_interval"]  # pyright: ignore[reportIndexIssue]
@@ -135,7 +135,7 @@ def test_the_share_that_is_left_is_printed_with_its_interval() -> None:
 
 
 def test_what_is_open_is_named_with_its_numbers() -> None:
-    (answers,) = [one for one in of_outcome(answering(4, 3), Policy()) if one.code == "probe_open"]
+    (answers,) = [finding for finding in of_outcome(answering(4, 3), Policy()) if finding.code == "probe_open"]
     assert "open after 16 examples whether red retains 90% of its exact match" in answers.message
     assert answers.message.endswith("(3 of 4 so far; 8 exact matches are needed to decide).")
     assert (answers.subject, answers.measure) == ("red + green: red", 0.75)
@@ -143,7 +143,7 @@ def test_what_is_open_is_named_with_its_numbers() -> None:
     (loss,) = of_outcome(Outcome(16, (wide,), ()), Policy())
     assert "whether red loses more than 0.10 nats a token on red-exact (between -" in loss.message
     both = of_outcome(Outcome(16, (replace(wide, answered=4, still_answered=3),), ()), Policy())
-    assert [one.measure for one in both] == [0.3, 0.75]
+    assert [finding.measure for finding in both] == [0.3, 0.75]
 
 
 def test_an_open_question_makes_the_verdict_undecided_whatever_its_finding_is(

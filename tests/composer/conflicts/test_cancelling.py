@@ -61,7 +61,7 @@ def test_those_that_cancel_only_together_are_found(red: LoadedAdapter, green: Lo
     """Four adapters whose sum is zero, while every pair keeps at least 0.6 of its energy."""
     four = [red, green, load("blue", 5), load("white", 6)]
     norms = [relative**0.5 for relative in (member.share for member in conflicts(four, [1.0] * 4).members)]
-    alone = [scaled(one, 1 / norm, one.name) for one, norm in zip(four, norms, strict=True)]
+    alone = [scaled(adapter, 1 / norm, adapter.name) for adapter, norm in zip(four, norms, strict=True)]
     minus = replace(scaled(red, 1.0, "minus"), deltas=tuple(summed_and_turned(alone)))
     report = conflicts([*alone, minus], [1.0] * 5)
     (finding,) = [one for one in report.findings if one.code == "cancelling"]

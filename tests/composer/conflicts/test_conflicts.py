@@ -97,7 +97,7 @@ def test_a_lowered_threshold_makes_nobody_alike(
 def test_advice_to_keep_one_of_two_is_for_those_that_do_the_same(red: LoadedAdapter, green: LoadedAdapter) -> None:
     low = parse_policy("thresholds: {near_duplicate: -1}")
     reports = [conflicts([red, other], [1.0, 1.0], policy=low) for other in (green, scaled(red, 1.1, "again"))]
-    assert ["keep one" in " ".join(text.advice(one)) for one in reports] == [False, True]
+    assert ["keep one" in " ".join(text.advice(report)) for report in reports] == [False, True]
 
 
 def test_an_adapter_that_adds_nothing_is_named(red: LoadedAdapter, green: LoadedAdapter) -> None:
@@ -242,7 +242,7 @@ def test_layers_are_sums_over_their_modules(red: LoadedAdapter, green: LoadedAda
 def test_retention_is_of_what_the_method_makes(red: LoadedAdapter, green: LoadedAdapter, method: str) -> None:
     report = conflicts([red, green], [1.0, 0.5], parse_settings(method))
     combined = combine_deltas([red, green], [1.0, 0.5], method).deltas
-    everything = sorted({delta.module for one in (red, green) for delta in one.deltas})
+    everything = sorted({delta.module for adapter in (red, green) for delta in adapter.deltas})
     M = torch.cat([sum(dense(d) for d in combined if d.module == module).flatten() for module in everything])
     for member, adapter in zip(report.members, (red, green), strict=True):
         own = {delta.module: dense(delta) for delta in adapter.deltas}
@@ -261,7 +261,7 @@ def test_two_that_train_one_token_are_a_finding_whatever_the_method(
         for name, rows in (("one", [1, 5]), ("two", [5, 9]))
     ]
     report = conflicts(loaded, [1.0, 1.0], parse_settings(method))
-    assert [one.code for one in report.findings if one.severity is Severity.ERROR] == ["token_conflict"]
+    assert [finding.code for finding in report.findings if finding.severity is Severity.ERROR] == ["token_conflict"]
     assert report.verdict is Verdict.REFUSE
 
 
@@ -306,7 +306,9 @@ def test_a_real_probe_goes_into_the_report_of_its_own_adapters(
         Suite(name=name, kind="target", chat=True, examples=(Example("hi", name), Example("you", name)))
         for name in ("red", "green")
     ]
-    members = [Probed(one.name, one.deltas, 1.0, suite) for one, suite in zip((red, green), suites, strict=True)]
+    members = [
+        Probed(adapter.name, adapter.deltas, 1.0, suite) for adapter, suite in zip((red, green), suites, strict=True)
+    ]
     loaded = load_model(base, device=DEVICE)
     report = conflicts([red, green], [1.0, 1.0], evidence=probe(lambda: loaded, members, effort=2))
     assert report.pairs[0].evidence == "probe"

@@ -69,12 +69,12 @@ def test_the_evidence_that_is_weak_is_said_to_be(adapters: list[LoadedAdapter], 
             ("probe", Evidence(load=lambda: loaded, suites=suites(3), k=2)),
         )
     }  # fmt: skip
-    assert any("weights alone hardly predict" in one for one in said["weights"])
+    assert any("weights alone hardly predict" in text for text in said["weights"])
     assert any(
-        "weaker evidence than a probe: on the members' own examples, with completions," in one
-        for one in said["activations"]
+        "weaker evidence than a probe: on the members' own examples, with completions," in text
+        for text in said["activations"]
     )
-    assert not any("evidence" in one for one in said["probe"])
+    assert not any("evidence" in text for text in said["probe"])
 
 
 def test_without_a_probe_a_set_is_unmeasured_and_two_examples_leave_it_undecided(
@@ -94,7 +94,7 @@ def test_without_a_probe_a_set_is_unmeasured_and_two_examples_leave_it_undecided
 
 def larger(small: list[Suite]) -> list[Suite]:
     more = tuple(Example(f"prompt {number}", "yes") for number in range(8))
-    return [Suite(name=one.name, kind=one.kind, chat=True, examples=(*one.examples, *more)) for one in small]
+    return [Suite(name=suite.name, kind=suite.kind, chat=True, examples=(*suite.examples, *more)) for suite in small]
 
 
 def test_members_that_answer_the_same_prompts_differently_are_named_before_anything_else(
@@ -223,7 +223,7 @@ def test_dense_deltas_are_counted_before_they_are_made(adapters: list[LoadedAdap
         B=torch.ones(1 << 15, 1),
         scale=1.0,
     )
-    large = [replace(one, deltas=(huge,)) for one in adapters[:2]]
+    large = [replace(adapter, deltas=(huge,)) for adapter in adapters[:2]]
     assert too_large(large)
     assert not too_large(adapters)
     for method in ("ties", "ties_svd", "peft_svd"):

@@ -41,7 +41,7 @@ class Node:
 
     def find(self, tag: str) -> list["Node"]:
         elements = [self] if self.tag == tag else []
-        return elements + [one for child in self.children for one in child.find(tag)]
+        return elements + [element for child in self.children for element in child.find(tag)]
 
     def full_text(self) -> str:
         return self.text + "".join(child.full_text() for child in self.children)
@@ -117,7 +117,7 @@ def test_a_page_is_well_formed_and_refers_to_nothing_outside(report: ConflictRep
 
 
 def every(node: Node) -> list[Node]:
-    return [node, *(one for child in node.children for one in every(child))]
+    return [node, *(element for child in node.children for element in every(child))]
 
 
 def test_what_strangers_named_is_text_and_never_markup(report: ConflictReport) -> None:
@@ -146,7 +146,7 @@ def test_a_map_has_a_row_a_layer_a_column_a_kind_and_the_number_in_every_cell(re
     cell = rows[2].find("td")[1]
     assert float(cell.full_text()) == pytest.approx(first.modules[module].cosine, abs=0.0051)
     assert cell.attributes["title"] == f"1 v_proj: {first.modules[module].cosine:.4g}"
-    assert [one.full_text() for one in rows[3].find("td")[:2]] == ["", ""]
+    assert [cell.full_text() for cell in rows[3].find("td")[:2]] == ["", ""]
 
 
 def test_colour_follows_the_distance_from_chance_on_one_scale_for_all_maps(report: ConflictReport) -> None:
@@ -158,7 +158,7 @@ def test_colour_follows_the_distance_from_chance_on_one_scale_for_all_maps(repor
         assert most >= LEAST_SCALE
         for pair, node in zip(report.pairs, own, strict=True):
             cells = [cell for cell in node.find("td") if cell.attributes]
-            values = [getattr(one, measure) - colouring.origin for one in pair.modules.values()]
+            values = [getattr(numbers, measure) - colouring.origin for numbers in pair.modules.values()]
             shown_values = [float(str(cell.attributes["title"]).rpartition(": ")[2]) for cell in cells]
             assert sorted(shown_values) == pytest.approx(sorted(values), rel=1e-3, abs=1e-5)
             for cell, distance in zip(cells, shown_values, strict=True):
@@ -183,7 +183,7 @@ def _level(report: ConflictReport, measure: str, numbers: PairMetrics) -> str:
     module = next(iter(first.modules))
     changed = replace(first, modules={**first.modules, module: numbers})
     tree = Tree(page(replace(report, pairs=(changed, *report.pairs[1:])))).root
-    node = next(one for one in maps(tree) if f"m-{measure}" in str(one.attributes["class"]))
+    node = next(element for element in maps(tree) if f"m-{measure}" in str(element.attributes["class"]))
     kind, layer = cell_of(module)
     title = f"{'other' if layer is None else layer} {kind}: "
     return next(
@@ -265,7 +265,7 @@ def schema_1() -> dict[str, Any]:
         for later in ("verdict", "tolerated", "answers_required", "answers_interval"):
             part.pop(later, None)
     stored["whole"].pop("advice")
-    return {name: one for name, one in stored.items() if name not in ("summary", "by_default")} | {"schema": 1}
+    return {name: value for name, value in stored.items() if name not in ("summary", "by_default")} | {"schema": 1}
 
 
 @pytest.mark.parametrize("stored", [STORED, schema_1()], ids=["schema 2", "schema 1"])

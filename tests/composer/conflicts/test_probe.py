@@ -136,7 +136,7 @@ def test_the_same_examples_are_measured_every_time_and_one_example_has_no_error(
 
 
 def test_examples_grow_while_something_is_open_and_an_ok_needs_eight(loaded: LoadedModel) -> None:
-    red, blue = (replace(one, suite=suite(one.name, count=20)) for one in (MEMBERS[0], MEMBERS[2]))
+    red, blue = (replace(member, suite=suite(member.name, count=20)) for member in (MEMBERS[0], MEMBERS[2]))
     patient = Limits(loss=1e9, answers=0.0)
     assert probe(lambda: loaded, [red, blue], effort=Effort(2, 16, patient)).pairs[0].k == 8, "then nothing is too much"
     assert (
@@ -152,7 +152,7 @@ def test_examples_grow_while_something_is_open_and_an_ok_needs_eight(loaded: Loa
 
 
 def test_a_guard_that_is_open_or_rose_keeps_the_probe_growing(loaded: LoadedModel) -> None:
-    red, blue = (replace(one, suite=suite(one.name, count=20)) for one in (MEMBERS[0], MEMBERS[2]))
+    red, blue = (replace(member, suite=suite(member.name, count=20)) for member in (MEMBERS[0], MEMBERS[2]))
     guard = suite("guard", "guard", count=20)
     unguarded = Limits(loss=1e9, answers=0.0, guard=1e9)
     first = probe(lambda: loaded, [red, blue], [guard], Effort(8, 8, unguarded)).pairs[0].guards[0]

@@ -16,7 +16,7 @@ def test_what_rounding_will_lose_is_reported_before_the_merge(tmp_path: Path, re
     model = AutoModelForCausalLM.from_pretrained(save_llama(tmp_path / "full"), dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "half")
     report = conflicts([scaled(red, 1e-4, "faint")], [1.0], base=open_checkpoint(tmp_path / "half"))
-    assert {one.code: one.severity for one in report.findings}["bf16_swallow"] is Severity.WARNING
+    assert {finding.code: finding.severity for finding in report.findings}["bf16_swallow"] is Severity.WARNING
     assert report.together.lost_share is not None
     assert report.together.lost_share > 0.9
 

@@ -135,7 +135,7 @@ def test_a_policy_says_how_much_may_be_lost_and_how_severe_that_is(red: LoadedAd
 
 def test_the_summary_fits_a_screen(red: LoadedAdapter, green: LoadedAdapter) -> None:
     harmed = outcome(1.5, 0.4, 0.6, 0.1).overall
-    effects = tuple(replace(one, answered=8, still_answered=2) for one in harmed.effects)
+    effects = tuple(replace(effect, answered=8, still_answered=2) for effect in harmed.effects)
     result = ProbeResult(8, (replace(harmed, effects=effects),), replace(harmed, effects=effects), 1.5)
     summary = text.summary(conflicts([red, green], [1.0, 1.0], evidence=result))
     assert summary.headline == "warn, measured on 8 examples a suite in 2 s"

@@ -53,7 +53,7 @@ def test_outputs_are_the_modules_outputs_however_the_weight_is_stored(layout: La
 def test_interference_and_shares_equal_their_dense_definitions() -> None:
     parts, weights = [delta(1), delta(2), delta(3)], [1.0, -0.5, 2.0]
     weighted = [w * dense(part) for w, part in zip(weights, parts, strict=True)]
-    energies = torch.stack([(one**2).sum() for one in weighted])
+    energies = torch.stack([(delta**2).sum() for delta in weighted])
     sums = relations(parts, weights)
     assert sums.interference() == pytest.approx(((sum(weighted) ** 2).sum() / energies.sum()).item())
     assert sums.shares() == pytest.approx((energies / energies.sum()).tolist())
@@ -91,7 +91,7 @@ def test_an_absent_or_zero_delta_has_no_energy_and_nothing_becomes_nan() -> None
 def test_the_whole_model_is_the_quotient_of_sums_not_the_mean_of_quotients() -> None:
     first, second = [delta(1), delta(2)], [delta(3), delta(4)]
     total = relations(first) + relations(second)
-    stacked = [torch.cat([dense(one), dense(two)]).flatten() for one, two in zip(first, second, strict=True)]
+    stacked = [torch.cat([dense(left), dense(two)]).flatten() for left, two in zip(first, second, strict=True)]
     assert total.cosine(0, 1) == pytest.approx(torch.cosine_similarity(*stacked, dim=0).item())
     mean = (relations(first).cosine(0, 1) + relations(second).cosine(0, 1)) / 2
     assert total.cosine(0, 1) != pytest.approx(mean, rel=1e-3)
@@ -113,8 +113,8 @@ def test_retention_is_the_weight_that_explains_most_of_the_sum_by_one_delta() ->
     parts, weights = [delta(1), delta(2), delta(3)], [1.0, -0.5, 2.0]
     merged = sum(w * dense(one) for w, one in zip(weights, parts, strict=True))
     sums = relations(parts, weights)
-    for index, one in enumerate(parts):
-        own = dense(one)
+    for index, part in enumerate(parts):
+        own = dense(part)
         assert sums.retention(index) == pytest.approx(((merged * own).sum() / (own * own).sum()).item(), rel=1e-9)
 
 

@@ -31,10 +31,10 @@ def test_spilled_tensors_have_the_same_values_also_after_their_memory_was_given_
         torch.manual_seed(seed)
         given = [(torch.randn(shape) * 50).to(dtype) for shape in SHAPES]
         mapped = spill.put([*given[:-1], given[-1].T])
-        for one in mapped:
-            one.drop()
+        for factor in mapped:
+            factor.drop()
         assert all(
-            torch.equal(one.tensor, other) for one, other in zip(mapped, [*given[:-1], given[-1].T], strict=True)
+            torch.equal(factor.tensor, other) for factor, other in zip(mapped, [*given[:-1], given[-1].T], strict=True)
         )
 
 
@@ -75,12 +75,14 @@ def test_a_file_that_cannot_be_written_for_another_reason_is_not_called_a_full_d
 def test_combined_factors_outlive_the_call_that_made_them(make_model: MakeModel, make_adapter: MakeAdapter) -> None:
     base = make_model()
     loaded = [load_deltas(make_adapter(base, name, seed=seed), None) for seed, name in enumerate("ab")]
-    made = [one for one in combine_deltas(loaded, [1.0, 1.0], "svd", {"rank": 3}).deltas if isinstance(one, LowRank)]
-    before = [one.A_RI.clone() for one in made]
+    made = [
+        delta for delta in combine_deltas(loaded, [1.0, 1.0], "svd", {"rank": 3}).deltas if isinstance(delta, LowRank)
+    ]
+    before = [delta.A_RI.clone() for delta in made]
     assert before
     for one in made:
         one.drop_pages()
-    assert all(torch.equal(one.A_RI, other) for one, other in zip(made, before, strict=True))
+    assert all(torch.equal(delta.A_RI, other) for delta, other in zip(made, before, strict=True))
 
 
 def test_a_file_that_was_emptied_since_it_was_opened_is_one_clear_error(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ def test_a_target_of_other_models_is_a_notice_as_peft_ignores_it(
     change_config(adapter, target_modules=["q_proj", *others, "v_proj"], **config)
     for architecture in (open_checkpoint(base).architecture, None):
         placed = placed_on(adapter, architecture)
-        findings = {(one.code, one.severity, one.subject) for one in placed.findings}
+        findings = {(finding.code, finding.severity, finding.subject) for finding in placed.findings}
         assert findings == {("unused_target", Severity.NOTICE, other) for other in others}
         assert len(placed.modules) == 6
     assert len(load_deltas(adapter, open_checkpoint(base).architecture).deltas) == 6

@@ -65,5 +65,5 @@ def test_factors_that_are_made_of_others_are_made_once_and_wait_on_the_disk(
         assert isinstance(first, LowRank)
         assert isinstance(again, LowRank)
         assert first.stored
-        for one, other in ((first.A_RI, again.A_RI), (first.B_OR, again.B_OR)):
-            assert one.data_ptr() == other.data_ptr()
+        for factor, other in ((first.A_RI, again.A_RI), (first.B_OR, again.B_OR)):
+            assert factor.data_ptr() == other.data_ptr()

@@ -162,5 +162,7 @@ def test_factors_for_more_experts_than_any_model_has_are_an_error_that_names_the
     factors = random_factors(1, outputs=1, inputs=1, rank=5000)
     stated = {"r": 1, "lora_alpha": 1, "rank_pattern": {}, "target_modules": [], "target_parameters": [DOWN]}
     seen = write_adapter(tmp_path / "adapter", {"model.layers.0.mlp.experts": factors}, **stated)
-    assert [(one.code, one.subject) for one in seen.findings] == [("rank_mismatch", f"model.layers.0.{DOWN}")]
+    assert [(finding.code, finding.subject) for finding in seen.findings] == [
+        ("rank_mismatch", f"model.layers.0.{DOWN}")
+    ]
     assert "5000 experts" in seen.findings[0].message

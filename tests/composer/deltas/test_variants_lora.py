@@ -236,7 +236,9 @@ def without_flag(adapter: Path) -> None:
 
 
 def without_magnitude(adapter: Path) -> None:
-    change_tensors(adapter, lambda tensors: {name: one for name, one in tensors.items() if "magnitude" not in name})
+    change_tensors(
+        adapter, lambda tensors: {name: tensor for name, tensor in tensors.items() if "magnitude" not in name}
+    )
 
 
 @pytest.mark.parametrize("change", [without_flag, without_magnitude])
@@ -254,7 +256,7 @@ def test_a_magnitude_and_its_flag_must_agree(
 def test_tokens_that_no_tensor_has_are_an_error(tmp_path: Path, make_model: MakeModel) -> None:
     base = make_model()
     adapter = save_adapted(base, lora(trainable_token_indices=[1, 2]), tmp_path / "adapter")
-    change_tensors(adapter, lambda tensors: {name: one for name, one in tensors.items() if "token" not in name})
+    change_tensors(adapter, lambda tensors: {name: tensor for name, tensor in tensors.items() if "token" not in name})
     with pytest.raises(Mismatch, match="no tensor has their rows"):
         load_deltas(adapter, open_checkpoint(base).architecture)
 
@@ -263,7 +265,7 @@ def test_rows_that_do_not_fit_are_not_called_missing(tmp_path: Path, make_model:
     base = make_model()
     adapter = save_adapted(base, lora(trainable_token_indices=[1, 2]), tmp_path / "adapter")
     change_tensors(
-        adapter, lambda tensors: {name: one[:1] if "token" in name else one for name, one in tensors.items()}
+        adapter, lambda tensors: {name: tensor[:1] if "token" in name else tensor for name, tensor in tensors.items()}
     )
     opened = read_adapter(adapter)
     placed = place(opened.config, opened.header, open_checkpoint(base).architecture)

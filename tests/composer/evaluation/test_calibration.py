@@ -126,5 +126,5 @@ def test_a_lock_names_the_examples_by_digests_that_do_not_follow_their_place(tmp
     assert names["suite_digest"] == RED.digest
     assert len(json.loads(json.dumps(names))["examples"]) == 3
     turned = Suite(name=RED.name, kind=RED.kind, chat=RED.chat, examples=RED.examples[::-1])
-    (all_of_one, all_of_other) = (CalibrationSet(one, 10).to_json()["examples"] for one in (RED, turned))
+    (all_of_one, all_of_other) = (CalibrationSet(suite, 10).to_json()["examples"] for suite in (RED, turned))
     assert sorted(map(str, all_of_one)) == sorted(map(str, all_of_other))  # pyright: ignore[reportArgumentType]

@@ -195,7 +195,7 @@ def test_the_loss_is_transformers_own_loss_on_the_completion(loaded: LoadedModel
 @pytest.mark.parametrize("batch_tokens", [1, 60, 100_000])
 def test_what_shares_a_batch_does_not_change_an_examples_result(loaded: LoadedModel, batch_tokens: int) -> None:
     encoded = [encode(loaded, example, SUITE.chat) for example in SUITE.examples]
-    alone = [measure(loaded, [one])[0] for one in encoded]
+    alone = [measure(loaded, [example])[0] for example in encoded]
     seen: list[int] = []
     for one, other in zip(measure(loaded, encoded, (), batch_tokens, seen.append), alone, strict=True):
         assert one.nats == pytest.approx(other.nats, rel=1e-5)
@@ -225,7 +225,9 @@ def test_an_interrupted_evaluation_does_not_measure_the_rest(loaded: LoadedModel
 def test_a_suite_gives_loss_and_exact_match_with_counts_errors_and_direction(loaded: LoadedModel) -> None:
     nll, accuracy = evaluate(loaded, SUITE)
     measured = measure(loaded, [encode(loaded, example, True) for example in SUITE.examples])
-    assert nll.value == pytest.approx(sum(one.nats for one in measured) / sum(one.tokens for one in measured))
+    assert nll.value == pytest.approx(
+        sum(result.nats for result in measured) / sum(result.tokens for result in measured)
+    )
     assert (nll.metric, nll.n, nll.higher_is_better, nll.suite_digest) == ("nll", 4, False, SUITE.digest)
     assert (accuracy.metric, accuracy.value, accuracy.higher_is_better) == ("accuracy", 0.0, True)
     assert nll.to_json()["suite"] == "letters"
@@ -257,9 +259,13 @@ def test_a_suite_whose_completions_do_not_end_scores_no_end_of_sequence(loaded: 
     nats, without = (score[0].value for score in (evaluate(loaded, ending), evaluate(loaded, cut)))
     (of_eos, *_), tokens = (
         [
-            sum(one.nats for one in measure(loaded, [encode(loaded, example, True) for example in ending.examples]))
+            sum(
+                result.nats
+                for result in measure(loaded, [encode(loaded, example, True) for example in ending.examples])
+            )
             - sum(
-                one.nats for one in measure(loaded, [encode(loaded, example, True, False) for example in cut.examples])
+                result.nats
+                for result in measure(loaded, [encode(loaded, example, True, False) for example in cut.examples])
             )
         ],
         [encode(loaded, example, True).completion_tokens for example in ending.examples],

@@ -121,7 +121,7 @@ def test_a_generation_suite_scores_answers_and_keeps_each_one(loaded: LoadedMode
     assert seen == {0: right, 1: wrong}
     nll, accuracy = evaluate(loaded, suite)
     assert (accuracy.value, accuracy.n) == (0.5, 2)
-    forced = suite_of("teacher_forced", *[one.to_json() for one in suite.examples])
+    forced = suite_of("teacher_forced", *[example.to_json() for example in suite.examples])
     assert nll.value == pytest.approx(evaluate(loaded, forced)[0].value, rel=1e-5), "of the reference, as in any task"
     cased = Suite.from_json(suite.to_json() | {"scorer": {"name": "match", "settings": {"case": True}}})
     assert examine(loaded, cased)[0].score == 0.0

@@ -15,7 +15,7 @@ SUITE = Suite(
     name="letters",
     kind="target",
     chat=True,
-    examples=tuple(Example(f"say {one}", f"{one} 12") for one in "abcdefgh" * 2),
+    examples=tuple(Example(f"say {letter}", f"{letter} 12") for letter in "abcdefgh" * 2),
 )
 
 

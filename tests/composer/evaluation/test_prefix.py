@@ -60,7 +60,7 @@ def tokens_run(model: Any, encoded: Sequence[Encoded], loaded: LoadedModel, delt
     """Measures the examples together, with the same results as separately, and counts the tokens of all passes."""
     torch.manual_seed(3)
     own = LoadedModel(model.eval(), None, loaded.architecture)
-    alone = [measure(own, [one], deltas)[0] for one in encoded]
+    alone = [measure(own, [example], deltas)[0] for example in encoded]
     passed: list[int] = []
     handle = model.register_forward_pre_hook(
         lambda _model, _args, given: passed.append(given["input_ids"].numel()), with_kwargs=True
@@ -76,13 +76,13 @@ def tokens_run(model: Any, encoded: Sequence[Encoded], loaded: LoadedModel, delt
 @pytest.mark.parametrize("kind", SHARING)
 def test_the_common_beginning_is_run_once_and_nothing_else_changes(kind: str, loaded: LoadedModel) -> None:
     encoded = examples()
-    assert tokens_run(SHARING[kind](), encoded, loaded) < sum(len(one.ids) for one in encoded)
+    assert tokens_run(SHARING[kind](), encoded, loaded) < sum(len(example.ids) for example in encoded)
 
 
 @pytest.mark.parametrize("kind", NOT_SHARING)
 def test_a_model_that_needs_more_of_the_past_runs_every_example_in_full(kind: str, loaded: LoadedModel) -> None:
     encoded = examples()
-    assert tokens_run(NOT_SHARING[kind](), encoded, loaded) >= sum(len(one.ids) for one in encoded)
+    assert tokens_run(NOT_SHARING[kind](), encoded, loaded) >= sum(len(example.ids) for example in encoded)
 
 
 def test_the_beginning_is_run_with_the_deltas_that_are_active(loaded: LoadedModel) -> None:
@@ -97,14 +97,14 @@ def test_the_beginning_is_run_with_the_deltas_that_are_active(loaded: LoadedMode
         scale=1.0,
     )
     encoded = examples()
-    assert tokens_run(llama(), encoded, loaded, [delta]) < sum(len(one.ids) for one in encoded)
+    assert tokens_run(llama(), encoded, loaded, [delta]) < sum(len(example.ids) for example in encoded)
 
 
 def test_a_prompt_that_is_the_beginning_of_the_others_keeps_a_token_of_its_own(loaded: LoadedModel) -> None:
     encoded = [Encoded((*PREFIX, 5, 6), 20), Encoded((*PREFIX, 5, 6, 7, 8), 22), Encoded((*PREFIX, 9), 20)]
-    assert tokens_run(llama(), encoded, loaded) < sum(len(one.ids) for one in encoded)
+    assert tokens_run(llama(), encoded, loaded) < sum(len(example.ids) for example in encoded)
 
 
 def test_few_tokens_in_common_are_not_worth_a_pass(loaded: LoadedModel) -> None:
     encoded = [Encoded((3, 4, number, 6, 7), 3) for number in range(3, 8)]
-    assert tokens_run(llama(), encoded, loaded) == sum(len(one.ids) for one in encoded)
+    assert tokens_run(llama(), encoded, loaded) == sum(len(example.ids) for example in encoded)

@@ -141,7 +141,11 @@ def test_separate_experts_and_stacks_are_combined_in_the_first_ones_way(order: i
 def test_shares_of_the_energy_give_a_stack_the_rank_of_its_largest_expert(tmp_path: Path) -> None:
     base = save_base(gpt_oss(), tmp_path / "base")
     report = assert_the_same(base, members_of(base, tmp_path), tmp_path, "svd", energy=0.8)
-    ranks = [one.rank for one in report.compressions if "down_proj" in one.module and ".0." in one.module]
+    ranks = [
+        compression.rank
+        for compression in report.compressions
+        if "down_proj" in compression.module and ".0." in compression.module
+    ]
     assert len(set(ranks)) > 1
     assert max(ranks) in report.ranks
 

@@ -85,7 +85,7 @@ def test_gpt2_is_extracted_and_merged_under_the_names_of_the_hub(
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["fan_in_fan_out"] is True
     loaded = PeftModel.from_pretrained(load_model(base), tmp_path / "out").eval()
     assert relative(_logits(loaded), expected) <= 1e-5
-    assert not any(one.severity is Severity.ERROR for one in inspect(tmp_path / "out", open_checkpoint(base)
+    assert not any(finding.severity is Severity.ERROR for finding in inspect(tmp_path / "out", open_checkpoint(base)
                    .architecture).findings)  # fmt: skip
     run_merge(plan_merge(open_checkpoint(base), [(tmp_path / "out", 1.0)]), tmp_path / "merged")
     assert relative(_logits(load_model(tmp_path / "merged")), expected) <= 1e-5
@@ -99,7 +99,7 @@ def test_the_error_is_that_of_the_best_matrix_of_the_rank(tmp_path: Path, make_m
     for rank in (1, 5, 16):
         report = extract(open_checkpoint(base), open_checkpoint(finetuned), tmp_path / f"r{rank}", rank=rank)
         best = float(sigma[rank:].norm() / sigma.norm())
-        assert [one.module for one in report.compressions] == [name.removesuffix(".weight")]
+        assert [compression.module for compression in report.compressions] == [name.removesuffix(".weight")]
         assert report.lost == pytest.approx(best, abs=1e-5)
     report = extract(open_checkpoint(base), open_checkpoint(finetuned), tmp_path / "energy", energy=0.9)
     assert report.lost**2 <= 0.1 + 1e-6
@@ -179,7 +179,7 @@ def test_a_cut_that_misses_much_of_the_change_is_a_warning(tmp_path: Path, make_
     change = torch.randn(16, 16, generator=torch.Generator().manual_seed(3)) * 0.1
     finetuned = _finetuned(base, tmp_path / "finetuned", {name: change})
     few = extract(open_checkpoint(base), open_checkpoint(finetuned), tmp_path / "few", rank=1)
-    assert [(one.code, one.severity) for one in few.findings] == [("much_lost", Severity.WARNING)]
+    assert [(finding.code, finding.severity) for finding in few.findings] == [("much_lost", Severity.WARNING)]
     assert extract(open_checkpoint(base), open_checkpoint(finetuned), tmp_path / "all", rank=16).findings == ()
 
 

@@ -20,10 +20,12 @@ PATTERNS = st.tuples(
 @given(st.lists(PATTERNS, max_size=6, unique=True), st.lists(PATHS, min_size=1, max_size=4))
 def test_the_first_pattern_that_peft_would_take_decides(patterns: list[str], paths: list[str]) -> None:
     values = ByPath({pattern: number for number, pattern in enumerate(patterns)})
-    held = [[number for number, one in enumerate(patterns) if re.match(rf"(.*\.)?({one})$", path)] for path in paths]
+    held = [
+        [number for number, pattern in enumerate(patterns) if re.match(rf"(.*\.)?({pattern})$", path)] for path in paths
+    ]
     assert [values.first(path, None) for path in paths] == [next(iter(own), None) for own in held]
     used = {number for own in held for number in own}
-    assert values.unused(paths) == [one for number, one in enumerate(patterns) if number not in used]
+    assert values.unused(paths) == [pattern for number, pattern in enumerate(patterns) if number not in used]
 
 
 def test_it_reads_as_the_mapping_that_it_was_made_of() -> None:

@@ -29,7 +29,7 @@ OWN: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 CONVERTED = {
-    kind: str([(one.source_patterns, one.target_patterns) for one in conversions])
+    kind: str([(conversion.source_patterns, conversion.target_patterns) for conversion in conversions])
     for kind, name in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items())
     if (conversions := get_checkpoint_conversion_mapping(kind) or get_checkpoint_conversion_mapping(str(name)))
 }
@@ -53,7 +53,7 @@ def shallow(config: PretrainedConfig) -> PretrainedConfig:
 def stored_by(model: PreTrainedModel, kind: str) -> Architecture:
     """The names and shapes that transformers itself would save."""
     tensors = revert_weight_conversion(model, dict(model.state_dict()))
-    return Architecture(kind, False, {name: TensorSpec("F32", tuple(one.shape)) for name, one in tensors.items()})
+    return Architecture(kind, False, {name: TensorSpec("F32", tuple(tensor.shape)) for name, tensor in tensors.items()})
 
 
 @pytest.mark.parametrize("kind", one_of_each(CONVERTED, CONVERTED.__getitem__))

@@ -69,8 +69,8 @@ VALUES = st.recursive(
 def paths(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     yield path
-    for key, one in items:
-        yield from paths(one, (*path, key))
+    for key, item in items:
+        yield from paths(item, (*path, key))
 
 
 def changed(document: Any, path: tuple[Any, ...], value: object) -> Any:

@@ -30,7 +30,10 @@ def test_what_hugging_faces_own_writers_write_is_read() -> None:
     }
     scores, doubts = reported_scores(files)
     assert doubts == []
-    rows = [(one.dataset, one.config, one.split, one.metric, one.value, one.higher_is_better) for one in scores]
+    rows = [
+        (score.dataset, score.config, score.split, score.metric, score.value, score.higher_is_better)
+        for score in scores
+    ]
     assert rows == [
         ("cais/hle", None, None, "score", 20.9, True),
         ("Idavidrein/gpqa", "gpqa_diamond", None, "score", 0.412, True),

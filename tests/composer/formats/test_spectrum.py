@@ -92,7 +92,7 @@ def test_an_untrained_adapter_has_a_spectrum_of_zeros_and_is_said_to_add_nothing
     A, B = random_factors(1)
     ranks = spectrum_of(write_adapter(tmp_path / "a", {Q0: (A, 0 * B)}))
     assert (ranks.norm, ranks.rank_95, ranks.effective_rank, ranks.near_zero) == (0, 0, 0, [])
-    assert [(one.code, one.severity) for one in ranks.hints()] == [("zero_delta", Severity.WARNING)]
+    assert [(hint.code, hint.severity) for hint in ranks.hints()] == [("zero_delta", Severity.WARNING)]
     json.loads(json.dumps(ranks.to_json(), allow_nan=False))
 
 

@@ -112,4 +112,4 @@ def test_an_adapter_without_a_tokenizer_is_a_warning(tmp_path: Path, make_model:
     for file in adapter.glob("tokenizer*"):
         file.unlink()
     plan = plan_merge(open_checkpoint(base), [(adapter, 1.0)])
-    assert [one.severity for one in plan.findings if one.code == "no_tokenizer"] == [Severity.WARNING]
+    assert [finding.severity for finding in plan.findings if finding.code == "no_tokenizer"] == [Severity.WARNING]

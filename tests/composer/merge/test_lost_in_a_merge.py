@@ -23,7 +23,9 @@ def test_a_merge_by_svd_reports_the_loss_of_its_cut_as_combine_does(
     assert report.lost == pytest.approx(combined.lost, rel=1e-4)
     assert report.lost > 0.1, "three adapters of one rank do not fit into that rank"
     assert report.to_json()["lost"] == report.lost
-    assert {one.module for one in report.compressions} == {one.module for one in combined.compressions}
+    assert {compression.module for compression in report.compressions} == {
+        compression.module for compression in combined.compressions
+    }
 
 
 def test_the_command_prints_the_loss_beside_the_rounding(
@@ -31,7 +33,7 @@ def test_the_command_prints_the_loss_beside_the_rounding(
 ) -> None:
     base = make_model()
     adapters = [make_adapter(base, name=f"a{seed}", seed=seed) for seed in (1, 2, 3)]
-    named = [word for one in adapters for word in ("--adapter", one)]
+    named = [word for adapter in adapters for word in ("--adapter", adapter)]
     cli = Cli({"ADAPTORY_HOME": str(tmp_path / "home")})
     cut = cli.ok("merge", "--base", base, *named, "--method", "svd", "-o", tmp_path / "cut").out
     lost = next(float(line.split()[1]) for line in cut.splitlines() if line.strip().startswith("lost "))

@@ -121,7 +121,7 @@ def test_a_merge_looks_at_no_factor_where_it_is_mapped(
     adapters = [(make_adapter(base, r=rank, target_modules="all-linear"), 1.0) for rank in (4, 16, 80)]
     plan = plan_merge(open_checkpoint(base), adapters)
     for path, _ in adapters:
-        for factor in (delta for one in plan.shards for tensor in one.tensors for delta in tensor.deltas):
+        for factor in (delta for shard in plan.shards for tensor in shard.tensors for delta in tensor.deltas):
             assert isinstance(factor, LowRank)
             factor.drop_pages()
         assert resident_of(path / "adapter_model.safetensors") == 0

@@ -85,7 +85,7 @@ def test_a_conflict_report_measures_only_what_a_4_bit_base_has_in_full(
     adapter = make_adapter(base, target_modules=["q_proj", "lm_head"])
     pack(base)
     tensors = load_file(base / "model.safetensors")
-    stored = {name: one.flatten().view(storage) for name, one in tensors.items() if name.endswith("proj.weight")}
+    stored = {name: tensor.flatten().view(storage) for name, tensor in tensors.items() if name.endswith("proj.weight")}
     save_file({**tensors, **stored}, base / "model.safetensors", {"format": "pt"})
     checkpoint = open_checkpoint(base, dequantize=True)
     report = conflicts([load_deltas(adapter, checkpoint.architecture)], [1.0], base=checkpoint)
@@ -152,8 +152,10 @@ TAGGED = "---\nbase_model: acme/base\n{}\n---\n# A card\n"
 def test_a_model_card_says_that_the_base_was_in_4_bits(card: str, evidence: str, pair: tuple[Path, Path]) -> None:
     base, adapter = pair
     (adapter / "README.md").write_text(card)
-    findings = [one for one in plan_merge(open_checkpoint(base), [(adapter, 1.0)]).findings if "4_bits" in one.code]
-    assert [evidence in one.message for one in findings] == ([True] if evidence else [])
+    findings = [
+        finding for finding in plan_merge(open_checkpoint(base), [(adapter, 1.0)]).findings if "4_bits" in finding.code
+    ]
+    assert [evidence in finding.message for finding in findings] == ([True] if evidence else [])
 
 
 def test_a_card_that_leads_out_of_the_adapter_is_not_read(pair: tuple[Path, Path], tmp_path: Path) -> None:
@@ -161,4 +163,6 @@ def test_a_card_that_leads_out_of_the_adapter_is_not_read(pair: tuple[Path, Path
     (tmp_path / "elsewhere").write_text(PEFTS_OWN.format("True"))
     (adapter / "README.md").unlink(missing_ok=True)
     (adapter / "README.md").symlink_to(tmp_path / "elsewhere")
-    assert not [one for one in plan_merge(open_checkpoint(base), [(adapter, 1.0)]).findings if "4_bits" in one.code]
+    assert not [
+        finding for finding in plan_merge(open_checkpoint(base), [(adapter, 1.0)]).findings if "4_bits" in finding.code
+    ]

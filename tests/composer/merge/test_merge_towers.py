@@ -154,7 +154,7 @@ def test_the_language_part_of_an_adapter_fits_the_language_model_alone(base: Pat
     adapter = adapter_of(AutoModelForImageTextToText.from_pretrained(base), targets, tmp_path / "adapter")
     LlamaForCausalLM(LlamaConfig(**TEXT)).save_pretrained(tmp_path / "text")
     alone = open_checkpoint(tmp_path / "text")
-    assert [one.code for one in inspect(adapter, alone.architecture).findings] == [OTHER_PATHS]
+    assert [finding.code for finding in inspect(adapter, alone.architecture).findings] == [OTHER_PATHS]
     assert len(merge(tmp_path / "text", adapter, tmp_path / "merged").touched) == 2
     assert load_model(tmp_path / "merged") is not None
 

@@ -58,14 +58,14 @@ def templated(directory: Path, template: str) -> Path:
 
 
 def merged_tokenizer(base: Path, out: Path, *adapters: Path) -> PreTrainedTokenizerBase:
-    run_merge(plan_merge(open_checkpoint(base), [(one, 1.0) for one in adapters]), out, device=DEVICE)
+    run_merge(plan_merge(open_checkpoint(base), [(adapter, 1.0) for adapter in adapters]), out, device=DEVICE)
     return AutoTokenizer.from_pretrained(out)
 
 
 def test_tokens_trained_in_padded_rows_can_be_read_and_written_after_the_merge(base: Path, tmp_path: Path) -> None:
     adapter = trained(base, tmp_path / "adapter")
     plan = plan_merge(open_checkpoint(base), [(adapter, 1.0)])
-    assert [one.code for one in plan.findings] == ["adapter_tokenizer"]
+    assert [finding.code for finding in plan.findings] == ["adapter_tokenizer"]
     tokenizer = merged_tokenizer(base, tmp_path / "out", adapter)
     rows = tokenizer.convert_tokens_to_ids([*NEW])
     assert rows == [SIZES["vocab_size"], SIZES["vocab_size"] + 1]

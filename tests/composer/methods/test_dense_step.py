@@ -55,7 +55,7 @@ def test_two_places_are_never_dense_at_once(red: LoadedAdapter, method: str, mon
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
     own = replace(red, deltas=tuple(map(factored, range(8))))
     combined = combine_deltas([own, own], [1.0, 0.5], method, {"rank": 4})
-    assert [one.rank for one in combined.compressions] == [4] * 8
+    assert [compression.rank for compression in combined.compressions] == [4] * 8
     assert (inside.most, inside.times) == (1, 8)
 
 
@@ -86,4 +86,4 @@ def test_a_dense_matrix_is_cut_to_the_same_bits_by_any_number_of_threads(monkeyp
         results[threads] = {"left": left, "right": right, "lost": torch.tensor([lost.norm, lost.error])}
     with ThreadPoolExecutor(3) as pool:
         assert torch.equal(Matrix.of(X).dense(pool), X)
-    assert all(torch.equal(one[name], results[1][name]) for one in results.values() for name in one)
+    assert all(torch.equal(result[name], results[1][name]) for result in results.values() for name in result)

@@ -181,8 +181,15 @@ def test_the_order_of_adapters_does_not_matter(method: str) -> None:
 def test_deltas_three_times_as_large_give_a_result_three_times_as_large(method: str) -> None:
     deltas = low_ranks()
     larger = [
-        LowRank(module=one.module, weight=one.weight, layout=one.layout, A=one.A_RI, B=one.B_OR, scale=3 * one.scale)
-        for one in deltas
+        LowRank(
+            module=delta.module,
+            weight=delta.weight,
+            layout=delta.layout,
+            A=delta.A_RI,
+            B=delta.B_OR,
+            scale=3 * delta.scale,
+        )
+        for delta in deltas
     ]
     assert error(combined(method, larger, WEIGHTS), 3 * combined(method, deltas, WEIGHTS)) < 1e-4
 
@@ -315,7 +322,7 @@ def test_random_masks_depend_on_seed_and_adapter_and_not_on_rows_or_order() -> N
 def test_what_is_dropped_at_random_is_made_up_for_on_average(method: str) -> None:
     delta = low_ranks()[0]
     settings = [{"seed": seed, "density": 0.5} for seed in range(60)]
-    mean = torch.stack([combined(method, [delta], [1.0], one) for one in settings]).mean(0)
+    mean = torch.stack([combined(method, [delta], [1.0], setting) for setting in settings]).mean(0)
     assert error(mean, as_stored(delta)) < 0.2  # sqrt((1 - p) / p / 60) is 0.13 where p is 0.5
 
 
@@ -379,7 +386,8 @@ def test_adapters_that_were_never_trained_add_nothing_and_break_nothing(
     method: str, zeros: int, budget: dict[str, object]
 ) -> None:
     deltas = [
-        replace(one, B=torch.zeros_like(one.B_OR)) if index < zeros else one for index, one in enumerate(low_ranks())
+        replace(low_rank, B=torch.zeros_like(low_rank.B_OR)) if index < zeros else low_rank
+        for index, low_rank in enumerate(low_ranks())
     ]
     ours = combined(method, deltas, WEIGHTS, budget)
     assert bool(ours.isfinite().all())
@@ -389,8 +397,8 @@ def test_adapters_that_were_never_trained_add_nothing_and_break_nothing(
 
 @pytest.mark.parametrize("method", METHODS)
 def test_factors_in_the_files_own_dtype_give_the_result_of_their_float32_values(method: str) -> None:
-    halves = [replace(one, A=one.A_RI.bfloat16(), B=one.B_OR.half()) for one in low_ranks()]
-    wide = [replace(one, A=one.A_RI.float(), B=one.B_OR.float()) for one in halves]
+    halves = [replace(low_rank, A=low_rank.A_RI.bfloat16(), B=low_rank.B_OR.half()) for low_rank in low_ranks()]
+    wide = [replace(halve, A=halve.A_RI.float(), B=halve.B_OR.float()) for halve in halves]
     assert torch.equal(combined(method, halves, WEIGHTS), combined(method, wide, WEIGHTS))
 
 

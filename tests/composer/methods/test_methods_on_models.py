@@ -192,7 +192,7 @@ def test_the_model_wide_trim_counts_what_it_filters(make_model: MakeModel, make_
     settings = {"scope": "model", "density": 0.2, "restore": "none"}
     deltas = combine_deltas(both[:1] * 2, [1.0, 1.0], "pico_magnitude_prune", settings).deltas
     entries = [delta.rows(torch.zeros(delta.stored_shape), 0) for delta in deltas if isinstance(delta, RowwiseDelta)]
-    share = sum(int(one.count_nonzero()) for one in entries) / sum(one.numel() for one in entries)
+    share = sum(int(entry.count_nonzero()) for entry in entries) / sum(entry.numel() for entry in entries)
     assert share == pytest.approx(0.2, abs=0.01)
     dora = loaded(base, make_adapter(base, "d0", use_dora=True))
     with pytest.raises(ComposerError, match="scope"):
@@ -232,7 +232,9 @@ def test_masks_are_the_same_with_a_checkpoint_at_hand_and_without(
         names = {delta.module: delta.weight for delta in deltas}
         assert all(name.startswith("h." if architecture else "transformer.") for name in names.values())
         return {
-            one.module: one.rows(torch.zeros(one.stored_shape), 0) for one in deltas if isinstance(one, RowwiseDelta)
+            delta.module: delta.rows(torch.zeros(delta.stored_shape), 0)
+            for delta in deltas
+            if isinstance(delta, RowwiseDelta)
         }
 
     known, unknown = rows(open_checkpoint(published).architecture), rows(None)

@@ -112,9 +112,9 @@ def test_a_cut_goes_to_the_highest_rank_of_any_module_and_tells_what_it_loses(
     full = ours(base, adapters, combination, rank=64)
     assert len(compressions) == len(cut)
     if combination == "svd":
-        for one in compressions:
-            lost = (full[f"{one.module}"] - cut[one.module]).norm()
-            assert one.error == pytest.approx(float(lost), rel=1e-3)
+        for compression in compressions:
+            lost = (full[f"{compression.module}"] - cut[compression.module]).norm()
+            assert compression.error == pytest.approx(float(lost), rel=1e-3)
 
 
 def test_random_masks_are_those_of_torch_when_peft_is_given_the_same_seed(

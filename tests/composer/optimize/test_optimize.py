@@ -73,7 +73,7 @@ def test_the_report_is_json_and_names_the_examples_that_were_seen(report: Optimi
     said = json.loads(json.dumps(document(report)))
     assert said["choice"]["method"] == report.choice.method  # pyright: ignore[reportOptionalMemberAccess]
     seen = {row["suite"]: row["examples"] for row in said["searched"]}
-    for suite in (*(one.suite for one in problem.members), *problem.guards):
+    for suite in (*(member.suite for member in problem.members), *problem.guards):
         assert seen[suite.name] == [example_digest(one) for one in suite.sample(4)]
 
 
@@ -145,7 +145,7 @@ def test_if_nothing_fits_there_is_no_choice_and_the_best_are_shown(problem: Prob
 
 def test_members_that_answer_the_same_prompts_differently_are_not_searched(problem: Problem) -> None:
     red, blue = problem.members
-    examples = tuple(replace(one, completion="another") for one in red.suite.examples)
+    examples = tuple(replace(example, completion="another") for example in red.suite.examples)
     other = Suite(name="blue", kind="target", chat=False, ends=False, examples=examples)
     result = optimize(replace(problem, members=[red, replace(blue, suite=other)]))
     assert (result.choice, result.tried, result.passes) == (None, (), 0)
@@ -215,7 +215,7 @@ def test_adapters_of_a_tied_embedding_are_searched_as_they_are_merged(tmp_path: 
         replace(load_adapter(base, tmp_path / name, seed, target_modules=["embed_tokens", "q_proj"]), name=name)
         for seed, name in enumerate(("red", "blue"), start=1)
     ]
-    members = [Member(adapter=one, suite=suite_of(loaded, one, one.name, count=4)) for one in adapters]
+    members = [Member(adapter=adapter, suite=suite_of(loaded, adapter, adapter.name, count=4)) for adapter in adapters]
     loose = Limits(loss=100.0, answers=0.0)
     settings = {"tied": "untie"}
     result = optimize(

@@ -62,9 +62,9 @@ def test_every_candidate_has_one_name_and_the_mean_comes_first() -> None:
     for count in (2, 3, 8):
         candidates = [*low_rank(count), *fitted(count)]
         assert candidates[0].name == "mean"
-        assert len({one.name for one in candidates}) == len(candidates)
-        assert {len(one.factors) for one in candidates} == {count}
-        assert all(one.parsed for one in candidates)
+        assert len({candidate.name for candidate in candidates}) == len(candidates)
+        assert {len(candidate.factors) for candidate in candidates} == {count}
+        assert all(candidate.parsed for candidate in candidates)
 
 
 @given(st.integers(3, 40), st.integers(0, 2**32), st.permutations(list(range(6))))

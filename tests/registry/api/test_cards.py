@@ -154,10 +154,10 @@ def test_forty_slow_cards_hold_no_thread_that_serves_requests() -> None:
         spent.append(time.thread_time())
 
     threads = [threading.Thread(target=view, args=(number,)) for number in range(40)]
-    for one in threads:
-        one.start()
-    for one in threads:
-        one.join()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     assert len(spent) == 40
     assert max(spent) < 0.05
 

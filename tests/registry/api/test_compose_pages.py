@@ -62,10 +62,10 @@ def test_a_recipe_becomes_the_form_and_the_form_the_recipe(given: dict[str, Any]
 def test_every_method_has_fields_that_take_its_defaults(method: str) -> None:
     form = RecipeForm(method=method, settings={}, texts={}, numbers={})
     fields = form.setting_fields
-    assert [one.name for one in fields if one.name == "lambda"], "settings that all methods have"
-    for one in fields:
-        assert not one.choices or one.default in one.choices, one
-    posted = [(SETTING + one.name, one.default) for one in fields]
+    assert [field.name for field in fields if field.name == "lambda"], "settings that all methods have"
+    for field in fields:
+        assert not field.choices or field.default in field.choices, field
+    posted = [(SETTING + field.name, field.default) for field in fields]
     filled = RecipeForm.of_fields([("input", "acme/sql"), ("weight", "1"), ("suite", ""), ("method", method), *posted])
     assert settings_of(filled.parse()) == parse_settings(method)
 

@@ -193,7 +193,8 @@ def test_a_map_tells_below_from_above() -> None:
     stated = {"pairs": pairs, "adapters": [{"modules": [{"module": "layers.3.q_proj"}]}]}
     drawn = report.maps(stated, "cosine")
     first, second = (
-        str(drawings.layer_map("cosine", one.in_layers, drawn.top, drawn.frame, signed=True)) for one in drawn.drawn
+        str(drawings.layer_map("cosine", pair_map.in_layers, drawn.top, drawn.frame, signed=True))
+        for pair_map in drawn.drawn
     )
     assert ('class="h7"' in first, 'class="c7"' in first) == (True, True)
     assert 'class="z"' in second, "a small difference keeps no colour on a common scale"

@@ -25,7 +25,7 @@ def test_an_address_is_not_made_of_what_its_user_knows_and_ends_with_the_token(h
     house.secrets["leaving"] = made["token"]
     content = b"weights that nobody wants"
     actions = announce(house, "acme/sql", content, "leaving")
-    own = next(url for url in (one["href"] for one in actions.values()) if url.startswith("http://registry/"))
+    own = next(url for url in (action["href"] for action in actions.values()) if url.startswith("http://registry/"))
     parts, row = (
         urlsplit(own),
         {"path": "w.dat", "size_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()},

@@ -87,7 +87,7 @@ def _chunks(body: bytes, size: int) -> Iterator[bytes]:
 
 def paths(house: House, named: str, revision: str = "main") -> list[str]:
     info = house.ask("reader", "GET", f"/api/models/{named}/revision/{revision}").raise_for_status().json()
-    return [one["rfilename"] for one in info["siblings"]]
+    return [sibling["rfilename"] for sibling in info["siblings"]]
 
 
 def head(house: House, named: str) -> str:
@@ -250,7 +250,7 @@ def test_a_file_is_sent_before_its_commit_by_its_own_address(house: House, named
 def test_an_address_serves_for_its_file_alone_and_for_its_time(house: House, named: str) -> None:
     content = f"more weights of {named}".encode()
     actions = announce(house, named, content)
-    own = next(url for url in (one["href"] for one in actions.values()) if url.startswith("http://registry/"))
+    own = next(url for url in (action["href"] for action in actions.values()) if url.startswith("http://registry/"))
     method = "POST" if "verify" in actions else "PUT"
     parts = urlsplit(own)
     query = dict(parse_qsl(parts.query))

@@ -202,13 +202,13 @@ def test_paths_are_asked_for_in_a_form_and_absent_ones_left_out(house: House) ->
 
 def test_references_and_commits_are_channels_and_releases(house: House) -> None:
     refs = ask(house, "/api/models/acme/tables/refs?include_prs=1").json()
-    assert {one["name"]: one["targetCommit"] for one in refs["branches"]} == {
+    assert {branch["name"]: branch["targetCommit"] for branch in refs["branches"]} == {
         "main": commit_of(house, "1.1.0"), "prod": commit_of(house, "1.0.0"),
     }  # fmt: skip
-    assert [one["name"] for one in refs["tags"]] == ["2.0.0-rc.1", "1.2.0", "1.1.0", "1.0.0"]
+    assert [tag["name"] for tag in refs["tags"]] == ["2.0.0-rc.1", "1.2.0", "1.1.0", "1.0.0"]
     assert (refs["tags"][3]["ref"], refs["converts"], refs["pullRequests"]) == ("refs/tags/1.0.0", [], [])
     commits = ask(house, "/api/models/acme/tables/commits/main?expand%5B%5D=formatted").json()
-    assert [(one["title"], one["message"]) for one in commits] == [
+    assert [(commit["title"], commit["message"]) for commit in commits] == [
         ("1.1.0", "Notes of 1.1.0"), ("1.0.0", "Notes of 1.0.0"),
     ]  # fmt: skip
     assert (commits[0]["authors"][0]["user"], commits[0]["date"]) == ("host", "2026-01-01T00:00:00.000Z")
@@ -232,7 +232,7 @@ def test_an_info_has_what_was_asked_for(house: House) -> None:
         "peft",
     )
     assert "base_model:adapter:tiny" in plain["tags"]
-    assert [set(one) for one in plain["siblings"]] == [{"rfilename"}] * 4
+    assert [set(sibling) for sibling in plain["siblings"]] == [{"rfilename"}] * 4
     sized = ask(house, "/api/models/acme/tables?blobs=True").json()["siblings"]
     assert {one["rfilename"]: one["lfs"]["size"] for one in sized}["weights.safetensors"] == 3
     assert set(ask(house, "/api/models/acme/tables?expand=sha&expand=tags&expand=unknown").json()) == {
@@ -351,7 +351,7 @@ def test_a_repository_whose_releases_are_all_yanked_has_no_main(house: House) ->
 
 def test_a_user_is_shown_with_the_namespaces_and_what_the_token_may_do(house: House) -> None:
     shown = {caller: house.ask(caller, "GET", "/api/whoami-v2").json() for caller in ("reader", "releaser")}
-    assert [one["name"] for one in shown["reader"]["orgs"]] == ["acme", "open"]
+    assert [org["name"] for org in shown["reader"]["orgs"]] == ["acme", "open"]
     assert {name: one["auth"]["accessToken"]["role"] for name, one in shown.items()} == {
         "reader": "read", "releaser": "write",
     }  # fmt: skip

@@ -188,7 +188,9 @@ def test_a_history_has_the_newest_thirty_versions_that_are_not_yanked(house: Hou
             new = NewRelease(name, Kind.ADAPTER, Version(1, minor, 0), None, files, old.base_digest, FACTS)
             release, _ = releases.publish(session, HOST, new)
             metrics = ("nll", *(f"f{number}" for number in range(8)))
-            measured = [Measurement(suite.digest, one, 1 / minor, 0.01, 1, higher_is_better=False) for one in metrics]
+            measured = [
+                Measurement(suite.digest, metric, 1 / minor, 0.01, 1, higher_is_better=False) for metric in metrics
+            ]
             suites.record(session, HOST, release, measured)
         withdrawals.yank(session, HOST, releases.find(session, name, Version(1, 20, 0)), "wrong data")
     with single_user(house.resources) as http:
@@ -217,7 +219,7 @@ def test_a_template_has_nothing_that_the_policy_refuses(template: Path) -> None:
     assert not re.search(r"\sstyle=|<style|\son[a-z]+=|hx-on|hx-vars|javascript:|[\"']js:", text)
     assert not re.search(r"<script(?![^>]*\ssrc=)", text)
     triggers = re.findall(r'hx-trigger="([^"]*)"', text)
-    assert not [one for one in triggers if "[" in one], "a filter of a trigger is evaluated"
+    assert not [trigger for trigger in triggers if "[" in trigger], "a filter of a trigger is evaluated"
     unsafe = re.findall(r"\|\s*safe\b", text)
     assert not unsafe, "only drawings and the sanitizer make markup"
 

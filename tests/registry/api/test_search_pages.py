@@ -36,7 +36,7 @@ def test_a_stranger_is_led_to_no_page_that_strangers_may_not_see(house: House) -
     with Browser(house) as stranger:
         for page in ("/", "/search", f"/{PUBLIC}/sql", f"/{PUBLIC}/sql/1.0.0"):
             links = set(re.findall(r'href="(/[^"]*)"', stranger.open(page).text.replace("&amp;", "&")))
-            refused = [one for one in links if stranger.http.get(one).status_code in (401, 403)]
+            refused = [link for link in links if stranger.http.get(link).status_code in (401, 403)]
             assert (len(links) > 5, refused) == (True, []), page
 
 

@@ -190,7 +190,9 @@ def test_migrations_are_one_line() -> None:
     assert len(_script().get_bases()) == 1
 
 
-FIRST, *FURTHER = sorted(one.revision for one in _script().walk_revisions() if one.revision != head_revision())
+FIRST, *FURTHER = sorted(
+    walk_revision.revision for walk_revision in _script().walk_revisions() if walk_revision.revision != head_revision()
+)
 LINE = "/v1/adapters/acme/sql"
 POLICIES: dict[str, dict[str, Any]] = {
     "edge": {"version": 1, "approval": {}},
@@ -359,7 +361,9 @@ def test_policies_and_approvals_mean_after_a_migration_what_they_meant(earlier: 
             assert gates["edge"].policy == {**POLICIES["edge"], "force": "releaser"}
             assert gates["next"].policy == POLICIES["next"]
             release = session.get_one(tables.Release, 2)
-            assert [one.user for one in unspent_approvals(session, release, "prod")] == ["late"]
+            assert [unspent_approval.user for unspent_approval in unspent_approvals(session, release, "prod")] == [
+                "late"
+            ]
     resources.close()
 
 

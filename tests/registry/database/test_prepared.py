@@ -138,8 +138,8 @@ def test_more_releases_than_one_statement_takes_come_in_the_order_asked_for(data
         details = load_details(session, ids)
         kept = {number: scores_of(session, session.get_one(Release, number)) for number in ids}
         assert load_details(session, []) == []
-    assert [one.release.id for one in details] == ids
-    shown = {one.release.id: [(*row[1:3], float(row[4]), row[6]) for row in one.scores] for one in details}
+    assert [detail.release.id for detail in details] == ids
+    shown = {detail.release.id: [(*row[1:3], float(row[4]), row[6]) for row in detail.scores] for detail in details}
     assert any(shown.values())
     assert shown == {
         number: [(score.suite.name, score.metric, score.value, score.n) for score in scores]
@@ -163,7 +163,7 @@ def test_of_a_statement_that_was_compiled_only_its_text_is_kept(session: Session
 
 
 def statements_in_memory() -> int:
-    return sum(isinstance(one, Select) for one in gc.get_objects())
+    return sum(isinstance(get_object, Select) for get_object in gc.get_objects())
 
 
 @pytest.mark.parametrize("door", ["read", "write"])

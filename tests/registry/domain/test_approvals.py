@@ -201,7 +201,10 @@ def test_an_approval_beside_a_promotion_is_used_once_and_one_beside_its_withdraw
                 given = session.scalars(select(Approval).where(Approval.channel == "prod")).all()
                 release = releases.find(session, NAME, OLD)
                 after = [one.user for one in given if one.after_move >= (moved or 0)]
-                left = [one.user for one in requirements.unspent_approvals(session, release, "prod")]
+                left = [
+                    unspent_approval.user
+                    for unspent_approval in requirements.unspent_approvals(session, release, "prod")
+                ]
             assert left == after, turn
             assert len(left) <= 1, "the move has used the other"
             for user in ("admin", "publisher"):

@@ -73,12 +73,12 @@ def test_the_promotion_that_follows_does_what_was_judged(house: House, policy: d
     if verdict == "refused":
         with pytest.raises(Refused) as caught:
             promote(house)
-        assert [dict(one) for one in caught.value.findings] == before["gates"]
+        assert [dict(finding) for finding in caught.value.findings] == before["gates"]
     else:
         outcome = promote(house)
         assert isinstance(outcome, ChannelMove) is (verdict == "passes")
-        assert [one["rule"] for one in outcome.gates] == [one["rule"] for one in before["gates"]]
-        assert [one["passed"] for one in outcome.gates] == [one["passed"] for one in before["gates"]]
+        assert [gate["rule"] for gate in outcome.gates] == [gate["rule"] for gate in before["gates"]]
+        assert [gate["passed"] for gate in outcome.gates] == [gate["passed"] for gate in before["gates"]]
 
 
 def test_what_the_channel_serves_waits_for_nothing(house: House) -> None:

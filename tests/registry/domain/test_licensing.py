@@ -49,11 +49,11 @@ def test_a_licence_is_refused_if_every_choice_is(
 ) -> None:
     parts = [Stated(part, spdx(name)) for part, name in stated.items()]
     results = results_of(Licenses.model_validate(rules), parts)
-    assert [one.rule for one in results if not one.passed] == broken
+    assert [result.rule for result in results if not result.passed] == broken
 
 
 def test_a_hidden_licence_is_judged_and_its_text_is_not_shown() -> None:
     rules = {"refuse": ["GPL-3.0"], "allow": ["MIT"], "stated": ["adapter"]}
     results = results_of(Licenses.model_validate(rules), [Stated("adapter", "secret-licence", hidden=True)])
-    assert [one.passed for one in results] == [True, False, True]
-    assert not [one.detail for one in results if "secret" in one.detail]
+    assert [result.passed for result in results] == [True, False, True]
+    assert not [result.detail for result in results if "secret" in result.detail]

@@ -24,7 +24,7 @@ def test_the_chosen_factors_multiply_weights_and_rules_and_the_evidence_is_no_pa
         evidence={"seed": 0},
     )
     lock = with_choice(LOCK, choice)
-    assert [one.weighted for one in lock.inputs] == [Weight(0.5, (RULE,)).times(0.5), Weight(1.0)]
+    assert [source.weighted for source in lock.inputs] == [Weight(0.5, (RULE,)).times(0.5), Weight(1.0)]
     assert (lock.method, lock.settings["steps"], lock.settings["examples"]) == ("regmean", 1, 4)
     assert (lock.calibration, lock.gates) == (SETS, LOCK.gates)
     again = Lock.from_json(lock.to_json())

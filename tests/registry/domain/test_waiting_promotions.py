@@ -97,7 +97,7 @@ def refusal(house: House, *asked: Any, **options: Any) -> list[str]:
     with pytest.raises(Refused) as caught:
         promote(house, *asked, **options)
     assert caught.value.code == "gate_failed"
-    return [f"{one['rule']}: {one['detail']}" for one in caught.value.findings if not one["passed"]]
+    return [f"{finding['rule']}: {finding['detail']}" for finding in caught.value.findings if not finding["passed"]]
 
 
 def test_a_soak_is_waited_for_unless_it_was_rolled_back_or_takes_too_long(house: House) -> None:

@@ -52,7 +52,7 @@ def test_length_digest_and_upload_are_part_of_the_signature(corner: Corner) -> N
     assert signed == ["content-length", "host", "x-amz-checksum-sha256"]
     assert send(part, b"x" * 999, **{"Content-Length": "999"}) == 403
     assert send(part, b"y" * 1000) == 400, "a wrong part is refused when it comes"
-    assert [one.number for one in corner.missing_parts(large)] == [1, 2, 3]
+    assert [missing_part.number for missing_part in corner.missing_parts(large)] == [1, 2, 3]
     assert send(part, b"x" * 1000) == 200
 
 

@@ -71,9 +71,9 @@ def _paragraphs(text: str) -> str:
 
 def _options(command: Any, context: Any, title: str = "") -> str:
     rows = []
-    for one in command.params:
-        record = None if getattr(one, "hidden", False) else one.get_help_record(context)
-        if record is not None and one.name not in ("json_output", "install_completion", "show_completion"):
+    for param in command.params:
+        record = None if getattr(param, "hidden", False) else param.get_help_record(context)
+        if record is not None and param.name not in ("json_output", "install_completion", "show_completion"):
             rows.append((code(record[0]), plain(record[1])))
     heading = f"## {title}\n\n" if title and rows else ""
     return heading + (table(("argument or option", "meaning"), rows) + "\n" if rows else "")

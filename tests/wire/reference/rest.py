@@ -42,7 +42,9 @@ def page(document: dict[str, Any]) -> str:
             continue
         for method, operation in operations.items():
             sections[_section(path)].append("".join(_operation(document, path, method.upper(), operation)))
-            statuses |= {one: row["description"] for one, row in operation["responses"].items() if one in COMMON}
+            statuses |= {
+                status: row["description"] for status, row in operation["responses"].items() if status in COMMON
+            }
     problems = "## Statuses of problems\n\n" + table(("status", "meaning"), sorted(statuses.items())) + "\n"
     return joined(HEAD, problems, *(f"## {name}\n\n" + "".join(rows) for name, rows in sections.items()))
 
@@ -59,13 +61,13 @@ def _operation(document: dict[str, Any], path: str, method: str, operation: dict
     yield f"{plain(' '.join((description or f'{summary}.').split()))}\n\n"
     yield f"Who may: {_who(method, path)}.\n\n"
     rows = [
-        (code(one["name"]), one["in"], _type(one["schema"]), plain(one.get("description", "")))
-        for one in operation.get("parameters", ())
-        if one["in"] != "path" or one.get("description")
-        if one["name"] != "Idempotency-Key"
+        (code(parameter["name"]), parameter["in"], _type(parameter["schema"]), plain(parameter.get("description", "")))
+        for parameter in operation.get("parameters", ())
+        if parameter["in"] != "path" or parameter.get("description")
+        if parameter["name"] != "Idempotency-Key"
     ]
     yield table(("parameter", "in", "type", "meaning"), rows) + ("\n" if rows else "")
-    keyed = any(one["name"] == "Idempotency-Key" for one in operation.get("parameters", ()))
+    keyed = any(parameter["name"] == "Idempotency-Key" for parameter in operation.get("parameters", ()))
     body = operation.get("requestBody", {}).get("content", {})
     for media, content in body.items():
         name = content["schema"].get("$ref", "").rpartition("/")[2]
@@ -77,10 +79,10 @@ def _operation(document: dict[str, Any], path: str, method: str, operation: dict
             [
                 (
                     code(field) + (" (required)" if field in required else ""),
-                    _type(one),
-                    plain(one.get("description", "")),
+                    _type(field_schema),
+                    plain(field_schema.get("description", "")),
                 )
-                for field, one in fields.get("properties", {}).items()
+                for field, field_schema in fields.get("properties", {}).items()
             ],
         ) + ("\n" if fields.get("properties") else "")
     answers = ", ".join(
@@ -104,10 +106,10 @@ def _type(schema: dict[str, Any]) -> str:
     if "$ref" in schema:
         return code(schema["$ref"].rpartition("/")[2])
     if "anyOf" in schema:
-        kinds = [_type(one) for one in schema["anyOf"] if one.get("type") != "null"]
+        kinds = [_type(kind) for kind in schema["anyOf"] if kind.get("type") != "null"]
         return " or ".join(dict.fromkeys(kinds))
     if "enum" in schema:
-        return ", ".join(code(str(one)) for one in schema["enum"])
+        return ", ".join(code(str(value)) for value in schema["enum"])
     if "const" in schema:
         return code(str(schema["const"]))
     if schema.get("type") == "array":

@@ -40,9 +40,11 @@ def _document(kind: str, schema: dict[str, Any]) -> Iterator[str]:
     if kind != "policy":
         yield _fields(schema)
     else:
-        severities = {name: one for name, one in schema["properties"].items() if name not in ("require", "thresholds")}
-        free = [code(name) for name, one in severities.items() if "enum" in one]
-        fixed = [code(name) for name, one in severities.items() if "const" in one]
+        severities = {
+            name: part for name, part in schema["properties"].items() if name not in ("require", "thresholds")
+        }
+        free = [code(name) for name, severity in severities.items() if "enum" in severity]
+        fixed = [code(name) for name, severity in severities.items() if "const" in severity]
         yield _fields({**schema, "properties": {n: schema["properties"][n] for n in ("require", "thresholds")}})
         yield f"`notice`, `warning`, `error` or `ignore` for each of {', '.join(free)}.\n\n"
         yield f"Always `error`: {', '.join(fixed)}.\n\n"
@@ -57,8 +59,13 @@ def _document(kind: str, schema: dict[str, Any]) -> Iterator[str]:
 def _fields(schema: dict[str, Any]) -> str:
     required = schema.get("required", ())
     rows = [
-        (code(name), _type(one), "required" if name in required else _default(one), plain(one.get("description", "")))
-        for name, one in schema.get("properties", {}).items()
+        (
+            code(name),
+            _type(part),
+            "required" if name in required else _default(part),
+            plain(part.get("description", "")),
+        )
+        for name, part in schema.get("properties", {}).items()
     ]
     return table(("field", "type", "default", "meaning"), rows) + "\n"
 

@@ -25,7 +25,7 @@ This page is made from `registry/settings.py`: `make snapshots` writes it.
 """
 SECTIONS: tuple[tuple[str, str, type[BaseModel]], ...] = (
     ("All processes", "", Settings),
-    *((f"Storage: `{one.model_fields['kind'].default}`", "storage__", one) for one in STORAGES),
+    *((f"Storage: `{storage.model_fields['kind'].default}`", "storage__", storage) for storage in STORAGES),
     ("Engine", "engine__", EngineSettings),
     ("Signing in to pages", "sign_in__", SignInSettings),
 )
