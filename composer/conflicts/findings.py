@@ -10,7 +10,6 @@ from composer.conflicts.evidence.outcome import LEAST_ANSWERED, LEAST_EXAMPLES, 
 from composer.conflicts.metrics import PairMetrics
 from composer.conflicts.rounding import Rounded
 from composer.deltas.delta import NOTHING, LowRank, RowwiseDelta, names_of
-from composer.deltas.lowrank import PairSums
 from composer.deltas.variants.load import LoadedAdapter
 from composer.findings import Finding, Severity, Verdict, zero_deltas
 from composer.formats.recipes.policy import Policy
@@ -68,12 +67,8 @@ def _zero_deltas(adapter: LoadedAdapter, index: int, compared: Compared, weight:
     touched = [module for module in compared.touched[index] if own[module]]
     if not touched:
         return zero_deltas(adapter.name, compared.touched[index], len(compared.touched[index]))
-    zero = [module for module in touched if _vanishes(compared.modules[module], index)]
+    zero = [module for module in touched if compared.modules[module].weighted[index, index] ** 0.5 < NOTHING]
     return zero_deltas(adapter.name, zero, len(touched))
-
-
-def _vanishes(sums: PairSums, index: int) -> bool:
-    return float(sums.weighted[index, index]) ** 0.5 < NOTHING
 
 
 def of_rounding(rounded: Mapping[str, Rounded]) -> list[Finding]:

@@ -188,6 +188,7 @@ def _refuse_not_finite(tensors: Mapping[str, torch.Tensor]) -> None:
 def _config(form: PeftAdapter) -> dict[str, Any]:
     rank = Counter(module.rank for module in form.wrapped).most_common(1)[0][0]
     ranks = {f"^{module.name}": module.rank for module in form.wrapped if module.rank != rank}
+    full = sorted({delta.module for delta in form.replacements if not delta.weight.endswith(".bias")})
     tying = {"ensure_weight_tying": True} if form.tied else {}
     parameters = {"target_parameters": sorted(form.parameters)} if form.parameters else {}
     return {
@@ -201,7 +202,7 @@ def _config(form: PeftAdapter) -> dict[str, Any]:
         "alpha_pattern": ranks,
         "use_rslora": False,
         "bias": _bias(form),
-        "modules_to_save": _full_modules(form) or None,
+        "modules_to_save": full or None,
         "lora_dropout": 0.0,
         "inference_mode": True,
         "init_lora_weights": True,
@@ -213,7 +214,3 @@ def _bias(form: PeftAdapter) -> str:
     if not biased:
         return "none"
     return "lora_only" if biased <= set(form.modules) else "all"
-
-
-def _full_modules(form: PeftAdapter) -> list[str]:
-    return sorted({delta.module for delta in form.replacements if not delta.weight.endswith(".bias")})

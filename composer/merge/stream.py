@@ -125,11 +125,11 @@ def _pool(stack: ExitStack, name: str, count: int) -> ThreadPoolExecutor:
 
 def _is_its_own(shard: ShardPlan, tensor: TensorPlan) -> bool:
     """Whether the tensor's source is the base's tensor of that name: an untied head is made of the embedding."""
-    return tensor.file == shard.source and tensor.source.name == tensor.target.name and not _is_replaced(tensor)
-
-
-def _is_replaced(tensor: TensorPlan) -> bool:
-    return any(isinstance(delta, Replacement) for delta in tensor.deltas)
+    return (
+        tensor.file == shard.source
+        and tensor.source.name == tensor.target.name
+        and not any(isinstance(delta, Replacement) for delta in tensor.deltas)
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

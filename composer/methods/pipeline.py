@@ -154,7 +154,9 @@ def combine_slot(
         settings = settings.model_copy(update={"rank": _usual_rank(slot)})
     if settings.in_order and not settings.cuts and _reads_base(slot):
         return [_in_order(slot, settings)], None
-    if pipeline.space == "full" or (settings.cuts and _plain(pipeline) and _without_factors(slot)):
+    if pipeline.space == "full" or (
+        settings.cuts and _plain(pipeline) and any(isinstance(part.delta, RowwiseDelta) for part in slot.parts)
+    ):
         deltas, lost = _in_full(slot, settings, selections)
     elif pipeline.space == "factors" and not settings.cuts:
         deltas, lost = _summed(slot, settings), None
@@ -179,10 +181,6 @@ def _plain(pipeline: Pipeline) -> bool:
     return pipeline.combine in ("sum", "mean") and pipeline.sparsify == "none" and pipeline.space in ("factors", "core")
 
 
-def _without_factors(slot: WeightSlot) -> bool:
-    return any(isinstance(part.delta, RowwiseDelta) for part in slot.parts)
-
-
 def _calibrated(slot: WeightSlot, settings: Pico) -> WeightSlot:
     pairs = [pair_of(part.low_rank) for part in slot.parts]
     if settings.gauge == "canonical":
@@ -191,12 +189,10 @@ def _calibrated(slot: WeightSlot, settings: Pico) -> WeightSlot:
     calibrated = pico(pairs)
     if settings.restore == "each":
         calibrated = restored(calibrated, [norm_of(pair) for pair in pairs])
-    parts = [_with(part, pair) for part, pair in zip(slot.parts, calibrated, strict=True)]
+    parts = [
+        replace(part, delta=_named(part.low_rank, pair)) for part, pair in zip(slot.parts, calibrated, strict=True)
+    ]
     return replace(slot, parts=parts)
-
-
-def _with(part: SlotDelta, pair: Pair) -> SlotDelta:
-    return replace(part, delta=_named(part.low_rank, pair))
 
 
 def _named(like: Additive, pair: Pair) -> LowRank:

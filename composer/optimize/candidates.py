@@ -75,7 +75,7 @@ def low_rank(count: int) -> list[Candidate]:
         weighted_sum("sum" if factor == 1 else f"sum x {factor:g}", "sum", [factor] * count) for factor in SUM_FACTORS
     ]
     single = [
-        weighted_sum(f"sum, {member + 1} x {factor:g}", "one weight", _with(ones, member, factor))
+        weighted_sum(f"sum, {member + 1} x {factor:g}", "one weight", (*ones[:member], factor, *ones[member + 1 :]))
         for member in range(count)
         for factor in MEMBER_FACTORS
     ]
@@ -118,7 +118,3 @@ def full_space(count: int) -> list[Candidate]:
     two to four times as much as a sum."""
     ones, settings = (1.0,) * count, {"lambda": 0.7}
     return [Candidate(name="ties_svd x 0.7", family="ties", method="ties_svd", factors=ones, settings=settings)]
-
-
-def _with(factors: tuple[float, ...], member: int, factor: float) -> tuple[float, ...]:
-    return (*factors[:member], factor, *factors[member + 1 :])

@@ -23,7 +23,6 @@ from composer.conflicts.evidence.bench import (
 )
 from composer.conflicts.evidence.outcome import Outcome
 from composer.errors import Mismatch, NotSupported
-from composer.evaluation.hooks import Deltas
 from composer.evaluation.journal import JournalFile
 from composer.evaluation.measure import Measured
 from composer.findings import Verdict
@@ -33,7 +32,7 @@ from composer.optimize.candidates import Candidate, fitted, full_space, low_rank
 from composer.optimize.combiner import Combiner, FitOn
 from composer.optimize.evolution import Evolution
 from composer.optimize.objective import LEAST_GAIN, Standing, best_first, race, simplest_of_the_best
-from composer.optimize.problem import Member, Problem, Split
+from composer.optimize.problem import Problem, Split
 from composer.optimize.report import Confirmed, OptimizeReport, Tried, choose
 from composer.optimize.surface import Point, proposed
 
@@ -101,10 +100,6 @@ def optimize(
     )
 
 
-def _deltas_of(member: Member) -> Deltas:
-    return () if isinstance(member.adapter, str) else member.adapter.deltas
-
-
 def expected_passes(problem: Problem, given: Sequence[Candidate] = ()) -> int:
     """The examples that a search measures in which all candidates are equally good, counted by the search itself
     without running any."""
@@ -120,7 +115,10 @@ class _Search:
     def __init__(self, problem: Problem, bench: Bench, progress: Callable[[int], None] = lambda _count: None) -> None:
         self.started, self.search_s = monotonic(), 0.0
         self.problem, self.limits, self.bench = problem, problem.limits, bench
-        self.members = [Probed(member.name, _deltas_of(member), 1.0, member.suite) for member in problem.members]
+        self.members = [
+            Probed(member.name, () if isinstance(member.adapter, str) else member.adapter.deltas, 1.0, member.suite)
+            for member in problem.members
+        ]
         self.combiner = Combiner(problem, progress)
         self.left_out: dict[str, str] = {}
         self._failure: Mismatch | NotSupported | None = None

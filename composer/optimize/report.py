@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 
-from composer.conflicts.evidence.outcome import LEAST_EXAMPLES, Effect, Limits, Outcome
+from composer.conflicts.evidence.outcome import LEAST_EXAMPLES, Limits, Outcome
 from composer.findings import Verdict
 from composer.formats.recipes.suite import Contradiction
 from composer.optimize.candidates import Candidate
@@ -31,13 +31,9 @@ class Confirmed:
             "verdict": str(self.verdict),
             "worst_kept": self.worst_kept,
             "examples": self.unseen,
-            "members": [_member(effect) for effect in self.outcome.effects],
+            "members": [{**effect.to_json(), "kept_share": kept_share(effect)} for effect in self.outcome.effects],
             "guards": [guard.to_json() for guard in self.outcome.guards],
         }
-
-
-def _member(effect: Effect) -> dict[str, object]:
-    return {**effect.to_json(), "kept_share": kept_share(effect)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

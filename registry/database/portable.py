@@ -18,7 +18,6 @@ from sqlalchemy import (
     JSON,
     BigInteger,
     Boolean,
-    Column,
     ColumnElement,
     Float,
     Integer,
@@ -71,7 +70,7 @@ def dump(
     conditions by table."""
     connection = session.connection()
     for own in chosen:
-        kinds = [_kind(column) for column in own.columns]
+        kinds = [next(kind for type_, kind in _KINDS if isinstance(column.type, type_)) for column in own.columns]
         yield _line(
             {"table": own.name, "columns": [[c.name, kind] for c, kind in zip(own.columns, kinds, strict=True)]}
         )
@@ -84,10 +83,6 @@ def dump(
                 if values[index] is not None:
                     values[index] = convert(values[index])
             yield _line(values)
-
-
-def _kind(of: Column[Any]) -> str:
-    return next(kind for type_, kind in _KINDS if isinstance(of.type, type_))
 
 
 def _line(value: Any) -> bytes:

@@ -78,7 +78,9 @@ def collect(resources: Resources, *, grace: timedelta, dry_run: bool = False) ->
             collected.commits = session.scalar(select(func.count()).select_from(forgotten.subquery())) or 0
             unused = _unused(before, now, RevisionFile.revision_id.in_(forgotten))
             sizes = list(session.scalars(select(Blob.size_bytes).where(*unused)))
-            collected.unfinished = _count_expired(session, now)
+            collected.unfinished = (
+                session.scalar(select(func.count()).select_from(Upload).where(Upload.expires_at < now, ~ARRIVED)) or 0
+            )
         sizes += [stat.size_bytes for batch in _orphans(resources, before, now) for stat in batch]
         collected.blobs, collected.size_bytes = len(sizes), sum(sizes)
         return collected
@@ -185,11 +187,6 @@ def sweep_journals(settings: Settings, now: datetime) -> int:
     """Removes journals of evaluations that were not continued within the upload expiry. Returns their number."""
     before = now - timedelta(seconds=settings.upload_expires_s)
     return remove_stale(_evaluation_journals(settings).glob("*.jsonl"), before)
-
-
-def _count_expired(session: Session, now: datetime) -> int:
-    """The number of uploads that `sweep` would count."""
-    return session.scalar(select(func.count()).select_from(Upload).where(Upload.expires_at < now, ~ARRIVED)) or 0
 
 
 def _forget_xet_pushes(session: Session, now: datetime) -> None:

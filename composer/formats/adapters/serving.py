@@ -188,7 +188,11 @@ def _common(config: AdapterConfig, facts: AdapterFacts, placed: PlacementResult)
             )
         )
     saved_in_full = sorted(
-        {module.module for module in placed.modules if module.kind == "replacement" and not _is_bias(module.parts)}
+        {
+            module.module
+            for module in placed.modules
+            if module.kind == "replacement" and not all(part.endswith("bias") for part in module.parts)
+        }
     )
     if saved_in_full and not (len(saved_in_full) == 1 and saved_in_full[0].split(".")[-1] in ("classifier", "score")):
         problems.append((f"modules_to_save is refused ({', '.join(saved_in_full)})", _MERGE))
@@ -247,7 +251,3 @@ def _extra_parts(placed: PlacementResult) -> str:
 
 def _plain_scale(config: AdapterConfig) -> float:
     return config.alpha / (config.rank**0.5 if config.use_rslora else config.rank)
-
-
-def _is_bias(parts: Mapping[str, str]) -> bool:
-    return all(part.endswith("bias") for part in parts)

@@ -168,7 +168,9 @@ def quantization(settings: Mapping[str, Any]) -> str:
 
 def _decodable(method: str, settings: Mapping[str, Any]) -> bool:
     if method == "bitsandbytes":
-        return settings.get("bnb_4bit_quant_type", "nf4") == "nf4" and bool(_in_4bit(settings))
+        return settings.get("bnb_4bit_quant_type", "nf4") == "nf4" and bool(
+            settings.get("load_in_4bit") or settings.get("_load_in_4bit")
+        )
     if method == "compressed-tensors":
         return not _is_sparse(settings) and settings.get("format") in _FP8_FORMATS
     return method in _FP8_METHODS
@@ -197,10 +199,6 @@ def _refuse_packed(path: Path, shards: Mapping[str, Header]) -> None:
             if name.endswith(".qweight"):
                 message = f"{path.name} is quantized (GPTQ or AWQ: {name})."
                 raise NotSupported("quantized_base", message, subject=shard)
-
-
-def _in_4bit(settings: Mapping[str, Any]) -> object:
-    return settings.get("load_in_4bit") or settings.get("_load_in_4bit")
 
 
 def local_directory(locations: Iterable[str]) -> Path | None:

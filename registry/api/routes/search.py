@@ -85,7 +85,9 @@ def _parse_query(query: bytes) -> tuple[SearchIn, search.Query]:
 @in_search_threads
 def search_releases(request: Request, resources: ResourcesOf, actor: Caller) -> Response:
     """Search the releases that the caller may read; all conditions must hold."""
-    results = find_releases(resources, actor, request.scope["query_string"], _documents(request))
+    results = find_releases(
+        resources, actor, request.scope["query_string"], cast(RenderedReleaseCache, request.app.state.documents)
+    )
     return page_response(results.documents, results.following, results.facets)
 
 
@@ -107,12 +109,10 @@ def find_releases(resources: Resources, actor: Actor, asked: bytes, documents: R
     counted: Json = {}
     if query.facets:
         with resources.read() as session:
-            counted = {name: _choices(session, actor, wanted, name) for name in query.facets}
+            counted = {
+                name: [asdict(one) for one in facets.choices(session, actor, wanted, name)] for name in query.facets
+            }
     return Results(matching, [hit.release_id for hit in result.hits[: len(rendered)]], following, counted)
-
-
-def _choices(session: Session, actor: Actor, wanted: search.Query, name: str) -> list[Json]:
-    return [asdict(one) for one in facets.choices(session, actor, wanted, name)]
 
 
 def _search(session: Session, actor: Actor, query: SearchIn, wanted: search.Query, order: Order) -> SearchResult:
@@ -195,10 +195,6 @@ def _position(query: SearchIn) -> Position | None:
             next_step="Repeat the search that returned it, with the same conditions and order.",
         )
     return Position(key, release_id)
-
-
-def _documents(request: Request) -> RenderedReleaseCache:
-    return cast(RenderedReleaseCache, request.app.state.documents)
 
 
 def _remarks(row: RenderedRelease, result: SearchResult, profile: ServerProfile | None) -> bytes:

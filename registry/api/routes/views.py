@@ -1,6 +1,6 @@
 """Renders rows for the API. Call inside the transaction that read or wrote the rows."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from registry.api.routes.documents import deprecation, move_document
 from registry.database.engine import Session, database_now
@@ -80,17 +80,20 @@ def repository_page(session: Session, rows: Sequence[Repository]) -> list[Reposi
 def suite_page(session: Session, rows: Sequence[Suite]) -> list[SuiteOut]:
     """Renders suites, without their examples, with one query for all their metrics."""
     stated = metrics.stated(session, rows)
-    return [SuiteOut.of(row, metrics=_directions(stated[row.name]), content=None) for row in rows]
+    return [
+        SuiteOut.of(
+            row,
+            metrics={metric: "higher" if better else "lower" for metric, better in stated[row.name].items()},
+            content=None,
+        )
+        for row in rows
+    ]
 
 
 def suite_view(session: Session, row: Suite) -> SuiteOut:
     """A suite with its examples."""
     [view] = suite_page(session, [row])
     return view.model_copy(update={"content": row.content})
-
-
-def _directions(stated: Mapping[str, bool]) -> dict[str, str]:
-    return {metric: "higher" if better else "lower" for metric, better in stated.items()}
 
 
 def channel_view(session: Session, row: Channel, repository: Repository) -> ChannelOut:

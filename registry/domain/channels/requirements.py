@@ -64,7 +64,8 @@ def _soak(session: Session, policy: ChannelPolicy, soak: Soak, question: Questio
         return GateResult(rule, False, f"{soak.channel} was rolled back from it at {left.at:%Y-%m-%d %H:%M} UTC")
     served = (left.at if left is not None else now) - began.at
     needed = timedelta(hours=soak.hours)
-    detail = f"{soak.channel} {'served' if left else 'has served'} it for {_hours(served)} of {soak.hours:g} h"
+    hours = f"{served.total_seconds() / 3600:.3g} of {soak.hours:g} h"
+    detail = f"{soak.channel} {'served' if left else 'has served'} it for {hours}"
     if served >= needed:
         return GateResult(rule, True, detail)
     if left is not None:
@@ -187,7 +188,3 @@ def _loads(release: Release, server: ServerProfile) -> GateResult:
         return GateResult(rule, True, "a model")
     loading = loads(release.servers, release.loading, release.rank_max, server)
     return GateResult(rule, loading.loads, "; ".join(loading.reasons) or "as it is")
-
-
-def _hours(time: timedelta) -> str:
-    return f"{time.total_seconds() / 3600:.3g}"

@@ -105,7 +105,11 @@ def _download(files: Mapping[str, S3File], directory: Path, total: int, check: C
 
 def _files_at(bucket: Bucket) -> Mapping[str, S3File]:
     """The files of a checkpoint: its weights, and what accompanies them."""
-    names = {name for name, size in list_files(bucket).items() if _belongs(name, size)}
+    names = {
+        name
+        for name, size in list_files(bucket).items()
+        if (name in _TEXTS or is_side_file(name, size) or (name.endswith(_WEIGHTS) and not name.startswith(".")))
+    }
     index = open_file(bucket, INDEX_FILE) if INDEX_FILE in names else None
     if index is not None and (shards := _shards(index)) is not None:
         names = {name for name in names if not name.endswith(_WEIGHTS) or name in shards}
@@ -124,10 +128,6 @@ def _shards(index: S3File) -> set[str] | None:
         return {SINGLE_FILE, *map(str, stated)}
     except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
         return None
-
-
-def _belongs(name: str, size_bytes: int) -> bool:
-    return name in _TEXTS or is_side_file(name, size_bytes) or (name.endswith(_WEIGHTS) and not name.startswith("."))
 
 
 def _fetch(directory: Path, file: S3File, check: Callable[[], None] = lambda: None) -> None:

@@ -49,8 +49,7 @@ SignedPut = Callable[[IncomingUpload, dict[str, str], int, Mapping[str, str]], P
 class StoreFacts:
     """The checks that a store was seen to make.
 
-    `bodies`: it refuses a body of another sha256 than the signed one.
-    `signed_end`: it accepts the right body with the signed `NEVER`, and with no other expiry. `parts`: it refuses a
+    `bodies`: it refuses a body of another sha256 than the signed one. `signed_end`: it accepts the right body with the signed `NEVER`, and with no other expiry. `parts`: it refuses a
     part of another sha256 than the signed one; None if it accepts no uploads in parts at all.
     """
 
@@ -107,7 +106,8 @@ class StoreProbe:
     def probe(self) -> StoreFacts:
         """Probes the store now, and records what it finds."""
         with self._record.lock() if self._record else nullcontext():
-            return self._probe_and_save()
+            self._facts = self._probe_and_save()
+            return self._facts
 
     def checks_bodies(self) -> bool:
         """Whether bytes that the store accepted under a signed request need no second check."""
@@ -134,11 +134,10 @@ class StoreProbe:
     def _recorded(self) -> StoreFacts:
         if self._record is None:
             return self._probe_and_save()
-        known = self._record.load()
-        if known is None:
-            with self._record.lock():
-                known = self._record.load() or self._probe_and_save()
-        return known
+        if known := self._record.load():
+            return known
+        with self._record.lock():
+            return self._record.load() or self._probe_and_save()
 
     def _probe_and_save(self) -> StoreFacts:
         bodies = self._tells_bodies_apart()
@@ -148,7 +147,6 @@ class StoreProbe:
         log.info("The blob store verifies: %s", facts)
         if self._record is not None and facts.parts is not None:  # a store may be upgraded to accept parts
             self._record.save(facts)
-        self._facts = facts
         return facts
 
     def _holds_to_the_signed_end(self) -> bool:
