@@ -49,8 +49,9 @@ SignedPut = Callable[[IncomingUpload, dict[str, str], int, Mapping[str, str]], P
 class StoreFacts:
     """The checks that a store was seen to make.
 
-    `bodies`: it refuses a body of another sha256 than the signed one. `signed_end`: it accepts the right body with the signed `NEVER`, and with no other expiry. `parts`: it refuses a
-    part of another sha256 than the signed one; None if it accepts no uploads in parts at all.
+    `bodies`: it refuses a body of another sha256 than the signed one. `signed_end`: it accepts the right body with the
+    signed `NEVER`, and with no other expiry. `parts`: it refuses a part of another sha256 than the signed one; None if
+    it accepts no uploads in parts at all.
     """
 
     bodies: bool
