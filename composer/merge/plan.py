@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -153,12 +153,7 @@ def plan_merge(  # noqa: PLR0913
         method=method,
         settings=parsed.with_tied(combined.tied).to_json(),
         adapters=tuple(use.result() for use in uses),
-        findings=(
-            *combined.findings,
-            *(finding for adapter in loaded for finding in adapter.placed.findings if finding.code in _REPORTED),
-            *beside.findings,
-            *quantized_bases(checkpoint, loaded),
-        ),
+        findings=(*combined.findings, *_reported(loaded), *beside.findings, *quantized_bases(checkpoint, loaded)),
         inputs=inputs,
         side_files=beside,
         compressions=tuple(combined.compressions),
@@ -172,6 +167,10 @@ def _stored_dtype(dtype: str | None) -> str | None:
             "dtype", f"{dtype!r} is not an output dtype.", subject=dtype, next_step=f"Use one of {', '.join(_DTYPES)}."
         )
     return None if dtype is None else _DTYPES[dtype]
+
+
+def _reported(loaded: Sequence[LoadedAdapter]) -> Iterator[Finding]:
+    return (finding for adapter in loaded for finding in adapter.placed.findings if finding.code in _REPORTED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -42,15 +42,14 @@ ROUTERS: tuple[Entry, ...] = (
     ("suites", "repository_routes", ("scores", "target-suite")),
     ("suites", "router", ("suites", "bases")),
     ("bases", "router", ("bases",)),
-    ("upgrades", "router", ("upgrades",)),
+    ("bases", "upgrade_router", ("upgrades",)),
     ("evaluations", "router", ("evaluations",)),
     ("blobs", "router", ("uploads", "blobs", "files")),
     ("compositions", "router", ("compositions",)),
     ("conflicts", "router", ("conflicts",)),
-    ("operations", "router", ("jobs", "audit", "audit.jsonl", "healthz", "readyz")),
+    ("operations", "router", ("jobs", "audit", "audit.jsonl", "healthz", "readyz", "metrics")),
     ("access", "router", ("whoami", "tokens", "namespaces", "users")),
     ("publishers", "router", ("publishers",)),
-    ("metrics", "router", ("metrics",)),
 )
 """Module, router, and path parts; each path of the router contains one of them."""
 HUB: tuple[str, ...] = ("oauth", "xet", "files", "push", "models")
@@ -143,7 +142,7 @@ def _ask_for(app: FastAPI, resources: Resources, secret: str | None) -> None:
 
 
 def _guard(app: FastAPI, resources: Resources, *, tokens: bool) -> None:
-    """Adds what bounds requests and callers."""
+    """Adds the middleware that limits requests and callers."""
     app.add_middleware(BodyLimit, limit_bytes=resources.settings.max_document_bytes)
     if tokens:
         app.add_middleware(CallerLimits, callers=app.state.callers)

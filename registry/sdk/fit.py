@@ -54,7 +54,7 @@ def _base_of_model(api: "Api", directory: Path, base: str | None) -> str:
 
 
 def _unnamed(directory: Path, what: str) -> Usage:
-    return Usage("base_missing", f"{directory} does not say which base it {what}.")
+    return Usage("base_missing", f"{directory} does not name the base that it {what}.")
 
 
 def base_by_name_or_location(api: "Api", text: str) -> "BaseOut":

@@ -11,7 +11,7 @@ from registry.database.tables import Base, Job, Release
 from registry.domain.access import audit
 from registry.domain.access.audit import Act, Actor
 from registry.domain.access.roles import Role, administers, holds, may_read, owns
-from registry.domain.catalog import bases, metrics, repositories, suites, upgrades
+from registry.domain.catalog import bases, metrics, repositories, suites
 from registry.domain.catalog.releases import full_name
 from registry.domain.channels import gates
 from registry.domain.channels.gates import Measured
@@ -109,7 +109,7 @@ def _plan(
         metrics.refuse_disabled(suite, enabled)
     same = before.architecture_digest == after.architecture_digest and before.model_type == after.model_type
     plan = _Plan(before.digest, after.digest, same, bases.architecture(session, after.digest))
-    for release in upgrades.adapters_on(session, actor, before):
+    for release in bases.adapters_on(session, actor, before):
         scored = [score.suite for score in suites.scores_of(session, release)]
         usable = [suite for suite in scored if suite.task not in suites.ELSEWHERE]
         own = dict.fromkeys(suite.digest for suite in usable if not metrics.disabled(suite, enabled))
@@ -138,7 +138,7 @@ def _report(session: Session, actor: Actor, upgrade: Json, job: Job | None, resu
             {
                 "repository": str(repositories.name_of(release.repository)),
                 "version": release.version,
-                "channels": upgrades.channels_of(session, release),
+                "channels": bases.channels_of(session, release),
                 "fits": row["fits"],
                 "why": row["why"],
                 "scores": _compared(gates.scores(session, release), of_new, own),

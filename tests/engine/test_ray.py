@@ -13,7 +13,7 @@ import pytest
 
 from registry.errors import Invalid, RegistryError, Unavailable
 from registry.settings import EngineSettings, Settings
-from registry.storage.s3.unit_results import S3Results
+from registry.storage.s3.store import S3Results
 from registry.worker.engine.local import LocalEngine
 from registry.worker.engine.protocol import Needs
 from registry.worker.engine.ray import MAX_DEATHS, RayEngine

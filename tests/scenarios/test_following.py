@@ -138,7 +138,7 @@ def test_following_goes_on_after_an_outage_says_what_changes_on_a_pipe_and_an_in
     left.send_signal(signal.SIGINT)
     said = left.communicate(timeout=30)[1]
     assert (left.returncode, home.json("jobs", 1)["state"]) == (130, "queued")
-    assert said.startswith("interrupted: job 1 goes on; `adaptory jobs 1 --follow` follows it")
+    assert said.startswith("interrupted: job 1 continues; `adaptory jobs 1 --follow` follows it")
 
     again = begin_command(remote, START, "jobs", "1", "--follow")
     assert again.stderr is not None

@@ -37,7 +37,7 @@ class Credentials:
     @property
     def key(self) -> str:
         """The key for caches and rate limits: a digest of the secret, or the address of a caller without one."""
-        if self.session:  # never that of a header, whatever text that has
+        if self.session:  # never that of a header, whatever its text
             return f"session {hashlib.sha256(self.session.encode()).hexdigest()}"
         if self.authorization:
             scheme, _, text = self.authorization.partition(" ")  # one token, however the header is written
@@ -54,7 +54,7 @@ class ActorCache:
     """Caches for `access_cache_s` seconds the actor of each token and the public namespaces.
 
     Changes made by this process apply immediately (`forget`), those of other processes when the time is up. A request
-    that changes something looks its token up in any case: one that was revoked elsewhere changes nothing.
+    that changes something always looks up its token: one revoked elsewhere changes nothing.
     """
 
     resources: Resources

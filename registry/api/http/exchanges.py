@@ -22,7 +22,7 @@ Observe = Callable[[str, str | None, int, float], None]
 """(method, route template, status, seconds)"""
 HEADER = b"x-request-id"
 NOSNIFF = (b"x-content-type-options", b"nosniff")
-"""No browser may take an answer for what its Content-Type does not say: all of them may have text of users."""
+"""Browsers must not guess another Content-Type: any answer may contain text of users."""
 _GIVEN = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 """Request ids accepted from a proxy; anything else could forge log lines."""
 
@@ -96,7 +96,8 @@ class Exchanges:
 
 def _template(scope: Scope) -> str | None:
     """The route template, None if no route matched. Repository routes are mounted twice and lack their prefix. The
-    framework does not say that it matched its own route, that of the OpenAPI document."""
+    framework does not report a match of its own route, that of the OpenAPI document.
+    """
     if scope["path"] == scope["app"].openapi_url:
         return str(scope["path"])
     route = scope.get("route")

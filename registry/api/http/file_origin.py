@@ -1,6 +1,6 @@
 """Files of users from an origin of their own: another host name of this server, for signed addresses alone.
 
-Whatever a browser made of such a file, it could not act on the pages of the registry.
+However a browser interprets such a file, it cannot act on the pages of the registry.
 """
 
 import hmac
@@ -41,7 +41,7 @@ class FileOrigin:
         return f"{self.url}{FILES_PATH}{sha256}?{urlencode(query)}"
 
     def has_signed(self, sha256: Digest, expires: int, disposition: str, signature: str) -> bool:
-        """Whether this registry gave the address, and it has not expired."""
+        """Whether this registry signed the address, and it has not expired."""
         own = self._signature(sha256, expires, disposition)
         return hmac.compare_digest(own.encode(), signature.encode()) and expires >= time.time()
 
@@ -51,7 +51,7 @@ class FileOrigin:
 
 
 def no_such_address(sha256: Digest) -> NotFound:
-    """The error for an address that this registry did not give, that has expired, or whose file is gone."""
+    """The error for an address that this registry did not sign, that has expired, or whose file is gone."""
     return NotFound(
-        "address_expired", "This address of a file has expired, or this registry did not give it.", subject=sha256
+        "address_expired", "This address of a file has expired, or is not from this registry.", subject=sha256
     )

@@ -97,11 +97,11 @@ class HeaderLimit:
 class CallerLimits:
     """Answers 429 to a caller with too many requests, counted by token, else by address.
 
-    Invalid tokens are also counted by address, since anyone can make up any number of them. After too many of those,
+    Invalid tokens are also counted by address, since anyone can invent any number of them. After too many of those,
     the token of each request from the address is checked first. Valid tokens are then counted alone, since others may
     share the address.
 
-    A wrong token that somebody signs in with is counted so too; after too many, nobody signs in from the address.
+    Invalid tokens at sign-in are counted too; after too many, nobody can sign in from the address.
 
     Streams and waiting polls are not counted here but while they are open (`OpenStreams`).
 
@@ -199,7 +199,7 @@ class OwnHost:
             return None
         if self.files and (name == self.files) != path.startswith(FILES_PATH):
             what = "answers with files of users alone" if name == self.files else "does not answer with files of users"
-            message, next_step = f"{host[:200]} {what}.", "Use the address that the registry gave."
+            message, next_step = f"{host[:200]} {what}.", "Use the address from the registry."
         elif not self.names or name == self.files or self._is_own(name):
             return None
         else:

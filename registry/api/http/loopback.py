@@ -16,7 +16,7 @@ from registry.api.http.request import SAFE_METHODS
 from registry.errors import Unauthenticated
 
 _OPEN = re.compile(rf"(?:{'|'.join(HEALTH_PATHS)}|{SIGN_IN_PATH})\Z|/static/|/xet/|/api/lfs/")
-"""Xet and LFS clients send what the server gave them for one push in place of the token."""
+"""Instead of the token, Xet and LFS clients send the credentials that the server issued for one push."""
 _PROGRAMS = re.compile(r"/v1/|/api/|/oauth/|/[^/]+/[^/]+\.git/")
 """Changes here need the secret itself: a page of another server on this machine could make a browser send a cookie."""
 _BEGINS_UPLOAD = re.compile(r"/api/.*/xet-write-token/")
@@ -24,7 +24,7 @@ _BEGINS_UPLOAD = re.compile(r"/api/.*/xet-write-token/")
 
 
 class Secret:
-    """The secret of a server, and what a browser has instead."""
+    """The secret of a server, and the cookie that a browser has instead."""
 
     def __init__(self, directory: Path, text: str) -> None:
         self._home, self._text = directory, text

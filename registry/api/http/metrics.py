@@ -1,8 +1,8 @@
 """Prometheus metrics of the server: requests by route, and the queue of jobs.
 
-Labels are route templates and kinds of jobs, never paths, namespaces or repositories: those are private, and there is
-no end to them. Of several server processes, each writes its numbers to files in PROMETHEUS_MULTIPROC_DIR, and any of
-them answers for all.
+Labels are route templates and kinds of jobs, never paths, namespaces or repositories: those are private, and unbounded
+in number. Of several server processes, each writes its numbers to files in PROMETHEUS_MULTIPROC_DIR, and any of them
+answers for all.
 """
 
 import os
@@ -75,7 +75,7 @@ class _Jobs(Collector):
             waiting = queue.unfinished(session)
         jobs = GaugeMetricFamily(
             "adaptory_jobs",
-            "Jobs that are queued or running, or whose worker fell silent: stalled.",
+            "Jobs that are queued, running, or stalled because their worker fell silent.",
             labels=("kind", "state"),
         )
         oldest = GaugeMetricFamily(

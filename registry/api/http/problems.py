@@ -46,7 +46,8 @@ def problem_response(
     error: RegistryError, status: int | None = None, headers: Mapping[str, str] | None = None
 ) -> JSONResponse:
     """Returns an error as a problem document. The status, of the response and in its body, is that of the error's
-    family unless HTTP has a closer one."""
+    family unless HTTP has a more specific one.
+    """
     status = status or error.status
     problem = Problem(
         type=f"urn:adaptory:problem:{error.code}",
@@ -115,9 +116,7 @@ def _describe(app: FastAPI) -> None:
                 components["schemas"].pop(name, None)
             components["schemas"]["Problem"] = Problem.model_json_schema()
             content = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
-            components["responses"] = {
-                "Problem": {"description": "What went wrong, and what to do.", "content": content}
-            }
+            components["responses"] = {"Problem": {"description": "The error, and the next step.", "content": content}}
             components["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}
             for operations in document["paths"].values():
                 for operation in operations.values():
@@ -192,7 +191,7 @@ def _of_validation(error: RequestValidationError) -> Invalid:
 
 
 def _wrong(error: Mapping[str, Any]) -> str:
-    """Describes what is wrong; the next step lists the allowed values."""
+    """Describes the error; the next step lists the allowed values."""
     return f"{str(error['input'])[:100]!r} is unknown" if error["type"] in _CHOICES else str(error["msg"])
 
 

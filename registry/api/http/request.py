@@ -22,7 +22,7 @@ R = TypeVar("R")
 SAFE_METHODS = frozenset({"GET", "HEAD"})
 BODY_SILENCE_S = 60
 LEAST_BYTES_PER_S = 16 << 10
-"""Of a body that takes longer than BODY_SILENCE_S, on average."""
+"""The minimum average rate of a body that takes longer than BODY_SILENCE_S."""
 DOCUMENT_S = 300
 MAX_DIGITS = 18
 """A number of this many digits fits a 64-bit column, and `int` can parse it."""
@@ -43,7 +43,7 @@ def idempotent_request(request: Request, actor: Actor, key: str | None, body: Ba
 
 
 async def receive_body(request: Request, actor: Actor, receive: Callable[[], R]) -> R:
-    """Calls what reads `body_chunks`, in a thread for bodies. Raises TooMany for a user who sends many at a time."""
+    """Calls a reader of `body_chunks` in a thread for bodies. Raises TooMany for a user who sends many at a time."""
     uploads: UploadThreads = request.app.state.uploads
     return await uploads.run(actor.name, receive)
 
@@ -61,7 +61,7 @@ def body_chunks(request: Request) -> Iterator[bytes]:
         if waited_s > BODY_SILENCE_S and taken < waited_s * LEAST_BYTES_PER_S:
             raise Usage(
                 "body_slow",
-                f"{taken:,} bytes of the body have arrived in {waited_s:.0f} s.",
+                f"{taken:,} bytes of the body were received in {waited_s:.0f} s.",
                 next_step=f"Send the file again with at least {LEAST_BYTES_PER_S:,} bytes per second.",
             )
         if chunk:
@@ -115,8 +115,8 @@ RequestKey = Annotated[
     Header(
         alias="Idempotency-Key",
         pattern=r"^[\x21-\x7e]{1,64}$",
-        description="Any text that you choose. A repeated request of the same user with the same key within a week "
-        "takes effect only once and returns the first result.",
+        description="Any text. A repeated request of the same user with the same key within a week takes effect "
+        "only once and returns the first result.",
     ),
 ]
 ResourcesOf = Annotated[Resources, Depends(resources_of)]

@@ -81,15 +81,15 @@ async def check_document(request: Request, rules: Sequence[Rule]) -> None:
 
 _ERRORS: dict[int, str] = {
     400: "The request is malformed or has an unknown parameter.",
-    401: "A token is required, or the given one is not valid.",
+    401: "A token is required, or the given one is invalid.",
     403: "The caller may not do this.",
     404: "It does not exist, or the caller may not see it.",
     409: "The request conflicts with the current state.",
     412: "The precondition (`If-Match`, `If-None-Match`) does not hold.",
     413: "The body is too large.",
     422: "The content is invalid, or a check or gate refuses it.",
-    429: "Too many requests; `Retry-After` says when to try again.",
-    503: "The database, the store or the disk is unavailable; `Retry-After` says when to try again.",
+    429: "Too many requests; `Retry-After` states when to try again.",
+    503: "The database, the store or the disk is unavailable; `Retry-After` states when to try again.",
 }
 
 

@@ -64,8 +64,9 @@ class Rule:
         return actor
 
     def chunks(self, request: Request) -> Iterator[bytes]:
-        """The body, as `body_chunks`. Raises at its end if the caller, who may have sent it for hours, has lost the
-        token or the role meanwhile."""
+        """The body, as `body_chunks`. Raises at its end, possibly hours later, if the caller has lost the token or the
+        role meanwhile.
+        """
         yield from body_chunks(request)
         from_thread.run(self, request)
 

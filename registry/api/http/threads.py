@@ -99,7 +99,7 @@ class UploadThreads:
         if free <= (0 if self._per_user is None else self._running[user]):
             raise Unavailable(
                 "uploads_busy",
-                f"{UPLOAD_THREADS - free} of {UPLOAD_THREADS} uploads are under way, as many as this process takes.",
+                f"{UPLOAD_THREADS - free} of {UPLOAD_THREADS} uploads are under way, the limit of this process.",
             )
         if self._per_user is not None and self._running[user] >= self._per_user:
             raise TooMany("too_many_uploads", f"{user} is sending {self._per_user} files already.", subject=user)

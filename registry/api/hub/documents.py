@@ -20,8 +20,7 @@ from registry.domain.catalog.tags import LIBRARIES, list_tags
 from registry.domain.channels import resolve
 from registry.domain.channels.revisions import MAIN, NEXT, Located, Refs
 from registry.formats.licenses import spdx
-from registry.formats.manifest import ManifestFile, parse_manifest
-from registry.formats.tree import TreeEntry
+from registry.formats.manifest import ManifestFile, TreeEntry, parse_manifest
 
 Json = dict[str, Any]
 POINTER_BYTES = 134

@@ -58,7 +58,7 @@ def download_file(  # noqa: PLR0913
     headers |= _headers(revision, located, file)
     if known is not None and file.sha256 in known:
         return Response(status_code=304, headers=headers | {"ETag": f'"{file.sha256}"'})
-    if begun is not None and file.sha256 not in begun:  # the name stands for other bytes by now: all of them
+    if begun is not None and file.sha256 not in begun:  # the name stands for other bytes now: send all of them
         byte_range = None
     response = file_response(request, resources, file, f"{path} of {located.full_name}", byte_range)
     response.headers.update(headers)

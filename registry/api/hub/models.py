@@ -18,15 +18,14 @@ from registry.domain.catalog.tags import narrow
 from registry.domain.channels import revisions
 from registry.domain.channels.revisions import MAIN
 from registry.errors import NotFound
-from registry.formats.manifest import parse_manifest
-from registry.formats.tree import list_directory, select_entries
+from registry.formats.manifest import list_directory, parse_manifest, select_entries
 
 router = APIRouter(prefix="/api", route_class=HubRoute)
 
 PAGE, TREE_PAGE = 100, 1_000
 MODEL = "/models/{namespace}/{name}"
 MAX_CONDITIONS = 20
-"""Of one list of models, of each kind: every one makes the query longer, which anyone may send."""
+"""Limit for each kind of filter in a list of models: each one lengthens a query that anyone may send."""
 MAX_FORM_BYTES = 1 << 20
 Values = Annotated[list[str], Query()]
 Conditions = Annotated[list[str], Query(max_length=MAX_CONDITIONS)]

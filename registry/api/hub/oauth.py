@@ -1,4 +1,4 @@
-"""POST /oauth/token: the ID token of a job of continuous integration for a token of this registry, as RFC 8693 says.
+"""POST /oauth/token: the ID token of a job of continuous integration for a token of this registry (RFC 8693).
 
 `huggingface_hub` from 2.0 on calls it where HF_OIDC_RESOURCE is set.
 """

@@ -1,4 +1,4 @@
-"""What clients of the hub write: repositories, commits, and tags, which are releases."""
+"""Writes by clients of the hub: repositories, commits, and tags, which are releases."""
 
 from functools import partial
 from typing import Annotated, Any
@@ -30,7 +30,7 @@ from registry.transfer.resources import Resources
 
 router = APIRouter(route_class=HubRoute)
 INLINE_BYTES = 1 << 20
-"""The size up to which a file comes inside the commit."""
+"""The size up to which a file is sent inside the commit."""
 MAX_COMMIT_BYTES = 400 << 20
 
 
@@ -40,7 +40,7 @@ def create(body: RepositoryIn, request: Request, resources: ResourcesOf, actor: 
     if body.type not in (None, "model"):
         raise _not_a_model(body.type)
     if not body.organization and not may(actor, Role.PUBLISHER, actor.name):
-        parse_repository(body.name)  # says that a namespace is missing
+        parse_repository(body.name)  # reports that a namespace is missing
     namespace = (body.organization or actor.name).lower()
     repository = RepositoryName(parse_name(namespace, "namespace"), parse_name(body.name.lower(), "repository name"))
     permit(actor, Role.PUBLISHER, str(repository))
@@ -74,8 +74,9 @@ def validate_card() -> Response:
 def plan_commit(
     namespace: str, name: str, revision: str, body: PlanIn, resources: ResourcesOf, actor: Publisher
 ) -> Response:
-    """Says whether each file comes in the commit, before it or not at all, and what `main` has under its name. Refuses
-    names before any byte is sent."""
+    """Plans whether each file is sent in the commit, before it or not at all, and shows the file of that name in
+    `main`. Refuses names before any byte is sent.
+    """
     with resources.snapshot() as session:
         repository = parse_repository(f"{namespace}/{name}")
         revisions.refuse_no_branch(session, repository, revision)
@@ -159,7 +160,7 @@ async def upload(
 @router.post("/api/lfs/{namespace}/{sha256}")
 @in_store_threads
 def finish_upload(permit: PermitOf, resources: ResourcesOf) -> Response:
-    """Verifies what the store has received."""
+    """Verifies the bytes that the store has received."""
     lfs.finish(resources, permit)
     return JSONResponse({})
 
@@ -226,7 +227,9 @@ def create_branch(
                 "channel_exists", f"{repository}@{channel} exists already.", subject=f"{repository}@{channel}"
             ) from error
     warning = (
-        {"X-HF-Warning": f"promotion; {repository}@{channel} waits for what its policy asks for."} if waits else {}
+        {"X-HF-Warning": f"promotion; {repository}@{channel} waits for the requirements of its policy."}
+        if waits
+        else {}
     )
     return JSONResponse({}, headers=warning)
 
@@ -295,8 +298,9 @@ def _is_left_out(path: str) -> bool:
 
 
 def _oids(resources: Resources, held: list[ManifestFile]) -> dict[str, str]:
-    """The digest that a client compares a file with, to leave out unchanged ones: the sha256 of one that would
-    come before the commit, git's name for one that would come in it."""
+    """The digests with which a client detects unchanged files: the sha256 of a file that would be sent before the
+    commit, git's name for one that would be sent in it.
+    """
     from registry.transfer import commits as transfers
 
     large = [file for file in held if file.size_bytes > INLINE_BYTES and uploads.has_bytes(resources, file)]

@@ -1,4 +1,4 @@
-"""What the client sends; it adds fields that are not used here."""
+"""The requests of the client; it adds fields that are not used here."""
 
 from pydantic import BaseModel, Field
 

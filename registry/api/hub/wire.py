@@ -1,4 +1,4 @@
-"""What all answers of the hub API have in common: errors, dates, links and pages, as `huggingface_hub` reads them."""
+"""Common parts of the hub API's answers: errors, dates, links and pages, as `huggingface_hub` reads them."""
 
 import re
 from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -34,7 +34,7 @@ _MAX_WARNINGS, _MAX_WARNING = 4, 300
 
 
 class HubRoute(APIRoute):
-    """Answers errors with the headers that the client takes its exception and its message from.
+    """Answers errors with the headers from which the client derives its exception and its message.
 
     Ignores unknown parameters, since each version of the client sends others. Reads a body only after authorization.
     Not in the OpenAPI document.
@@ -61,7 +61,7 @@ class HubRoute(APIRoute):
 
 
 def _lower_names(request: Request) -> None:
-    """Lowers the repository in the path as `create` does, since a program goes on with the name that it was given. Not
+    """Lowers the repository in the path as `create` does, since a program keeps using its own spelling of the name. Not
     the pre-release of an alias such as acme/sql.1.0.0-RC.1."""
     names = request.path_params
     if "namespace" in names:
@@ -86,7 +86,9 @@ def refusal(request: Request, error: RegistryError) -> Response:
     headers = {"X-Error-Message": header_text(text)}
     if isinstance(error, Unauthenticated) and error.code == "token_invalid":
         headers["X-Error-Message"] = WRONG_TOKEN
-    if error.code in EXCEPTIONS and request.url.path != CREATE:  # the client would say to create what it creates
+    if (
+        error.code in EXCEPTIONS and request.url.path != CREATE
+    ):  # otherwise the client would advise creating what it is creating
         headers["X-Error-Code"] = EXCEPTIONS[error.code]
     if commit := getattr(request.state, "commit", None):  # the client then remembers that the file is absent
         headers["X-Repo-Commit"] = commit
@@ -108,8 +110,9 @@ def revision_headers(request: Request, located: Located) -> dict[str, str]:
 
 
 def with_findings(response: Response, about: str, findings: Sequence[Mapping[str, Any]]) -> Response:
-    """The response with the findings as warnings. The client logs one for each topic, so the topic is what they are
-    about, with a number."""
+    """The response with the findings as warnings. The client logs one for each topic, so the topic is their subject,
+    with a number.
+    """
     for number, finding in enumerate(findings[:_MAX_WARNINGS]):
         text = header_text(f"{finding['severity']}: {finding['message']}")[:_MAX_WARNING]
         response.headers.append("X-HF-Warning", f"{about} {number}; {text}")

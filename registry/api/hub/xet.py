@@ -1,6 +1,6 @@
 """The upload endpoint for clients with `hf_xet`, which is theirs for every large file from version 1.20 on.
 
-What they ask besides (chunks that others have sent, newer forms of these calls, telemetry) is answered with 404.
+Their other requests (chunks that others have sent, newer forms of these calls, telemetry) are answered with 404.
 """
 
 from collections.abc import Iterator

@@ -110,7 +110,7 @@ def show_usage(namespace: str, resources: ResourcesOf, actor: Caller) -> UsageOu
 
 @router.put("/namespaces/{namespace}/quota")
 def set_quota(namespace: str, body: QuotaIn, resources: ResourcesOf, actor: RegistryAdmin) -> NamespaceOut:
-    """Set what the namespace may hold. What it holds already stays."""
+    """Set the quota of the namespace. Its existing contents stay."""
     permit(actor, Role.ADMIN, namespace)
     with resources.write() as session:
         row = namespaces.find(session, namespace)

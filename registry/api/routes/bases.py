@@ -1,21 +1,25 @@
-"""/v1/bases"""
+"""/v1/bases, and /v1/upgrades from one base to another."""
 
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Response
 
 from registry.api.http.pagination import Cursor, Limit, decode_cursor, page
-from registry.api.http.request import ResourcesOf
+from registry.api.http.request import ResourcesOf, RowId
 from registry.api.http.routes import Route
-from registry.api.http.rules import Contributor, Member
+from registry.api.http.rules import Caller, Contributor, Member
 from registry.api.routes.views import base_page, base_view
 from registry.domain.catalog import bases
 from registry.domain.catalog.bases import NewBase, TensorRow
 from registry.formats.references import parse_digest
+from registry.transfer import upgrades
 from registry.wire.catalog import BaseIn, BaseOut, DeprecateIn
 from registry.wire.document import Page
+from registry.wire.work import UpgradeIn, UpgradeOut
 
 router = APIRouter(prefix="/v1/bases", tags=["bases"], route_class=Route)
+
+upgrade_router = APIRouter(prefix="/v1/upgrades", tags=["bases"], route_class=Route)
 
 
 @router.post("", status_code=201, responses={200: {"model": BaseOut}})
@@ -63,3 +67,19 @@ def show(
     """Show a base by digest, name or alias."""
     with resources.read() as session:
         return base_view(session, bases.find(session, base), tensors=tensors)
+
+
+@upgrade_router.post("", status_code=202, responses={200: {"model": UpgradeOut}})
+def begin_upgrade(body: UpgradeIn, resources: ResourcesOf, actor: Contributor, response: Response) -> UpgradeOut:
+    """List the adapters on one base, and which of them fit another. 202 if a job measures those that fit and that the
+    caller may record scores of; their scores on the new base are only in the report."""
+    document = upgrades.begin(resources, actor, body.old, body.new, body.suites, evaluate=body.evaluate)
+    response.status_code = 200 if document["job"] is None else 202
+    return UpgradeOut.model_validate(document)
+
+
+@upgrade_router.get("/{job_id}")
+def show_upgrade(job_id: RowId, resources: ResourcesOf, actor: Caller) -> UpgradeOut:
+    """Show an upgrade, as far as it is done. Only for the caller who began it and registry admins."""
+    with resources.read() as session:
+        return UpgradeOut.model_validate(upgrades.report(session, actor, job_id))

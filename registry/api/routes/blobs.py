@@ -111,7 +111,7 @@ def fetch(  # noqa: PLR0913
     disposition: Annotated[str, Query(max_length=2_000)] = "",
     byte_range: ByteRange = None,
 ) -> Response:
-    """The bytes of a file, on the host name of `ADAPTORY_FILES_URL`, by an address that the registry gave."""
+    """The bytes of a file, on the host name of `ADAPTORY_FILES_URL`, by an address from the registry."""
     digest = parse_digest(sha256)
     origin = origin_of(request)
     if origin is None or not origin.has_signed(digest, expires, disposition, signature):

@@ -96,7 +96,8 @@ def promote(  # noqa: PLR0913
     key: RequestKey = None,
 ) -> Response:
     """422 with the numbers if a gate fails; 412 if the channel no longer has the given ETag. 202 if the release lacks
-    only what may still come, such as a score: the promotion then completes or fails by itself."""
+    only what may still come, such as a score: the promotion then completes or fails automatically.
+    """
     asked = idempotent_request(request, actor, key, body)
     wanted = moves.PromotionRequest(
         named.name,
@@ -168,7 +169,8 @@ def delete(
     reason: Annotated[str, Query(max_length=1000)] = "",
 ) -> ChannelDeleted:
     """Delete a channel without a policy. One that serves a release is refused, unless an admin names that release and
-    gives a reason."""
+    states a reason.
+    """
     known = parse_version(serving) if serving else None
     with resources.write() as session:
         served = withdrawals.delete_channel(session, actor, named.find(session), channel, serving=known, reason=reason)
@@ -305,7 +307,7 @@ def show_gates(named: RepositoryOf, resources: ResourcesOf, actor: Reader) -> Ga
 
 @repository_routes.put("/{namespace}/{name}/gates")
 def set_gates(named: RepositoryOf, body: GatesIn, resources: ResourcesOf, actor: Admin) -> GatesOut:
-    """Replace the rules of one channel, or pin them to what their suites are now."""
+    """Replace the rules of one channel, or pin them to the current content of their suites."""
     with resources.write() as session:
         repository = named.find(session)
         policies.set_rules(session, actor, repository, body.channel, body.rules, repin=body.repin)

@@ -1,4 +1,4 @@
-"""/v1/conflicts: what adapters have in common, from their weights, by a worker."""
+"""/v1/conflicts: comparisons of adapters from their weights, by a worker."""
 
 from fastapi import APIRouter, Response
 
@@ -56,6 +56,6 @@ def request_check(resources: Resources, actor: Actor, lock: Lock) -> ConflictsOu
 
 
 def recipe_of(body: ConflictsIn) -> Recipe:
-    """The recipe of what would be combined. Raises InvalidFile naming the field."""
+    """The recipe of the combination. Raises InvalidFile naming the field."""
     inputs = [one.model_dump(exclude_unset=True) for one in body.inputs]
     return parse_recipe({"inputs": inputs, "method": body.method, "settings": body.settings}, "conflicts")

@@ -1,18 +1,19 @@
-"""Jobs, the event log and health."""
+"""Jobs, the event log, health and metrics."""
 
 from collections.abc import Iterator
 from functools import partial
 from itertools import chain
-from typing import Annotated
+from typing import Annotated, cast
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.responses import StreamingResponse
 
 from registry.api.http.events import EVENTS, LastEventId, stream
+from registry.api.http.metrics import Metrics
 from registry.api.http.pagination import Cursor, Limit, decode_number, page
 from registry.api.http.request import ResourcesOf, RowId
 from registry.api.http.routes import Route
-from registry.api.http.rules import AdminSomewhere, Caller, Contributor
+from registry.api.http.rules import AdminSomewhere, Caller, Contributor, Member
 from registry.api.http.threads import in_store_threads
 from registry.api.routes.queries import EventFilters
 from registry.api.routes.views import audit_view, job_documents, job_page, job_view
@@ -31,6 +32,7 @@ from registry.wire.work import AuditOut, JobOut, PriorityIn
 
 router = APIRouter(tags=["operations"], route_class=Route)
 
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _EXPORT_ROWS = 1000
 
 
@@ -67,8 +69,9 @@ def cancel_job(job_id: RowId, resources: ResourcesOf, actor: Caller) -> JobOut:
 
 @router.post("/v1/jobs/{job_id}/priority")
 def set_priority(job_id: RowId, body: PriorityIn, resources: ResourcesOf, actor: Caller) -> JobOut:
-    """Give an unfinished job another priority: who may cancel it may lower it, `high` needs the role releaser in its
-    namespace, or in the whole registry if it has none."""
+    """Give an unfinished job another priority. Callers who may cancel it may lower it; `high` needs the role releaser
+    in its namespace, or in the registry if it has none.
+    """
     with resources.write() as session:
         job = _job(session, actor, job_id)
         compositions.permit_change(session, actor, job)
@@ -138,3 +141,9 @@ def ready(request: Request, resources: ResourcesOf) -> dict[str, str]:
     ensure_schema(resources.database, create=False, newer=True)
     resources.store.stat(ABSENT)
     return {"status": "ok"}
+
+
+@router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+def metrics(request: Request, actor: Member) -> Response:
+    """Requests by route, and the queue of jobs, in the text format of Prometheus; of a worker, its jobs and steps."""
+    return Response(cast(Metrics, request.app.state.metrics).rendered(), media_type=METRICS_TYPE)

@@ -93,7 +93,7 @@ class SearchIn(Wire):
     facets: list[Literal["base", "channel", "kind", "license", "loads_in", "measured", "namespace"]] = Field(
         default=[],
         max_length=7,
-        description="Counts what each choice of these conditions would find, up to 1,000; measured: suite.metric.",
+        description="Counts the results for each choice of these conditions, up to 1,000; measured: suite.metric.",
     )
     limit: int = Field(default=50, ge=1, le=500, description="Items per page.")
     cursor: str | None = Field(default=None, max_length=1000, description="`next` of the previous page.")
@@ -150,7 +150,7 @@ class EventFilters(WireIn):
 
     namespace: str | None = Field(default=None, max_length=64)
     subject: str | None = Field(default=None, max_length=300, description="acme/sql@prod, or a prefix: acme/*")
-    by: str | None = Field(default=None, max_length=128, description="The user who did it.")
+    by: str | None = Field(default=None, max_length=128, description="The user who acted.")
     act: Act | None = None
     since: Moment | None = None
     until: Moment | None = None

@@ -60,7 +60,7 @@ def list_repositories(
     limit: Limit = 50,
     cursor: Cursor = None,
 ) -> Page[RepositoryOut]:
-    """List the repositories that the caller may read, of one namespace if it is given."""
+    """List the repositories that the caller may read, optionally of one namespace."""
     if namespace is not None:
         permit(actor, Role.READER, parse_name(namespace, "namespace"))
     wanted = RepositoryFilter([kind], namespace)

@@ -161,7 +161,7 @@ def _document(resources: Resources, sha256: str) -> Response:
 
 
 def _measurements(resources: Resources, actor: Actor, namespace: str, body: ScoresIn) -> list[Measurement]:
-    """The measurements, with the stored results that came with them."""
+    """The measurements, with their stored results."""
     from registry.transfer import results
 
     measured = [Measurement(**row.model_dump()) for row in body.scores]

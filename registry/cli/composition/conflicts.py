@@ -89,7 +89,7 @@ def conflicts(  # noqa: PLR0913
         bool, typer.Option("--optimize", help="Find the method, settings and weights that keep most of each adapter.")
     ] = False,
     budget: Budget = None,
-    explain: Annotated[bool, typer.Option("--explain", help="Show what is behind the verdict or the choice.")] = False,
+    explain: Annotated[bool, typer.Option("--explain", help="Show the reasons for the verdict or the choice.")] = False,
     modules: Annotated[int, typer.Option(min=0, help="With --explain: number of modules shown per pair.")] = 2,
     device: Device = "auto",
     base_dir: BaseDir = None,
@@ -153,7 +153,7 @@ def _require(rules: "Policy", verdict: "Verdict") -> None:
 def _show(document: Json) -> None:
     """Shows the summary, which fits a screen."""
     render.summary("Verdict", document["summary"])
-    render.say("--explain shows the measurements and numbers behind this; --html F writes a page.")
+    render.say("--explain shows the underlying measurements and numbers; --html F writes a page.")
 
 
 def _explain(report: "ConflictReport", modules: int) -> None:

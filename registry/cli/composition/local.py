@@ -119,7 +119,7 @@ def combine(  # noqa: PLR0913
     budget = {name: value for name, value in (("rank", rank), ("energy", energy)) if value is not None}
     settings = settings_of(set_)
     if twice := sorted(budget.keys() & settings.keys()):
-        message = f"--{twice[0]} and --set {twice[0]} say the same thing twice."
+        message = f"--{twice[0]} and --set {twice[0]} set the same value twice."
         raise Usage("two_settings", message, subject=f"--{twice[0]}")
     settings |= budget
     adapters = _weighted(adapter, rule)
@@ -164,9 +164,7 @@ def extract(  # noqa: PLR0913
     base: Annotated[Path, typer.Option(help="The base's checkpoint directory.")],
     finetuned: Annotated[Path, typer.Option(help="The directory of a checkpoint fine-tuned from it.")],
     output: Output,
-    rank: Annotated[
-        int | None, typer.Option(min=1, help="The most directions of each matrix; 32 if nothing is said.")
-    ] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="The maximum rank of each matrix; 32 by default.")] = None,
     energy: Annotated[
         float | None,
         typer.Option(min=0, max=1, help="Keep this share of the squared change of each matrix, at the lowest rank."),

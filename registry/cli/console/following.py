@@ -42,7 +42,8 @@ def follow(connection: Connection, job_id: int, *, lines: bool) -> "wire.work.Jo
 def goes_on(job_id: int) -> str:
     """The message of an interrupted command that follows the job."""
     return (
-        f"job {job_id} goes on; `adaptory jobs {job_id} --follow` follows it again, `adaptory cancel {job_id}` ends it"
+        f"job {job_id} continues; `adaptory jobs {job_id} --follow` follows it again, `adaptory cancel {job_id}` ends "
+        "it"
     )
 
 

@@ -18,13 +18,13 @@ _ONE_S = 0.5
 """Interrupts this close together count as one: a terminal signals the process group, and a parent may forward it."""
 KEPT = {
     "promote": "nothing was moved, unless `adaptory history` shows it",
-    "push": "what was sent is kept; the same command sends the rest",
+    "push": "sent files are kept; the same command sends the rest",
     "extract": "nothing was written; the same command starts again",
-    "pull": "what was fetched is kept; the same command fetches the rest",
+    "pull": "fetched files are kept; the same command fetches the rest",
     "merge": "the same command resumes with the shards that are finished",
-    "eval": "what was measured is kept; the same command goes on from there",
+    "eval": "measurements are kept; the same command continues from there",
     "base": "nothing was registered; repeat the command",
-    "compose": "a later `adaptory compose` goes on with a composition that had begun; `adaptory cancel JOB` ends it",
+    "compose": "a later `adaptory compose` continues a composition that had begun; `adaptory cancel JOB` ends it",
     "conflicts": "nothing is kept; repeat the command",
 }
 """What remains of an interrupted command, if the command does not say so itself."""

@@ -82,7 +82,7 @@ def evaluate(  # noqa: PLR0913
     choice = HarnessChoice(names, harness_path, limit, num_fewshot, apply_chat_template)
     choice.refuse_idle(_HELP)
     if not suite and not choice.names:
-        raise Usage("nothing_to_run", "There is nothing to run.")
+        raise Usage("nothing_to_run", "Nothing to run.")
     if queue:
         local = {"--device": device != "auto", "--base-dir": base_dir, "--limit": limit}
         why = "with --queue: a worker measures all examples on its own machine"

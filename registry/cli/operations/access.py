@@ -191,7 +191,7 @@ def set_quota(
     unlimited: Annotated[bool, typer.Option("--unlimited", help="Remove both limits.")] = False,
     json: JsonFlag = False,
 ) -> None:
-    """Set what a namespace may hold, as an admin of the registry. What it holds already stays."""
+    """Set the quota of a namespace, as an admin of the registry. Its existing contents stay."""
     _refuse_no_limit(
         [max_bytes, max_releases], unlimited, namespace, "--bytes, --releases or both, or --unlimited alone"
     )
@@ -258,7 +258,9 @@ def revoke(namespace: NamespaceName, user: User, json: JsonFlag = False) -> None
 @users.command("link")
 def link_user(
     user: User,
-    subject: Annotated[str, typer.Option(help="Who the person is at the provider (`sub`), as the refusal says.")],
+    subject: Annotated[
+        str, typer.Option(help="The person's identifier at the provider (`sub`), as shown in the refusal.")
+    ],
     issuer: Annotated[str | None, typer.Option(help="The provider's address; by default, that of the server.")] = None,
     json: JsonFlag = False,
 ) -> None:
@@ -273,7 +275,8 @@ def link_user(
 def remove_user(user: User, json: JsonFlag = False) -> None:
     """Put a pseudonym in place of a user's name everywhere, also in the audit log.
 
-    The user's tokens, sessions and roles end. What the user did stays. Free text, such as reasons, is not searched.
+    The user's tokens, sessions and roles end. The record of the user's acts stays. Free text, such as reasons, is not
+    searched.
     """
     with connected() as connection:
         removed = connection.api.delete(f"/v1/users/{quote(user, safe='')}", wire.access.UserOut)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _S3 = "s3://"
 _MISSING_SHOWN = 10
-Target = Annotated[str, typer.Argument(metavar="DIR|s3://BUCKET/PREFIX", help="Where the backups are.")]
+Target = Annotated[str, typer.Argument(metavar="DIR|s3://BUCKET/PREFIX", help="The location of the backups.")]
 Endpoint = Annotated[
     str | None,
     typer.Option(
@@ -96,8 +96,8 @@ def restore(
     """Restore a backup into an empty registry, check it as fsck does, and exit with the code of that check.
 
     The registry is that of ADAPTORY_DATABASE_URL, ADAPTORY_STORAGE__… and ADAPTORY_HOME; the backup may be of another
-    kind of database and store. Stop the servers first. Repeat it if it was interrupted: it goes on, or says that it was
-    complete.
+    kind of database and store. Stop the servers first. Repeat it if it was interrupted: it continues, or reports that
+    it was complete.
     """
     from registry.database.engine import Database, DatabaseTimeouts
     from registry.database.tables import Token

@@ -39,11 +39,11 @@ def doctor(
         bool, typer.Option("--contents/--no-contents", help="Check every row and the size of every blob, as fsck does.")
     ] = True,
     bundle: Annotated[
-        Path | None, typer.Option(metavar="FILE.zip", help="Write what a bug report needs, without secrets.")
+        Path | None, typer.Option(metavar="FILE.zip", help="Write the data for a bug report, without secrets.")
     ] = None,
     json: JsonFlag = False,
 ) -> None:
-    """Check this installation end to end and say what is wrong; exit 1 if anything is.
+    """Check this installation end to end and list the problems; exit 1 if there are any.
 
     With ADAPTORY_URL or a profile it checks the way to that server instead.
     """

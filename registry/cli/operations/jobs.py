@@ -20,7 +20,7 @@ PriorityOption = Annotated[
 MemoryOption = Annotated[
     int | None,
     typer.Option(
-        "--memory-bytes", min=0, help="Memory of a device that the job takes, if not the size of its largest base."
+        "--memory-bytes", min=0, help="Device memory that the job needs, if not the size of its largest base."
     ),
 ]
 _HELP = "adaptory jobs"
@@ -87,7 +87,7 @@ def _show(job: "wire.work.JobOut") -> None:
     if job.waits_for:
         render.out(f"It waits for {job.waits_for}.")
     if job.stalled_since:
-        render.out("Its worker has stopped without a word. The next worker goes on with it: `adaptory worker`.")
+        render.out("Its worker has stopped unexpectedly. The next worker continues it: `adaptory worker`.")
     for step in job.steps:
         if step.log:
             render.heading(f"the last lines of a unit of {step.name} that failed")

@@ -25,7 +25,7 @@ storage = group("storage", "Inspect the blob store.")
 
 @storage.command("check")
 def check_storage(json: JsonFlag = False) -> None:
-    """Probe what the blob store verifies about uploads, and record it for all servers.
+    """Probe which checks the blob store makes on uploads, and record them for all servers.
 
     The first server or push does so once for each store. Repeat it after the store or a proxy before it has changed.
     """
@@ -61,7 +61,7 @@ def gc(
 ) -> None:
     """Remove old commits without a release, unfinished uploads and unused blobs. Safe while others push and pull.
 
-    First takes down what the retention of each namespace says (`adaptory namespace retention`), and removes jobs that
+    First applies the retention of each namespace (`adaptory namespace retention`), and removes jobs that
     ended ADAPTORY_JOB_RETENTION_DAYS ago.
     """
     from registry.transfer.collect import collect

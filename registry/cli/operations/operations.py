@@ -38,7 +38,7 @@ STOP_S = 30.0
 @root.command()
 def serve(
     host: Annotated[str, typer.Option(help="Any address but loopback requires ADAPTORY_ACCESS=tokens.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8470,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 chooses a free one.")] = 8470,
     with_worker: Annotated[
         bool, typer.Option("--worker/--no-worker", help="Also run queued jobs in this process.")
     ] = True,
@@ -138,7 +138,7 @@ def _refuse_without_tokens(resources: "Resources") -> None:
         if tokens.exist(session):
             return
     resources.close()
-    raise NotAllowed("no_tokens", "There is no token, so nobody could use this server.")
+    raise NotAllowed("no_tokens", "No token exists, so nobody could use this server.")
 
 
 class WorkerJobs(StrEnum):
@@ -262,7 +262,7 @@ def _name_connected(others: Sequence[str], *, works: bool) -> None:
 def audit(  # noqa: PLR0913
     subject: Annotated[str | None, typer.Option(help="acme/sql:1.0.0, acme/sql@prod, or a prefix: 'acme/*'")] = None,
     namespace: Annotated[str | None, typer.Option(help="Only in this namespace.")] = None,
-    by: Annotated[str | None, typer.Option(help="The user who did it.")] = None,
+    by: Annotated[str | None, typer.Option(help="The user who acted.")] = None,
     event: Annotated[
         str | None, typer.Option(help="channel:rollback, release:yank, …; any other word lists all.")
     ] = None,

@@ -21,9 +21,7 @@ def add(  # noqa: PLR0913
     repository: Repository,
     issuer: Annotated[str, typer.Option(help="github, gitlab, or the address of another issuer of ID tokens.")],
     project: Annotated[str, typer.Option(help="Such as acme/training; for other issuers, the subject (sub).")],
-    ref: Annotated[
-        str | None, typer.Option(help="Such as refs/heads/main; a * at its end stands for anything.")
-    ] = None,
+    ref: Annotated[str | None, typer.Option(help="Such as refs/heads/main; a * at its end matches anything.")] = None,
     environment: Annotated[str | None, typer.Option(help="The job's environment, such as release.")] = None,
     workflow: Annotated[
         str | None, typer.Option(help="The file of the job, such as release.yml; GitHub needs it.")

@@ -60,7 +60,7 @@ def add(  # noqa: PLR0913
     One on the hub is downloaded into the hub's own cache, which transformers reads too, and its commit becomes the
     location: workers download it from there. The hub is the one of HF_ENDPOINT.
 
-    One in a bucket is read where it is. Workers merge it from there, in the S3 service of the registry's store or in
+    One in a bucket is read from there. Workers merge it from there, in the S3 service of the registry's store or in
     that of boto3's own settings.
 
     Only an admin of the registry may add a directory or a bucket to a base's locations. For others, a base in a
@@ -210,7 +210,7 @@ def _successor(connection: Connection, old: str) -> str:
 
 def _followed(connection: Connection, document: "wire.work.UpgradeOut", job: int) -> "wire.work.UpgradeOut":
     """Waits until the upgrade's evaluation ends; returns the complete report."""
-    interrupts.kept = f"job {job} goes on; `adaptory jobs {job}` shows it"
+    interrupts.kept = f"job {job} continues; `adaptory jobs {job}` shows it"
     with render.progress("upgrade", None) as bar:
         while document.state in ("queued", "running"):
             time.sleep(_POLL_S)

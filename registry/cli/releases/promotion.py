@@ -43,7 +43,7 @@ def promote(  # noqa: PLR0913
 ) -> None:
     """Move a channel to a release; evaluates and prints every gate.
 
-    A release that lacks only what may still come waits for it: the promotion then completes or fails by itself.
+    A release that lacks only what may still come waits for it: the promotion then completes or fails automatically.
     """
     from registry.cli.releases.release import warn_of_move_since
     from registry.client import channel_moves
@@ -83,7 +83,7 @@ def _followed(
             )
     except KeyboardInterrupt:
         where = f"{promotion.repository}@{promotion.channel}"
-        interrupts.kept = f"promotion {promotion.id} goes on waiting; `adaptory promotion cancel {where}` cancels it"
+        interrupts.kept = f"promotion {promotion.id} keeps waiting; `adaptory promotion cancel {where}` cancels it"
         raise
 
 
@@ -165,7 +165,7 @@ def approve(
     withdraw: Annotated[bool, typer.Option("--withdraw", help="Withdraw your approval instead.")] = False,
     json: JsonFlag = False,
 ) -> None:
-    """Approve a release for a channel whose policy asks for it; a promotion that waits for it may complete."""
+    """Approve a release for a channel whose policy requires it; a promotion that waits for it may complete."""
     with connected() as connection:
         release = resolved(connection, ref)
         path = f"{release.line}/channels/{to}/approvals"

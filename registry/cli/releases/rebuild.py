@@ -61,7 +61,7 @@ def rebuilt_here(directory: Path, base_dir: Path | None, adapters: list[Path], *
     if base_dir is None or not adapters:
         raise Usage(
             "nothing_to_verify",
-            f"{directory} is a directory and does not say where its inputs are.",
+            f"{directory} is a directory without a note of its inputs.",
             subject=str(directory),
             next_step="Add --base-dir DIR, and --adapter DIR for each adapter that was merged.",
         )

@@ -144,7 +144,7 @@ def gate(
         typer.Option(help="'sql-exact.accuracy>=0.5' or 'guard.nll within 0.1 of base'. May be repeated."),
     ] = None,
     clear: Annotated[bool, typer.Option("--clear", help="Remove all rules.")] = False,
-    repin: Annotated[bool, typer.Option("--repin", help="Judge by what the rules' suites contain now.")] = False,
+    repin: Annotated[bool, typer.Option("--repin", help="Judge by the current content of the rules' suites.")] = False,
     json: JsonFlag = False,
 ) -> None:
     """Show a channel's gates, or replace all of them."""
@@ -245,7 +245,7 @@ def deprecation_body(what: str, reason: str | None, successor: str | None, *, un
             "reason_missing",
             "A deprecation needs a reason, and undoing one needs nothing else.",
             subject=what,
-            next_step="Say why with --reason, or give --undo alone.",
+            next_step="State a reason with --reason, or give --undo alone.",
         )
     return {"reason": reason, "successor": successor}
 

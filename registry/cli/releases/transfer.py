@@ -85,7 +85,7 @@ def push(  # noqa: PLR0913
     }
     selection = select_files(directory, _kind(kind), include or [])
     if selection.left_out:
-        render.say(f"left out: {selection.summary()} (take more with --include GLOB)")
+        render.say(f"left out: {selection.summary()} (include more with --include GLOB)")
     with connected() as connection:
         if channel:
             confirm_new_channel(connection, f"/v1/{kind}s/{reference.repository}", channel, agreed=new_channel)
@@ -191,7 +191,7 @@ def verify(  # noqa: PLR0913
         bool, typer.Option("--rebuild", help="Merge a composed model from its inputs again, and compare.")
     ] = False,
     base_dir: Annotated[
-        Path | None, typer.Option(help="The base's directory, if it is not where the registry says.")
+        Path | None, typer.Option(help="The base's directory, if it is not at its registered location.")
     ] = None,
     adapter: Annotated[
         list[Path] | None, typer.Option(metavar="DIR", help="For a local merge: each adapter that was merged.")
@@ -204,7 +204,7 @@ def verify(  # noqa: PLR0913
     from registry.client.signing import read_public_key, verify_directory, verify_release
 
     if key is None and not rebuild:
-        raise Usage("nothing_to_verify", "There is nothing to verify.")
+        raise Usage("nothing_to_verify", "Nothing to verify.")
     public_key, directory = read_public_key(key) if key else None, Path(what)
     local = {"--adapter": adapter, "--dequantize": dequantize}
     if not rebuild:
@@ -238,13 +238,15 @@ def _not_rebuilt(what: str, directory: Path, report: Json) -> Refused | None:
     """The error when the files differ, and also when the note says that an earlier version of the method made them: a
     note can claim that of anything."""
     if report["verdict"] == "different":
-        next_step = "Do not serve it; ask who published it."
+        next_step = "Do not serve it; ask its publisher."
         if directory == Path(what):
             next_step = "Check that base and adapters are those that were merged. If they are, do not serve it."
-        return Refused("not_rebuilt", f"{what} differs from what its inputs give.", subject=what, next_step=next_step)
+        return Refused(
+            "not_rebuilt", f"{what} differs from the result of its inputs.", subject=what, next_step=next_step
+        )
     if report["verdict"] == "earlier":
         made = report["earlier"].split()[0]
-        message = f"{what} says that it was made by an earlier version of {made}, which this version cannot verify."
+        message = f"{what} states that it was made by an earlier version of {made}, which this version cannot verify."
         next_step = "Rebuild it with the Adaptory that made it, or compose it again."
         return Refused("earlier_method", message, subject=what, next_step=next_step)
     return None

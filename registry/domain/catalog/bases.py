@@ -1,22 +1,23 @@
-"""Base models: identified by their weights, found by digest, name or alias."""
+"""Base models: identified by their weights, found by digest, name or alias; and the adapters on them."""
 
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import ColumnElement, bindparam, or_, select, update
+from sqlalchemy import ColumnElement, bindparam, func, or_, select, update
 from sqlalchemy.orm import Session, undefer
 
 from composer.formats.checkpoints.checkpoint import Architecture, TensorSpec
 from composer.formats.checkpoints.hashing import architecture_digest, weights_digest
 from composer.formats.checkpoints.header import DTYPE_BITS
 from registry.database.prepared import Prepared
-from registry.database.tables import Base, BaseAlias, BaseLocation, Release
+from registry.database.tables import Base, BaseAlias, BaseLocation, Channel, Release, Repository
 from registry.database.tables.catalog import new_stamp
 from registry.domain.access import audit
 from registry.domain.access.audit import Act, Actor
-from registry.domain.access.roles import Role, holds, permit, refuse_other_owner
+from registry.domain.access.roles import Role, holds, permit, readable, refuse_other_owner
+from registry.domain.catalog.repositories import Kind
 from registry.errors import Conflict, Invalid, NotFound, Usage
 from registry.formats.licenses import spdx
 from registry.formats.references import MAX_NEAR, Digest, nearest, parse_name
@@ -27,6 +28,7 @@ RELATIONS = ("quantized", "cast", "finetuned", "merged")
 SAME_MODEL = ("cast", "quantized")
 """Relations that preserve what a base computes, except for rounding: an adapter of one may work on the other."""
 MAX_STEPS, MAX_RELATED = 4, 100
+MAX_ADAPTERS = 500
 MAX_PARAMETERS = 1 << 59
 """Limit so that sizes fit into a column; a million times the largest models."""
 _ALIAS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,198}")
@@ -413,3 +415,30 @@ def _origins(session: Session, base: Base) -> set[str]:
         digests.add(base.derived_from)
         base = session.get_one(Base, base.derived_from)
     return digests
+
+
+def adapters_on(session: Session, actor: Actor, base: Base) -> Sequence[Release]:
+    """The adapters in use on a base that the actor may read: the highest stable release of each repository, and what
+    channels serve. Raises Invalid for more than MAX_ADAPTERS."""
+    top = select(Release.repository_id, func.max(Release.sort_key).label("sort_key"))
+    top = top.where(Release.stable, ~Release.yanked).group_by(Release.repository_id).subquery()
+    is_top = (Release.repository_id == top.c.repository_id) & (Release.sort_key == top.c.sort_key)
+    served = select(Channel.id).where(Channel.served_id == Release.id).exists()
+    query = select(Release).join(Repository, Repository.id == Release.repository_id).outerjoin(top, is_top)
+    query = query.where(Release.base_digest == base.digest, ~Release.yanked, Repository.kind == Kind.ADAPTER)
+    query = query.where(readable(actor, Repository.namespace), top.c.sort_key.is_not(None) | served)
+    query = query.order_by(Repository.namespace, Repository.name, Release.sort_key.desc())
+    rows = session.scalars(query.limit(MAX_ADAPTERS + 1)).unique().all()
+    if len(rows) > MAX_ADAPTERS:
+        raise Invalid(
+            "too_many_adapters",
+            f"More than {MAX_ADAPTERS} adapters use {base.name}.",
+            subject=base.name,
+            next_step="Upgrade in parts, with tokens that read fewer namespaces.",
+        )
+    return rows
+
+
+def channels_of(session: Session, release: Release) -> list[str]:
+    """The channels that serve the release."""
+    return list(session.scalars(select(Channel.name).where(Channel.served_id == release.id).order_by(Channel.name)))
