@@ -165,7 +165,7 @@ def test_an_interrupted_evaluation_ends_with_one_line_and_goes_on_where_it_was(
     running.interrupt()
     assert running.end() == 130
     assert time.monotonic() - since < 3, "two, and what a busy machine takes to end a process"
-    assert running.lines[-1].startswith("interrupted: what was measured is kept")
+    assert running.lines[-1].startswith("interrupted: measurements are kept")
     assert "Traceback" not in running.text
     again = stocked_on_disk.ok(*command, "--json")
     assert re.search(r"resumed: ([6-9]|1\d) of 12 examples", again.err)

@@ -156,7 +156,7 @@ def test_a_database_that_is_locked_for_a_moment_ends_no_step(on_disk: Cli) -> No
             held.finish_step()
         held.progress(0.5)
         other.close()
-        with pytest.raises(NotFound, match="no job 1"):  # it is retried
+        with pytest.raises(NotFound, match="Job 1 does not exist"):  # it is retried
             held.progress(0.9)
 
 

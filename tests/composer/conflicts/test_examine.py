@@ -111,7 +111,7 @@ def test_members_that_answer_the_same_prompts_differently_are_named_before_anyth
     assert verdicts == {("red", "green"): "unmeasured", ("red", "blue"): "warn", ("green", "blue"): "unmeasured"}
     assert report.verdict is Verdict.WARN
     headline = summary(report)
-    assert "want different answers to 1 of them: no single model serves both" in headline.lines[0]
+    assert "require different answers to 1 of them: no single model serves both" in headline.lines[0]
     assert headline.fix.startswith("Serve them separately and route")
     ignored = examine(
         adapters, [1.0] * 3, evidence=Evidence(load=never, suites=own), policy=parse_policy("same_prompts: ignore")

@@ -58,7 +58,7 @@ def test_a_recipe_with_numbers_and_settings_is_read() -> None:
     assert (recipe.inputs[0].weight, recipe.settings) == (2.0, {"lambda": 1})
 
 
-@pytest.mark.parametrize(("written", "why"), [("", "it is missing"), ("method: tie", "no method 'tie'")])
+@pytest.mark.parametrize(("written", "why"), [("", "it is missing"), ("method: tie", "unknown method 'tie'")])
 def test_a_recipe_without_a_method_or_with_an_unknown_one_is_refused_with_the_known_ones(
     written: str, why: str
 ) -> None:
