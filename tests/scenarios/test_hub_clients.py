@@ -168,7 +168,7 @@ def _refusals_are_readable(errors: Mapping[str, tuple[str, str]]) -> None:
         "create": "HfHubHTTPError",
     }
     for name, words in {
-        "repository": "repository acme/ghost does not exist", "revision": "It has prod, 1.1.0", "file": "no file 'absent.txt'",
+        "repository": "acme/ghost does not exist", "revision": "It has prod, 1.1.0", "file": "no file 'absent.txt'",
         "anonymous": "your token (HF_TOKEN) or sign-in", "wrong": "Invalid credentials", "create": "the role publisher",
     }.items():  # fmt: skip
         assert words in texts[name], texts[name]
