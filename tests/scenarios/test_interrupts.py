@@ -92,7 +92,7 @@ def test_an_interrupt_ends_what_is_stuck_within_two_seconds(stocked_on_disk: Cli
     exit_code, lines, seconds = ended(process, since)
     assert exit_code == 130
     assert len(lines) == 1
-    assert lines[0].startswith("interrupted: what was fetched is kept")
+    assert lines[0].startswith("interrupted: fetched files are kept")
     assert seconds < 3, "two, and what a busy machine takes to end a process"
 
 

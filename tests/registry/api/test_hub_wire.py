@@ -111,7 +111,7 @@ def test_a_name_with_a_revision_behind_it_is_read_like_the_repository(house: Hou
 
 def test_a_new_name_that_would_stand_for_something_else_is_refused(house: House) -> None:
     for name in ("tables.prod", "tables.3.0.0", "tables.v1.0.0", "tables.lite.1.0.0"):
-        with pytest.raises(Conflict, match="for acme/tables at"):
+        with pytest.raises(Conflict, match="for acme/tables"):
             _publish(house, name, "1.0.0", {"weights.safetensors": b"x"})
     for name in ("tables.staging", "tables2.5-sql"):
         _publish(house, name, "1.0.0", {"weights.safetensors": b"x"})
