@@ -30,7 +30,7 @@ _WAIT = re.compile(r"\bt\s*=\s*(\d{1,9})")
 
 
 @dataclass(slots=True)
-class Limits:
+class CallLimits:
     """The remaining limits of a call of the hub at `endpoint` about `what`; `ends` is monotonic time."""
 
     endpoint: str
@@ -63,7 +63,7 @@ class Limits:
         )
 
 
-_in_force: dict[str, Limits] = {}
+_in_force: dict[str, CallLimits] = {}
 _installing = threading.Lock()
 
 
@@ -77,7 +77,7 @@ def limited(
     _install()
     request_id = str(uuid4())
     ends = time.monotonic() + DOCUMENTS_S + files_bytes / SLOWEST_BYTES_PER_S
-    _in_force[request_id] = Limits(endpoint, what, ends, DOCUMENTS_BYTES, 2 * files_bytes + _SLACK_BYTES, check)
+    _in_force[request_id] = CallLimits(endpoint, what, ends, DOCUMENTS_BYTES, 2 * files_bytes + _SLACK_BYTES, check)
     try:
         yield {_REQUEST_ID: request_id}
     finally:
@@ -140,7 +140,7 @@ def _bounded_stream() -> type[Any]:
     library = importlib.import_module(errors.HfHubHTTPError.__bases__[0].__module__.partition(".")[0])
 
     class Bounded(library.SyncByteStream):
-        def __init__(self, stream: Any, limits: Limits, document: bool) -> None:
+        def __init__(self, stream: Any, limits: CallLimits, document: bool) -> None:
             self._stream, self._limits, self._document = stream, limits, document
 
         def __iter__(self) -> Iterator[bytes]:

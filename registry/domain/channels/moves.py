@@ -17,9 +17,9 @@ from registry.domain.channels import pending, policies, timeline
 from registry.domain.channels.policies import (
     SERVES_NOTHING,
     Expected,
+    PolicyReport,
     PromotionRequest,
     PromotionVerdict,
-    Report,
 )
 from registry.domain.channels.requirements import Question
 from registry.domain.channels.serving import move_before, serving_move, way_back
@@ -111,7 +111,7 @@ class Waiting:
     release: Release
     seen: int
     policy: ChannelPolicy
-    report: Report
+    report: PolicyReport
 
 
 def attempt(
@@ -159,7 +159,7 @@ def _record_promotion(  # noqa: PLR0913
     wanted: PromotionRequest,
     release: Any,
     current: Any,
-    report: Report,
+    report: PolicyReport,
     completing: int | None,
 ) -> ChannelMove:
     results = [result.to_json() for result in report.results]
@@ -369,10 +369,10 @@ def judge(  # noqa: PLR0913
     channel_id: int | None,
     policy: ChannelPolicy,
     given_up: Mapping[Wanted, str],
-) -> Report:
+) -> PolicyReport:
     """Judges a release by the policy of the channel `name`, whose id is None before its first promotion."""
     if policies.is_empty(policy):
-        return Report([], [])
+        return PolicyReport([], [])
     # Compare with what users get: not with a yanked release on the channel.
     channel = None if channel_id is None else session.get_one(Channel, channel_id, populate_existing=True)
     served = serving_move(session, channel) if channel else None

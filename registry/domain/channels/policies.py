@@ -39,7 +39,7 @@ class PromotionVerdict(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class PolicyReport:
     """The results of a policy's rules, and the scores that they wait for."""
 
     results: Sequence[GateResult]
@@ -193,10 +193,10 @@ def is_empty(policy: ChannelPolicy) -> bool:
     return not any(getattr(policy, name) for name in _REQUIREMENTS)
 
 
-def judge(session: Session, policy: ChannelPolicy, question: Question) -> Report:
+def judge(session: Session, policy: ChannelPolicy, question: Question) -> PolicyReport:
     """Judges the release by the policy."""
     results, lacking = _judge_scores(session, policy, question)
-    return Report([*results, *requirements.judge(session, policy, question)], lacking)
+    return PolicyReport([*results, *requirements.judge(session, policy, question)], lacking)
 
 
 def _judge_scores(session: Session, policy: ChannelPolicy, question: Question) -> tuple[list[GateResult], list[Wanted]]:
@@ -320,7 +320,7 @@ _FORCED_BY = {
 }
 
 
-def gate_failed(wanted: PromotionRequest, report: Report, policy: ChannelPolicy) -> Refused:
+def gate_failed(wanted: PromotionRequest, report: PolicyReport, policy: ChannelPolicy) -> Refused:
     failed = [result for result in report.failed if not result.waiting] or report.failed
     return Refused(
         "gate_failed",

@@ -18,7 +18,7 @@ from registry.domain.channels import moves, pending, policies, requirements
 from registry.domain.channels.gates import GateResult
 from registry.domain.channels.moves import Waiting
 from registry.domain.channels.pending import PENDING
-from registry.domain.channels.policies import Expected, PromotionRequest, PromotionVerdict, Report
+from registry.domain.channels.policies import Expected, PolicyReport, PromotionRequest, PromotionVerdict
 from registry.domain.channels.serving import serving_move
 from registry.domain.channels.timeline import ChannelMove
 from registry.domain.jobs import evaluations, queue
@@ -217,7 +217,7 @@ def _ended_by(error: RegistryError) -> str:
     return "expired" if error.code == "promotion_expired" else "refused"
 
 
-def _rows(report: Report) -> list[dict[str, Any]]:
+def _rows(report: PolicyReport) -> list[dict[str, Any]]:
     return [result.with_waiting() for result in report.results]
 
 
