@@ -23,9 +23,9 @@ from composer.merge.stream import Origin, stream_shard
 from registry.formats.references import Digest
 from registry.formats.s3_address import S3Address
 from registry.settings import S3Storage
-from registry.storage.blobs import BlobWriter
 from registry.storage.s3 import checkpoint as remote
 from registry.storage.s3.store import S3Store
+from registry.worker.engine.stores import HashingWriter
 from tests.s3_server import BUCKET
 
 Result = dict[str, object]
@@ -34,12 +34,15 @@ BASE = "base"
 
 
 class Sink:
-    def __init__(self, writer: BlobWriter) -> None:
+    def __init__(self, writer: HashingWriter) -> None:
         self.writer = writer
 
     def write(self, block: memoryview, origin: Origin | None) -> None:
         source: StoredFile | None = origin.file if origin else None
         self.writer.write(block, source, origin.offset if origin else 0)
+
+    def finish(self) -> str:
+        return self.writer.finish()
 
 
 def merged(base: Checkpoint, adapter: Path, store: S3Store, work: Path, digest: str) -> Result:
@@ -62,9 +65,8 @@ def streamed(address: S3Address, storage: S3Storage, adapter: Path, store: S3Sto
     hashes: dict[str, str] = {}
     copied = 0
     for shard in plan.shards:
-        writer = store.begin_write(shard.size_bytes)
+        writer = HashingWriter(store.begin_write(shard.size_bytes))
         made = stream_shard(plan, shard, Sink(writer), rewriter)
-        writer.finish(Digest(made.sha256))
         digests[shard.file], copied = made.sha256, copied + writer.copied_bytes
         hashes |= made.tensor_hashes
     tensors = base.architecture.tensors.items()

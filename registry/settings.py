@@ -300,15 +300,13 @@ class SignInSettings(BaseModel):
 
 
 class EngineSettings(BaseModel):
-    """Settings of the engine, which runs the parts of a job: in the worker's own process, or on the nodes of a Ray
-    cluster."""
+    """Settings of the engine, which runs the parts of a job: in a child of the worker, or on a Ray cluster."""
 
     model_config = ConfigDict(frozen=True, defer_build=True)
     kind: Literal["local", "ray"] = "local"
-    """`local`: in the worker. `ray`: on a Ray cluster, with the extra `ray` on workers and nodes."""
+    """`local`: in a process for each job. `ray`: on a Ray cluster, with the extra `ray` on workers and nodes."""
     address: Annotated[str, AfterValidator(_cluster)] = "auto"
-    """The address of the cluster's head, such as `10.0.0.5:6379`. The worker's host must be a node of it; `auto` uses
-    the cluster of this node."""
+    """The address of the cluster's head, such as `10.0.0.5:6379`. `auto` is that of this host, a node of it."""
     token_path: Path | None = None
     """A file with the cluster's token; without one, `RAY_AUTH_TOKEN` or Ray's own file."""
     insecure: bool = False
@@ -317,6 +315,10 @@ class EngineSettings(BaseModel):
     """Maximum processes on the cluster for one job."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """Where units that load a model run; `auto`: on GPUs if the cluster has any."""
+    job_seconds: float = Field(default=12 * 3600.0, gt=0)
+    """Maximum time of a job with `local`; beyond it the job ends with `job_time_limit`."""
+    job_memory_bytes: int | None = Field(default=None, gt=0)
+    """Maximum memory of its process; beyond it `job_memory_limit`. By default 90 % of the host's or container's."""
 
 
 class Settings(BaseSettings):
@@ -347,8 +349,7 @@ class Settings(BaseSettings):
     max_file_bytes: int = Field(default=64 * 2**30, gt=0)
     """Maximum size of a file in a release; beyond it 413. One push by Xet has at most four times as much."""
     namespace_bytes: int = Field(default=2**40, ge=0)
-    """The quota of a new namespace, in bytes: 1 TiB by default, 0 for none. `adaptory namespace quota` changes
-    it."""
+    """The quota of a new namespace, in bytes: 1 TiB by default, 0 for none. `adaptory namespace quota` changes it."""
     upload_expires_s: int = Field(default=24 * 3600, gt=0, le=7 * 24 * 3600)
     """How long an announced upload and its signed requests stay valid; S3 signs requests for a week at most."""
     commit_retention_days: float = Field(default=30.0, ge=0, le=36_500)
@@ -357,8 +358,7 @@ class Settings(BaseSettings):
     """Maximum number of a user's announced files whose bytes have not been received yet; beyond it 429, or 413 if
     one announcement has more."""
     max_document_bytes: int = Field(default=16 * 2**20, gt=0)
-    """Maximum size of a JSON or YAML body: a tensor table, a suite, a recipe. Beyond it 413, before the body is
-    read."""
+    """Maximum size of a JSON or YAML body: a tensor table, a suite, a recipe. Beyond it 413, before it is read."""
     access: Literal["single", "tokens"] = "single"
     """Who may use a server: `single` serves its one user on loopback, `tokens` requires a token from everyone."""
     access_cache_s: float = Field(default=5.0, ge=0, le=300)

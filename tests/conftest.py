@@ -27,6 +27,7 @@ import registry.api.app
 import registry.client.api
 import registry.storage.s3.store
 import registry.transfer.resources
+import registry.worker.engine.template
 from registry.cli.start import OBJECTS_TO_COLLECT
 from registry.database.engine import Database
 from registry.settings import S3Storage
@@ -171,6 +172,7 @@ def _read_once() -> Generator[None]:  # pyright: ignore[reportUnusedFunction]
     and the machine's certificates, compiling SQL; and once per registry: migrating. One process runs thousands of
     commands here; this took half of the time of the shorter ones."""
     statements = LRUCache[Any, Any](5000)
+    forked.remember()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(typer.main, "get_command", lru_cache(typer.main.get_command))
         patch.setattr(botocore.session, "create_loader", lru_cache(botocore.session.create_loader))
@@ -179,6 +181,7 @@ def _read_once() -> Generator[None]:  # pyright: ignore[reportUnusedFunction]
         patch.setattr(boto3, "Session", _s3_session)
         copied = partial(services.ensure_schema_by_copy, services.shared_directory())
         patch.setattr(registry.transfer.resources, "ensure_schema", copied)
+        patch.setattr(registry.worker.engine.template, "launch", forked.launch_template)
         patch.setattr(registry.storage.s3.store, "open_bucket", partial(_bucket, services.shared_directory() / "s3"))
         patch.setattr(jinja2, "Template", lru_cache(jinja2.Template))  # PEFT writes a card beside each adapter
         patch.setattr(ssl, "create_default_context", lru_cache(ssl.create_default_context))

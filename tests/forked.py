@@ -17,6 +17,9 @@ _FORKED = multiprocessing.get_context("forkserver")
 _FORKED.set_forkserver_preload(["tests.preloaded"])
 _SERVER = forkserver._forkserver  # the one of the context
 _ADDRESS = "ADAPTORY_TEST_FORKSERVER"
+_OF_TESTS = "ADAPTORY_TEST_"
+_REMEMBERED: dict[str, str] = {}
+"""The tests' own variables, where a test has removed them from the environment, with the address."""
 
 
 def share() -> None:
@@ -26,10 +29,15 @@ def share() -> None:
     os.environ[_ADDRESS] = str(_SERVER._forkserver_address)
 
 
+def remember() -> None:
+    """Keeps the tests' own variables, which commands run without."""
+    _REMEMBERED.update({name: text for name, text in os.environ.items() if name.startswith(_OF_TESTS)})
+
+
 @lru_cache
 def _join_shared() -> None:
     """Forks from the process that the environment names. It ends with the test process that started it."""
-    address = os.environ.get(_ADDRESS)
+    address = _REMEMBERED.get(_ADDRESS, os.environ.get(_ADDRESS))
     if address and _SERVER._forkserver_pid is None:
         _SERVER._forkserver_address = address
         _SERVER._forkserver_alive_fd = os.pipe()[1]  # the forked ones get one of each test process
@@ -39,8 +47,14 @@ def _join_shared() -> None:
 def start(work: Callable[..., None], environment: Mapping[str, str], *arguments: object) -> BaseProcess:
     """A process that runs the work. Its stderr belongs to the test, and is shown if the work fails."""
     _join_shared()
+    _SERVER.ensure_running()
+    address = str(_SERVER._forkserver_address)
     with Connection(os.dup(2)) as errors:
-        process = _FORKED.Process(target=_run, args=(work, dict(environment), errors, arguments), daemon=True)
+        process = _FORKED.Process(
+            target=_run,
+            args=(work, dict(environment), errors, address, arguments),
+            daemon=True,
+        )
         process.start()
     return process
 
@@ -60,13 +74,53 @@ def start_on_terminal(words: Sequence[object], environment: Mapping[str, str], t
         return start(_command_on_terminal, environment, [*map(str, words)], dict(environment), passed, code)
 
 
+def launch_template(end: int, passed: Mapping[str, str]) -> Callable[[], object]:
+    """`registry.worker.engine.template.launch`, without three seconds of imports."""
+    _join_shared()
+    if _SERVER._forkserver_address is None:
+        kept = {name: text for name, text in _REMEMBERED.items() if name not in os.environ}
+        os.environ.update(kept)
+        _SERVER.ensure_running()
+        for name in kept:
+            del os.environ[name]
+    own = multiprocessing.current_process()._config
+    daemon = own.pop("daemon", None)  # such a process may not start others
+    try:
+        with Connection(os.dup(end)) as theirs, Connection(os.dup(2)) as errors:
+            process = _FORKED.Process(target=_template, args=(dict(passed), list(sys.path), theirs, errors))
+            process.start()
+    finally:
+        if daemon is not None:
+            own["daemon"] = daemon
+    multiprocessing.process._children.discard(process)  # it ends with the socket, and is not waited for
+    return process.join
+
+
+def _template(passed: dict[str, str], paths: list[str], end: Connection, errors: Connection) -> None:
+    from registry.worker.engine import child
+
+    os.setsid()
+    for stream in (1, 2):
+        os.dup2(errors.fileno(), stream)
+    errors.close()
+    os.environ.update(passed)
+    _take_environment(passed)
+    sys.path[:] = paths
+    child.main(os.dup(end.fileno()))
+
+
 _READ_AT_IMPORT = ("accelerate", "huggingface_hub", "transformers")
 """Packages that read the hub's settings when they are imported."""
 
 
 def _run(
-    work: Callable[..., None], environment: dict[str, str], errors: Connection, arguments: tuple[object, ...]
+    work: Callable[..., None],
+    environment: dict[str, str],
+    errors: Connection,
+    address: str,
+    arguments: tuple[object, ...],
 ) -> None:
+    _REMEMBERED[_ADDRESS] = address
     os.dup2(errors.fileno(), 2)
     with _hub_settings_read_anew():
         os.environ.update(environment)

@@ -27,15 +27,17 @@ import registry.storage.s3.store
 import registry.transfer.collect
 import registry.transfer.fsck
 import registry.transfer.resources
+import registry.worker.engine.template
 import registry.worker.runner
 import registry.worker.steps
-from tests import services
+from tests import forked, services
 
 for routers in (registry.api.app.routers, registry.api.app.hub_routers, registry.api.app.page_routers):
     routers()
 # A process need not build the command line, read boto3's 2 MB description of S3, migrate, or collect garbage that it
 # was forked with.
 registry.transfer.resources.ensure_schema = partial(services.ensure_schema_by_copy, services.shared_directory())
+registry.worker.engine.template.launch = forked.launch_template
 typer.main.get_command = lru_cache(typer.main.get_command)
 typer.main.get_command(registry.cli.main.root)
 botocore.session.create_loader = lru_cache(botocore.session.create_loader)

@@ -36,6 +36,11 @@ def device_bytes() -> int:
 
     if torch.cuda.is_available():
         return int(torch.cuda.get_device_properties(0).total_memory)
+    return host_bytes()
+
+
+def host_bytes() -> int:
+    """The memory of the machine, within the control groups of this process."""
     listing = _LISTING.read_text() if _LISTING.is_file() else ""
     groups = (_limit(group, files) for group, files in _groups(listing, _MOUNT))
     return min([psutil.virtual_memory().total, *(limit for limit in groups if limit is not None)])

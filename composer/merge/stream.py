@@ -1,8 +1,8 @@
 """Streams a planned shard to a sink, block by block in file order, without using a disk.
 
 One read fetches neighbouring rows of several tensors. A small pool computes the same chunks as a merge on disk, so the
-bytes are equal. The caller's thread hashes the blocks in order and hands them to the sink. Memory holds the blocks that
-were read ahead, and one full tensor when a delta needs all of its rows at once.
+bytes are equal. The caller's thread hands the blocks in order to the sink, which hashes them. Memory holds the blocks
+that were read ahead, and one full tensor when a delta needs all of its rows at once.
 
 Every byte of the base is read once, and that read also feeds the tensors' hashes: together, the hashes of all shards
 prove which base was merged.
@@ -49,6 +49,10 @@ class Sink(Protocol):
 
     def write(self, block: memoryview, origin: Origin | None) -> None:
         """Takes the next bytes, which are valid until it returns. A store may copy those with an `origin` itself."""
+        ...
+
+    def finish(self) -> str:
+        """Ends the file, and returns the sha256 of its bytes in hex."""
         ...
 
 
@@ -316,7 +320,7 @@ class _Stream:
     ) -> None:
         self._shard, self._sink, self._rewriter, self._report = shard, sink, rewriter, report
         self._reading, self._computing, self._hashing = pools
-        self._digest, self._position, self._copied = hashlib.sha256(), 0, 0
+        self._position = self._copied = 0
         self._hashes: dict[str, Any] = {}
         self._blocks = _Blocks()
         self._sample: _Sample | None = None
@@ -340,7 +344,7 @@ class _Stream:
             raise unconfirmed(shard.file, f"it has {self._position} bytes, not {shard.size_bytes}")
         return StreamedShard(
             file=shard.file,
-            sha256=self._digest.hexdigest(),
+            sha256=self._sink.finish(),
             size_bytes=self._position,
             copied_bytes=self._copied,
             rewritten_bytes=self._position - self._copied,
@@ -403,7 +407,6 @@ class _Stream:
             self._confirm_until(_MOST_UNCONFIRMED)
 
     def _emit(self, block: memoryview, origin: Origin | None) -> None:
-        self._digest.update(block)
         self._sink.write(block, origin)
         self._position += block.nbytes
         self._report(block.nbytes)

@@ -138,6 +138,7 @@ NOT_ALLOWED = {
     "hub_access": "Set HF_ENDPOINT to the hub and HF_TOKEN to a token of it that may do this.",
     "hub_public": "Make the repository private there, or leave --private out.",
     "namespace_public": "Use a private namespace.",
+    "not_of_this_job": "Report it: a part of a job reads only what the job names.",
     "never_deleted": "Yank the release, or roll the channel back.",
     "settings_of_namespace": "Change the namespace, or use another one.",
     "form_token": "Load the page again, and repeat what you did there.",
@@ -200,6 +201,8 @@ UNAVAILABLE = {
     "internal_error": "Look at the server's log.",
     "issuer_unavailable": "Try again; if it persists, check that the server can reach the issuer.",
     "job_failed": "Look at the worker's log.",
+    "job_memory_limit": "Use fewer or smaller inputs, or raise the limit on a worker that has more memory.",
+    "job_time_limit": "Split the work, or raise the limit on the worker.",
     "other_composer": "Install adaptory in an environment of its own, with pipx or `uv tool install`.",
     "port_unusable": "Choose another --port, or stop the process that listens there.",
     "range_ignored": "Pull again.",
@@ -217,7 +220,7 @@ UNAVAILABLE = {
     "store_unfit": "Use another store, such as AWS S3, Ceph, Swift, or JuiceFS with --keep-etag.",
     "store_wrong": "Push again.",
     "unit_failed": "Look at the last lines of its log, which the job has.",
-    "unit_lost": "Look at the node's memory and its log, then start the work again.",
+    "unit_lost": "Look at the host's memory and its log, then start the work again.",
     "worker_lost": "Look at the worker's log, then start the work again.",
 }
 

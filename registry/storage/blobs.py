@@ -52,6 +52,14 @@ class Reader(Protocol):
         self.close()
 
 
+class OpensBlobs(Protocol):
+    """The part of a store that reads."""
+
+    def open(self, sha256: Digest, /) -> Reader:
+        """Opens a blob. Raises NotFound if it is missing."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class IncomingUpload:
     """Bytes that a client announced. `upload_id` is unique to the upload; the client claims the rest. `multipart_id`

@@ -76,6 +76,14 @@ class Bases:
             verify_checkpoint(checkpoint, digest, check)
         return checkpoint
 
+    def open_in_bucket(self, location: str, directory: Path) -> Checkpoint:
+        """Opens the checkpoint at an s3:// location, whose weights stay there. Its small files go into a directory
+        below `directory`."""
+        from registry.storage.s3.checkpoint import open_remote_checkpoint
+
+        address = parse_s3_address(location)
+        return open_remote_checkpoint(self._settings.storage, address, directory / address.name)
+
     def release(self) -> None:
         """Stops using the bases found so far."""
         self._cache.release()
@@ -84,12 +92,3 @@ class Bases:
 def in_buckets(locations: Sequence[str]) -> list[str]:
     """The locations that are in a bucket."""
     return [url for url in locations if url.startswith(SCHEME)]
-
-
-def open_in_bucket(settings: Settings, location: str, directory: Path) -> Checkpoint:
-    """Opens the checkpoint at an s3:// location, whose weights stay there; its small files go into a directory below
-    `directory`."""
-    from registry.storage.s3.checkpoint import open_remote_checkpoint
-
-    address = parse_s3_address(location)
-    return open_remote_checkpoint(settings.storage, address, directory / address.name)

@@ -42,7 +42,7 @@ from registry.formats.signatures import (
     refuse_tampered,
     unverifiable_signature,
 )
-from registry.storage.blobs import BlobStore
+from registry.storage.blobs import BlobStore, OpensBlobs
 from registry.transfer import reported
 from registry.transfer.resources import Resources
 from registry.transfer.verified import copy_verified
@@ -198,7 +198,7 @@ def import_scores(
         return [row.id for row in rows], [*doubts, *refused]
 
 
-def materialise(store: BlobStore, files: Sequence[ManifestFile], directory: Path) -> None:
+def materialise(store: OpensBlobs, files: Sequence[ManifestFile], directory: Path) -> None:
     """Writes files of a release from the store below `directory`, created if missing. Verifies each by its digest."""
     directory.mkdir(parents=True, exist_ok=True)
     for file in files:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Protocol
 
 from sqlalchemy import exists, func, select, update
 from sqlalchemy.orm import Session
@@ -25,7 +26,7 @@ from registry.errors import Conflict, Invalid, NotFound, RegistryError, TooLarge
 from registry.formats.manifest import ManifestFile, check_path, refuse_hidden, refuse_unportable
 from registry.formats.pickles import refuse_pickle_name
 from registry.formats.references import Digest
-from registry.storage.blobs import BlobStat, BlobWriter, DirectUploads, IncomingUpload, Part, Put
+from registry.storage.blobs import BlobStat, DirectUploads, IncomingUpload, Part, Put
 from registry.storage.local import write_hashed
 from registry.transfer.resources import Resources
 
@@ -204,8 +205,12 @@ def register_stored(resources: Resources, actor: Actor, namespace: str, files: S
         register_blob(resources, actor, namespace, stat)
 
 
+class _Abortable(Protocol):
+    def abort(self) -> None: ...
+
+
 @contextmanager
-def aborted_on_error(writer: BlobWriter) -> Generator[None]:
+def aborted_on_error(writer: _Abortable) -> Generator[None]:
     """Removes the written bytes if the block raises. If the store cannot be reached then, `sweep` removes them
     later."""
     try:

@@ -6,19 +6,19 @@ from typing import IO
 
 from registry.errors import Unavailable
 from registry.formats.manifest import ManifestFile
-from registry.storage.blobs import BlobStore
+from registry.storage.blobs import OpensBlobs
 
 _BLOCK_BYTES = 1 << 20
 
 
-def read_verified(store: BlobStore, file: ManifestFile) -> bytes:
+def read_verified(store: OpensBlobs, file: ManifestFile) -> bytes:
     """A small file of a release. Raises Unavailable if its bytes are not those of its digest, also when read again."""
     content = io.BytesIO()
     copy_verified(store, file, content)
     return content.getvalue()
 
 
-def copy_verified(store: BlobStore, file: ManifestFile, copy: IO[bytes] | None) -> None:
+def copy_verified(store: OpensBlobs, file: ManifestFile, copy: IO[bytes] | None) -> None:
     """Copies the file, reading twice if needed: one wrong read may be the network's or the memory's fault. With None,
     only verifies it."""
     for _ in range(2):

@@ -23,12 +23,12 @@ from composer.formats.recipes.rounding import Rounding
 from composer.formats.recipes.weights import parse_weight
 from registry.formats.manifest import ManifestFile
 from registry.formats.references import Digest
-from registry.storage.blobs import BlobWriter
 from registry.transfer import uploads
-from registry.transfer.bases import in_buckets, open_in_bucket
+from registry.transfer.bases import in_buckets
 from registry.worker.combine_units import combined_adapter, member_rows
 from registry.worker.composition import CompositionRun, ProgressCount
 from registry.worker.engine.protocol import Needs
+from registry.worker.engine.stores import UnitWriter
 from registry.worker.engine.units import Count, Node, Result, Task, Unit, always_intact
 from registry.worker.node_files import Row, are_stored, fetched, from_rows, store_directory, to_rows
 from registry.worker.node_models import PROCESS_BYTES, base_checkpoint, base_hints, everywhere, opened_checkpoint
@@ -125,11 +125,14 @@ def _content(work: CompositionRun, adapter: Sequence[ManifestFile]) -> Row:
 class _StoreSink:
     """A shard's `Sink`, in the store."""
 
-    writer: BlobWriter
+    writer: UnitWriter
 
     def write(self, block: memoryview, origin: "Origin | None") -> None:
         source: StoredFile | None = origin.file if origin is not None else None
         self.writer.write(block, source, origin.offset if origin is not None else 0)
+
+    def finish(self) -> str:
+        return self.writer.finish()
 
 
 def _planned(node: Node, unit: Unit) -> "MergePlan":
@@ -141,7 +144,7 @@ def _planned(node: Node, unit: Unit) -> "MergePlan":
         locations: list[str] = unit.hints["locations"]
         if local_directory(locations) is None and (buckets := in_buckets(locations)):
             directory = node.kept_directory(f"merge-{key[:16]}")
-            return _plan_of(node, merge, open_in_bucket(node.settings, buckets[0], directory / "base"))
+            return _plan_of(node, merge, node.bases.open_in_bucket(buckets[0], directory / "base"))
         return _plan_of(node, merge, opened_checkpoint(node, merge["base"], unit.hints))
 
     return node.kept("plan", key, plan)
@@ -198,7 +201,6 @@ def _stream(node: Node, unit: Unit, count: Count) -> Result:
     writer = node.store.begin_write(shard.size_bytes)
     with uploads.aborted_on_error(writer):
         made = stream_shard(plan, shard, _StoreSink(writer), rewriter, count)
-        writer.finish(Digest(made.sha256))
     return {**made.to_json(), "server_copied_bytes": writer.copied_bytes}
 
 

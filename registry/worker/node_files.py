@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from composer.formats.checkpoints.checkpoint import Architecture
-from composer.formats.checkpoints.hashing import hash_file
 from composer.formats.checkpoints.header import TensorSpec
 from registry.formats.manifest import ManifestFile
 from registry.formats.references import Digest
 from registry.transfer.publishing import materialise
-from registry.worker.engine.units import Node
+from registry.worker.engine.units import HostNode, Node
 
 if TYPE_CHECKING:
     from composer.deltas.variants.load import LoadedAdapter
@@ -33,8 +32,7 @@ def from_rows(rows: Sequence[Sequence[Any]]) -> list[ManifestFile]:
 
 def are_stored(node: Node, files: Sequence[ManifestFile]) -> bool:
     """Whether the store has all of the files, as far as their sizes tell."""
-    stored = [node.store.stat(file.sha256) for file in files]
-    return all(one and one.size_bytes == file.size_bytes for one, file in zip(stored, files, strict=True))
+    return all(node.store.size_of(file.sha256) == file.size_bytes for file in files)
 
 
 def fetched(node: Node, rows: Sequence[Sequence[Any]], name: str = "files") -> Path:
@@ -57,13 +55,12 @@ def store_directory(node: Node, directory: Path) -> list[ManifestFile]:
     """Moves the directory's files into the store, and returns them."""
     files: list[ManifestFile] = []
     for path in sorted(path for path in directory.rglob("*") if path.is_file()):
-        digest, size_bytes = Digest(hash_file(path)), path.stat().st_size
-        files.append(ManifestFile(path.relative_to(directory).as_posix(), size_bytes, digest))
-        node.store.put(digest, path, move=True)
+        size_bytes = path.stat().st_size
+        files.append(ManifestFile(path.relative_to(directory).as_posix(), size_bytes, node.store.put(path)))
     return files
 
 
-def share_architecture(node: Node, architecture: Architecture) -> str:
+def share_architecture(node: HostNode, architecture: Architecture) -> str:
     """Keeps a base's architecture for units that combine adapters without the base. Returns its key."""
     tensors = [[name, spec.dtype, spec.shape] for name, spec in architecture.tensors.items()]
     return node.share(json.dumps([architecture.model_type, architecture.tied, tensors]).encode())

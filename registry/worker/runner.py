@@ -6,7 +6,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
@@ -193,26 +193,25 @@ def _work(
     worker = f"{socket.gethostname()[:40]}-{uuid.uuid4().hex[:12]}"
     host = None if only is not None else Host(resources, kinds)
     sweep_at = unmet_at = 0.0
-    engine = WorkerEngine(resources.settings, resources.store)
-    while not stop.is_set():
-        try:
-            if time.monotonic() >= sweep_at:
-                sweep_at = time.monotonic() + SWEEP_S
-                sweep_work(resources)
-                engine.sweep(resources.clock())
-            if host is not None and time.monotonic() >= unmet_at:
-                unmet_at = time.monotonic() + UNMET_S
-                end_unmet(resources)
-            worked = bool(kinds) and run_one(resources, kinds, worker, stop, host, observe, engine, only)
-        except Unavailable as error:
-            log.warning("The worker takes no jobs for now: %s", error)
-            worked = False
-        except Exception:  # a defect in one job must not end the worker; the job's lease expires and it is retried
-            log.exception("The worker lost a job")
-            worked = False
-        if not worked:
-            stop.wait(POLL_S)
-    engine.close()
+    with closing(WorkerEngine(resources.settings, resources.store)) as engine:
+        while not stop.is_set():
+            try:
+                if time.monotonic() >= sweep_at:
+                    sweep_at = time.monotonic() + SWEEP_S
+                    sweep_work(resources)
+                    engine.sweep(resources.clock())
+                if host is not None and time.monotonic() >= unmet_at:
+                    unmet_at = time.monotonic() + UNMET_S
+                    end_unmet(resources)
+                worked = bool(kinds) and run_one(resources, kinds, worker, stop, host, observe, engine, only)
+            except Unavailable as error:
+                log.warning("The worker takes no jobs for now: %s", error)
+                worked = False
+            except Exception:  # a defect in one job must not end the worker; the job's lease expires and it is retried
+                log.exception("The worker lost a job")
+                worked = False
+            if not worked:
+                stop.wait(POLL_S)
 
 
 def end_unmet(resources: Resources) -> None:
@@ -262,6 +261,8 @@ def run_one(  # noqa: PLR0913
         done.set()
         heart.join()
         spread.release()
+        if engine is None:
+            spread.close()
     return True
 
 
@@ -313,6 +314,7 @@ def _go_on(held: JobRun, job: Job, kind: JobKind) -> None:
         raise JobLost
     if job.attempts > queue.MAX_ATTEMPTS:
         raise Unavailable("worker_lost", f"The worker was lost {queue.MAX_ATTEMPTS} times.")
+    held.engine.prepare()
     for step in job.steps:
         if step["state"] != "done":
             held.start_step(step["name"])

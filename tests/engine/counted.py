@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from registry.errors import Invalid
-from registry.worker.engine.units import Count, Node, Result, Task, Unit, always_intact
+from registry.worker.engine.units import Count, HostNode, Node, Result, Task, Unit, always_intact
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +44,7 @@ def double(_node: Node, unit: Unit, _count: Count) -> Result:
 def die(node: Node, unit: Unit, _count: Count) -> Result:
     """Keeps its result, and dies before its answer is sent."""
     note(unit, "begun")
+    assert isinstance(node, HostNode)
     node.results.write(DIE.key(unit), json.dumps({"result": {"number": unit.content["number"]}}).encode())
     os.kill(os.getpid(), signal.SIGKILL)
     raise AssertionError("a process outlives SIGKILL")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from registry.settings import Settings
-from registry.worker.engine.units import Node, Unit, open_node
+from registry.worker.engine.units import HostNode, Unit, open_node
 from tests.engine import counted
 from tests.engine.cluster import REPOSITORY, RayCluster
 
@@ -66,7 +66,7 @@ def test_units_that_were_finished_survive_the_death_of_a_node_and_of_the_driver(
     assert lost <= 2 * kills, f"each death costs at most what two processes were doing; seed {seed}"
 
 
-def _finished(node: Node, units: list[Unit]) -> dict[str, bytes]:
+def _finished(node: HostNode, units: list[Unit]) -> dict[str, bytes]:
     """The stored result of each finished unit: its maker and time; another run would differ."""
     read = {unit.name: node.results.read(counted.DOUBLE.key(unit)) for unit in units}
     return {name: content for name, content in read.items() if content is not None}

@@ -14,10 +14,11 @@ import pytest
 from registry.errors import Invalid, RegistryError, Unavailable
 from registry.settings import EngineSettings, Settings
 from registry.storage.s3.store import S3Results
+from registry.worker.engine.answers import LOG_LINES
 from registry.worker.engine.local import LocalEngine
 from registry.worker.engine.protocol import Needs
 from registry.worker.engine.ray import MAX_DEATHS, RayEngine
-from registry.worker.engine.units import LOG_LINES, Unit, open_node
+from registry.worker.engine.units import Unit, open_node
 from tests.engine import counted
 from tests.engine.cluster import RayCluster
 from tests.engine.open_cluster import refusal

@@ -3,6 +3,7 @@
 import os
 from importlib.metadata import version
 from pathlib import Path
+from weakref import ref
 
 import pytest
 
@@ -102,3 +103,15 @@ def test_a_merged_model_needs_memory_for_its_own_size_and_no_node_that_has_the_b
     base, merged = Examined(base="b", hints=hints), Examined(base="b", hints=hints, files=wider, model=True)
     assert (base.needs.base, merged.needs.base) == ("b", None)
     assert merged.needs.device_bytes == 2 * base.needs.device_bytes
+
+
+def test_a_process_keeps_one_model_at_a_time(tmp_path: Path) -> None:
+    """Two bases need not fit into its memory."""
+    node = open_node(Settings(home=tmp_path))
+
+    class Model:
+        pass
+
+    first = ref(node.kept("model", "first", Model))
+    assert node.kept("model", "first", Model) is first()
+    assert node.kept("model", "second", first) is None, "the first is gone when the second is made"

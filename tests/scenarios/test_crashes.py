@@ -6,12 +6,11 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import httpx2
 import pytest
@@ -23,7 +22,10 @@ from registry.settings import Settings
 from registry.transfer.resources import Resources, open_resources
 from registry.worker import combine_units
 from registry.worker.combine_units import COMBINE
-from registry.worker.engine.units import Count, Node, Result, Unit
+from registry.worker.engine.opened import WorkerEngine
+from registry.worker.engine.protocol import Needs
+from registry.worker.engine.units import Count, Node, Result, Task, Unit
+from registry.worker.merging import SHARD
 from registry.worker.runner import JobKind, JobRun, run_one
 from registry.worker.steps import KINDS
 from tests.doses import further
@@ -87,6 +89,11 @@ def watched(seen: list[str], after: Callable[[str], None] = lambda _name: None) 
 
     kind = KINDS["composition"]
     return {"composition": JobKind({name: wrap(name, step) for name, step in kind.steps.items()}, kind.clean)}
+
+
+def refuse_again(_node: Node, unit: Unit, _count: Count) -> Result:
+    """Takes the place of a unit that the worker before has finished."""
+    raise AssertionError(f"{unit.name} was made before")
 
 
 def begin(cli: Cli, tmp_path: Path) -> None:
@@ -169,20 +176,18 @@ def test_a_worker_that_dies_between_the_bytes_of_two_outputs_has_published_neith
     cli, environ = team(stocked_embedded, world), stocked_embedded.environment
     begin(cli, tmp_path)
 
-    class DyingStore:
-        """The real store, until the first shard of the model is written."""
+    class DyingEngine(WorkerEngine):
+        """The engine, until the first shard of the model is made."""
 
-        def __init__(self, store: Any) -> None:
-            self.store = store
+        def map(self, task: Task, units: Sequence[Unit], needs: Needs, check: Count) -> Iterator[tuple[Unit, Result]]:
+            if task.name == SHARD.name:
+                raise Killed
+            return super().map(task, units, needs, check)
 
-        def __getattr__(self, name: str) -> Any:
-            return getattr(self.store, name)
-
-        def begin_write(self, size_bytes: int) -> Any:
-            raise Killed
-
-    with resources_of(environ) as resources, pytest.raises(Killed):
-        run_one(replace(resources, store=DyingStore(resources.store)), KINDS, "first")
+    with resources_of(environ) as resources:
+        engine = DyingEngine(resources.settings, resources.store)
+        with closing(engine), pytest.raises(Killed):
+            run_one(resources, KINDS, "first", engine=engine)
     assert not {"acme/both:1.0.0", "acme/merged:1.0.0"} & set(traces(cli).releases)
     second: list[str] = []
     with resources_of(environ, LATER) as resources:
@@ -235,10 +240,7 @@ def test_a_server_killed_in_the_middle_of_a_composition_does_not_lose_it(
         process.join()
     assert (states["check"], states["combine"]) == ("done", "done")
 
-    def repeated(_node: Node, _unit: Unit, _count: Count) -> Result:
-        raise AssertionError("the candidate is the one that the dead worker made")
-
-    monkeypatch.setattr(combine_units, "COMBINE", replace(COMBINE, run=repeated))
+    monkeypatch.setattr(combine_units, "COMBINE", replace(COMBINE, run=refuse_again))
     with server(home, **environ) as (url, _):
         cli = Cli({"ADAPTORY_HOME": str(tmp_path / "home"), "ADAPTORY_URL": url}, served_with=environ)
         assert set(traces(cli).releases) == {"acme/sql:1.0.0", "acme/support:1.0.0"}, "nothing is half published"

@@ -268,9 +268,13 @@ class HarmedStore:
         return getattr(self.store, name)
 
     def begin_write(self, size_bytes: int) -> Any:
-        if self.heal is None:
+        if self.heal is None and size_bytes > _OF_ADAPTER_BYTES:
             self.heal = self.harm()
         return self.store.begin_write(size_bytes)
+
+
+_OF_ADAPTER_BYTES = 15_000
+"""The files of the adapter are smaller, and shards are larger."""
 
 
 SOON = timedelta(seconds=1)

@@ -1,9 +1,10 @@
 """Compositions whose base is only in a bucket: merged from there into the store, and refused if the base differs."""
 
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from contextlib import closing
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,11 @@ from registry.domain.access.tokens import NewToken
 from registry.errors import NotAllowed
 from registry.settings import Settings
 from registry.transfer.bases import Bases
+from registry.transfer.resources import Resources
 from registry.worker import merging
-from registry.worker.engine.units import Count, Node, Result, Unit
+from registry.worker.engine.opened import WorkerEngine
+from registry.worker.engine.protocol import Needs
+from registry.worker.engine.units import Count, Result, Task, Unit
 from registry.worker.merging import SHARD
 from registry.worker.runner import JobLost, run_one
 from registry.worker.steps import KINDS
@@ -255,91 +259,105 @@ def in_one_file(base: Path) -> dict[str, bytes]:
     return {"model.safetensors": save(tensors)}
 
 
-def test_shards_of_one_merge_are_not_made_of_files_that_are_laid_out_otherwise(
-    site: Site, world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+class Watched(WorkerEngine):
+    """The engine, with what happens before the shards are begun, after each, and when one reports progress."""
+
+    def __init__(self, resources: Resources) -> None:
+        super().__init__(resources.settings, resources.store)
+        self.before: Callable[[], None] = lambda: None
+        self.after: Callable[[], None] = lambda: None
+        self.within: Callable[[int], None] = lambda _done: None
+        self.made = list[str]()
+        self.written_bytes = 0
+
+    def map(self, task: Task, units: Sequence[Unit], needs: Needs, check: Count) -> Iterator[tuple[Unit, Result]]:
+        def counted(done: int) -> None:
+            self.written_bytes += done
+            self.within(done)
+            check(done)
+
+        if task.name != SHARD.name:
+            yield from super().map(task, units, needs, check)
+            return
+        self.before()
+        for unit, result in super().map(task, units, needs, counted):
+            self.made.append(unit.name)
+            yield unit, result
+            self.after()
+
+
+def test_shards_of_one_merge_are_not_made_of_files_that_are_laid_out_otherwise(site: Site, world: World) -> None:
     """As when two nodes have the same weights in other files: each shard alone would be right."""
     site.begin()
-
-    def elsewhere(node: Node, unit: Unit, count: Count) -> Result:
-        first = min(world.base.glob("*.safetensors"))
-        tensors = load_file(first)
-        site.put(first, save(dict(tensors), {"format": "pt", "made": "elsewhere"}))
-        return SHARD.run(replace_kept(node), unit, count)
-
-    monkeypatch.setattr(merging, "SHARD", replace(SHARD, run=elsewhere))
+    first = min(world.base.glob("*.safetensors"))
     with resources_of(site.cli.environment) as resources:
-        assert run_one(resources, KINDS, "worker")
+        engine = Watched(resources)
+
+        def elsewhere() -> None:
+            site.put(first, save(dict(load_file(first)), {"format": "pt", "made": "elsewhere"}))
+            engine.release()  # another process makes the shards
+
+        engine.before = elsewhere
+        with closing(engine):
+            assert run_one(resources, KINDS, "worker", engine=engine)
     assert site.job == {"state": "refused", "code": "base_changed"}
 
 
-def replace_kept(node: Node) -> Node:
-    """The node as another process has it."""
-    return Node(node.settings, node.store, node.results, node.work_directory, node.bases)
-
-
-def test_an_object_that_changes_during_the_merge_is_refused_and_nothing_is_published(
-    site: Site, world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_object_that_changes_during_the_merge_is_refused_and_nothing_is_published(site: Site, world: World) -> None:
     site.begin()
     last = min(world.base.glob("*.safetensors"))
-
-    def changing(node: Node, unit: Unit, count: Count) -> Result:
-        row = SHARD.run(node, unit, count)
-        site.put(last, last.read_bytes()[:-1] + b"x")
-        return row
-
-    monkeypatch.setattr(merging, "SHARD", replace(SHARD, run=changing))
     before = traces(site.cli).releases
     with resources_of(site.cli.environment) as resources:
-        assert run_one(resources, KINDS, "worker")
+        engine = Watched(resources)
+        engine.after = lambda: site.put(last, last.read_bytes()[:-1] + b"x")
+        with closing(engine):
+            assert run_one(resources, KINDS, "worker", engine=engine)
     assert site.job == {"state": "failed", "code": "inputs_changed"}
     assert traces(site.cli).releases == before
 
 
 @pytest.mark.on("PostgreSQL")
 def test_a_killed_merge_goes_on_with_its_finished_shards_and_leaves_what_a_sweep_removes(
-    site: Site, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    site: Site, world: World, tmp_path: Path
 ) -> None:
     site.begin()
-    made = list[str]()
+    with resources_of(site.cli.environment) as resources:
+        first = Watched(resources)
 
-    def dying(node: Node, unit: Unit, count: Count) -> Result:
-        if len(made) == 2:
-            node.store.begin_write(10).write(memoryview(b"half"))
-            raise Killed
-        made.append(unit.name)
-        return SHARD.run(node, unit, count)
+        def die(done: int) -> None:
+            if done and len(first.made) == 2:
+                raise Killed
 
-    monkeypatch.setattr(merging, "SHARD", replace(SHARD, run=dying))
-    with resources_of(site.cli.environment) as resources, pytest.raises(Killed):
-        run_one(resources, KINDS, "first")
-
-    def noting(node: Node, unit: Unit, count: Count) -> Result:
-        made.append(unit.name)
-        return SHARD.run(node, unit, count)
-
-    monkeypatch.setattr(merging, "SHARD", replace(SHARD, run=noting))
+        first.within = die
+        with closing(first), pytest.raises(Killed):
+            run_one(resources, KINDS, "first", engine=first)
     with resources_of(site.cli.environment, LATER) as resources:
-        assert run_one(resources, KINDS, "second")
+        second = Watched(resources)
+        with closing(second):
+            assert run_one(resources, KINDS, "second", engine=second)
         resources.store.sweep(resources.clock() + LATER, ())
     assert site.job["state"] == "done"
-    assert sorted(made) == sorted(path.name for path in world.base.glob("*.safetensors")), "none was made twice"
-    assert pulled(site, tmp_path / "pulled") == merged_on_disk(world, tmp_path / "merged")
+    files = pulled(site, tmp_path / "pulled")
+    assert files == merged_on_disk(world, tmp_path / "merged")
+    left = {name for name in files if name.endswith(".safetensors")} - set(first.made)
+    assert second.written_bytes == sum(len(files[name]) for name in left), "none was made twice"
     assert left_on_disk(site) == set()
 
 
 @pytest.mark.long
-def test_a_merge_that_fails_leaves_nothing_in_the_store(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_merge_that_fails_leaves_nothing_in_the_store(site: Site) -> None:
     site.begin()
     before = traces(site.cli)
 
-    def fail(*_: object) -> None:
-        raise OSError("as the disk of the work directory")
+    def fail(done: int) -> None:
+        if done:
+            raise OSError("as the disk of the work directory")
 
-    monkeypatch.setattr("composer.merge.stream.confirm", fail)
     with resources_of(site.cli.environment) as resources:
-        assert run_one(resources, KINDS, "worker")
+        engine = Watched(resources)
+        engine.within = fail
+        with closing(engine):
+            assert run_one(resources, KINDS, "worker", engine=engine)
     assert site.job["code"] == "disk_error"
     assert traces(site.cli).blobs == before.blobs
 

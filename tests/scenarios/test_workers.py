@@ -27,8 +27,17 @@ from tests import services
 from tests.eventually import eventually
 from tests.forked import start_command
 from tests.scenarios.conftest import stock
-from tests.scenarios.test_crashes import LATER, Killed, begin, resources_of, team, watched, write_recipe
-from tests.scenarios.traces import traces
+from tests.scenarios.test_crashes import (
+    LATER,
+    Killed,
+    begin,
+    refuse_again,
+    resources_of,
+    team,
+    watched,
+    write_recipe,
+)
+from tests.scenarios.traces import home_of, traces
 from tests.scenarios.world import Cli, World, own_environment
 
 
@@ -119,25 +128,34 @@ def test_code_that_exits_the_process_ends_the_worker_instead_of_silencing_it(
     assert [error.args for error in caught] == [(3,)]
 
 
+class OnceThere(threading.Event):
+    """Set by another process, which makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path = path
+
+    def is_set(self) -> bool:
+        return self._path.exists()
+
+
+def note_begun(node: Node, unit: Unit, count: Count) -> Result:
+    (node.settings.home_directory / "begun").touch()
+    return SHARD.run(node, unit, count)
+
+
 def test_a_worker_stopped_in_a_merge_leaves_what_is_finished_to_the_next_one(
     stocked_embedded: Cli, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cli, stop, second = team(stocked_embedded, world), threading.Event(), list[str]()
+    cli, second = team(stocked_embedded, world), list[str]()
     begin(cli, tmp_path)
-
-    def stopped(node: Node, unit: Unit, count: Count) -> Result:
-        stop.set()
-        return SHARD.run(node, unit, count)
-
-    def repeated(_node: Node, unit: Unit, _count: Count) -> Result:
-        raise AssertionError(f"{unit.name} was made before")
-
+    stop = OnceThere(home_of(cli) / "begun")
     with resources_of(cli.environment) as resources:
         with monkeypatch.context() as patched:
-            patched.setattr(merging, "SHARD", replace(SHARD, run=stopped))
+            patched.setattr(merging, "SHARD", replace(SHARD, run=note_begun))
             assert run_one(resources, watched([]), "first", stop)
         assert cli.json("jobs", 1)["state"] == "queued"
-        monkeypatch.setattr(combine_units, "COMBINE", replace(COMBINE, run=repeated))
+        monkeypatch.setattr(combine_units, "COMBINE", replace(COMBINE, run=refuse_again))
         assert run_one(resources, watched(second), "second")
     assert (second, cli.json("jobs", 1)["state"]) == (["merge", "publish"], "done")
 

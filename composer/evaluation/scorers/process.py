@@ -36,14 +36,14 @@ from composer.formats.recipes.tasks import ScorerChoice
 START_S = 120.0
 """For loading the scorer's code and making it from the settings, at least."""
 _WATCH_S = 1.0
-_INHERITED = frozenset(
+INHERITED = frozenset(
     (
         *("PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LANGUAGE", "TZ", "TMPDIR", "TEMP", "TMP", "SYSTEMROOT"),
         *("VIRTUAL_ENV", "LD_LIBRARY_PATH", "SSL_CERT_FILE", "SSL_CERT_DIR"),
         *("HF_HOME", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"),
     )
 )
-_INHERITED_OF = ("SCORER_", "LC_", "CUDA_", "OMP_", "MKL_", "XDG_", "COVERAGE_")
+INHERITED_OF = ("SCORER_", "LC_", "CUDA_", "OMP_", "MKL_", "XDG_", "COVERAGE_")
 
 Json = dict[str, Any]
 
@@ -136,7 +136,7 @@ class ScorerProcess:
 def _environment() -> dict[str, str]:
     """The environment of a scorer's process: the variables that programs need here, and those meant for scorers. Others
     contain tokens, passwords and addresses of databases, under any name."""
-    kept = {name: text for name, text in os.environ.items() if name in _INHERITED or name.startswith(_INHERITED_OF)}
+    kept = {name: text for name, text in os.environ.items() if name in INHERITED or name.startswith(INHERITED_OF)}
     return kept | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 
 

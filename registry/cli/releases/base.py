@@ -91,9 +91,9 @@ def _checkpoint_of(source: str, texts: Path) -> tuple["Checkpoint", str, str | N
     from registry.hub_client.bases import download_base
 
     if source.startswith(s3_address.SCHEME):
-        from registry.transfer.bases import open_in_bucket
+        from registry.transfer.bases import Bases
 
-        return open_in_bucket(load_settings(), source, texts), str(s3_address.parse_s3_address(source)), None
+        return Bases(load_settings()).open_in_bucket(source, texts), str(s3_address.parse_s3_address(source)), None
     if not source.startswith(SCHEME):
         directory = Path(source)
         return open_checkpoint(directory), directory.resolve().as_uri(), None

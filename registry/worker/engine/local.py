@@ -1,30 +1,170 @@
-"""The engine in this process: the default."""
+"""The engine on this host, the default: one child process for each job, which runs one unit after the other."""
 
+import queue
+import shutil
+import socket
 import sys
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from typing import Any
 
-from registry.worker.engine.protocol import Needs
-from registry.worker.engine.units import Count, Node, Result, Task, Unit, finished, run_unit
+from registry.errors import Unavailable
+from registry.worker.engine.answers import error_of
+from registry.worker.engine.child import SETTINGS
+from registry.worker.engine.frames import Wire
+from registry.worker.engine.limits import JobLimits
+from registry.worker.engine.protocol import MAX_DEATHS, Needs
+from registry.worker.engine.serving import JobFiles
+from registry.worker.engine.template import Template
+from registry.worker.engine.units import Count, HostNode, Result, Task, Unit, finished, keep_result
+
+_POLL_S = 0.1
 
 
 class LocalEngine:
-    """Runs one unit after the other in this process."""
+    """Runs one unit after the other, in a process that has no secret of this one. For one thread."""
 
     slice_examples = sys.maxsize
-    redone = 0
 
-    def __init__(self, node: Node) -> None:
+    def __init__(self, node: HostNode) -> None:
         self._node = node
+        self._template: Template | None = None
+        self._child: _JobChild | None = None
+        self._limits: JobLimits | None = None
+        self.redone = 0
+
+    def prepare(self) -> None:
+        self._limits = JobLimits(self._node.settings.engine)
+        if self._template is None:
+            self._template = Template()
 
     def map(self, task: Task, units: Sequence[Unit], needs: Needs, check: Count) -> Iterator[tuple[Unit, Result]]:
-        del needs  # units run here
+        del needs  # this host was chosen for the job
         for unit in units:
             check(0)
             done = finished(self._node, task, unit)
-            yield unit, run_unit(self._node, task, unit, check) if done is None else done
+            yield unit, self._run(task, unit, check) if done is None else done
 
     def release(self) -> None:
+        self._end_child()
+        self._limits, self.redone = None, 0
         self._node.forget()
 
     def close(self) -> None:
-        """There is nothing to close."""
+        self._end_child()
+        self._end_template()
+
+    def _run(self, task: Task, unit: Unit, check: Count) -> Result:
+        """The unit's result, kept. Begins again in another child if one dies."""
+        lost = ""
+        for deaths in range(1, MAX_DEATHS + 1):
+            try:
+                child = self._running(check)
+                answer = child.answer(task, unit, check)
+            except _ChildDied:
+                how = self._end_child()
+                check(0)  # the signal may have been meant for all processes of this service
+                self.redone += 1
+                lost = f"The process of {unit.name} died {deaths} times, the last time so: {how}."
+            except BaseException:
+                self._end_child()
+                raise
+            else:
+                return child.kept(task, unit, answer)
+        raise Unavailable("unit_lost", lost, subject=unit.name)
+
+    def _running(self, check: Count) -> "_JobChild":
+        if self._child is None:
+            if self._template is None or self._template.ended:
+                self._end_template()
+                self._template = Template()
+            self._limits = self._limits or JobLimits(self._node.settings.engine)
+            self._child = _JobChild(self._node, self._template, self._limits)
+        self._child.start(check)
+        return self._child
+
+    def _end_child(self) -> str:
+        child, self._child = self._child, None
+        return child.close() if child is not None else ""
+
+    def _end_template(self) -> None:
+        template, self._template = self._template, None
+        if template is not None:
+            template.close()
+
+
+class _ChildDied(Exception):
+    """The child has ended without an answer."""
+
+
+class _JobChild:
+    """The child of one job."""
+
+    def __init__(self, node: HostNode, template: Template, limits: JobLimits) -> None:
+        self._node, self._template, self._limits = node, template, limits
+        self._files, self._directory = JobFiles(node), node.own_directory()
+        self._wire, self._end = Wire.pair()
+        self._received: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        self._pid = 0
+
+    def start(self, check: Count) -> None:
+        """Forks the process, once. Raises what `check` raises."""
+        if self._pid:
+            return
+        settings = self._node.settings.model_dump(mode="json", include=set(SETTINGS))
+        try:
+            self._pid = self._template.fork(self._end, self._directory, settings, check)
+        except EOFError as error:
+            raise _ChildDied from error
+        self._end.close()
+        threading.Thread(target=self._receive, daemon=True, name="job child").start()
+
+    def answer(self, task: Task, unit: Unit, check: Count) -> dict[str, Any]:
+        """What the process answers for the unit. Raises what `check` and the limits raise, and _ChildDied."""
+        self._files.begin(unit)
+        run = {"module": task.run.__module__, "function": task.run.__qualname__}
+        with suppress(OSError):  # it has ended, as its end says
+            self._wire.send({"task": {**run, "name": task.name, "version": task.version}, "unit": asdict(unit)})
+        while True:
+            check(0)
+            self._limits.refuse(self._pid)
+            try:
+                message = self._received.get(timeout=_POLL_S)
+            except queue.Empty:
+                continue
+            if message is None:
+                raise _ChildDied
+            if "count" not in message:
+                return message
+            check(int(message["count"]))
+
+    def kept(self, task: Task, unit: Unit, answer: Mapping[str, Any]) -> Result:
+        """The result of an answer, which is kept. Raises the error of an answer that has one, and NotAllowed for a
+        result that names bytes of other jobs."""
+        if "error" in answer:
+            raise error_of(answer)
+        result: Result = answer["result"]
+        self._files.refuse_foreign(task, unit, result)
+        keep_result(self._node, task, unit, result, by=self._pid, seconds=answer["seconds"])
+        return result
+
+    def close(self) -> str:
+        """Ends the process, whatever it does. Returns how it ended."""
+        how = self._template.end(self._pid) if self._pid else "it did not start"
+        self._files.close()
+        self._wire.close()
+        self._end.close()
+        shutil.rmtree(self._directory, ignore_errors=True)
+        return how
+
+    def _receive(self) -> None:
+        with suppress(EOFError):
+            while True:
+                frame = self._wire.receive()
+                if frame.file is None:
+                    self._received.put(frame.message)
+                else:
+                    self._files.connect(socket.socket(fileno=frame.file))
+        self._received.put(None)

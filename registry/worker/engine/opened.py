@@ -9,7 +9,7 @@ from registry.settings import Settings
 from registry.storage.blobs import BlobStore
 from registry.worker.engine.local import LocalEngine
 from registry.worker.engine.protocol import Engine, Needs
-from registry.worker.engine.units import Count, Node, Result, Task, Unit, open_node
+from registry.worker.engine.units import Count, HostNode, Result, Task, Unit, open_node
 
 KEPT = timedelta(days=7)
 """How long results of units are kept: a job that is retried later goes on from them."""
@@ -23,7 +23,7 @@ class WorkerEngine:
         self._opened: Engine | None = None
 
     @cached_property
-    def node(self) -> Node:
+    def node(self) -> HostNode:
         """What units have on this host."""
         return open_node(self._settings, self._store)
 
@@ -35,6 +35,11 @@ class WorkerEngine:
         """Removes the kept results of units that turned out to be wrong."""
         for unit in units:
             self.node.results.delete(task.key(unit))
+
+    def prepare(self) -> None:
+        """At the beginning of a job. A cluster is connected when a step first needs it."""
+        if self._settings.engine.kind == "local":
+            self._engine.prepare()
 
     @property
     def slice_examples(self) -> int:
@@ -71,7 +76,7 @@ class WorkerEngine:
             self._opened = None
 
 
-def open_engine(settings: Settings, node: Node) -> Engine:
+def open_engine(settings: Settings, node: HostNode) -> Engine:
     """The engine that the settings name. Raises Unavailable or NotAllowed if its cluster cannot be used."""
     if settings.engine.kind == "local":
         return LocalEngine(node)

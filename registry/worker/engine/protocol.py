@@ -1,4 +1,4 @@
-"""Where the units of a step run: in this process, or on the nodes of a Ray cluster.
+"""Where the units of a step run: in a child of this process, or on the nodes of a Ray cluster.
 
 The rows stay the ledger: a worker that holds a job maps its units, and what a unit finished is in shared storage. So
 whatever dies, the next worker finds what is done and maps the rest.
@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from registry.worker.engine.units import Count, Result, Task, Unit
+
+MAX_DEATHS = 3
+"""After how many deaths of its process a unit is given up."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,10 +44,14 @@ class Engine(Protocol):
         """How many units were begun again after their process died, since `release`."""
         ...
 
+    def prepare(self) -> None:
+        """At the beginning of a job: starts what takes a while, and returns at once."""
+        ...
+
     def map(self, task: Task, units: Sequence[Unit], needs: Needs, check: Count) -> Iterator[tuple[Unit, Result]]:
         """Yields each unit with its result, as they end. What was finished before, by any process, is not run again.
-        Once this raises or is closed, no unit runs any more. `check` is called often; units of this process call it
-        with what they have just done.
+        Once this raises or is closed, no unit runs any more. `check` is called often, by the local engine also with
+        what the units have just done.
 
         Raises what `check` raises, the error of a unit that failed (with `log_lines`, the last of its process), and
         Unavailable with `unit_lost` for a unit whose process died again and again, or `engine_unavailable`.

@@ -19,14 +19,12 @@ from importlib.metadata import version
 from typing import Any, cast
 
 from registry.errors import NotAllowed, RegistryError, Unavailable
-from registry.errors.translation import of_row
 from registry.settings import EngineSettings
-from registry.worker.engine.protocol import Needs
+from registry.worker.engine.answers import error_of
+from registry.worker.engine.protocol import MAX_DEATHS, Needs
 from registry.worker.engine.ray_runner import UnitRunner
-from registry.worker.engine.units import Count, Node, Result, Task, Unit, finished
+from registry.worker.engine.units import Count, HostNode, Result, Task, Unit, finished
 
-MAX_DEATHS = 3
-"""After how many deaths of its process a unit is given up."""
 _POLL_S = 0.5
 _CAUSE_CHARS = 400
 _PROBE_S = 30.0
@@ -90,7 +88,7 @@ class RayEngine:
     slice_examples = 32
     """Seconds of a small model, minutes of a large one."""
 
-    def __init__(self, settings: EngineSettings, node: Node) -> None:
+    def __init__(self, settings: EngineSettings, node: HostNode) -> None:
         self._settings, self._node = settings, node
         self._begun_here = not _has_session()
         if self._begun_here:  # Ray reads these when it is imported
@@ -216,6 +214,9 @@ class RayEngine:
                 self._ray.kill(runner.actor)
             with suppress(Unavailable):  # it must not hide why the map ends, and is swept
                 self._node.results.delete(state.marker)
+
+    def prepare(self) -> None:
+        """Runners start when there are units."""
 
     def release(self) -> None:
         self._end_idle()
@@ -400,9 +401,8 @@ def _node_differs(why: str) -> Unavailable:
 
 
 def _failed(unit: Unit, answer: dict[str, Any]) -> RegistryError:
-    error = of_row(answer["error"])
+    error = error_of(answer)
     error.detail = f"{unit.name}: {error.detail}"
-    error.log_lines = list(answer["log"])
     return error
 
 

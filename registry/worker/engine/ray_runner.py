@@ -3,29 +3,24 @@
 A class of its own module, without Ray: nodes import it by name.
 """
 
-import logging
 import socket
-import traceback
 from importlib.metadata import version
 from typing import Any
 
 from pydantic import ValidationError
 from pydantic_settings import SettingsError
 
-from composer.errors import ComposerError
-from registry.errors import RegistryError, Unavailable
-from registry.errors.translation import of_failed_work
+from registry.errors import RegistryError
 from registry.settings import Settings
-from registry.worker.engine.units import Node, Task, Unit, last_log_lines, open_node, run_unit
-
-log = logging.getLogger(__name__)
+from registry.worker.engine.answers import answer_of
+from registry.worker.engine.units import HostNode, Task, Unit, open_node, run_unit
 
 
 class UnitRunner:
     """Runs units with the settings of its node. It stays while a step has units, so what a unit loaded, such as a base,
     is there for the next."""
 
-    _node: Node
+    _node: HostNode
 
     def ready(self, marker: str, expected: str) -> dict[str, str]:
         """Whether this node can run units: `problem` says why not, and is empty if it can."""
@@ -43,27 +38,11 @@ class UnitRunner:
         return {"problem": ""}
 
     def run(self, task: Task, unit: Unit) -> dict[str, Any]:
-        """The unit's `result`, or its `error` as a row and the last lines of this process's `log`."""
-        with last_log_lines() as lines:
-            try:
-                log.info("%s begins", unit.name)
-                return {"result": run_unit(self._node, task, unit)}
-            except (RegistryError, ComposerError, OSError) as error:
-                log.warning("%s failed", unit.name, exc_info=error)
-                failure = of_failed_work(error)
-            except Exception as error:
-                log.exception("%s failed", unit.name)
-                failure = _defect(error)
-            return {"error": failure.to_row(), "log": list(lines)}
+        """As `answer_of`."""
+        return answer_of(unit.name, lambda: run_unit(self._node, task, unit))
 
 
 def _first_setting(error: ValidationError) -> str:
     """The name of the first wrong setting and what is wrong, without its value."""
     first = error.errors()[0]
     return f"ADAPTORY_{'__'.join(map(str, first['loc']))}".upper() + f": {first['msg']}"
-
-
-def _defect(error: Exception) -> Unavailable:
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    where = f"{last.filename.rpartition('/')[2]}:{last.lineno}"
-    return Unavailable("unit_failed", f"{type(error).__name__} in {where}: {error}")

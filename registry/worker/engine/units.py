@@ -2,19 +2,17 @@
 
 import hashlib
 import json
-import logging
 import os
 import shutil
 import socket
 import time
 import uuid
-from collections import deque
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 from typing import Any, TypeVar
 
 from registry.errors import Invalid, Unavailable
@@ -24,13 +22,13 @@ from registry.storage.blobs import BlobStore
 from registry.storage.unit_results import MAX_RESULT_BYTES, UnitResults
 from registry.transfer.bases import Bases
 from registry.transfer.resources import open_store
+from registry.worker.engine.stores import DirectStore, UnitBases, UnitDocuments, UnitStore
 
 Count = Callable[[int], None]
 """Called by a unit with what it has just done, often with 0; may raise to stop it."""
 Kept = TypeVar("Kept")
 Result = dict[str, Any]
 """What a unit made, as JSON: digests of blobs, measurements."""
-LOG_LINES = 200
 _WORK = "unit-"
 _RELEASE = version("adaptory")
 _HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
@@ -50,14 +48,14 @@ class Unit:
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """What a unit has on its host: settings, the blob store, finished results, a directory and bases. No database: the
-    worker that holds the job writes rows."""
+    """What a unit has on its host: settings, blobs, shared documents, a directory and bases. No database: the worker
+    that holds the job writes rows."""
 
     settings: Settings
-    store: BlobStore
-    results: UnitResults
+    store: UnitStore
+    documents: UnitDocuments
     work_directory: Path
-    bases: Bases
+    bases: UnitBases
     check: Count = lambda _done: None
     """Called often during the current unit's long work; may raise to stop it."""
     _kept: dict[str, tuple[str, Any]] = field(default_factory=dict[str, tuple[str, Any]])
@@ -68,8 +66,15 @@ class Node:
     def scratch(self) -> Generator[Path]:
         """A directory for one unit, removed at the end; one that a killed process left goes with the next
         `open_node`."""
-        with TemporaryDirectory(prefix=f"{_WORK}{_HOST}-{os.getpid()}-", dir=self.work_directory) as directory:
-            yield Path(directory)
+        directory = self.own_directory()
+        try:
+            yield directory
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
+
+    def own_directory(self) -> Path:
+        """A new directory, which the caller removes; see `scratch`."""
+        return Path(mkdtemp(prefix=f"{_WORK}{_HOST}-{os.getpid()}-", dir=self.work_directory))
 
     def kept(self, role: str, key: str, make: Callable[[], Kept]) -> Kept:
         """What an earlier unit of this process made for the same key, such as a loaded base: one for each role."""
@@ -94,6 +99,22 @@ class Node:
         directory.mkdir(parents=True, exist_ok=True)
         return directory
 
+    def shared(self, key: str) -> bytes:
+        """The document under that key. Raises Unavailable if the store has not got it."""
+        document = self.documents.read(key)
+        if document is None or hashlib.sha256(document).hexdigest() != key:
+            raise Unavailable(
+                "store_wrong", f"The store did not keep {key}, which a unit needs.", subject=key, next_step="Try again."
+            )
+        return document
+
+
+@dataclass(frozen=True, slots=True)
+class HostNode(Node):
+    """What a process with a store's credentials has: also the results of units, which it keeps."""
+
+    results: UnitResults = field(kw_only=True)
+
     def share(self, document: bytes) -> str:
         """Keeps a document that units read, and returns its key, which names its content. Raises Invalid for one that
         is too large."""
@@ -101,15 +122,6 @@ class Node:
         _refuse_too_large("What all units of a step read", document)
         self.results.write(key, document)
         return key
-
-    def shared(self, key: str) -> bytes:
-        """The document under that key. Raises Unavailable if the store has not got it."""
-        document = self.results.read(key)
-        if document is None or hashlib.sha256(document).hexdigest() != key:
-            raise Unavailable(
-                "store_wrong", f"The store did not keep {key}, which a unit needs.", subject=key, next_step="Try again."
-            )
-        return document
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,7 +147,7 @@ def always_intact(_node: Node, _result: Result) -> bool:
     return True
 
 
-def open_node(settings: Settings, store: BlobStore | None = None) -> Node:
+def open_node(settings: Settings, store: BlobStore | None = None) -> HostNode:
     """What units have on this host: the store, or else the one that the settings name. Removes what killed units left
     in its work directory.
 
@@ -148,7 +160,8 @@ def open_node(settings: Settings, store: BlobStore | None = None) -> Node:
         if _is_left(directory):
             shutil.rmtree(directory, ignore_errors=True)
     own = store or open_store(settings, None)
-    return Node(settings, own, own.unit_results(), work, Bases(settings))
+    results = own.unit_results()
+    return HostNode(settings, DirectStore(own), results, work, Bases(settings), results=results)
 
 
 def _is_left(directory: Path) -> bool:
@@ -162,7 +175,7 @@ def _is_left(directory: Path) -> bool:
         return False
 
 
-def finished(node: Node, task: Task, unit: Unit) -> Result | None:
+def finished(node: HostNode, task: Task, unit: Unit) -> Result | None:
     """The unit's kept result, if it is complete; None if the unit must be run."""
     content = node.results.read(task.key(unit))
     if content is None or len(content) >= MAX_RESULT_BYTES:
@@ -174,16 +187,22 @@ def finished(node: Node, task: Task, unit: Unit) -> Result | None:
     return result if task.intact(node, result) else None
 
 
-def run_unit(node: Node, task: Task, unit: Unit, count: Count = lambda _done: None) -> Result:
-    """Runs the unit and keeps its result before this returns, with the process that made it and its seconds. Raises
-    what the task and `count` raise, and Invalid for a result that is too large."""
+def run_unit(node: HostNode, task: Task, unit: Unit, count: Count = lambda _done: None) -> Result:
+    """Runs the unit and keeps its result before this returns. Raises what the task and `count` raise, and what
+    `keep_result` raises."""
     began_s = time.monotonic()
     result = task.run(replace(node, check=count), unit, count)
-    made = {"by": f"{socket.gethostname()} {os.getpid()}", "seconds": time.monotonic() - began_s}
+    keep_result(node, task, unit, result, by=os.getpid(), seconds=time.monotonic() - began_s)
+    return result
+
+
+def keep_result(node: HostNode, task: Task, unit: Unit, result: Result, *, by: int, seconds: float) -> None:
+    """Keeps a unit's result, with the process that made it and its seconds. Raises Invalid for one that is too
+    large."""
+    made = {"by": f"{socket.gethostname()} {by}", "seconds": seconds}
     document = json.dumps({"unit": unit.name, **made, "result": result}).encode()
     _refuse_too_large(f"The result of {unit.name}", document)
     node.results.write(task.key(unit), document)
-    return result
 
 
 def _refuse_too_large(what: str, document: bytes) -> None:
@@ -194,26 +213,3 @@ def _refuse_too_large(what: str, document: bytes) -> None:
             subject="suites",
             next_step="Ask for less at a time: fewer or smaller suites.",
         )
-
-
-@contextmanager
-def last_log_lines() -> Generator[deque[str]]:
-    """Collects the last LOG_LINES lines that this process logs meanwhile."""
-    lines: deque[str] = deque(maxlen=LOG_LINES)
-    handler = _Collector(lines)
-    root = logging.getLogger()
-    root.addHandler(handler)
-    try:
-        yield lines
-    finally:
-        root.removeHandler(handler)
-
-
-class _Collector(logging.Handler):
-    def __init__(self, lines: deque[str]) -> None:
-        super().__init__(logging.INFO)
-        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-        self._lines = lines
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._lines.extend(self.format(record).splitlines())

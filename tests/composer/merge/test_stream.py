@@ -1,5 +1,6 @@
 """A merge that streams from remote files: the bytes of a local merge, and a hash of every tensor that passed."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -65,6 +66,9 @@ class Taken:
         origin.file.read_into(memoryview(copied), origin.offset)
         self.content += copied
         self.copied_bytes += block.nbytes
+
+    def finish(self) -> str:
+        return hashlib.sha256(self.content).hexdigest()
 
 
 def elsewhere(base: Path) -> Checkpoint:
@@ -200,6 +204,9 @@ class _Nowhere:
     def write(self, block: memoryview, origin: Origin | None) -> None:
         """Takes everything, and keeps nothing."""
 
+    def finish(self) -> str:
+        return ""
+
 
 def source_begin(plan: MergePlan, file: str) -> int:
     return plan.checkpoint.shards[file].data_begin
@@ -242,6 +249,9 @@ class _Failing:
         self.left -= 1
         if not self.left:
             raise OSError("full")
+
+    def finish(self) -> str:
+        raise AssertionError("it has failed")
 
 
 def test_a_file_that_ends_early_is_named(make_model: MakeModel, make_adapter: MakeAdapter) -> None:

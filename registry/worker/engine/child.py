@@ -1,0 +1,206 @@
+"""The processes that run a worker's units: a template with everything imported, and a child of it for each job.
+
+A worker starts the template with `python -c` in an environment that has none of its secrets, and with one end of a
+socket pair, its only descriptor beside stdin (empty), stdout and stderr (the worker's stderr). The template imports
+torch and the composer, and then only waits: it computes nothing, starts no thread and does not touch CUDA, so that it
+can fork.
+
+- For each job the worker sends it an end of another socket pair, and it forks the child, which reads units there, runs
+  one after the other, and sends its counts and answers. It has no database and no store: it asks the worker for bytes.
+- The child leads a process group, and dies with the template. The template ends it when the worker asks for that, or
+  has ended itself: with SIGKILL, since torch may be inside one long operation. It then removes the child's directory.
+- Whatever ended a child, the template reports its exit status, so that the worker can start another.
+"""
+
+import ctypes
+import gc
+import importlib
+import logging
+import os
+import select
+import shutil
+import signal
+import socket
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+from registry.settings import Settings
+from registry.worker.engine import answers
+from registry.worker.engine.answers import answer_of
+from registry.worker.engine.frames import Frame, Wire
+from registry.worker.engine.remote import Calls, RemoteBases, RemoteDocuments, RemoteStore
+from registry.worker.engine.units import Node, Task, Unit, always_intact
+
+SETTINGS = frozenset({"home", "scorers", "scorer_timeout_s", "harness_path", "device_memory_bytes"})
+"""The settings that units need. None is a secret."""
+_IMPORTED = (
+    "composer.conflicts.examine", "composer.evaluation.model", "composer.export.combine", "composer.merge.stream",
+    "composer.optimize.combiner", "registry.worker.steps", "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto",
+)  # fmt: skip
+_WATCH_S = 1.0
+"""How often the template looks for its worker, whose end of the socket pair a process of it may have inherited."""
+_COUNT_S = 0.1
+_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
+_FIRST_TO_DIE = "500"
+"""The child's oom_score_adj: where memory runs out, it ends before its worker."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Child:
+    """A child of the template: its process, as a number and as a descriptor, and its directory."""
+
+    pid: int
+    watched: int
+    directory: Path
+
+
+def main(end: int) -> None:
+    """The template's life; `end` is the descriptor of its end of a socket pair."""
+    worker, children = os.getppid(), dict[int, _Child]()
+    wire = Wire(socket.socket(fileno=end))
+    for number in (signal.SIGINT, signal.SIGTERM):  # to all processes of a service or a terminal: the worker decides
+        signal.signal(number, signal.SIG_IGN)
+    for name in _IMPORTED:
+        importlib.import_module(name)
+    gc.freeze()
+    try:
+        while os.getppid() == worker:
+            for ready in _ready(wire, children):
+                if ready == wire.fileno():
+                    _obey(wire, wire.receive(), children)
+                else:
+                    _bury(wire, next(child for child in children.values() if child.watched == ready), children)
+    except (EOFError, OSError):  # the worker has ended
+        pass
+    finally:
+        for child in children.values():
+            _end(child)
+
+
+def _ready(wire: Wire, children: Mapping[int, _Child]) -> list[int]:
+    waiting = select.poll()
+    for watched in (wire.fileno(), *(child.watched for child in children.values())):
+        waiting.register(watched, select.POLLIN)
+    return [ready for ready, _ in waiting.poll(_WATCH_S * 1000)]
+
+
+def _obey(wire: Wire, frame: Frame, children: dict[int, _Child]) -> None:
+    """Forks a child with the frame's socket, or kills one."""
+    if "end" in frame.message:
+        if child := children.get(frame.message["end"]):
+            _kill(child)
+        return
+    end, template, directory = frame.owned_file(), os.getpid(), Path(frame.message["directory"])
+    pid = os.fork()
+    if pid == 0:
+        try:
+            wire.detach()
+            for child in children.values():
+                os.close(child.watched)
+            _be_child(template, end, directory, frame.message["settings"])
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(1)
+    os.close(end)
+    with suppress(OSError):  # the child has done so
+        os.setpgid(pid, pid)
+    children[pid] = _Child(pid, os.pidfd_open(pid), directory)
+    wire.send({"pid": pid, "fork": frame.message["fork"]})
+
+
+def _bury(wire: Wire, child: _Child, children: dict[int, _Child]) -> None:
+    del children[child.pid]
+    wire.send({"ended": child.pid, "status": _end(child)})
+
+
+def _end(child: _Child) -> int:
+    """Ends what is left of a child, and removes its directory. Returns its wait status."""
+    _kill(child)
+    status = os.waitpid(child.pid, 0)[1]
+    os.close(child.watched)
+    shutil.rmtree(child.directory, ignore_errors=True)
+    return status
+
+
+def _kill(child: _Child) -> None:
+    """Kills the child's group, and what it has started in groups of their own, such as scorers."""
+    for kill, pid in ((os.killpg, child.pid), *((os.kill, one) for one in descendants(child.pid))):
+        with suppress(ProcessLookupError, PermissionError):
+            kill(pid, signal.SIGKILL)
+
+
+def descendants(pid: int) -> Iterator[int]:
+    """Yields the processes that this one started and that still run, with theirs."""
+    for listing in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(OSError):
+            for child in map(int, listing.read_text().split()):
+                yield child
+                yield from descendants(child)
+
+
+def _be_child(template: int, end: int, directory: Path, settings: Mapping[str, Any]) -> None:
+    """The child's life."""
+    os.setpgid(0, 0)
+    ctypes.CDLL(None, use_errno=True).prctl(_DIE_WITH_PARENT, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != template:
+        return
+    Path("/proc/self/oom_score_adj").write_text(_FIRST_TO_DIE)
+    os.environ["TMPDIR"] = tempfile.tempdir = str(directory)
+    shown = logging.StreamHandler()
+    shown.addFilter(lambda record: record.name != answers.__name__ or record.levelno > logging.WARNING)
+    logging.basicConfig(handlers=[shown])  # without the errors that the worker records
+    wire = Wire(socket.socket(fileno=end))
+    calls = Calls(wire)
+    bases = RemoteBases(calls)
+    node = Node(Settings(**settings), RemoteStore(calls), RemoteDocuments(calls), directory, bases)
+    with suppress(EOFError, BrokenPipeError):  # the worker has closed its end
+        while True:
+            wire.send(_answer(node, wire, wire.receive().message))
+
+
+def _answer(node: Node, wire: Wire, message: Mapping[str, Any]) -> dict[str, Any]:
+    """Runs a unit."""
+    unit, count, began_s = Unit(**message["unit"]), _Counter(wire), time.monotonic()
+    answer = answer_of(unit.name, lambda: _task(message["task"]).run(replace(node, check=count), unit, count))
+    count.flush()
+    return {**answer, "seconds": time.monotonic() - began_s}
+
+
+def _task(named: Mapping[str, Any]) -> Task:
+    run = getattr(importlib.import_module(named["module"]), named["function"])
+    made = cast(Callable[..., dict[str, Any]], run)
+    return Task(name=named["name"], version=named["version"], run=made, intact=always_intact)
+
+
+class _Counter:
+    """Sends what a unit has done to the worker, now and then."""
+
+    def __init__(self, wire: Wire) -> None:
+        self._wire, self._done, self._sent_s = wire, 0, time.monotonic()
+        self._lock = threading.Lock()
+
+    def __call__(self, done: int) -> None:
+        with self._lock:
+            self._done += done
+            if self._done and time.monotonic() - self._sent_s >= _COUNT_S:
+                self._send()
+
+    def flush(self) -> None:
+        """Sends the rest."""
+        with self._lock:
+            if self._done:
+                self._send()
+
+    def _send(self) -> None:
+        self._wire.send({"count": self._done})
+        self._done, self._sent_s = 0, time.monotonic()

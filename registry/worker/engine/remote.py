@@ -1,0 +1,193 @@
+"""What a child has in place of a store and of bases: questions to its worker, which has the credentials.
+
+Each thread has a connection of its own, so that several reads are under way at once.
+"""
+
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from composer.formats.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from composer.formats.checkpoints.files import StoredFile
+from registry.errors.translation import of_row
+from registry.formats.references import Digest
+from registry.storage.blobs import Reader
+from registry.worker.engine.frames import Frame, Wire
+
+_BLOCK_BYTES = 8 << 20
+
+
+class Calls:
+    """Calls of the worker: a message and its reply, which may be an error."""
+
+    def __init__(self, wire: Wire) -> None:
+        self._wire, self._own = wire, threading.local()
+
+    def connect(self) -> Wire:
+        """A new connection to the worker."""
+        known, other = Wire.pair()
+        with other:
+            self._wire.send({"connect": True}, file=other.fileno())
+        return known
+
+    def __call__(self, message: Mapping[str, Any]) -> Frame:
+        """The reply, on this thread's connection. Raises the error that the worker met."""
+        if not hasattr(self._own, "connection"):
+            self._own.connection = self.connect()
+        return _asked(self._own.connection, message)
+
+
+def _asked(connection: Wire, message: Mapping[str, Any]) -> Frame:
+    connection.send(message)
+    return _reply(connection)
+
+
+def _reply(connection: Wire) -> Frame:
+    """The next reply. Raises the error in it."""
+    reply = connection.receive()
+    if error := reply.message.get("error"):
+        raise of_row(error)
+    return reply
+
+
+class RemoteDocuments:
+    """The documents that units share. The worker keeps results."""
+
+    def __init__(self, calls: Calls) -> None:
+        self._calls = calls
+
+    def read(self, key: str) -> bytes | None:
+        reply = self._calls({"do": "shared", "key": key})
+        return bytes(reply.content) if reply.message["there"] else None
+
+
+class RemoteStore:
+    """The blobs of the job's units."""
+
+    def __init__(self, calls: Calls) -> None:
+        self._calls = calls
+
+    def size_of(self, sha256: Digest) -> int | None:
+        return self._calls({"do": "size", "sha256": sha256}).message["size_bytes"]
+
+    def open(self, sha256: Digest, /) -> Reader:
+        reply = self._calls({"do": "open", "sha256": sha256})
+        if reply.file is not None:
+            return cast(BinaryIO, os.fdopen(reply.file, "rb"))
+        return _RemoteReader(self._calls)
+
+    def put(self, source: Path) -> Digest:
+        writer = self.begin_write(source.stat().st_size)
+        block = memoryview(bytearray(_BLOCK_BYTES))
+        with source.open("rb", buffering=0) as file:
+            while count := file.readinto(block):
+                writer.write(block[:count])
+        digest = writer.finish()
+        source.unlink()
+        return digest
+
+    def begin_write(self, size_bytes: int) -> "RemoteWriter":
+        return RemoteWriter(self._calls.connect(), size_bytes)
+
+
+class RemoteWriter:
+    """A file that the worker hashes and writes, on a connection of its own. One block is under way, so that its error
+    comes with the next.
+
+    Blocks are in memory that both processes share: through the socket, each would be a hundred switches between them.
+    """
+
+    copied_bytes = 0
+
+    def __init__(self, connection: Wire, size_bytes: int) -> None:
+        self._connection, self._at = connection, 0
+        self._blocks = os.memfd_create("blocks")
+        os.ftruncate(self._blocks, 2 * _BLOCK_BYTES)
+        connection.send({"do": "begin", "size_bytes": size_bytes}, file=self._blocks)
+
+    def write(self, block: memoryview, source: StoredFile | None = None, offset: int = 0) -> None:
+        known = source if isinstance(source, RemoteFile) else None
+        for begin in range(0, block.nbytes, _BLOCK_BYTES):
+            origin = {"location": known.location, "name": known.name, "offset": offset + begin} if known else None
+            piece = block[begin : begin + _BLOCK_BYTES]
+            os.pwritev(self._blocks, [piece], self._at)
+            _reply(self._connection)  # of the block before, in the other half
+            self._connection.send({"do": "write", "origin": origin, "at": self._at, "size_bytes": piece.nbytes})
+            self._at = _BLOCK_BYTES - self._at
+
+    def finish(self) -> Digest:
+        _reply(self._connection)
+        reply = _asked(self._connection, {"do": "finish"}).message
+        self.abort()
+        self.copied_bytes = reply["copied_bytes"]
+        return Digest(reply["sha256"])
+
+    def abort(self) -> None:
+        self._connection.close()
+        if self._blocks >= 0:
+            os.close(self._blocks)
+            self._blocks = -1
+
+
+class RemoteBases:
+    """The bases of the job's units, which the worker finds, downloads and verifies."""
+
+    def __init__(self, calls: Calls) -> None:
+        self._calls = calls
+
+    def open(self, digest: str, locations: Sequence[str], size_bytes: int, check: Callable[[], None], /) -> Checkpoint:
+        del locations, size_bytes, check  # the worker has the unit's
+        return self._opened(digest, verified=False)
+
+    def open_verified(
+        self, digest: str, locations: Sequence[str], size_bytes: int, check: Callable[[int], None], /
+    ) -> Checkpoint:
+        del locations, size_bytes, check
+        return self._opened(digest, verified=True)
+
+    def open_in_bucket(self, location: str, directory: Path, /) -> Checkpoint:
+        del directory  # the worker has one
+        opened = self._calls({"do": "bucket", "location": location}).message
+        weights = {name: RemoteFile(self._calls, location, name, size) for name, size in opened["weights"].items()}
+        return open_checkpoint(Path(opened["directory"]), weights=weights)
+
+    def release(self) -> None:
+        """The worker does so at the job's end."""
+
+    def _opened(self, digest: str, *, verified: bool) -> Checkpoint:
+        opened = self._calls({"do": "base", "digest": digest, "verified": verified}).message
+        return open_checkpoint(Path(opened["directory"]))
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteFile:
+    """A `StoredFile` in a bucket, of the base at `location`."""
+
+    calls: Calls
+    location: str
+    name: str
+    size_bytes: int
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        for begin in range(0, buffer.nbytes, _BLOCK_BYTES):
+            piece = buffer[begin : begin + _BLOCK_BYTES]
+            wanted = {"location": self.location, "name": self.name, "offset": offset + begin}
+            piece[:] = self.calls({"do": "range", **wanted, "size_bytes": piece.nbytes}).content
+
+
+class _RemoteReader(Reader):
+    """The blob that this thread has opened last, where the store is not on this host."""
+
+    def __init__(self, calls: Calls) -> None:
+        self._calls = calls
+
+    def read(self, size: int = -1, /) -> bytes:
+        if size < 0:
+            return b"".join(iter(lambda: self.read(_BLOCK_BYTES), b""))
+        return bytes(self._calls({"do": "read", "size_bytes": size}).content)
+
+    def close(self) -> None:
+        """The worker closes it after its end, and with the next one."""

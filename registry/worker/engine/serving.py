@@ -1,0 +1,308 @@
+"""What a worker does for the child that runs a job's units: reads what they name, and stores what they make."""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import socket
+import threading
+from collections import deque
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any, BinaryIO, cast
+
+from composer.errors import Interrupted
+from composer.formats.checkpoints.checkpoint import Checkpoint
+from composer.formats.checkpoints.files import StoredFile, read_all, read_range
+from registry.errors import NotAllowed, RegistryError
+from registry.formats.references import Digest
+from registry.storage.blobs import Reader
+from registry.worker.engine.answers import KNOWN, failure_of
+from registry.worker.engine.frames import Frame, Wire
+from registry.worker.engine.stores import UnitWriter
+from registry.worker.engine.units import HostNode, Result, Task, Unit
+
+log = logging.getLogger(__name__)
+
+_DIGEST = re.compile(rb"[0-9a-f]{64}")
+_MOST_READ_BYTES = 16 << 20
+_RECENT_BYTES = 128 << 20
+"""Of the ranges that were served last. A block that the child writes as it read it may be copied by the store."""
+
+
+class _Ended(Interrupted):
+    """The child has ended, or is to end."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Reply:
+    """A message, bytes, and the descriptor of a file, which is closed once it is sent."""
+
+    message: Mapping[str, Any]
+    content: bytes | bytearray | memoryview = b""
+    file: int | None = None
+
+
+class JobFiles:
+    """The bytes of one job. Its child may read the blobs that units name, in their content or in a document that they
+    share, and what it has stored itself. Everything else is refused."""
+
+    def __init__(self, node: HostNode) -> None:
+        self.node = node
+        self._named, self._made = set[str](), dict[str, int]()
+        self._hints: Mapping[str, Any] = {}
+        self._in_buckets: dict[str, Checkpoint] = {}
+        self._recent: deque[tuple[StoredFile, int, bytearray]] = deque()
+        self._connections, self._lock, self._ended = set[Wire](), threading.Lock(), False
+
+    def begin(self, unit: Unit) -> None:
+        """Allows what the unit names."""
+        self._hints = unit.hints
+        self._name(json.dumps(unit.content).encode())
+
+    def refuse_foreign(self, task: Task, unit: Unit, result: Result) -> None:
+        """Raises NotAllowed for a result that names blobs which the child may not read, or that are not stored."""
+        if not task.intact(replace(self.node, store=_OfJob(self)), result):
+            raise _not_of_this_job(unit.name)
+
+    def connect(self, end: socket.socket) -> None:
+        """Serves a connection in a thread of its own."""
+        wire = Wire(end)
+        with self._lock:
+            if self._ended:
+                wire.close()
+                return
+            self._connections.add(wire)
+        threading.Thread(target=self._serve, args=(wire,), daemon=True, name="job files").start()
+
+    def close(self) -> None:
+        """Ends all connections. What is under way stops at its next check."""
+        with self._lock:
+            self._ended = True
+            for wire in self._connections:
+                wire.close()
+
+    def check(self, _done: int = 0) -> None:
+        """Raises Interrupted once the child has ended."""
+        if self._ended:
+            raise _Ended
+
+    def allowed(self, sha256: str) -> Digest:
+        """The digest of a blob that the child may read. Raises NotAllowed for any other."""
+        if sha256 not in self._named and sha256 not in self._made:
+            raise _not_of_this_job(sha256)
+        return Digest(sha256)
+
+    def size_of(self, sha256: str) -> int | None:
+        """The size of a blob that the child may read, in bytes; None for any other."""
+        if (known := self._made.get(sha256)) is not None:
+            return known
+        return self.node.store.size_of(Digest(sha256)) if sha256 in self._named else None
+
+    def made(self, sha256: str, size_bytes: int) -> None:
+        """Allows what the child has stored."""
+        self._made[sha256] = size_bytes
+
+    def shared(self, key: str) -> bytes | None:
+        """A document that units share, and what it names. None for a result, whose name is not its content's."""
+        document = self.node.results.read(self.allowed(key))
+        if document is None or hashlib.sha256(document).hexdigest() != key:
+            return None
+        self._name(document)
+        return document
+
+    def base(self, digest: str, *, verified: bool) -> Checkpoint:
+        """The base at the unit's locations. Raises as `Bases.open_verified` does."""
+        where = self._hints["locations"], int(self._hints["size_bytes"])
+        if verified:
+            return self.node.bases.open_verified(digest, *where, self.check)
+        return self.node.bases.open(digest, *where, lambda: self.check())
+
+    def base_in_bucket(self, location: str) -> Checkpoint:
+        """The base at one of the unit's locations, opened there."""
+        if location not in self._hints["locations"]:
+            raise _not_of_this_job(location)
+        name = hashlib.sha256(location.encode()).hexdigest()[:16]
+        opened = self.node.bases.open_in_bucket(location, self.node.kept_directory(f"base-{name}"))
+        self._in_buckets[location] = opened
+        return opened
+
+    def range(self, origin: Mapping[str, Any], size_bytes: int) -> bytearray:
+        """Bytes of a file of a base in a bucket."""
+        file, begin = self._in_buckets[origin["location"]].files[origin["name"]], int(origin["offset"])
+        content = read_range(file, begin, begin + min(size_bytes, _MOST_READ_BYTES))
+        with self._lock:
+            self._recent.append((file, begin, content))
+            while sum(len(block) for _, _, block in self._recent) > _RECENT_BYTES:
+                self._recent.popleft()
+        return content
+
+    def source(self, origin: Mapping[str, Any] | None, content: bytearray) -> StoredFile | None:
+        """The file that the store may copy these bytes from: only if they are those that were read there."""
+        if origin is None:
+            return None
+        file, offset = self._in_buckets[origin["location"]].files[origin["name"]], int(origin["offset"])
+        with self._lock:
+            recent = list(self._recent)
+        for known, begin, block in recent:
+            first = offset - begin
+            if known == file and first >= 0 and block[first : first + len(content)] == content:
+                return file
+        return None
+
+    def _name(self, document: bytes) -> None:
+        self._named |= {match.decode() for match in _DIGEST.findall(document)}
+
+    def _serve(self, wire: Wire) -> None:
+        connection = _Connection(self)
+        try:
+            while True:
+                reply = connection.reply(wire.receive())
+                try:
+                    wire.send(reply.message, reply.content, reply.file)
+                finally:
+                    if reply.file is not None:
+                        os.close(reply.file)
+        except (EOFError, OSError, _Ended):  # the child, or its job
+            pass
+        finally:
+            connection.close()
+            wire.close()
+            with self._lock:
+                self._connections.discard(wire)
+
+
+class _Connection:
+    """A connection's requests, and what it has open: at most one reader and one writer."""
+
+    def __init__(self, files: JobFiles) -> None:
+        self._files = files
+        self._reader: Reader | None = None
+        self._writer: UnitWriter | None = None
+        self._blocks: int | None = None
+        self._written = 0
+        self._requests = {
+            "shared": self._shared, "size": self._size, "open": self._open, "read": self._read, "begin": self._begin,
+            "write": self._write, "finish": self._finish, "base": self._base, "bucket": self._bucket,
+            "range": self._range,
+        }  # fmt: skip
+
+    def reply(self, frame: Frame) -> _Reply:
+        """Does what the message requests. An error becomes the reply."""
+        self._files.check()
+        try:
+            return self._requests[frame.message["do"]](frame)
+        except _Ended:
+            raise
+        except Exception as error:
+            if not isinstance(error, KNOWN):
+                log.warning("A unit's request failed", exc_info=error)
+            return _Reply({"error": failure_of(error).to_row()})
+
+    def close(self) -> None:
+        """Aborts what was not finished."""
+        self._close_reader()
+        if self._blocks is not None:
+            os.close(self._blocks)
+        if self._writer is not None:
+            with suppress(RegistryError):  # what a store that is away keeps, `sweep` removes
+                self._writer.abort()
+
+    def _close_reader(self) -> None:
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
+
+    def _shared(self, frame: Frame) -> _Reply:
+        document = self._files.shared(frame.message["key"])
+        return _Reply({"there": document is not None}, document or b"")
+
+    def _size(self, frame: Frame) -> _Reply:
+        return _Reply({"size_bytes": self._files.size_of(frame.message["sha256"])})
+
+    def _open(self, frame: Frame) -> _Reply:
+        self._close_reader()
+        reader = self._files.node.store.open(self._files.allowed(frame.message["sha256"]))
+        if (number := _number_of(reader)) is None:
+            self._reader = reader
+            return _Reply({})
+        with reader:
+            return _Reply({}, file=os.dup(number))
+
+    def _read(self, frame: Frame) -> _Reply:
+        if self._reader is None:
+            raise ValueError("nothing is open")
+        content = self._reader.read(max(0, min(frame.message["size_bytes"], _MOST_READ_BYTES)))
+        if not content:
+            self._close_reader()
+        return _Reply({}, content)
+
+    def _begin(self, frame: Frame) -> _Reply:
+        if self._writer is not None:
+            raise ValueError("a file is not finished")
+        self._blocks = frame.owned_file()
+        self._writer = self._files.node.store.begin_write(int(frame.message["size_bytes"]))
+        return _Reply({})
+
+    def _write(self, frame: Frame) -> _Reply:
+        content = self._block(int(frame.message["at"]), int(frame.message["size_bytes"]))
+        source = self._files.source(frame.message["origin"], content)
+        offset = int(frame.message["origin"]["offset"]) if source is not None else 0
+        self._begun().write(memoryview(content), source, offset)
+        self._written += len(content)
+        return _Reply({})
+
+    def _block(self, begin: int, size_bytes: int) -> bytearray:
+        """A copy of a block that the child has written, which it cannot change any more."""
+        if self._blocks is None or size_bytes > _MOST_READ_BYTES:
+            raise ValueError("there is no such block")
+        content = bytearray(size_bytes)
+        read_all(self._blocks, memoryview(content), begin, "a block")
+        return content
+
+    def _finish(self, frame: Frame) -> _Reply:
+        del frame
+        writer = self._begun()
+        sha256 = writer.finish()
+        self._writer = None
+        self._files.made(sha256, self._written)
+        return _Reply({"sha256": sha256, "copied_bytes": writer.copied_bytes})
+
+    def _begun(self) -> UnitWriter:
+        if self._writer is None:
+            raise ValueError("no file was begun")
+        return self._writer
+
+    def _base(self, frame: Frame) -> _Reply:
+        opened = self._files.base(frame.message["digest"], verified=bool(frame.message["verified"]))
+        return _Reply({"directory": str(opened.path)})
+
+    def _bucket(self, frame: Frame) -> _Reply:
+        opened = self._files.base_in_bucket(frame.message["location"])
+        weights = {name: file.size_bytes for name, file in opened.files.items()}
+        return _Reply({"directory": str(opened.path), "weights": weights})
+
+    def _range(self, frame: Frame) -> _Reply:
+        return _Reply({}, self._files.range(frame.message, int(frame.message["size_bytes"])))
+
+
+def _number_of(reader: Reader) -> int | None:
+    """The descriptor of a file of this host; None for a reader of anything else."""
+    try:
+        return cast(BinaryIO, reader).fileno()
+    except (AttributeError, OSError):
+        return None
+
+
+class _OfJob:
+    """The store, as far as the child may use it."""
+
+    def __init__(self, files: JobFiles) -> None:
+        self._store, self.size_of = files.node.store, files.size_of
+        self.open, self.put, self.begin_write = self._store.open, self._store.put, self._store.begin_write
+
+
+def _not_of_this_job(subject: str) -> NotAllowed:
+    return NotAllowed("not_of_this_job", f"A unit named bytes that its job does not have ({subject}).", subject=subject)
