@@ -19,7 +19,7 @@ from composer.errors import Mismatch
 from composer.formats.checkpoints.checkpoint import Checkpoint, local_directory
 from composer.formats.checkpoints.files import StoredFile
 from composer.formats.checkpoints.hashing import weights_digest
-from composer.formats.recipes.rounding import Rounding
+from composer.formats.recipes.rounding import parse_rounding
 from composer.formats.recipes.weights import parse_weight
 from registry.formats.manifest import ManifestFile
 from registry.formats.references import Digest
@@ -154,7 +154,7 @@ def _plan_of(node: Node, merge: Mapping[str, Any], checkpoint: Checkpoint) -> "M
     from composer.merge.plan import plan_merge
 
     members = [(fetched(node, one["files"], one["name"]), parse_weight(one["weight"])) for one in merge["members"]]
-    rounding = Rounding(**merge["rounding"]) if merge["rounding"] else None
+    rounding = parse_rounding(**merge["rounding"]) if merge["rounding"] else None
     return plan_merge(checkpoint, members, merge["method"], merge["settings"], merge["dtype"], rounding)
 
 

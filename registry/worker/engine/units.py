@@ -45,6 +45,11 @@ class Unit:
     content: Mapping[str, Any]
     hints: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
+    def __post_init__(self) -> None:
+        """Enumerations become texts and tuples lists here, and not on the way to another process alone."""
+        object.__setattr__(self, "content", json.loads(json.dumps(self.content)))
+        object.__setattr__(self, "hints", json.loads(json.dumps(self.hints)))
+
 
 @dataclass(frozen=True, slots=True)
 class Node:
