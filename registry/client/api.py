@@ -32,6 +32,8 @@ _PAGE = 500
 _Rows = Page[Json]
 _UNSENT = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout)
 _TIMEOUT = httpx2.Timeout(30.0, read=300.0)
+EVENTS_SILENT_S = 45.0
+"""A server sends a comment after 15 seconds without events."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +169,26 @@ class Api:
                 response.read()
             _raise_problem(response)
             yield from _lines(response.iter_bytes())
+
+    def events(self, path: str, last: str | None, **query: Any) -> Generator[tuple[str, str]]:
+        """Server-sent events after the one with the id `last`, as id and data. Raises Unavailable if the server sends
+        nothing, not even a comment, for EVENTS_SILENT_S."""
+        headers = {"Accept": "text/event-stream", **({"Last-Event-ID": last} if last else {})}
+        timeout = httpx2.Timeout(30.0, read=EVENTS_SILENT_S)
+        with (
+            _translate_transport_errors(self.url),
+            self._http.stream("GET", path, params=query, headers=headers, timeout=timeout) as response,
+        ):
+            if response.status_code >= 400:
+                response.read()
+            _raise_problem(response)
+            event_id = ""
+            for line in _lines(response.iter_bytes()):
+                field, _, value = line.partition(": ")
+                if field == "id":
+                    event_id = value
+                elif field == "data":
+                    yield event_id, value
 
     def resolve(self, reference: Reference) -> ResolvedOut:
         """Resolves a reference to what is needed to fetch a release; GET its `path` for facts and scores."""

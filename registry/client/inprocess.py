@@ -5,6 +5,7 @@ Bodies stream both ways in chunks, so that a checkpoint never has to fit in memo
 
 import queue
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from concurrent.futures import Future
 from contextlib import ExitStack
 from typing import Any, cast
 
@@ -27,11 +28,14 @@ class InProcessTransport(httpx2.BaseTransport):
     def __init__(self, application: Application) -> None:
         self._application = application
         self._stack = ExitStack()
+        self._running: set[Future[None]] = set()
         self._portal = self._stack.enter_context(anyio.from_thread.start_blocking_portal())
 
     def handle_request(self, request: httpx2.Request) -> httpx2.Response:
         exchange = _Exchange(request)
-        self._portal.start_task_soon(exchange.run, self._application)
+        running = self._portal.start_task_soon(exchange.run, self._application)
+        self._running.add(running)
+        running.add_done_callback(self._running.discard)
         start = exchange.next_message()
         return httpx2.Response(
             status_code=start["status"],
@@ -41,6 +45,9 @@ class InProcessTransport(httpx2.BaseTransport):
         )
 
     def close(self) -> None:
+        """Ends requests that still run, such as a stream of events that nobody reads any more."""
+        for running in list(self._running):
+            running.cancel()
         self._stack.close()
 
 

@@ -11,6 +11,7 @@ from urllib.parse import quote
 from registry.client import channel_moves
 from registry.client.api import Api
 from registry.client.cache import BlobCache
+from registry.client.follow import ChannelChange, follow
 from registry.client.pull import cached, pull
 from registry.client.selection import select_files
 from registry.client.signing import Publication, read_public_key, verify_release
@@ -185,6 +186,14 @@ class Registry:
         """
         line, name = self._line(channel)
         yield from self.api.pages(f"{line}/channels/{name}/history", Move)
+
+    def follow(self, *channels: str) -> Iterator[ChannelChange]:
+        """What each REPO@CHANNEL serves, then every change of it, without end: also after an outage.
+
+        >>> for change in registry.follow("acme/sql@prod"):
+        ...     print(change.channel, change.now and change.now.version)
+        """
+        yield from follow(self.api, channels)
 
     def record_scores(self, ref: str | Release, scores: Iterable[Score]) -> None:
         """Records scores of a release on registered suites, each on the suite's current content.

@@ -31,6 +31,7 @@ EXAMPLES = {
     "fsck": "adaptory fsck --full",
     "gate": """adaptory gate acme/sql-migration@prod \\
   --rule 'sql-exact.accuracy >= 0.3'""",
+    "follow": "adaptory follow acme/sql-migration@prod --exec './reload.sh'",
     "gc": "adaptory gc --dry-run",
     "history": "adaptory history acme/sql-migration@prod",
     "import": "adaptory import hf://acme/sql-lora@main acme/sql-lora:1.0.0",

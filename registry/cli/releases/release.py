@@ -27,6 +27,7 @@ Channel = Annotated[
 ]
 Reason = Annotated[str, typer.Option("--reason", help="Why; kept in the history.")]
 Why = Annotated[str, typer.Option("--reason", help="Why; required.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only print what each channel would serve.")]
 WhyDeprecated = Annotated[str | None, typer.Option("--reason", help="Why it should not be used any more.")]
 Undo = Annotated[bool, typer.Option("--undo", help="Undo a deprecation instead.")]
 
@@ -165,23 +166,39 @@ def gate(
 
 
 @root.command()
-def yank(ref: Ref, reason: Why = "", json: JsonFlag = False) -> None:
+def yank(ref: Ref, reason: Why = "", dry_run: DryRun = False, json: JsonFlag = False) -> None:
     """Exclude a release from resolution; its exact version still resolves, with a warning."""
     _need_reason("A yank", ref, reason)
     with connected() as connection:
-        release = connection.api.post(
-            f"{_exactly(connection, ref).path}/yank", {"reason": reason}, wire.catalog.ReleaseOut
-        )
+        release = _withdraw(connection, f"{_exactly(connection, ref).path}/yank", reason, dry_run=dry_run)
+    if dry_run:
+        render.document(release, json, lambda: None)
+        return
     render.document(release, json, lambda: render.out(f"yanked {release.name}: {reason}"))
 
 
+def _withdraw(connection: Connection, path: str, reason: str, *, dry_run: bool) -> wire.catalog.WithdrawnOut:
+    """Yanks or unyanks, after printing what each channel will serve; with `dry_run`, only prints it."""
+    preview = connection.api.post(path, {"reason": reason, "dry_run": True}, wire.catalog.WithdrawnOut)
+    for one in preview.channels:
+        channel = f"{preview.repository}@{one.channel}"
+        would = "would serve" if dry_run else "will serve"
+        render.say(f"{channel} {would} {one.after or 'nothing'} instead of {one.before or 'nothing'}")
+    if not preview.channels:
+        render.say("no channel would serve another release" if dry_run else "no channel will serve another release")
+    return preview if dry_run else connection.api.post(path, {"reason": reason}, wire.catalog.WithdrawnOut)
+
+
 @root.command()
-def unyank(ref: Ref, reason: Why = "", json: JsonFlag = False) -> None:
+def unyank(ref: Ref, reason: Why = "", dry_run: DryRun = False, json: JsonFlag = False) -> None:
     """Undo a yank."""
     _need_reason("An unyank", ref, reason)
     with connected() as connection:
         before = _exactly(connection, ref, warned=True)
-        release = connection.api.post(f"{before.path}/unyank", {"reason": reason}, wire.catalog.ReleaseOut)
+        release = _withdraw(connection, f"{before.path}/unyank", reason, dry_run=dry_run)
+    if dry_run:
+        render.document(release, json, lambda: None)
+        return
     line = f"unyanked {release.name}: {reason}" if before.yanked else f"{release.name} is not yanked: nothing to do"
     render.document(release, json, lambda: render.out(line))
 

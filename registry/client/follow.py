@@ -1,0 +1,67 @@
+"""Follows channels: what they serve, as it changes, through outages and restarts of the server."""
+
+import json
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from registry.client.api import Api, read, understood
+from registry.errors import Unavailable
+from registry.formats.references import parse_channel_reference
+from registry.wire.quality import FollowedOut, FollowOut
+
+PATH = "/v1/follow"
+PAUSES_S = (0.5, 1.0, 2.0, 5.0, 10.0)
+"""Pauses between attempts to connect; the last one is repeated. Each is varied by a half, so that the followers of a
+server that restarts do not come all at once."""
+States = Mapping[str, FollowedOut | None]
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelChange:
+    """REPO@CHANNEL serves `now` after `before`; None is a channel that does not exist or may not be read. The first
+    changes of a follower have no `before`."""
+
+    channel: str
+    before: FollowedOut | None
+    now: FollowedOut | None
+
+
+def follow(
+    api: Api, channels: Sequence[str], on_outage: Callable[[Unavailable | None], None] = lambda _error: None
+) -> Iterator[ChannelChange]:
+    """Yields what each of the channels serves, then every change of it, without end.
+
+    `on_outage` is called with the error when the registry cannot be reached, and with None when it is back. What has
+    changed meanwhile is then yielded, once. Raises Usage for a name that is not of a channel, and the registry's errors
+    but Unavailable, such as that of a token that was revoked.
+    """
+    names = list(dict.fromkeys("@".join(map(str, parse_channel_reference(name))) for name in channels))
+    known: States | None = None
+    for states in _states(api, names, on_outage):
+        for name in names:
+            before, now = known.get(name) if known else None, states.get(name)
+            if known is None or before != now:
+                yield ChannelChange(name, before, now)
+        known = states
+
+
+def _states(api: Api, names: Sequence[str], on_outage: Callable[[Unavailable | None], None]) -> Iterator[States]:
+    seen: str | None = None
+    failures = 0
+    while True:
+        try:
+            for event_id, text in api.events(PATH, seen, channels=",".join(names)):
+                if failures:
+                    on_outage(None)
+                seen, failures = event_id, 0
+                with understood(PATH):
+                    document = json.loads(text)
+                yield read(FollowOut, PATH, document).channels
+        except Unavailable as error:
+            if not failures:
+                on_outage(error)
+            failures += 1
+        # A server that stops ends its streams.
+        time.sleep(PAUSES_S[min(failures, len(PAUSES_S) - 1)] * random.uniform(0.5, 1.5))  # noqa: S311
