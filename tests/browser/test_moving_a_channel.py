@@ -77,7 +77,7 @@ def test_a_release_is_deprecated_and_yanked_with_reasons(site: Site, world: Worl
     dialog.get_by_role("button", name="Deprecate").click()
     expect(tab.get_by_text("the next one is shorter; use acme/sql")).to_be_visible()
     tab.get_by_role("link", name="Yank").click()
-    expect(dialog).to_contain_text("It is served by prod now")
+    expect(dialog).to_contain_text("prod would serve nothing instead of 1.0.0")
     tab.keyboard.press("Escape")
     expect(dialog).to_have_count(0)
     tab.goto(f"{site.url}/acme/withdrawn/1.0.0/yank")
