@@ -163,8 +163,8 @@ class RoutesOnDemand:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             parts = str(scope["path"]).split("/")
-            wanted = [one for one in self._waiting if any(part in parts for part in one[2])]
-            self._waiting = [one for one in self._waiting if one not in wanted]
+            wanted = [router for router in self._waiting if any(part in parts for part in router[2])]
+            self._waiting = [router for router in self._waiting if router not in wanted]
             self._load(wanted)
         await self.app(scope, receive, send)
 

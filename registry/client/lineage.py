@@ -89,7 +89,7 @@ def rule_words(rule: WeightRule) -> str:
 
 def side_by_side(old: Lineage | None, new: Lineage | None) -> list[Json]:
     """Rows {name, old, new} of both compositions; none if neither is one."""
-    before, after = (one.rows() if one else {} for one in (old, new))
+    before, after = (lineage.rows() if lineage else {} for lineage in (old, new))
     return [
         {"name": name, "old": before.get(name), "new": after.get(name)} for name in dict.fromkeys([*before, *after])
     ]
@@ -128,7 +128,9 @@ def of_release(release: ReleaseOut, note: bytes) -> Lineage | None:
     for row in known:
         rows[row.commit, row.weight].append(row)
     if noted and Counter(map(_key, noted.members)) == {key: len(alike) for key, alike in rows.items()}:
-        return replace(noted, members=tuple(_member(rows[_key(one)].pop(0), one.weight) for one in noted.members))
+        return replace(
+            noted, members=tuple(_member(rows[_key(member)].pop(0), member.weight) for member in noted.members)
+        )
     return Lineage(tuple(_member(row, Weight(row.weight)) for row in known))
 
 

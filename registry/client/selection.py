@@ -122,7 +122,7 @@ def select_files(directory: Path, kind: str = "adapter", include: Sequence[str] 
     _refuse_another_kind(directory, there, kind)
     problems = [problem for path in chosen if (problem := _problem(directory, path))]
     if problems:
-        findings = [Finding(one.code, Severity.ERROR, one.subject, one.detail) for one in problems]
+        findings = [Finding(problem.code, Severity.ERROR, problem.subject, problem.detail) for problem in problems]
         refuse_errors(findings, str(directory), next_step=problems[0].next_step)
     if not chosen and kind == "adapter":
         read_adapter(directory)  # raises an error that says what is there instead
@@ -133,7 +133,7 @@ def select_files(directory: Path, kind: str = "adapter", include: Sequence[str] 
 def is_included(path: str, kind: str) -> bool:
     """Whether a push of this kind includes a file of this path that is not hidden."""
     if kind == "adapter":
-        return _matches(path.lower(), [one for one in ADAPTER_FILES if one.count("/") == path.count("/")])
+        return _matches(path.lower(), [pattern for pattern in ADAPTER_FILES if pattern.count("/") == path.count("/")])
     return not is_trainer_file(path)
 
 
@@ -149,7 +149,9 @@ def _matches(path: str, patterns: Sequence[str]) -> bool:
 def _files_below(directory: Path) -> Iterator[str]:
     """Paths of all files and links, also links to directories, except hidden ones; but with those of Hugging Face's
     `.eval_results`."""
-    yield from sorted(filter(is_results_file, (f"{DIRECTORY}{one.name}" for one in (directory / DIRECTORY).glob("*"))))
+    yield from sorted(
+        filter(is_results_file, (f"{DIRECTORY}{file.name}" for file in (directory / DIRECTORY).glob("*")))
+    )
     for parent, directories, files in os.walk(directory):
         directories[:] = [name for name in directories if not name.startswith(".")]
         links = [name for name in directories if (Path(parent) / name).is_symlink()]

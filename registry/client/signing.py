@@ -112,7 +112,7 @@ def _releases(api: Api, wanted: Publication) -> Iterator[ReleaseOut]:
             yield api.get(f"{path}/{version}", ReleaseOut)
             return
         releases = api.pages(path, ReleaseOut)
-        stable = (one for one in releases if not one.yanked and parse_version(one.version).stable)
+        stable = (release for release in releases if not release.yanked and parse_version(release.version).stable)
         yield from islice(stable, 1)
     except NotFound:  # the first release of the repository
         return

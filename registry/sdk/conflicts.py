@@ -190,7 +190,7 @@ def calibration_of(
     from composer.evaluation.calibration import Calibration
     from composer.formats.recipes.calibration_sets import CalibrationSet
 
-    sets = [CalibrationSet(prompts=one) for one in prompts]
+    sets = [CalibrationSet(prompts=texts) for texts in prompts]
     sets = sets or [_calibration_set(suite, settings.examples) for suite in suites if suite]
     if len(sets) < max(len(suites), len(prompts), 1):
         return None

@@ -69,7 +69,7 @@ def load_settings(**given: str | None) -> "Settings":
         return Settings(**given)  # pyright: ignore[reportArgumentType]
     except ValidationError as error:
         name = _variable(error.errors()[0]["loc"])
-        messages = [str(one["msg"]) for one in error.errors() if _variable(one["loc"]) == name]
+        messages = [str(problem["msg"]) for problem in error.errors() if _variable(problem["loc"]) == name]
         raise Usage(
             "bad_setting",
             f"{name}: {', or: '.join(messages)}.",
@@ -97,7 +97,7 @@ def _refuse_misspelt(known: set[str]) -> None:
 
     for name in unknown:
         nested = "__" in name
-        candidates = [one for one in known if "__" in one] if nested else known
+        candidates = [candidate for candidate in known if "__" in candidate] if nested else known
         if meant := get_close_matches(name.upper(), candidates, n=1, cutoff=0.0 if nested else _ALIKE):
             raise Usage(
                 "unknown_setting",

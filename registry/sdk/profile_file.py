@@ -47,7 +47,7 @@ class Profiles:
     def save(self) -> None:
         """Replaces the file atomically; it is never readable by others."""
         self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        rows = {one.name: {"url": one.url, "token": one.token} for one in self.known.values()}
+        rows = {profile.name: {"url": profile.url, "token": profile.token} for profile in self.known.values()}
         descriptor, name = mkstemp(dir=self._path.parent, prefix=".profiles.")  # mode 0600, always a new file
         staging = Path(name)
         try:

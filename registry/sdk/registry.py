@@ -147,7 +147,7 @@ class Registry:
         """The matching releases, best first, fetched a page at a time. `filters` are those of GET /v1/releases:
         `base`, `max_rank`, `score` ("sql-exact.accuracy>=0.8"), `loads_in`, `latest` and more.
 
-        >>> names = [str(one) for one in registry.search("migration", base="smollm2", max_rank=16, loads_in="vllm:32")]
+        >>> names = [str(hit) for hit in registry.search("migration", base="smollm2", max_rank=16, loads_in="vllm:32")]
         """
         yield from map(Release.of, self.api.pages("/v1/releases", FoundOut, text=" ".join(words) or None, **filters))
 

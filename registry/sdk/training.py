@@ -83,7 +83,7 @@ class AdaptoryCallback(TrainerCallback):
         self._target, self._stated, self._bump, self._base = target, reference.version is not None, bump, base
         self._every_save, self._suite = every_save, suite
         self._hyperparameters, self._provenance = dict(hyperparameters or {}), dict(provenance or {})
-        self._data = [{"name": one} if isinstance(one, str) else dict(one) for one in data]
+        self._data = [{"name": source} if isinstance(source, str) else dict(source) for source in data]
         self._where = {"url": url, "token": token, "profile": profile}
         self._commit: str | None = None
         self._evaluations: dict[int, _Evaluation] = {}
@@ -162,7 +162,7 @@ class AdaptoryCallback(TrainerCallback):
     def _publish(self, directory: Path, target: str, args: TrainingArguments, step: int) -> None:
         """Publishes the adapter as it was after a step."""
         trainer = _trainer(args)
-        before = [one for one in self._evaluations if one <= step]
+        before = [at for at in self._evaluations if at <= step]
         evaluation = self._evaluations[max(before)] if before else None
         measured: dict[str, float] = {"steps": step}
         if evaluation is not None:
@@ -245,8 +245,8 @@ def _settings(args: TrainingArguments) -> dict[str, bool | int | float | str]:
 
 def _trainer(args: TrainingArguments) -> str:
     """The distribution whose arguments these are, with its version: `trl 1.16.0`."""
-    for one in type(args).__mro__:
-        package = one.__module__.partition(".")[0]
+    for ancestor in type(args).__mro__:
+        package = ancestor.__module__.partition(".")[0]
         with suppress(PackageNotFoundError):
             return f"{package} {version(package)}"
     return type(args).__name__

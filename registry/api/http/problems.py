@@ -155,7 +155,7 @@ def _name_near_ones(request: Request, error: RegistryError, actor: Actor) -> Non
     with resources.read() as session:
         known = repositories.beside(session, actor, asked)
     if "/" not in asked:
-        known = sorted({one.partition("/")[0] for one in known})
+        known = sorted({named.partition("/")[0] for named in known})
     error.next_step = nearest(asked, known, error.next_step)
 
 

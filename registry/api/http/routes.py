@@ -68,7 +68,10 @@ class Route(APIRoute):
     def _parameters(self) -> tuple[str, ...]:
         """The query parameters that the route declares or parses itself."""
         described = (self.openapi_extra or {}).get("parameters", [])
-        return (*_declared(self.dependant), *(one["name"] for one in described if one["in"] == "query"))
+        return (
+            *_declared(self.dependant),
+            *(parameter["name"] for parameter in described if parameter["in"] == "query"),
+        )
 
 
 async def check_document(request: Request, rules: Sequence[Rule]) -> None:
@@ -103,7 +106,7 @@ def _errors(route: APIRoute, rules: Sequence[Rule]) -> dict[int | str, dict[str,
         403: bool(rules) and (changes or any(rule.where is not Where.NAMESPACE for rule in rules)),
         404: "{" in route.path or any(rule.where is Where.INSIDE for rule in rules),
         409: changes,
-        412: any(one.alias.lower() in ("if-match", "if-none-match") for one in _headers(route.dependant)),
+        412: any(header.alias.lower() in ("if-match", "if-none-match") for header in _headers(route.dependant)),
         413: changes and (route.body_field is not None or "PUT" in methods),
         422: bool(changes or route.dependant.query_params or "{" in route.path or route.dependant.dependencies),
         429: bool(rules),
@@ -113,7 +116,7 @@ def _errors(route: APIRoute, rules: Sequence[Rule]) -> dict[int | str, dict[str,
 
 
 def _headers(dependant: Dependant) -> list[Any]:
-    return [*dependant.header_params, *(one for child in dependant.dependencies for one in _headers(child))]
+    return [*dependant.header_params, *(header for child in dependant.dependencies for header in _headers(child))]
 
 
 def _refuse_many_values(body: bytes, most: int) -> None:
@@ -127,7 +130,11 @@ def _refuse_many_values(body: bytes, most: int) -> None:
 
 def _declared(dependant: Dependant) -> list[str]:
     """The query parameters of a route; those of a model are its fields."""
-    own = [name for one in dependant.query_params for name in _names(one.alias, one.field_info.annotation)]
+    own = [
+        name
+        for parameter in dependant.query_params
+        for name in _names(parameter.alias, parameter.field_info.annotation)
+    ]
     return own + [name for child in dependant.dependencies for name in _declared(child)]
 
 

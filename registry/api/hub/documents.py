@@ -30,7 +30,7 @@ _OID_DIGITS = 40
 
 def whoami(actor: Actor) -> Json:
     namespaces = sorted(name for name in namespaces_of(actor) if name != EVERYWHERE)
-    role = "write" if any(at_least(one, Role.PUBLISHER) for one in actor.grants.values()) else "read"
+    role = "write" if any(at_least(granted, Role.PUBLISHER) for granted in actor.grants.values()) else "read"
     return {
         "type": "user",
         "name": actor.name,
@@ -57,11 +57,14 @@ def model_page(session: Session, actor: Actor, listed: Sequence[Repository]) -> 
     """Models at their `main`, without their files, with three queries for a page."""
     newest = resolve.newest_ids(session, *listed)
     details = load_details(session, list(newest.values()))
-    rows = dict(zip(newest, (one.release for one in details), strict=True))
+    rows = dict(zip(newest, (detail.release for detail in details), strict=True))
     aliases = bases.aliases(session, {row.base_digest for row in rows.values()})
     return [
-        {**_summary(actor, one), **(_of_release(row, aliases[row.base_digest]) if (row := rows.get(one.id)) else {})}
-        for one in listed
+        {
+            **_summary(actor, repository),
+            **(_of_release(row, aliases[row.base_digest]) if (row := rows.get(repository.id)) else {}),
+        }
+        for repository in listed
     ]
 
 
@@ -107,8 +110,8 @@ def tree_page(session: Session, located: Located, entries: Sequence[TreeEntry], 
     brought_by = [_last_commit(entry, brought) for entry in entries]
     if None in brought_by:  # the files of commits that are not released yet
         own = commit_view(commits.list_history(session, located.repository, located.commit)[0])
-        brought_by = [one or {name: own[name] for name in ("id", "title", "date")} for one in brought_by]
-    return [one | {"lastCommit": last} for one, last in zip(rendered, brought_by, strict=True)]
+        brought_by = [commit or {name: own[name] for name in ("id", "title", "date")} for commit in brought_by]
+    return [entry | {"lastCommit": last} for entry, last in zip(rendered, brought_by, strict=True)]
 
 
 def _tree_entry(entry: TreeEntry, commit: str) -> Json:
@@ -126,8 +129,8 @@ def _last_commit(entry: TreeEntry, brought: Mapping[str, PublishedEntry]) -> Jso
     if entry.file:
         last = brought.get(entry.path)
     else:
-        below = (one for path, one in brought.items() if path.startswith(f"{entry.path}/"))
-        last = max(below, key=lambda one: one.id, default=None)
+        below = (published for path, published in brought.items() if path.startswith(f"{entry.path}/"))
+        last = max(below, key=lambda published: published.id, default=None)
     if last is None:
         return None
     return {"id": last.commit, "title": last.version, "date": date(last.created_at)}

@@ -87,7 +87,7 @@ def plan_commit(
             commits.refuse_name(file.path)
             uploads.check_size(resources, file.path, file.size)  # a client with hf_xet would not show a later refusal
     held = {file.path: file for file in parse_manifest(located.manifest)}
-    same = [held[one.path] for one in body.files if one.path in held and held[one.path].size_bytes == one.size]
+    same = [held[file.path] for file in body.files if file.path in held and held[file.path].size_bytes == file.size]
     oids = _oids(resources, [file for file in same if file.path not in left_out])
     files = [
         {
@@ -112,10 +112,10 @@ def plan_uploads(
     namespace: str, name: str, body: BatchIn, request: Request, resources: ResourcesOf, actor: Publisher
 ) -> Response:
     """Plans the upload of files before a commit, to the store or through the API; the addresses are the permission."""
-    files = [ManifestFile(one.oid, one.size, parse_digest(one.oid)) for one in body.objects]
+    files = [ManifestFile(file.oid, file.size, parse_digest(file.oid)) for file in body.objects]
     planned = lfs.plan(resources, actor, namespace, files, in_parts="multipart" in body.transfers)
     objects = [_lfs_object(request, file, planned[file.sha256]) for file in files]
-    transfer = "multipart" if any(one and one.parts for one in planned.values()) else "basic"
+    transfer = "multipart" if any(plan and plan.parts for plan in planned.values()) else "basic"
     return JSONResponse({"transfer": transfer, "objects": objects}, media_type="application/vnd.git-lfs+json")
 
 

@@ -97,7 +97,7 @@ def refusal(request: Request, error: RegistryError) -> Response:
 
 def _failed_rules(error: RegistryError) -> list[str]:
     """The gate rules behind a refusal, with their numbers: the client shows no findings."""
-    return [f"{one['rule']}: {one['detail']}." for one in error.findings if one.get("passed") is False]
+    return [f"{finding['rule']}: {finding['detail']}." for finding in error.findings if finding.get("passed") is False]
 
 
 def revision_headers(request: Request, located: Located) -> dict[str, str]:

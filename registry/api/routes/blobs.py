@@ -52,7 +52,7 @@ def plan_upload(body: UploadIn, resources: ResourcesOf, actor: Caller) -> Upload
     namespace = parse_name(body.namespace, "namespace")
     permit_uploads(actor, namespace)
     files = [ManifestFile(row.path, row.size_bytes, parse_digest(row.sha256)) for row in body.files]
-    return UploadOut(files=[_upload_row(one) for one in uploads.plan(resources, actor, namespace, files)])
+    return UploadOut(files=[_upload_row(upload) for upload in uploads.plan(resources, actor, namespace, files)])
 
 
 @router.post("/uploads/{upload_id}/parts/{number}")

@@ -282,7 +282,7 @@ def _policy(session: Session, repository: Repository, channel: str) -> PolicyOut
     policy, revision = policies.find(session, repository, channel)
     pinned = pins.of_channel(session, repository.id, channel)
     changed = pins.announced(session, pinned)
-    shown = {name: PinOut.model_validate({**one, "changed": changed.get(name)}) for name, one in pinned.items()}
+    shown = {name: PinOut.model_validate({**pin, "changed": changed.get(name)}) for name, pin in pinned.items()}
     return PolicyOut(channel=channel, revision=revision, policy=policy.to_json(), pins=shown)
 
 

@@ -57,5 +57,5 @@ def request_check(resources: Resources, actor: Actor, lock: Lock) -> ConflictsOu
 
 def recipe_of(body: ConflictsIn) -> Recipe:
     """The recipe of the combination. Raises InvalidFile naming the field."""
-    inputs = [one.model_dump(exclude_unset=True) for one in body.inputs]
+    inputs = [member.model_dump(exclude_unset=True) for member in body.inputs]
     return parse_recipe({"inputs": inputs, "method": body.method, "settings": body.settings}, "conflicts")

@@ -67,7 +67,7 @@ def release_documents(session: Session, actor: Actor, release_ids: Sequence[int]
     """The documents in the order of the ids: as many as fit a page."""
     written: list[bytes] = []
     for some in _in_parts(release_ids):
-        written += [_dumped(release_document(actor, one)) for one in load_details(session, some)]
+        written += [_dumped(release_document(actor, detail)) for detail in load_details(session, some)]
         if (fit := _how_many_fit(map(len, written))) < len(written):
             return written[:fit]
     return written
@@ -75,7 +75,7 @@ def release_documents(session: Session, actor: Actor, release_ids: Sequence[int]
 
 def releases_shown(session: Session, actor: Actor, release_ids: Sequence[int]) -> list[ReleaseOut]:
     """As `release_documents`, typed."""
-    return [ReleaseOut.model_validate_json(one) for one in release_documents(session, actor, release_ids)]
+    return [ReleaseOut.model_validate_json(document) for document in release_documents(session, actor, release_ids)]
 
 
 def release_view(session: Session, actor: Actor, release: Release) -> ReleaseOut:
@@ -131,17 +131,17 @@ class RenderedReleaseCache:
         rendered: list[RenderedRelease] = []
         for some in _in_parts(list(stamps)):
             rendered += self._render(session, actor, {number: stamps[number] for number in some})
-            if (fit := _how_many_fit(len(one.document) for one in rendered)) < len(rendered):
+            if (fit := _how_many_fit(len(release.document) for release in rendered)) < len(rendered):
                 return rendered[:fit]
         return rendered
 
     def _render(self, session: Session, actor: Actor, stamps: Mapping[int, Stamp]) -> list[RenderedRelease]:
         rendered = self._current(stamps)
-        for one in load_details(session, [number for number in stamps if number not in rendered]):
-            row = one.release
-            document = _dumped(release_document(actor, one))
+        for detail in load_details(session, [number for number in stamps if number not in rendered]):
+            row = detail.release
+            document = _dumped(release_document(actor, detail))
             new = RenderedRelease(
-                stamp=one.stamp,
+                stamp=detail.stamp,
                 document=document,
                 base_digest=row.base_digest,
                 rank_max=row.rank_max,
@@ -149,7 +149,7 @@ class RenderedReleaseCache:
                 loading=row.loading,
             )
             rendered[row.id] = new
-            if not one.inputs:
+            if not detail.inputs:
                 self._keep(row.id, new)
         return [rendered[number] for number in stamps]
 
@@ -219,7 +219,7 @@ def _licenses(row: ReleaseRow) -> Json:
     """Licences of the base, the adapter and its data, as LicensesOut."""
     stated: Json = {} if row.provenance == "{}" else orjson.loads(row.provenance)
     base, own = row.base_license or stated.get("base_license"), stated.get("license")
-    data = [one["license"] for one in stated.get("data", ()) if one.get("license")]
+    data = [data_set["license"] for data_set in stated.get("data", ()) if data_set.get("license")]
     return {
         "base": spdx(base) if base else None,
         "adapter": spdx(own) if own else None,

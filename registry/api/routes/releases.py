@@ -250,7 +250,9 @@ def _withdraw(
     with resources.write() as session:
         release = named.release(session, version)
         act = partial(change, session, actor, release, body.reason)
-        changes = [ServedChangeOut.of(one) for one in (withdrawals.preview(session, act) if body.dry_run else act())]
+        changes = [
+            ServedChangeOut.of(served) for served in (withdrawals.preview(session, act) if body.dry_run else act())
+        ]
         return WithdrawnOut(**dict(release_view(session, actor, release)), channels=changes)
 
 

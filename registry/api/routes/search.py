@@ -72,7 +72,9 @@ def _parse_query(query: bytes) -> tuple[SearchIn, search.Query]:
     try:
         read = SearchIn.model_validate(given)
     except ValidationError as error:
-        raise RequestValidationError([{**one, "loc": ("query", *one["loc"])} for one in error.errors()]) from error
+        raise RequestValidationError(
+            [{**problem, "loc": ("query", *problem["loc"])} for problem in error.errors()]
+        ) from error
     return read, read.parse()
 
 
@@ -100,17 +102,19 @@ def find_releases(resources: Resources, actor: Actor, asked: bytes, documents: R
     with resources.snapshot() if at_one_moment else resources.read() as session:
         result = _search(session, actor, query, wanted, order)
         rendered = _render(session, actor, documents, result, query.limit)
-    if any(one.stamp != hit.stamp for one, hit in zip(rendered, result.hits, strict=False)):  # changed in between
+    # The releases may have changed between the search and the rendering.
+    if any(release.stamp != hit.stamp for release, hit in zip(rendered, result.hits, strict=False)):
         with resources.snapshot() as session:
             result = _search(session, actor, query, wanted, order)
             rendered = _render(session, actor, documents, result, query.limit)
-    matching = [one.with_remarks(_remarks(one, result, wanted.loads_in)) for one in rendered]
+    matching = [release.with_remarks(_remarks(release, result, wanted.loads_in)) for release in rendered]
     following = _cursor(query, result.hits[len(rendered) - 1]) if len(result.hits) > len(rendered) else None
     counted: Json = {}
     if query.facets:
         with resources.read() as session:
             counted = {
-                name: [asdict(one) for one in facets.choices(session, actor, wanted, name)] for name in query.facets
+                name: [asdict(choice) for choice in facets.choices(session, actor, wanted, name)]
+                for name in query.facets
             }
     return Results(matching, [hit.release_id for hit in result.hits[: len(rendered)]], following, counted)
 

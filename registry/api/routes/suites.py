@@ -166,7 +166,9 @@ def _measurements(resources: Resources, actor: Actor, namespace: str, body: Scor
 
     measured = [Measurement(**row.model_dump()) for row in body.scores]
     rows = {
-        one.suite_digest: results.Results([row.model_dump(exclude_defaults=True) for row in one.examples], one.metric)
-        for one in body.results
+        result.suite_digest: results.Results(
+            [row.model_dump(exclude_defaults=True) for row in result.examples], result.metric
+        )
+        for result in body.results
     }
     return results.store(resources, actor, namespace, measured, rows) if rows else measured

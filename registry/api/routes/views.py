@@ -202,7 +202,7 @@ def conflicts_view(session: Session, row: ConflictCheck) -> ConflictsOut:
             "job": job.id,
             "state": job.state,
             "base": {"digest": lock["base"], "name": session.get_one(Base, lock["base"]).name},
-            "inputs": [{name: one[name] for name in named if name in one} for one in lock["inputs"]],
+            "inputs": [{name: member[name] for name in named if name in member} for member in lock["inputs"]],
             "method": lock["method"],
             "settings": lock["settings"],
             "report": row.report,

@@ -93,7 +93,11 @@ def contradictions(calibration: "Calibration | None", names: Sequence[str]) -> "
 
     if calibration is None:
         return []
-    suites = {name: one.suite for name, one in zip(names, calibration.sets, strict=True) if one.suite}
+    suites = {
+        name: calibration_set.suite
+        for name, calibration_set in zip(names, calibration.sets, strict=True)
+        if calibration_set.suite
+    }
     return of_contradictions(contradicting_suites(suites), Policy())
 
 

@@ -178,13 +178,13 @@ def _show(composition: "wire.work.CompositionOut") -> None:
 def _unjudged(scores: list[Json], lock: Json) -> list[str]:
     """The inputs to be kept that the candidate was not compared with on their own suite. Older compositions do not say
     which suite is an input's own."""
-    compared = [one for score in scores for one in score.get("inputs", [])]
-    if any("own_suite" not in one for one in compared):
+    compared = [measured for score in scores for measured in score.get("inputs", [])]
+    if any("own_suite" not in measured for measured in compared):
         return []
-    judged = {(one["repository"], one["version"]) for one in compared if one["own_suite"]}
-    inputs = [one for one in lock["inputs"] if one["weight"] > 0]
-    missing = [one for one in inputs if (one["repository"], one["version"]) not in judged]
-    return [f"{one['repository']}:{one['version']}" for one in missing]
+    judged = {(measured["repository"], measured["version"]) for measured in compared if measured["own_suite"]}
+    inputs = [member for member in lock["inputs"] if member["weight"] > 0]
+    missing = [member for member in inputs if (member["repository"], member["version"]) not in judged]
+    return [f"{member['repository']}:{member['version']}" for member in missing]
 
 
 def _side_by_side(scores: list[Json]) -> list[tuple[Any, ...]]:
@@ -194,12 +194,12 @@ def _side_by_side(scores: list[Json]) -> list[tuple[Any, ...]]:
         value = render.with_error(score["value"], score["stderr"], score["n"])
         metric = score["metric"]
         rows.append((score["suite"], metric, "candidate", value, score["n"]))
-        for one in score.get("inputs", []):
+        for measured in score.get("inputs", []):
             name, value = (
-                f"{one['repository']}:{one['version']}",
-                render.with_error(one["value"], one["stderr"], one["n"]),
+                f"{measured['repository']}:{measured['version']}",
+                render.with_error(measured["value"], measured["stderr"], measured["n"]),
             )
-            rows.append(("", "", name, value, one["n"]))
+            rows.append(("", "", name, value, measured["n"]))
     return rows
 
 
@@ -211,11 +211,16 @@ def _show_lock(lock: Json) -> None:
         "input",
         "commit",
         "weight",
-        *(("other weights",) if any(one.weight.rules for one in made.members) else ()),
+        *(("other weights",) if any(member.weight.rules for member in made.members) else ()),
     )
     rows = [
-        (f"{one.name}:{one.version}", one.commit[:12], one.weight.value, list(map(rule_words, one.weight.rules)))
-        for one in made.members
+        (
+            f"{member.name}:{member.version}",
+            member.commit[:12],
+            member.weight.value,
+            list(map(rule_words, member.weight.rules)),
+        )
+        for member in made.members
     ]
     render.table(f"lock {lock['digest'][:12]}", columns, [row[: len(columns)] for row in rows])
     for name, value in (("method", made.how), ("dtype", made.dtype), ("rounding", made.rounding)):

@@ -164,10 +164,10 @@ def _explain(report: "ConflictReport", modules: int) -> None:
         render.heading(line)
     for line in explanations(report):
         render.out(line)
-    for one in tables(report, worst_modules=modules):
-        render.table(one.title, one.columns, one.rows)
-        if one.note:
-            render.out(one.note)
+    for table in tables(report, worst_modules=modules):
+        render.table(table.title, table.columns, table.rows)
+        if table.note:
+            render.out(table.note)
     for line in (*remarks(report.findings), *(f"try: {line}" for line in advice(report))):
         render.out(line)
 

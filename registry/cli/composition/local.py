@@ -197,9 +197,9 @@ def extract(  # noqa: PLR0913
 
 def _show_cut(title: str, shown: list[tuple[str, Any]], compressions: list[Json]) -> None:
     render.lines(title, shown)
-    worst = sorted(compressions, key=lambda one: -one["relative"])[:5]
+    worst = sorted(compressions, key=lambda cut: -cut["relative"])[:5]
     if worst:
-        rows = [(one["module"], one["rank"], one["full_rank"], f"{one['relative']:.1%}") for one in worst]
+        rows = [(cut["module"], cut["rank"], cut["full_rank"], f"{cut['relative']:.1%}") for cut in worst]
         render.table("modules that lost most", ("module", "rank", "of", "error"), rows)
 
 

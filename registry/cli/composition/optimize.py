@@ -104,8 +104,12 @@ def present(report: dict[str, Any], json: bool, *, explain: bool) -> None:
 def _show_tried(report: Json) -> None:
     """A line for each combination that was tried or left out."""
     rows = [
-        (one["name"], str(one["k"]), "" if one["worst_kept"] is None else f"{one['worst_kept']:.0%}")
-        for one in report["tried"]
+        (
+            combination["name"],
+            str(combination["k"]),
+            "" if combination["worst_kept"] is None else f"{combination['worst_kept']:.0%}",
+        )
+        for combination in report["tried"]
     ]
     if rows:
         render.table("Tried", ("combination", "examples", "worst member keeps"), rows)

@@ -21,20 +21,20 @@ def references(incomplete: str) -> list[str]:
         repository, separator, _ = incomplete.partition(mark)
         if separator:
             names = _versions(repository) if mark == ":" else _channels(repository)
-            return [one for one in names if one.startswith(incomplete)]
+            return [name for name in names if name.startswith(incomplete)]
     return [row.repository for row in _repositories() if row.repository.startswith(incomplete)][:_MOST]
 
 
 def channels(incomplete: str) -> list[str]:
     """`acme/sql@prod`."""
     names = [f"{row.repository}@{name}" for row in _repositories() for name in row.channels]
-    return [one for one in names if one.startswith(incomplete)][:_MOST]
+    return [name for name in names if name.startswith(incomplete)][:_MOST]
 
 
 def channel_names(incomplete: str) -> list[str]:
     """`prod`, for --to."""
     names = {name for row in _repositories() for name in row.channels}
-    return sorted(one for one in names if one.startswith(incomplete))[:_MOST]
+    return sorted(name for name in names if name.startswith(incomplete))[:_MOST]
 
 
 def suites(incomplete: str) -> list[str]:
@@ -51,7 +51,7 @@ def harness_tasks(incomplete: str) -> list[str]:
 def bases(incomplete: str) -> list[str]:
     """Names and aliases."""
     names = {name for base in _rows("/v1/bases", wire.catalog.BaseOut) for name in (base.name, *base.aliases)}
-    return sorted(one for one in names if one.startswith(incomplete))[:_MOST]
+    return sorted(name for name in names if name.startswith(incomplete))[:_MOST]
 
 
 def methods(incomplete: str) -> list[str]:

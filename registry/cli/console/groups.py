@@ -63,7 +63,9 @@ class Commands(TyperGroup):
 
     def summaries(self, ctx: Any, names: Sequence[str]) -> list[tuple[str, str]]:
         known = [(name, self.get_command(ctx, name)) for name in names]
-        return [(name, _first_sentence(one.help or "")) for name, one in known if one and not one.hidden]
+        return [
+            (name, _first_sentence(command.help or "")) for name, command in known if command and not command.hidden
+        ]
 
 
 def _first_sentence(text: str) -> str:
@@ -75,7 +77,9 @@ class GroupedCommands(Commands):
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         left = [
-            name for name in self.list_commands(ctx) if name not in {one for _, names, _ in GROUPS for one in names}
+            name
+            for name in self.list_commands(ctx)
+            if name not in {grouped for _, names, _ in GROUPS for grouped in names}
         ]
         for title, names, example in (*GROUPS, ("Other", tuple(left), "")):
             rows = self.summaries(ctx, names)

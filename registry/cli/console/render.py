@@ -187,7 +187,9 @@ def heading(text: str) -> None:
 
 def plain(text: str) -> str:
     """Escapes control characters: other people's text must not control the terminal."""
-    return "".join(one if one.isprintable() or one == "\n" else f"\\x{ord(one):02x}" for one in text)
+    return "".join(
+        character if character.isprintable() or character == "\n" else f"\\x{ord(character):02x}" for character in text
+    )
 
 
 def escaped(document: str) -> str:
@@ -203,7 +205,7 @@ def cell(value: Any) -> str:
         return f"{value:.4g}"
     if isinstance(value, Mapping):
         named = cast(Mapping[str, Any], value)
-        return ", ".join(f"{plain(name)}: {cell(one)}" for name, one in named.items()) or "-"
+        return ", ".join(f"{plain(name)}: {cell(item)}" for name, item in named.items()) or "-"
     if isinstance(value, list | tuple):
         items = cast(Sequence[Any], value)
         return ", ".join(cell(item) for item in items) or "-"

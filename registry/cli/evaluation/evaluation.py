@@ -109,7 +109,7 @@ def _evaluated(
         plan = harnesses.load(choice) if choice.names else None
         suites = [fetch_suite(connection, name) for name in suite_names]
         subjects = [EvaluationTarget(name, *release_or_base(connection, name)) for name in what]
-        tasks = [_task(connection, subject, one, choice.limit) for subject in subjects for one in suites]
+        tasks = [_task(connection, subject, suite, choice.limit) for subject in subjects for suite in suites]
         unmeasured = [task.subject for task in tasks if task.journal.missing(task.examples)]
         models = _Models(connection, subjects if plan else unmeasured, where)
         done, failed = _run(connection, tasks, models, recorded=choice.recorded)
@@ -184,7 +184,7 @@ def _run(
                 continue
             scores = [score.to_json() for score in measured]
             if recorded:
-                examples = {"suite_digest": task.suite.digest, "examples": [one.to_json() for one in results]}
+                examples = {"suite_digest": task.suite.digest, "examples": [result.to_json() for result in results]}
                 task.subject.record(connection, scores, [examples])
             rows[task.subject.name] += scores
     return rows, _first(failed, len(tasks))
@@ -209,8 +209,10 @@ class _Models:
     def __init__(self, connection: Connection, subjects: Sequence[EvaluationTarget], where: _Where) -> None:
         self._device = where.device
         self._current: tuple[Path, LoadedModel] | None = None
-        self._releases = {one.name: release_directory(connection, one.release) for one in subjects if one.release}
-        bases = {one.weights: one.base for one in subjects if not one.is_model}
+        self._releases = {
+            subject.name: release_directory(connection, subject.release) for subject in subjects if subject.release
+        }
+        bases = {subject.weights: subject.base for subject in subjects if not subject.is_model}
         self._bases = {key: base_checkpoint(base, where.base_dir).path for key, base in bases.items()}
 
     def of(self, subject: EvaluationTarget) -> "tuple[LoadedModel, Sequence[Delta]]":
@@ -248,4 +250,4 @@ def _show(documents: Sequence[Json]) -> None:
 
     for document in documents:
         known = [{name: row[name] for name in Score.__slots__ if name in row} for row in document["scores"]]
-        render.score_table(document["subject"], [Score(**one) for one in known])
+        render.score_table(document["subject"], [Score(**score) for score in known])

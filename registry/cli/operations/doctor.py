@@ -59,14 +59,17 @@ def doctor(
     except Usage:
         remote = True
     checks = [*(_check_server(settings) if remote else _check_here(settings, contents=contents))]
-    document = {"healthy": not any(one.state == "error" for one in checks), "checks": [asdict(one) for one in checks]}
+    document = {
+        "healthy": not any(check.state == "error" for check in checks),
+        "checks": [asdict(check) for check in checks],
+    }
 
     def show() -> None:
-        width = max(len(one.name) for one in checks)
-        for one in checks:
-            render.out(f"{MARKS[one.state]:8} {one.name:{width}}  {one.detail}")
-            if one.next_step:
-                render.out(f"{'':8} {'':{width}}  {one.next_step}")
+        width = max(len(check.name) for check in checks)
+        for check in checks:
+            render.out(f"{MARKS[check.state]:8} {check.name:{width}}  {check.detail}")
+            if check.next_step:
+                render.out(f"{'':8} {'':{width}}  {check.next_step}")
 
     render.document(document, json, show)
     if bundle is not None:
@@ -113,7 +116,7 @@ def _clock_offset(url: str) -> float:
 
 
 def _write_bundle(path: Path, settings: "Settings", document: Json, *, remote: bool) -> None:
-    anonymous = [{**one, "detail": "valid"} if one["name"] == "token" else one for one in document["checks"]]
+    anonymous = [{**check, "detail": "valid"} if check["name"] == "token" else check for check in document["checks"]]
     files = {
         "checks.json": {**document, "checks": anonymous},
         "versions.json": _versions(),
@@ -130,7 +133,7 @@ def _write_bundle(path: Path, settings: "Settings", document: Json, *, remote: b
 
 
 def _versions() -> Json:
-    packages = {one.metadata["Name"]: one.version for one in distributions()}
+    packages = {distribution.metadata["Name"]: distribution.version for distribution in distributions()}
     return {"python": sys.version, "platform": platform.platform(), "packages": dict(sorted(packages.items()))}
 
 

@@ -94,8 +94,13 @@ def list_profiles(json: JsonFlag = False) -> None:
     """List the profiles, and which one is in use."""
     profiles = _profiles()
     items: list[dict[str, Any]] = [
-        {"profile": one.name, "url": one.url, "token": bool(one.token), "current": one.name == profiles.current}
-        for one in profiles.known.values()
+        {
+            "profile": profile.name,
+            "url": profile.url,
+            "token": bool(profile.token),
+            "current": profile.name == profiles.current,
+        }
+        for profile in profiles.known.values()
     ]
     items.append({"profile": LOCAL, "url": None, "token": False, "current": profiles.current is None})
     rows = [(row["profile"], row["url"] or "embedded", "in use" if row["current"] else "") for row in items]

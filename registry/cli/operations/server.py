@@ -213,8 +213,8 @@ def _asked_for(settings: "Settings", secret: "SecretStr | None") -> str | None:
 def _drain_on_sigterm(application: "FastAPI", drain_s: float) -> None:
     """Makes the first SIGTERM turn /readyz, and only the second one, which comes by itself after `drain_s`, end the
     server. uvicorn has set its own handler when it loads the application."""
-    for one in (signal.SIGINT, signal.SIGTERM):
-        _end_streams_on(one, application)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        _end_streams_on(number, application)
     stop = signal.getsignal(signal.SIGTERM)
     if not drain_s or not callable(stop):
         return

@@ -104,7 +104,7 @@ def _subjects(old: str, new: str, *, with_suites: bool) -> "tuple[DiffSide, Diff
             _directory(Path(text)) if Path(text).is_dir() else _registered(connection, text) for text in (old, new)
         )
         common = _digests(before) & _digests(after)
-        before, after = (replace(one, results=_results(connection, one, common)) for one in (before, after))
+        before, after = (replace(side, results=_results(connection, side, common)) for side in (before, after))
         compared = sorted(before.results.keys() & after.results.keys()) if with_suites else []
         return before, after, [connection.api.get(f"/v1/suites/{digest}", wire.quality.SuiteOut) for digest in compared]
 
@@ -116,11 +116,13 @@ def _digests(subject: DiffSide) -> set[str]:
 def _warn_of_base(before: DiffSide, after: DiffSide) -> None:
     """Raises Usage for a directory, which has no scores. Says so if the release is for another base, and which
     command records what is missing."""
-    for one, other in ((before, after), (after, before)):
-        if not one.path:
-            raise Usage("kinds_differ", f"{other.name} is a base, {one.name} a directory.", next_step="Name a release.")
-        if one.kind == "base" != other.kind and other.compared.base_digest != one.compared.base_digest:
-            render.say(f"warning: {other.name} is for the base {other.compared.base_name}, not for {one.name}")
+    for side, other in ((before, after), (after, before)):
+        if not side.path:
+            raise Usage(
+                "kinds_differ", f"{other.name} is a base, {side.name} a directory.", next_step="Name a release."
+            )
+        if side.kind == "base" != other.kind and other.compared.base_digest != side.compared.base_digest:
+            render.say(f"warning: {other.name} is for the base {other.compared.base_name}, not for {side.name}")
     if not _digests(before) & _digests(after):
         render.say(f"no suite has scores of both: adaptory eval {before.name} {after.name} --suite NAME records them")
 

@@ -93,7 +93,7 @@ def _look_at_another(path: Path, architecture: "Architecture | None", servers: S
     return {
         "adapter": facts.to_json() | {"spectrum": None},
         "findings": [finding.to_json() for finding in findings],
-        "loads_in": [one.to_json() for one in loading],
+        "loads_in": [server.to_json() for server in loading],
     }
 
 
@@ -111,7 +111,12 @@ def _show_inspection(what: str, document: Json) -> None:
     for finding in document["findings"]:
         render.out(f"  {finding['severity']}: {finding['message']}")
     rows = [
-        (one["profile"], "yes" if one["loads"] else "no", "; ".join(one["reasons"]), "; ".join(one["way_out"]))
-        for one in document["loads_in"]
+        (
+            server["profile"],
+            "yes" if server["loads"] else "no",
+            "; ".join(server["reasons"]),
+            "; ".join(server["way_out"]),
+        )
+        for server in document["loads_in"]
     ]
     render.table("", ("server", "loads", "why not", "fix"), rows)

@@ -33,7 +33,7 @@ def rebuilt(
     if any(row.repository is None for row in lineage):
         raise NotAllowed("hidden_input", f"{name} was made from adapters to which you have no access.", subject=name)
     inputs = [resolved(connection, f"{row.repository}:{row.version}") for row in lineage]
-    adapters = [release_directory(connection, one) for one in inputs]
+    adapters = [release_directory(connection, source) for source in inputs]
     checkpoint = base_checkpoint(connection.api.base(release.base.digest), base_dir)
     plan = plan_rebuild(directory, checkpoint, adapters)
     # Compared as multisets: the note keeps the recipe's order, the registry that of publication.

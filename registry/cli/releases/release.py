@@ -161,7 +161,7 @@ def gate(
     render.document(
         {"channel": channel, "rules": rules},
         json,
-        lambda: render.lines(f"gates of {channel}", [("rule", one) for one in rules]),
+        lambda: render.lines(f"gates of {channel}", [("rule", text) for text in rules]),
     )
 
 
@@ -180,10 +180,10 @@ def yank(ref: Ref, reason: Why = "", dry_run: DryRun = False, json: JsonFlag = F
 def _withdraw(connection: Connection, path: str, reason: str, *, dry_run: bool) -> wire.catalog.WithdrawnOut:
     """Yanks or unyanks, after printing what each channel will serve; with `dry_run`, only prints it."""
     preview = connection.api.post(path, {"reason": reason, "dry_run": True}, wire.catalog.WithdrawnOut)
-    for one in preview.channels:
-        channel = f"{preview.repository}@{one.channel}"
+    for change in preview.channels:
+        channel = f"{preview.repository}@{change.channel}"
         would = "would serve" if dry_run else "will serve"
-        render.say(f"{channel} {would} {one.after or 'nothing'} instead of {one.before or 'nothing'}")
+        render.say(f"{channel} {would} {change.after or 'nothing'} instead of {change.before or 'nothing'}")
     if not preview.channels:
         render.say("no channel would serve another release" if dry_run else "no channel will serve another release")
     return preview if dry_run else connection.api.post(path, {"reason": reason}, wire.catalog.WithdrawnOut)

@@ -65,11 +65,11 @@ def answer(
         return AnswerBlock(kind="bad", sentence="This release was taken down.", detail=why)
     if release.yanked:
         return AnswerBlock(kind="bad", sentence="This release is yanked.", detail=release.yank_reason or "")
-    serving = [one.channel for one in channels.serving]
+    serving = [served.channel for served in channels.serving]
     channel = channels.asked or next(iter((*serving, *channels.preferred)), None)
     if channel is None:
         return AnswerBlock(kind="", sentence="No channel serves this release; there is none yet.")
-    others = [one for one in channels.names if one != channel]
+    others = [name for name in channels.names if name != channel]
     if channel in serving:
         return _served(release.version, channel, moved, others)
     return _judged(session, actor, release, channel, others)
@@ -79,7 +79,7 @@ def _served(version: str, channel: str, moved: Sequence[MoveOut], others: Sequen
     own = [move for move in moved if move.channel == channel and move.to_version == version]
     judged = next((move for move in own if move.kind == "promote"), None)
     report = gates.lines(judged.gates) if judged else []
-    failed = sum(one.kind != "ok" for one in report)
+    failed = sum(line.kind != "ok" for line in report)
     passed = "" if not report else f" It passed all {len(report)} gates." if len(report) > 1 else " It passed its gate."
     if failed:
         passed = f" It was forced: {failed} of {len(report)} gates failed."
@@ -120,6 +120,6 @@ def _judged(session: Session, actor: Actor, release: Release, channel: str, othe
 
 
 def _failed(report: Sequence[GateLine]) -> str:
-    failed = sum(one.kind != "ok" for one in report)
+    failed = sum(line.kind != "ok" for line in report)
     verb = "fails" if failed == 1 else "fail"
     return f"{failed} of {len(report)} gates {verb}" if len(report) > 1 else "its gate fails"

@@ -84,7 +84,7 @@ class Cards:
             return None
 
     def _begin(self, sha256: Digest, text: str) -> Future[Markup] | None:
-        if sum(not one.done() for one in self._kept.values()) > ROOM:
+        if sum(not future.done() for future in self._kept.values()) > ROOM:
             return None
         rendering = self._kept[sha256] = self._thread.submit(rendered, text)
         if len(self._kept) > KEPT:

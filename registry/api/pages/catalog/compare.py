@@ -63,22 +63,22 @@ def compare(
             next_step=f"Write them with {BETWEEN} between them: 1.0.0{BETWEEN}1.1.0.",
         )
     with resources.snapshot() as session:
-        rows = [releases.find(session, named, parse_version(one)) for one in wanted]
+        rows = [releases.find(session, named, parse_version(version)) for version in wanted]
         spectra = [row.spectrum for row in rows]
         shown = releases_shown(session, actor, [row.id for row in rows])
-    sizes = [cells(one, "norm") for one in spectra]
+    sizes = [cells(spectrum, "norm") for spectrum in spectra]
     return page_about(
         request,
         "compare.html",
         named,
         releases=shown,
-        facts=differing([_facts(one) for one in shown]),
+        facts=differing([_facts(release) for release in shown]),
         scores=score_rows(shown),
         sizes=sizes,
-        top=max((value for one in sizes for value in one.values()), default=0.0),
-        frame={cell for one in sizes for cell in one},
-        files=differing([{file.path: file.sha256[:16] for file in one.files} for one in shown]),
-        same_files=_same([{file.path: file.sha256 for file in one.files} for one in shown]),
+        top=max((value for norms in sizes for value in norms.values()), default=0.0),
+        frame={cell for norms in sizes for cell in norms},
+        files=differing([{file.path: file.sha256[:16] for file in release.files} for release in shown]),
+        same_files=_same([{file.path: file.sha256 for file in release.files} for release in shown]),
         json_address=shown[0].path,
     )
 
@@ -99,9 +99,15 @@ def score_rows(shown: Sequence[ReleaseOut]) -> list[tuple[str, list[ComparedScor
     order of the release that has the most."""
     by_key = [{(score.suite_digest, score.metric): score for score in release.scores} for release in shown]
     most_first = sorted(by_key, key=len, reverse=True)
-    names = {key: f"{one.suite}.{one.metric}" for column in most_first for key, one in column.items()}
+    names = {key: f"{score.suite}.{score.metric}" for column in most_first for key, score in column.items()}
     return [
-        (name, [_measured(one.get(key), by_key[0].get(key) if number else None) for number, one in enumerate(by_key)])
+        (
+            name,
+            [
+                _measured(column.get(key), by_key[0].get(key) if number else None)
+                for number, column in enumerate(by_key)
+            ],
+        )
         for key, name in names.items()
     ]
 
@@ -139,7 +145,7 @@ def _facts(release: ReleaseOut) -> dict[str, Any]:
         "PEFT": adapter and adapter.peft_version,
         "Yanked": release.yank_reason or ("yes" if release.yanked else "no"),
         "Signed by": (release.signed_by or "")[:12],
-        "Made from": ", ".join(f"{one.weight:g} x {one.commit[:12]}" for one in release.inputs),
+        "Made from": ", ".join(f"{member.weight:g} x {member.commit[:12]}" for member in release.inputs),
         "Notes": release.notes,
     }
     return {**listed, **{f"{name}, trained with": value for name, value in stated.hyperparameters.items()}}

@@ -169,14 +169,14 @@ def _maps(spectrum: Mapping[str, Any] | None) -> list[dict[str, Any]]:
 def _shown(session: Session, actor: Actor, named: RepositoryName, row: Release, channel: str | None) -> ReleasePage:
     repository = row.repository
     lower = releases.list_page(session, repository, before=row.sort_key, limit=10)
-    before = next((one for one in lower if not one.yanked), None)
+    before = next((release for release in lower if not release.yanked), None)
     read = releases_shown(session, actor, [row.id, *([before.id] if before else [])])
     listed = moves.list_page(session, repository, after="", limit=MAX_CHANNELS)
     served_by = moves.list_page(session, repository, served=row, after="", limit=MAX_SERVING)
     _kept = moves.load_current(session, *served_by)
-    serving = [channel_view(session, one, repository) for one in served_by]
+    serving = [channel_view(session, entry, repository) for entry in served_by]
     moved = answers.moves_of(session, named, row, limit=MAX_MOVES + 1)
-    names = [one.name for one in listed]
+    names = [entry.name for entry in listed]
     base_scores = suites.scores_of_bases(session, row.base)[row.base_digest]
     return ReleasePage(
         release=read[0],

@@ -54,17 +54,17 @@ def show_repository(
         row = repositories.find(session, named)
         served = moves.list_page(session, row, after="", limit=MAX_CHANNELS)
         _kept = moves.load_current(session, *served)
-        channels = [channel_view(session, one, row) for one in served]
+        channels = [channel_view(session, channel, row) for channel in served]
         rows = releases.list_page(session, row, before=decode_cursor(cursor), limit=SHOWN + 1)
         shown = releases_shown(session, actor, [row.id for row in rows[:SHOWN]])
         _, more = first_rows(rows, len(shown), lambda row: row.sort_key)
-        newest = next((one for one in rows if not one.yanked), None) if cursor is None else None
+        newest = next((release for release in rows if not release.yanked), None) if cursor is None else None
         drawn = scores.histories(session, newest) if newest else []
         summary = repository_page(session, [row])[0]
     to_use, by_channel = _release_to_use(shown, channels)
     serving: dict[tuple[str, str | None], list[str]] = {}
-    for one in channels:
-        serving.setdefault((str(named), one.version), []).append(one.channel)
+    for channel in channels:
+        serving.setdefault((str(named), channel.version), []).append(channel.channel)
     return page_about(
         request,
         "repository.html",
@@ -98,8 +98,8 @@ def _release_to_use(
 ) -> tuple[ReleaseOut | None, str | None]:
     """The listed release that the page explains how to use, and the channel that serves it: FIRST_CHOICE if it serves
     one, else any other. Without such a channel, the newest release that is not yanked."""
-    for one in sorted(channels, key=lambda one: one.channel != FIRST_CHOICE):
+    for channel in sorted(channels, key=lambda channel: channel.channel != FIRST_CHOICE):
         for release in listed:
-            if release.version == one.version:
-                return release, one.channel
+            if release.version == channel.version:
+                return release, channel.channel
     return next((release for release in listed if not release.yanked), None), None

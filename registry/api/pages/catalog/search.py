@@ -57,7 +57,7 @@ def search(request: Request, resources: ResourcesOf, actor: PageCaller) -> Respo
     without a base."""
     given = [(name, value) for name, value in parse_qsl(request.url.query) if value]
     if "base" not in dict(given):
-        given = [one for one in given if one != ("include", "related")]
+        given = [pair for pair in given if pair != ("include", "related")]
     limited = given if any(name == "limit" for name, _ in given) else [*given, ("limit", str(SHOWN))]
     try:
         results = _find(request, resources, actor, limited)
@@ -98,7 +98,7 @@ def _rows(results: Results, serving: Mapping[int, list[str]]) -> dict[str, Any]:
     """The arguments of `parts.release_rows`."""
     items = _read(results)
     rows = zip(items, results.release_ids, strict=True)
-    channels = {(one.repository, one.version): serving.get(release, []) for one, release in rows}
+    channels = {(item.repository, item.version): serving.get(release, []) for item, release in rows}
     return {"releases": items, "serving": channels}
 
 
@@ -111,7 +111,7 @@ def _not_loading(
     asked = [*given, ("include", "refused")]
     counted = [(name, value) for name, value in asked if name != "limit"]
     results = _find(request, resources, actor, [*counted, ("limit", str(COUNTED))])
-    number = sum(one.loads_in is not None and not one.loads_in.loads for one in _read(results))
+    number = sum(release.loads_in is not None and not release.loads_in.loads for release in _read(results))
     return NotLoading(number, results.following is not None, urlencode(asked)) if number else None
 
 

@@ -74,7 +74,7 @@ def _promotable(session: Session, repository: Repository, serving: ChannelOut | 
     """The highest versions that may be promoted to the channel, but for the one that it serves."""
     served = serving.version if serving else None
     highest = releases.list_page(session, repository, before="", limit=MAX_VERSIONS)
-    return [one.version for one in highest if not one.yanked and one.version != served]
+    return [release.version for release in highest if not release.yanked and release.version != served]
 
 
 _EMPTY: dict[str, Any] = {"serving": None, "move": None, "since": None, "timeline": [], "more": None}

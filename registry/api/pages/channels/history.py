@@ -34,10 +34,10 @@ def show_history(
         known = _metrics(session, repository)
         chosen = _chosen(known, metric)
         entries = histories.of_metric(session, repository, known[chosen], limit=SHOWN) if chosen else []
-        stated = [score_view(one.score) for one in entries]
-        rows = [(one, score, scores.interval(score)) for one, score in zip(entries, stated, strict=True)]
+        stated = [score_view(entry.score) for entry in entries]
+        rows = [(entry, score, scores.interval(score)) for entry, score in zip(entries, stated, strict=True)]
         kind = repository.kind
-    points = [Point(one.version, Interval(score.value, *ends, "now"), score.n) for one, score, ends in rows]
+    points = [Point(entry.version, Interval(score.value, *ends, "now"), score.n) for entry, score, ends in rows]
     return page_about(
         request,
         "history.html",
@@ -56,7 +56,7 @@ def _metrics(session: Session, repository: Repository) -> dict[str, Score]:
     """The metrics of the newest release that has scores."""
     newest = histories.newest_measured(session, repository)
     measured = suites.scores_of(session, newest) if newest else []
-    return {f"{one.suite.name}.{one.metric}": one for one in measured}
+    return {f"{score.suite.name}.{score.metric}": score for score in measured}
 
 
 def _chosen(known: dict[str, Score], metric: str | None) -> str:

@@ -16,8 +16,8 @@ from registry.formats.channel_policy import ChannelPolicy, Combination, Licenses
 def stated(policy: ChannelPolicy) -> list[tuple[str, list[str]]]:
     """The requirements of a promotion: a heading and its lines for each part of the policy."""
     needs = {
-        "Scores": [_rule(policy, one) for one in policy.rules],
-        "Served before": [f"by {one.channel} for {_hours(one.hours)}, and not rolled back" for one in policy.soak],
+        "Scores": [_rule(policy, rule) for rule in policy.rules],
+        "Served before": [f"by {soak.channel} for {_hours(soak.hours)}, and not rolled back" for soak in policy.soak],
         "Approval": _approval(policy),
         "Signature": [f"by a key of the namespace, covering the {policy.signature}"] if policy.signature else [],
         "Licences": _licenses(policy.licenses) if policy.licenses else [],
@@ -52,11 +52,11 @@ def _licenses(asked: Licenses) -> list[str]:
     lines = [f"stated for: {', '.join(asked.stated)}"] if asked.stated else []
     if asked.allow is not None:
         lines.append(f"allowed: {', '.join(asked.allow)}")
-    return lines + [f"refused: {_refused(one)}" for one in asked.refuse]
+    return lines + [f"refused: {_refused(rule)}" for rule in asked.refuse]
 
 
-def _refused(one: str | Combination) -> str:
-    return one if isinstance(one, str) else " with ".join(f"{part} {name}" for part, name in one.given().items())
+def _refused(rule: str | Combination) -> str:
+    return rule if isinstance(rule, str) else " with ".join(f"{part} {name}" for part, name in rule.given().items())
 
 
 def _hours(count: float) -> str:

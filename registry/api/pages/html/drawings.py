@@ -94,7 +94,7 @@ class Point:
 
 def history(named: str, points: Sequence[Point]) -> Markup:
     """Scores with error bars over versions, lowest first. Each shows its value on hover."""
-    ends = [end for one in points for end in (one.score.low, one.score.high)]
+    ends = [end for point in points for end in (point.score.low, point.score.high)]
     margin = 0.06 * ((max(ends) - min(ends)) or abs(ends[0]) or 1.0)
     low, high = min(ends) - margin, max(ends) + margin
     left, right, top, bottom = 44.0, 292.0, 6.0, 76.0
@@ -103,19 +103,21 @@ def history(named: str, points: Sequence[Point]) -> Markup:
     def y(value: float) -> float:
         return round(bottom - (bottom - top) * (value - low) / (high - low), 1)
 
-    spots = [(round(left + 8 + step * number, 1), one) for number, one in enumerate(points)]
+    spots = [(round(left + 8 + step * number, 1), point) for number, point in enumerate(points)]
     parts = [f'<line class="axis" x1="{left:g}" x2="{right:g}" y1="{bottom:g}" y2="{bottom:g}"/>']
     parts += [
         f'<text x="{left - 4:g}" y="{y(end) + 4:g}" text-anchor="end">{end:.3g}</text>'
         for end in (min(ends), max(ends))
     ]
-    parts.append(f'<path class="trend" d="M{"L".join(f"{x} {y(one.score.value)}" for x, one in spots)}"/>')
-    for kind in dict.fromkeys(one.score.kind for one in points):
-        bars = "".join(f"M{x} {y(one.score.low)}V{y(one.score.high)}" for x, one in spots if one.score.kind == kind)
+    parts.append(f'<path class="trend" d="M{"L".join(f"{x} {y(point.score.value)}" for x, point in spots)}"/>')
+    for kind in dict.fromkeys(point.score.kind for point in points):
+        bars = "".join(
+            f"M{x} {y(point.score.low)}V{y(point.score.high)}" for x, point in spots if point.score.kind == kind
+        )
         parts.append(f'<path class="bar {kind}" d="{bars}"/>')
-    for x, one in spots:
-        score = one.score
-        said = f"{one.version}: {score.value:.3g}, 95 % {score.low:.3g} to {score.high:.3g}, n={one.n}"
+    for x, point in spots:
+        score = point.score
+        said = f"{point.version}: {score.value:.3g}, 95 % {score.low:.3g} to {score.high:.3g}, n={point.n}"
         dot = f'<circle class="dot {score.kind}" cx="{x}" cy="{y(score.value)}" r="3.5">'
         parts.append(f"{dot}<title>{escape(said)}</title></circle>")
     first, last = points[0], points[-1]
@@ -245,7 +247,7 @@ def loss(row: LossLine, axis: tuple[float, float]) -> Markup:
     """A loss with its interval, cut at the ends of the axis, beside zero and what is tolerated, a dashed line."""
     left, right, height, (low, high) = 6.0, 164.0, 18, axis
     kind = {"warn": "loss", "undecided": "open"}.get(row.verdict, "now")
-    start, end = (row.loss if one is None else one for one in (row.low, row.high))
+    start, end = (row.loss if bound is None else bound for bound in (row.low, row.high))
 
     def x(value: float) -> float:
         return round(left + (right - left) * (min(high, max(low, value)) - low) / (high - low), 1)

@@ -28,7 +28,7 @@ class GateLine:
 
 
 def lines(report: Sequence[GateResultOut]) -> list[GateLine]:
-    return [_line(one) for one in report]
+    return [_line(result) for result in report]
 
 
 def summary(report: Sequence[GateResultOut]) -> str:

@@ -168,13 +168,13 @@ def coded(message: str) -> Markup:
     """A message with what it has between backticks, for terminals, as code."""
     parts = _CODE.split(message)
     return Markup("").join(
-        Markup("<code>{}</code>").format(one) if at % 2 else escape(one) for at, one in enumerate(parts)
+        Markup("<code>{}</code>").format(part) if at % 2 else escape(part) for at, part in enumerate(parts)
     )
 
 
 def vllm_rank(rank: int) -> int:
     """The lowest `--max-lora-rank` of vLLM for a rank: it knows a few values."""
-    return next((one for one in VLLM_RANKS if one >= rank), rank)
+    return next((known for known in VLLM_RANKS if known >= rank), rank)
 
 
 def document(value: Any) -> str:

@@ -116,7 +116,7 @@ def _history(name: str, points: Sequence[Value], shown: str) -> History:
 
 def _line(score: ScoreOut, before: ScoreOut | None, base: ScoreOut | None) -> ScoreLine:
     given = [("base", base), ("before", before), ("now", score)]
-    rows = [Interval(one.value, *interval(one), kind) for kind, one in given if one is not None]
+    rows = [Interval(stated.value, *interval(stated), kind) for kind, stated in given if stated is not None]
     low, high = axis(score.metric, rows)
     name = f"{score.suite}.{score.metric}"
     guards = base is not None and score.kind == "guard" and score.metric == "nll"

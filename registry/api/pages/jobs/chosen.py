@@ -47,7 +47,7 @@ class Chosen:
 
     def document(self) -> dict[str, object]:
         """The body of REST's conflict check. A weight that is not a number stays a text, which REST refuses."""
-        settings = {name: value for name, _, value in (one.partition("=") for one in self.settings)}
+        settings = {name: value for name, _, value in (setting.partition("=") for setting in self.settings)}
         inputs = [{"adapter": adapter, "weight": _number(weight)} for adapter, weight in self.members]
         return {"inputs": inputs, "method": self.method, "settings": settings}
 
@@ -56,7 +56,7 @@ class Chosen:
         parameters = [("with", adapter if weight == "1" else f"{adapter}*{weight}") for adapter, weight in self.members]
         if self.method != DEFAULT_METHOD:
             parameters.append(("method", self.method))
-        parameters += [("set", one) for one in self.settings]
+        parameters += [("set", setting) for setting in self.settings]
         parameters += others.items()
         return f"{path}?{urlencode(parameters, safe='/:@*=,^')}" if parameters else path
 
@@ -66,7 +66,7 @@ class Chosen:
 
     def with_setting(self, setting: str) -> Self:
         """With NAME=VALUE, in the place of another value."""
-        others = [one for one in self.settings if one.partition("=")[0] != setting.partition("=")[0]]
+        others = [other for other in self.settings if other.partition("=")[0] != setting.partition("=")[0]]
         return replace(self, settings=(*others, setting))
 
 

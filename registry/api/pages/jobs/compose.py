@@ -62,7 +62,7 @@ def _document(resources: Resources, actor: Actor, given: Fields) -> dict[str, An
         document = _recipe_of(resources, actor, source)
         if method := options.get("method"):
             document |= {"method": method, "settings": {}}
-        own = {name: value for name, _, value in (one.partition("=") for one in values_of(given, "set"))}
+        own = {name: value for name, _, value in (setting.partition("=") for setting in values_of(given, "set"))}
         document["settings"] = {**(document.get("settings") or {}), **own}
     else:
         document = chosen.document()
@@ -95,7 +95,7 @@ def _page(
 ) -> Response:
     with resources.read() as session:
         listed = suites.list_page(session, after=0, limit=MAX_SUITES)
-        known = {one.name: one.kind for one in listed if one.task not in suites.ELSEWHERE}
+        known = {suite.name: suite.kind for suite in listed if suite.task not in suites.ELSEWHERE}
     rows = [*form.rows, *[InputRow()] * min(spare, MAX_INPUTS - len(form.rows))]
     return page(
         request,

@@ -113,5 +113,5 @@ def _command(chosen: Chosen) -> str:
     if set(weights) - {"1"}:
         lines.append(f"--weights {','.join(weights)}")
     lines += [f"--method {chosen.method}"] if chosen.method != "stack" else []
-    lines += [f"--set {one}" for one in chosen.settings]
+    lines += [f"--set {setting}" for setting in chosen.settings]
     return " \\\n  ".join(lines)

@@ -90,7 +90,7 @@ def show_composition(composition_id: RowId, request: Request, resources: Resourc
         made=view,
         job=job,
         finished=view.state in FINISHED,
-        members=[(one, [rule_words(rule) for rule in one.weight.rules]) for one in made.members],
+        members=[(member, [rule_words(rule) for rule in member.weight.rules]) for member in made.members],
         how=made.how,
         search=view.lock.get("optimized"),
         report=report.read(stated, report.options_for(view.id)) if stated else None,
@@ -129,14 +129,16 @@ def _compared(score: Mapping[str, Any]) -> list[ComparedRow]:
     """The candidate's score of a suite's metric, and below it the others on the same axis."""
     named = f"{score['suite']}.{score['metric']}"
     rows: list[tuple[str, str | None, Mapping[str, Any], str]] = [("result", None, score, "now")]
-    for one in score.get("inputs", []):
-        address = f"/{one['repository']}/{one['version']}"
-        rows.append((f"{one['repository']} {one['version']}", address, one, "before"))
+    for measured in score.get("inputs", []):
+        address = f"/{measured['repository']}/{measured['version']}"
+        rows.append((f"{measured['repository']} {measured['version']}", address, measured, "before"))
     if score.get("base"):
         rows.append(("base", None, score["base"], "base"))
     bars = [
-        Interval(one["value"], *scores.ends(score["metric"], one["value"], one["stderr"], one["n"]), kind)
-        for _, _, one, kind in rows
+        Interval(
+            measured["value"], *scores.ends(score["metric"], measured["value"], measured["stderr"], measured["n"]), kind
+        )
+        for _, _, measured, kind in rows
     ]
     low, high = scores.axis(score["metric"], bars)
     return [
@@ -144,9 +146,9 @@ def _compared(score: Mapping[str, Any]) -> list[ComparedRow]:
             name=named,
             subject=subject,
             address=address,
-            value=one["value"],
-            n=one["n"],
+            value=measured["value"],
+            n=measured["n"],
             drawing=drawings.intervals(f"{named} of {subject}", [bar], low, high),
         )
-        for (subject, address, one, _), bar in zip(rows, bars, strict=True)
+        for (subject, address, measured, _), bar in zip(rows, bars, strict=True)
     ]

@@ -86,14 +86,14 @@ class RecipeForm:
         """From a recipe's JSON: as text if there is something that has no field."""
         optimize: Json = document.get("optimize") or {}
         others = {name for name, value in document.items() if value} - _OF_RECIPES
-        others |= {name for one in document["inputs"] for name, value in one.items() if value} - _OF_INPUTS
+        others |= {name for row in document["inputs"] for name, value in row.items() if value} - _OF_INPUTS
         others |= {name for name, value in optimize.items() if value} - set(_SEARCH)
         gates: Sequence[str] | None = document.get("gates")
         settings: Json = document.get("settings") or {}
         return cls(
             rows=tuple(
-                InputRow(str(one["adapter"]), _text(one.get("weight", 1)), _text(one.get("suite")))
-                for one in document["inputs"]
+                InputRow(str(row["adapter"]), _text(row.get("weight", 1)), _text(row.get("suite")))
+                for row in document["inputs"]
             ),
             method=str(document.get("method", "")),
             settings={name: _text(value) for name, value in settings.items()},
@@ -119,7 +119,10 @@ class RecipeForm:
         ]
         document: dict[str, Any] = {"inputs": inputs, **self.texts}
         if self.method:
-            document |= {"method": self.method, "settings": {name: number(one) for name, one in self.settings.items()}}
+            document |= {
+                "method": self.method,
+                "settings": {name: number(text) for name, text in self.settings.items()},
+            }
         if self.probe:
             document["probe"] = number(self.probe)
         if self.evaluate:
@@ -145,7 +148,7 @@ class RecipeForm:
 def as_yaml(document: Json) -> str:
     """A recipe for people, without what is empty."""
     gates: Json = {"gates": []} if document.get("gates") == [] else {}  # which is not the same as none
-    inputs = [_stated(one) for one in document["inputs"]]
+    inputs = [_stated(row) for row in document["inputs"]]
     stated = {**_stated(document), "inputs": inputs, **gates}
     return yaml.safe_dump(stated, sort_keys=False, allow_unicode=True)
 
@@ -170,7 +173,9 @@ def _properties(method: str) -> dict[str, Json]:
 
 
 def _field(name: str, schema: Json, value: str) -> SettingField:
-    choices = ["true", "false"] if schema.get("type") == "boolean" else [str(one) for one in schema.get("enum", ())]
+    choices = (
+        ["true", "false"] if schema.get("type") == "boolean" else [str(choice) for choice in schema.get("enum", ())]
+    )
     return SettingField(name, schema.get("description", ""), _text(schema.get("default")), choices, value)
 
 

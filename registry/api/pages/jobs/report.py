@@ -36,7 +36,7 @@ def shown(report: Json | None, address: OptionAddress, measure: str, path: Calla
 def read(report: Json, address: OptionAddress) -> view.Report:
     """The view of a report. `address` makes links of the options that its advice names."""
     read = view.read(report, MAX_PAIRS, MAX_FINDINGS)
-    return replace(read, advice=[_linked(one, address) for one in read.advice])
+    return replace(read, advice=[_linked(text, address) for text in read.advice])
 
 
 def maps(report: Json, measure: str) -> view.Maps:
@@ -44,7 +44,7 @@ def maps(report: Json, measure: str) -> view.Maps:
     drawn = view.maps(report, measure)
     frame = [cell for cell in drawn.frame if cell[1] is not None]
     room = MAX_CELLS // max(1, len(frame))
-    return replace(drawn, frame=frame, drawn=[one for one in drawn.drawn if one.in_layers][:room])
+    return replace(drawn, frame=frame, drawn=[drawing for drawing in drawn.drawn if drawing.in_layers][:room])
 
 
 def _linked(advice: str, address: OptionAddress) -> Markup:
