@@ -7,6 +7,8 @@ import pytest
 
 from registry.api.pages.catalog.compare import score_rows
 from registry.formats.references import RepositoryName
+from registry.wire.catalog import ReleaseOut
+from registry.wire.quality import ScoreOut
 from tests.access.browser import Browser
 from tests.access.house import PRIVATE, House
 
@@ -35,19 +37,19 @@ def test_selected_releases_are_compared_oldest_first(admin: Browser) -> None:
 
 def test_compared_scores_have_the_own_suite_first_as_the_release_lists_them() -> None:
     own, guard = (
-        {
-            "suite": name,
-            "suite_digest": name,
-            "metric": "nll",
-            "value": 1.0,
-            "stderr": 0.1,
-            "n": 8,
-            "higher_is_better": False,
-        }
+        ScoreOut.model_construct(
+            suite=name,
+            suite_digest=name,
+            metric="nll",
+            value=1.0,
+            stderr=0.1,
+            n=8,
+            higher_is_better=False,
+        )
         for name in ("sql", "guard")
     )
     for columns in ([[own, guard], [guard]], [[guard], [own, guard]]):
-        rows = score_rows([{"scores": column} for column in columns])
+        rows = score_rows([ReleaseOut.model_construct(scores=column) for column in columns])
         assert [name for name, _ in rows] == ["sql.nll", "guard.nll"]
 
 
