@@ -197,7 +197,7 @@ class Api:
         return answer
 
     def repository_path(self, repository: str) -> str:
-        """The route of a repository; its name does not tell its kind. Raises NotFound."""
+        """The route of a repository, looked up because its name does not show its kind. Raises NotFound."""
         adapters, models = f"/v1/adapters/{repository}", f"/v1/models/{repository}"
         try:
             self.get(adapters)
@@ -367,7 +367,7 @@ def _translate_transport_errors(url: str, *, changes: bool = False) -> Generator
 
 
 def answer_lost(error: Unavailable) -> bool:
-    """Whether the outcome of a request is unknown: it was interrupted, or a proxy answered for the registry."""
+    """Recognizes an unknown outcome: the request was interrupted, or a proxy answered for the registry."""
     return error.code == "answer_lost" or error.code.startswith("http_5")
 
 

@@ -68,7 +68,7 @@ class BlobCache:
 
 
 def is_regular(path: Path) -> bool:
-    """Whether the path is a regular file: not a link, which no release has, nor a pipe, which would block."""
+    """Checks that the path is a regular file: not a link, which no release has, nor a pipe, which would block."""
     try:
         return stat.S_ISREG(path.lstat().st_mode)
     except FileNotFoundError:

@@ -56,7 +56,7 @@ def roll_back(api: Api, line: str, channel: str, body: Json) -> tuple[MoveOut, s
 
 
 def _since(api: Api, path: str, move: MoveOut) -> str | None:
-    """What the channel is at, if others have moved it after this move."""
+    """The channel's current state, if others have moved it after this move."""
     with suppress(Unavailable):  # the move was made in any case
         now = with_retries(lambda: api.get(path, ChannelOut), pauses())
         if now.move > move.id:

@@ -25,7 +25,7 @@ Results = Mapping[str, SuiteResultsOut]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compared:
-    """What is compared of a release or a directory. A directory may lack the digest of its base; a base has only
+    """The compared facts of a release or a directory. A directory may lack the digest of its base; a base has only
     scores."""
 
     base_digest: str = ""

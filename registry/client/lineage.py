@@ -39,8 +39,8 @@ class LineageInput:
 
 @dataclass(frozen=True, slots=True)
 class Lineage:
-    """What a composition was made of. `method` is empty if only the members are known; `dtype` and `rounding` are empty
-    for defaults."""
+    """The method and members of a composition. `method` is empty if only the members are known; `dtype` and
+    `rounding` are empty for defaults."""
 
     members: tuple[LineageInput, ...]
     method: str = ""

@@ -34,7 +34,7 @@ class PartialFile:
         self._hashed_bytes, self._judged, self._digest = 0, False, hashlib.sha256()
 
     def _resumable(self) -> set[int]:
-        """The pieces of an earlier attempt. A file of one piece has no journal; its length tells if it is complete."""
+        """The pieces of an earlier attempt. A file of one piece has no journal; its length shows if it is complete."""
         if not self.target.exists() or self.target.stat().st_size != self.wanted.size_bytes:
             return set()
         if self.count == 1:

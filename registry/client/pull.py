@@ -168,7 +168,7 @@ def _put_in_place(staging: Path, target: Path) -> None:
 
 
 def _is_intact(directory: Path, files: Sequence[ManifestFile], progress: Progress) -> bool:
-    """Whether the directory has exactly these files, as published."""
+    """Checks that the directory has exactly these files, as published."""
     there = [path for path in directory.rglob("*") if path.is_symlink() or not path.is_dir()]
     if {path.relative_to(directory).as_posix() for path in there} != {file.path for file in files}:
         return False

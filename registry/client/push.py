@@ -57,7 +57,7 @@ def push(
 def send(api: Api, namespace: str, files: Sequence[PushedFile], progress: Progress) -> int:
     """Sends files until the namespace holds all of them. Returns how many were incomplete at the start.
 
-    After a failure, queries again what is missing, so that nothing is sent twice; gives up after several attempts
+    After a failure, queries the missing files again, so that nothing is sent twice; gives up after several attempts
     without progress. Raises Invalid with the name of a file that changed meanwhile."""
     left = pauses()
     plan, reported = with_retries(lambda: _plan(api, namespace, files), left), 0

@@ -49,7 +49,7 @@ def with_retries(ask: Callable[[], Result], left: Iterator[float]) -> Result:
 
 
 def send_once(ask: Callable[[dict[str, str]], Result], look: str) -> tuple[Result, bool]:
-    """Sends a request that must take effect once. Returns the answer, and whether an earlier answer was lost.
+    """Sends a request that must take effect once. Returns the answer, and whether an earlier one was lost.
 
     `ask` gets headers with an idempotency key. Raises the last error, or `answer_lost` if the request may have taken
     effect, with `look` as the command to check.

@@ -131,14 +131,14 @@ def select_files(directory: Path, kind: str = "adapter", include: Sequence[str] 
 
 
 def is_included(path: str, kind: str) -> bool:
-    """Whether a push of this kind includes a file of this path that is not hidden."""
+    """Checks whether a push of this kind includes a file of this path that is not hidden."""
     if kind == "adapter":
         return _matches(path.lower(), [pattern for pattern in ADAPTER_FILES if pattern.count("/") == path.count("/")])
     return not is_trainer_file(path)
 
 
 def is_trainer_file(path: str) -> bool:
-    """Whether trainers keep such a file beside a checkpoint, and no push includes it."""
+    """Recognizes files that trainers keep beside a checkpoint; no push includes them."""
     return _matches(path, TRAINER_FILES)
 
 

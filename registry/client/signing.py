@@ -34,7 +34,7 @@ _OTHER_KEY = "Get the signer's public key from them and verify with it. If this 
 
 @dataclass(frozen=True, slots=True)
 class Publication:
-    """What to publish: the repository, the kind (adapter or model), and the request without its files."""
+    """A release to publish: the repository, the kind (adapter or model), and the request without its files."""
 
     target: RepositoryName
     kind: str

@@ -1,6 +1,6 @@
 """The Python API: registries, releases and a callback for trainers (docs/reference/python.md).
 
-Names are imported when they are used: the command line, which stands on this package, starts faster, and the callback
+Names are imported on first use: the command line, which is built on this package, starts faster, and the callback
 needs transformers.
 """
 

@@ -104,7 +104,7 @@ class AdapterGroup:
         prompts: Sequence[str],
         device: str,
     ) -> "Evidence":
-        """What may be measured: the adapters' suites (`own`, or those that they were evaluated on) and the guards on
+        """The evidence to measure: the adapters' suites (`own`, or those that they were evaluated on) and the guards on
         `effort` examples, or activations on the prompts. The known suites' prompts are always compared."""
         from composer.conflicts.evidence.probe import usual_most
         from composer.conflicts.examine import Evidence

@@ -1,4 +1,4 @@
-"""Where an operation shows its progress and its warnings: the command line's bars and stderr, or Python's warnings."""
+"""Displays of an operation's progress and warnings: the command line's bars and stderr, or Python's warnings."""
 
 import warnings
 from collections.abc import Generator

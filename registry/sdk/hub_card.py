@@ -1,4 +1,4 @@
-"""What a hub reads about a release: the front matter of its model card, and `.eval_results/*.yaml`.
+"""The metadata that a hub reads of a release: the front matter of its model card, and `.eval_results/*.yaml`.
 
 A card of the release is kept: only what it lacks is added to its front matter. Scores that this registry has measured
 are written in both forms that hubs know; reported ones stay where the release reports them. `.eval_results` has only
@@ -106,7 +106,7 @@ def _results(release: ReleaseOut) -> list[Json]:
 
 
 def _names_base(stated: object, base: BaseOut) -> bool:
-    """Whether it can be what a hub shows as the base: a list, a name of this base, or any name of a hub's form."""
+    """Recognizes what a hub can show as the base: a list, a name of this base, or any name of a hub's form."""
     names = (base.name, *base.aliases)
     return isinstance(stated, list) or stated in names or _HUB_NAME.fullmatch(str(stated)) is not None
 

@@ -23,7 +23,7 @@ _LISTED = 6
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Export:
-    """What was exported. `created` is false if it was there already; `scores` is the number of measured ones."""
+    """The result of an export. `created` is false if it was there already; `scores` is the number of measured ones."""
 
     release: str
     exported_to: str

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Import:
-    """What to import: `source` on the hub at `endpoint` becomes `target`. `request` is that of a release, without its
+    """An import to run: `source` on the hub at `endpoint` becomes `target`. `request` is that of a release, without its
     base, files and provenance; `base` overrides the base that the files name; `key` signs the release."""
 
     source: HubAddress
@@ -41,7 +41,7 @@ class Import:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Imported:
-    """What was published, the number of `sent` files, and where it is from. `left_out` are the files of the hub that
+    """The published release, the number of `sent` files, and the origin. `left_out` are the files of the hub that
     are not published."""
 
     published: "PublishedOut"

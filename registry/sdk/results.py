@@ -1,4 +1,4 @@
-"""What a registry answers, typed. `document` of each has everything that REST shows.
+"""Typed answers of a registry. `document` of each has everything that REST shows.
 
 Documents of the API have the names that they have had here; a release differs, as its base is a name.
 """

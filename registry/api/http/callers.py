@@ -82,8 +82,8 @@ class ActorCache:
         return _actor(known[1], now, public, credentials)
 
     async def ask_once(self, credentials: Credentials) -> Actor:
-        """`ask` in a thread, for a request that only reads. Requests of the same caller that come meanwhile, such as
-        all streams of a token that are woken, share the read."""
+        """Runs `ask` in a thread, for a request that only reads. Concurrent requests of the same caller, such as all
+        streams of a token that wake together, share the read."""
         key = credentials.key
         if self.resources.settings.access_cache_s and key in self._asking:
             await asyncio.wait([self._asking[key]])

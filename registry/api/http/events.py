@@ -1,8 +1,8 @@
 """Server-sent events: the document of a job or composition, or what channels serve, on every change.
 
 Each event is the complete state, and its id is a digest of it. A client that sends the last id that it has seen
-(`Last-Event-ID`) gets the current state if that differs. It misses nothing, since a later state says all that an
-earlier one did, and sees nothing twice.
+(`Last-Event-ID`) gets the current state if that differs. It misses nothing, since a later state contains all of an
+earlier one, and sees nothing twice.
 """
 
 import time
@@ -150,8 +150,8 @@ class EventStream(StreamingResponse):
                 return
 
     async def _may_go_on(self) -> bool:
-        """Whether the caller may still follow: a revoked token or a lost role ends the stream, and the next request
-        gets the error, since the answer has begun. What a document shows to whom changes with roles alone."""
+        """Checks whether the caller may still follow. A revoked token or a lost role ends the stream; the next request
+        gets the error, since this response has begun. Only roles change what a document shows to a caller."""
         try:
             actor = await ASKED_AGAIN(self._request)
             if _rights(actor) != _rights(self._actor):

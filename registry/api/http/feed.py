@@ -1,7 +1,7 @@
-"""One reader a process for everything that streams follow: jobs, compositions, and what channels serve.
+"""The one reader per process of everything that streams follow: jobs, compositions, and what channels serve.
 
-Followers wait in the event loop. The reader looks every LOOK_S whether anything was committed, reads what is followed
-in one transaction if so, and wakes the followers of what has changed. A follower misses no state that lasts, and sees
+Followers wait in the event loop. Every LOOK_S, the reader checks for commits; after one, it reads everything followed
+in a single transaction and wakes the followers of what has changed. A follower misses no state that lasts, and sees
 none twice.
 """
 
@@ -30,7 +30,7 @@ Key = tuple[Read, Hashable]
 
 
 class Follower:
-    """What one stream follows. Used in its process's event loop alone."""
+    """The subject of one stream. Used only in the event loop of its process."""
 
     def __init__(self, keys: Sequence[Key], began: int) -> None:
         self.keys, self.began = keys, began
@@ -99,8 +99,8 @@ class Feed:
         self._mark = None
 
     def _may_have_lost_rights(self) -> bool:
-        """Whether it is time to look at the followers' rights again: tokens and roles are rows, which stay as they are
-        while nothing is committed."""
+        """Checks whether the followers' rights are due for another check: tokens and roles are rows, which change only
+        with a commit."""
         stale_s = time.monotonic() - (self._stale_since or time.monotonic())
         if stale_s < self._resources.settings.access_cache_s or not stale_s:
             return False

@@ -41,7 +41,7 @@ class FileOrigin:
         return f"{self.url}{FILES_PATH}{sha256}?{urlencode(query)}"
 
     def has_signed(self, sha256: Digest, expires: int, disposition: str, signature: str) -> bool:
-        """Whether this registry signed the address, and it has not expired."""
+        """Checks that this registry signed the address and that it has not expired."""
         own = self._signature(sha256, expires, disposition)
         return hmac.compare_digest(own.encode(), signature.encode()) and expires >= time.time()
 

@@ -164,7 +164,7 @@ class CallerLimits:
 
 
 def _streams(scope: Scope) -> bool:
-    """Whether the request follows channels for a while."""
+    """Recognizes a request that follows channels for a while."""
     headers = dict(scope["headers"])
     waits = b"text/event-stream" in headers.get(b"accept", b"") or b"wait" in headers.get(b"prefer", b"")
     return scope["path"] == FOLLOW_PATH and waits

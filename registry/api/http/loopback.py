@@ -34,11 +34,11 @@ class Secret:
         return hmac.compare_digest(text.encode(), self._text.encode())
 
     def use_link(self, request: Request, code: str) -> bool:
-        """Whether the code of a sign-in link is valid, which it is once."""
+        """Checks the code of a sign-in link, which is valid once."""
         return home.use_link(self._home, *_server(request), code)
 
     def is_known(self, request: Request) -> bool:
-        """Whether the request has the secret, or comes from a browser that has signed in."""
+        """Checks that the request has the secret or comes from a browser that has signed in."""
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() == "bearer" and self.is_own(token.strip()):
             return True
@@ -82,7 +82,7 @@ def _refusal(request: Request) -> Response:
 
 
 def _name(request: Request) -> str:
-    """The cookie's name: browsers do not tell the ports of a host apart."""
+    """The cookie's name, with the port: browsers share cookies between the ports of a host."""
     return f"adaptory-{_server(request)[1]}"
 
 

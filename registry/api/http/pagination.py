@@ -25,8 +25,8 @@ def encode_cursor(key: str | int) -> str:
 
 
 def first_rows(rows: Sequence[Row], limit: int, key: Callable[[Row], str | int]) -> tuple[Sequence[Row], str | None]:
-    """The first `limit` rows, and the cursor of the next page: None if no row is left. Read `limit + 1` rows, ordered
-    by `key`, to tell."""
+    """The first `limit` rows and the cursor of the next page, None on the last page. `rows` has up to `limit + 1`
+    rows, ordered by `key`: the extra row shows that another page follows."""
     return rows[:limit], encode_cursor(key(rows[limit - 1])) if len(rows) > limit else None
 
 

@@ -73,7 +73,7 @@ def problem_response(
 def error_response(
     scope: Scope, error: RegistryError, status: int | None = None, headers: Mapping[str, str] | None = None
 ) -> Response:
-    """As `problem_response`, or as a page for a browser if the server has pages, but never below /v1."""
+    """Renders a page for a browser if the server has pages and the path is not below /v1, else `problem_response`."""
     shown = cast("ErrorPage | None", getattr(scope["app"].state, "error_page", None))
     accepted = b",".join(value for name, value in scope["headers"] if name == b"accept")
     problem = problem_response(error, status, headers)

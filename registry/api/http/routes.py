@@ -120,8 +120,8 @@ def _headers(dependant: Dependant) -> list[Any]:
 
 
 def _refuse_many_values(body: bytes, most: int) -> None:
-    """Refuses bodies with many values: an empty list takes three bytes in JSON and eighty in memory. Counts the
-    characters everywhere, also inside strings."""
+    """Refuses bodies with many values: an empty list is three bytes of JSON and eighty in memory. The count includes
+    characters inside strings."""
     if sum(map(body.count, (b",", b"[", b"{"))) > most:
         message = f"The body has more than {most:,} commas and opening brackets."
         next_step = f"Send less, or ask an operator to raise ADAPTORY_MAX_DOCUMENT_BYTES ({BYTES_A_VALUE} for each)."

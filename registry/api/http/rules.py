@@ -76,8 +76,8 @@ class Rule:
         return credentials_of(dict(request.scope["headers"]), client)
 
     async def before_document(self, request: Request) -> None:
-        """Authorizes before the body is read, since its values take many times its size in memory. If the route itself
-        decides, from the body, callers without any role may send only a short one."""
+        """Authorizes before the body is read, since its values occupy many times its size in memory. Where the route
+        authorizes by the body itself, callers without any role may send only a short one."""
         actor = await self._permitted(request, changes=False)
         if not actor.grants and content_length(request) > MAX_STRANGERS_BYTES:
             message = f"The body is longer than {MAX_STRANGERS_BYTES:,} bytes, the limit for callers without a role."

@@ -84,8 +84,8 @@ class Threads:
 class UploadThreads:
     """Threads that receive bodies, so that slow senders hold up no other requests.
 
-    One user has at most `per_user` of them, whatever tokens it sends with, and at most as many as are free for others:
-    the last sixteen take five more users to fill. With None, there is one user, who has all of them.
+    One user holds at most `per_user` of them, with all of its tokens, and at most as many as are free for others: it
+    needs five more users to fill the last sixteen. None means a single user, who may hold all of them.
     """
 
     def __init__(self, per_user: int | None) -> None:

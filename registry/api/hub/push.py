@@ -36,7 +36,7 @@ MAX_COMMIT_BYTES = 400 << 20
 
 @router.post(CREATE)
 def create(body: RepositoryIn, request: Request, resources: ResourcesOf, actor: Caller) -> Response:
-    """Creates an empty repository. Its name is lower-cased, since trainers take it from a directory."""
+    """Creates an empty repository. Its name is lower-cased, since trainers derive it from a directory."""
     if body.type not in (None, "model"):
         raise _not_a_model(body.type)
     if not body.organization and not may(actor, Role.PUBLISHER, actor.name):
@@ -293,7 +293,7 @@ def _not_a_model(kind: str) -> NotFound:
 
 
 def _is_left_out(path: str) -> bool:
-    """Whether a push leaves the file out: trainers and git keep it for themselves."""
+    """Recognizes files that trainers and git keep for themselves; a push leaves them out."""
     return is_trainer_file(path) or path in (".gitattributes", ".gitignore")
 
 

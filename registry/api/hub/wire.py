@@ -122,7 +122,7 @@ def with_findings(response: Response, about: str, findings: Sequence[Mapping[str
 
 
 def is_movable(revision: str, located: Located) -> bool:
-    """Whether the revision may stand for another commit later."""
+    """Recognizes a revision that may resolve to another commit later."""
     return len(revision) != COMMIT_DIGITS or revision != located.commit
 
 

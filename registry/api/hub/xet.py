@@ -46,7 +46,7 @@ def push_of(upload: str, request: Request, resources: ResourcesOf) -> XetPush:
 
 
 def _chunks(request: Request, push: XetPush, resources: Resources) -> Iterator[bytes]:
-    """The body, which may take hours. Raises at its end if the token has ended meanwhile."""
+    """Streams the body, possibly for hours. Raises at its end if the token has expired meanwhile."""
     yield from body_chunks(request)
     push_of(push.upload_id, request, resources)
 

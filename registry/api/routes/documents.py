@@ -74,7 +74,7 @@ def release_documents(session: Session, actor: Actor, release_ids: Sequence[int]
 
 
 def releases_shown(session: Session, actor: Actor, release_ids: Sequence[int]) -> list[ReleaseOut]:
-    """As `release_documents`, typed."""
+    """Typed form of `release_documents`."""
     return [ReleaseOut.model_validate_json(document) for document in release_documents(session, actor, release_ids)]
 
 

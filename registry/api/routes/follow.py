@@ -96,7 +96,7 @@ async def _changed(
 
 
 def _is_over(request: Request, follower: Follower) -> bool:
-    """Whether the answer must be given now: the server is stopping, or the next read says why the last one failed."""
+    """Checks whether to respond now: the server is stopping, or the last read failed and the next one reports why."""
     return follower.is_lost or bool(request.app.state.draining)
 
 

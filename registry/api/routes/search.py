@@ -65,7 +65,7 @@ class Results:
 
 @cached_by_query
 def _parse_query(query: bytes) -> tuple[SearchIn, search.Query]:
-    """Parses the parameters. The framework would take longer for this many than most searches take in total."""
+    """Parses the parameters. The framework would need longer for this many than most searches run in total."""
     given: dict[str, list[str]] = {}
     for name, value in QueryParams(query).multi_items():
         given.setdefault(name, []).append(value)

@@ -176,8 +176,8 @@ def _show(composition: "wire.work.CompositionOut") -> None:
 
 
 def _unjudged(scores: list[Json], lock: Json) -> list[str]:
-    """The inputs to be kept that the candidate was not compared with on their own suite. Older compositions do not say
-    which suite is an input's own."""
+    """The inputs to be kept that the candidate was not compared with on their own suite; empty for older compositions,
+    which do not record which suite is an input's own."""
     compared = [measured for score in scores for measured in score.get("inputs", [])]
     if any("own_suite" not in measured for measured in compared):
         return []
@@ -248,7 +248,7 @@ def required(verdict: str | None) -> "Verdict | None":
 
 
 def _error(composition: "wire.work.CompositionOut") -> RegistryError:
-    """Why it ended; without the findings, which are shown with the composition."""
+    """The error that ended it, without the findings, which the composition shows."""
     if composition.error is None:
         return Refused("composition_cancelled", "The composition was cancelled.")
     return of_row({**composition.error, "findings": []})

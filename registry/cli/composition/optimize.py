@@ -81,7 +81,7 @@ def effort_of(texts: list[str] | None) -> "Effort":
 
 
 def _number(text: str) -> object:
-    """The number that a text is; otherwise the text, which is then refused by its key."""
+    """Parses a number; returns any other text unchanged, and the check of its key refuses it."""
     try:
         return float(text) if "." in text else int(text)
     except ValueError:

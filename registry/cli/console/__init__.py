@@ -1,1 +1,1 @@
-"""What all commands share: connections, output, completion, interrupts and the progress of jobs."""
+"""The shared parts of all commands: connections, output, completion, interrupts and the progress of jobs."""

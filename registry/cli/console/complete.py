@@ -42,7 +42,7 @@ def suites(incomplete: str) -> list[str]:
 
 
 def harness_tasks(incomplete: str) -> list[str]:
-    """The tasks of a harness that this registry has scores on: the harness' own list takes seconds to read."""
+    """The tasks of a harness that this registry has scores on: the harness' own list needs seconds to read."""
     begun, comma, last = incomplete.rpartition(",")
     names = [suite.name for suite in _suites() if suite.task == "harness" and suite.name.startswith(last)]
     return [f"{begun}{comma}{name}" for name in names][:_MOST]

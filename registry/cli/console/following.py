@@ -21,7 +21,7 @@ _NAME_CHARS, _BAR_CHARS = 14, 14
 
 
 class Shown(Protocol):
-    """What shows a job."""
+    """The display of a job."""
 
     def show(self, job: "wire.work.JobOut") -> None:
         """Called with every state of the job."""

@@ -67,7 +67,7 @@ class Interrupts:
         os._exit(INTERRUPTED)
 
     def wait_for_another(self, seconds: float) -> bool:
-        """Whether another interrupt comes within `seconds`; the forced exit waits for that, and `PATIENCE_S` more."""
+        """Checks whether another interrupt comes within `seconds`; the forced exit waits for `PATIENCE_S` more."""
         self.happened = False
         try:
             time.sleep(seconds)

@@ -76,7 +76,7 @@ def warn(message: str) -> None:
 
 
 def out(text: str) -> None:
-    """Prints to stdout, as `say` does to stderr."""
+    """Prints to stdout; `say` prints to stderr."""
     print(_fitted(text, sys.stdout))
 
 

@@ -136,7 +136,7 @@ def _queue(
 
 @dataclass(frozen=True, slots=True)
 class _Where:
-    """Where the weights are, and the device that they are loaded to."""
+    """The location of the weights and the device that loads them."""
 
     device: str
     base_dir: Path | None

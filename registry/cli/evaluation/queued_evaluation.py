@@ -57,7 +57,7 @@ def show(document: "wire.work.EvaluationOut") -> None:
 
 
 def error_of(job: int | None, state: str | None, error: dict[str, Any] | None) -> RegistryError | None:
-    """Why the job did not end well, if it did not."""
+    """The error of a job that failed or was cancelled; None for any other."""
     if error is not None:
         return of_row(error)
     if state == "cancelled":

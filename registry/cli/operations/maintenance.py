@@ -116,7 +116,7 @@ def fsck(
 
 @dataclass(slots=True)
 class FsckResult:
-    """What fsck found, and what it discarded."""
+    """The findings of fsck, and the discarded files."""
 
     extent: "Extent"
     findings: "list[Finding]"

@@ -70,8 +70,8 @@ def serve_here(resources: "Resources", listener: socket.socket) -> None:
 def serve_worker(
     resources: "Resources", metrics: "WorkerMetrics", listener: socket.socket, secret: "SecretStr | None"
 ) -> None:
-    """Serves a worker's /metrics and /healthz until the process ends; for a thread. On loopback, it may ask for a
-    secret as a server does."""
+    """Serves a worker's /metrics and /healthz until the process ends; runs in a thread. On loopback, it can require a
+    secret, as a server does."""
     from uvicorn import Config, Server
 
     from registry.api.app import create_worker_app
@@ -144,8 +144,9 @@ def child_application() -> "FastAPI":
 
 @contextmanager
 def with_secret(settings: "Settings", url: str) -> "Generator[tuple[Settings, Sequence[str]]]":
-    """The settings of a server at `url` with its secret, if it has one user and is not open to the others of the
-    machine; also for processes that this one starts. And what to say about it. The secret ends with the server."""
+    """Settings of a server at `url`, with a secret if it has a single user and other users of the machine must not
+    reach it, and the lines to print about that. Processes that this one starts share the secret, which ends with the
+    server."""
     from pydantic import SecretStr
 
     if settings.access == "tokens" or settings.loopback_open:

@@ -229,8 +229,8 @@ def _show_policy(channel: str, document: "wire.quality.PolicyOut") -> None:
 
 
 def confirm_new_channel(connection: Connection, line: str, channel: str, *, agreed: bool) -> None:
-    """Says that a promotion creates the channel, if it does; `line` is the repository's route. Where the repository has
-    other channels, the name may be misspelt: asks on a terminal, and raises Usage elsewhere, unless `agreed`."""
+    """Reports a promotion that creates its channel; `line` is the repository's route. Where the repository has other
+    channels, the name may be misspelt: prompts on a terminal and raises Usage elsewhere, unless `agreed`."""
     known: list[str] = []
     with suppress(NotFound):
         known = sorted(connection.api.get(line, wire.catalog.RepositoryOut).channels)

@@ -1,4 +1,4 @@
-"""Who somebody is here: roles, tokens and sessions. A new token is shown once, in the answer to its form."""
+"""The account page: roles, tokens and sessions. A new token is shown once, in the answer to its form."""
 
 from typing import Annotated, Any
 from urllib.parse import urlencode

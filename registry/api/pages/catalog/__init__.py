@@ -1,1 +1,1 @@
-"""What there is: search, repositories, releases, comparisons, bases, suites and error codes."""
+"""Pages of the catalog: search, repositories, releases, comparisons, bases, suites and error codes."""

@@ -82,7 +82,7 @@ def list_errors(request: Request, actor: PageCaller) -> Response:
 
 @router.get("/docs/errors/{code}")
 def show_error(code: str, request: Request, actor: PageCaller) -> Response:
-    """One code. A code that ends in a name from a file has no general fix: its message says what to do."""
+    """One code. A code that ends in a name from a file has no general fix: its message has the next step."""
     if not is_registered(code):
         raise NotFound(
             "code_unknown", f"No error has the code {code}.", subject=code, next_step="/docs/errors has all."

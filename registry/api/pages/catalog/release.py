@@ -107,13 +107,13 @@ def show_release(
 
 @router.get("/{namespace}/{name}:{version}")
 def show_reference(named: RepositoryOf, version: str, resources: ResourcesOf, actor: PageReader) -> Response:
-    """To the page of what a command would call `acme/sql:1.2.0`."""
+    """Redirects `acme/sql:1.2.0`, the form of the commands, to its page."""
     return _to_release(resources, f"{named}:{version}")
 
 
 @router.get("/{namespace}/{name}/commit/{commit}")
 def show_commit(named: RepositoryOf, commit: str, resources: ResourcesOf, actor: PageReader) -> Response:
-    """To the page of the highest release of a commit."""
+    """Redirects to the page of the highest release of a commit."""
     return _to_release(resources, f"{named}#{commit}")
 
 

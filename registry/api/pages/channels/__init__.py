@@ -1,1 +1,1 @@
-"""What a channel serves and served, and the forms that change it."""
+"""Pages of a channel: its current and former releases, and the forms that change them."""

@@ -60,7 +60,7 @@ def show_channel(asked: ChannelRequestOf, actor: PageReader, cursor: Cursor = No
 
 
 def _awaited(actor: Actor, named: RepositoryName, needed: ChannelPolicy, waiting: Promotion | None) -> dict[str, Any]:
-    """The promotion that waits, its report, and whether it lacks an approval that the viewer can give."""
+    """The waiting promotion, its report, and whether the viewer can approve it."""
     if waiting is None:
         return {"waiting": None, "waiting_report": [], "approver": False}
     shown = promotion_view(waiting)

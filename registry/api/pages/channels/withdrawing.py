@@ -99,7 +99,7 @@ def _withdraw(asked: Withdrawal, form: Form, template: str, change: Change) -> R
 
 
 def _page(asked: Withdrawal, template: str, error: RegistryError | None = None) -> Response:
-    """The form. That of a yank says what each channel would serve."""
+    """The form; for a yank, with the release that each channel would serve."""
     with asked.resources.write() as session:
         row = releases.find(session, asked.named, asked.version)
         changes = list[ServedChange]()

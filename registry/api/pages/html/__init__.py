@@ -1,1 +1,1 @@
-"""What all pages are made with: templates, forms, charts, links."""
+"""The parts of all pages: templates, forms, charts, links."""

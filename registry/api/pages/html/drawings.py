@@ -1,6 +1,6 @@
 """Drawings as SVG, coloured by classes alone: the content security policy forbids styles in attributes.
 
-Each has a title that says what it shows, and a size, so that nothing moves while a page loads.
+Each has a title that describes it, and a size, so that nothing moves while a page loads.
 """
 
 import re

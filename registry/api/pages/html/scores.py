@@ -1,4 +1,4 @@
-"""Scores as a release page shows them: beside those of the release before and of the base, with what can be said."""
+"""Scores as a release page shows them: compared with those of the previous release and of the base."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Routes of pages: who may see them, which forms they take, and errors as pages."""
+"""Routes of pages: their permissions, their forms, and errors as pages."""
 
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace

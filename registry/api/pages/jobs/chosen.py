@@ -1,4 +1,4 @@
-"""Adapters chosen to be combined, as the addresses of pages say it:
+"""Adapters chosen to be combined, as page addresses write them:
 `/conflicts?with=acme/sql@prod*0.8&with=acme/docs:1.0.0&method=ties&set=density=0.4`.
 """
 

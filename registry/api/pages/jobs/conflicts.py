@@ -37,7 +37,7 @@ FIELDS = ("adapter", "weight")
 @router.get("/conflicts", openapi_extra=parses("with", "method", "set", "show", WAIT, *FIELDS, "settings", "drop"))
 @in_search_threads
 def show_conflicts(request: Request, resources: ResourcesOf, actor: PageCaller) -> Response:
-    """The latest report on the chosen adapters, how its computation stands, or a button that starts it."""
+    """The latest report on the chosen adapters, the progress of its computation, or a button that starts it."""
     given = parse_qsl(request.url.query, keep_blank_values=True)
     if any(name in FIELDS for name, _ in given):
         return redirect(Chosen.of_form(given).address("/conflicts"))

@@ -21,7 +21,7 @@ _OPTION = re.compile(r"--(?:(optimize)(?![\w-])|([a-z-]+) ([\w.:=/*-]*\w))")
 
 
 def shown(report: Json | None, address: OptionAddress, measure: str, path: Callable[[str], str]) -> dict[str, Any]:
-    """What the templates of a report draw. `path` leads to the page with another measure."""
+    """The contents of a report's templates. `path` leads to the page with another measure."""
     measure = measure if measure in view.MEASURES else view.DEFAULT_MEASURE
     return {
         "report": read(report, address) if report else None,
