@@ -28,7 +28,7 @@ from composer.formats.checkpoints.checkpoint import open_checkpoint
 from composer.formats.checkpoints.hashing import hash_checkpoint, hash_file
 from composer.formats.recipes.suite import parse_suite
 from composer.optimize.optimize import optimize
-from composer.optimize.problem import Effort, Member, Problem
+from composer.optimize.problem import SearchEffort, SearchMember, SearchProblem
 from registry.formats.manifest import ManifestFile
 from registry.formats.references import Digest
 from registry.settings import EngineSettings, LocalStorage, Settings
@@ -131,20 +131,22 @@ def _units_that_do_nothing(engine: WorkerEngine, home: Path, count: int) -> floa
 
 def _search(chosen: Any, home: Path, digest: str, engines: dict[int, WorkerEngine]) -> None:
     names = ["orders", "travel"] if chosen.quick else ["orders", "travel", "bumps"]
-    effort = Effort(search=4, confirm=8) if chosen.quick else Effort(search=16, confirm=64)
+    effort = SearchEffort(search=4, confirm=8) if chosen.quick else SearchEffort(search=16, confirm=64)
     architecture = open_checkpoint(chosen.base).architecture
     node = engines[2].node
-    members, files = list[Member](), list[list[ManifestFile]]()
+    members, files = list[SearchMember](), list[list[ManifestFile]]()
     for name in names:
         directory = chosen.adapters / name
         suite = parse_suite(chosen.adapters.parent / "suites" / f"{name}-exact.yaml")
-        members.append(Member(adapter=replace(load_deltas(directory, architecture), name=name), suite=suite))
+        members.append(SearchMember(adapter=replace(load_deltas(directory, architecture), name=name), suite=suite))
         paths = sorted(path for path in directory.iterdir() if path.is_file())
         own = [ManifestFile(path.name, path.stat().st_size, Digest(hash_file(path))) for path in paths]
         for path, file in zip(paths, own, strict=True):
             node.store.put(file.sha256, path)
         files.append(own)
-    problem = Problem(load=cache(lambda: load_model(chosen.base)), members=members, effort=effort, as_adapter=True)
+    problem = SearchProblem(
+        load=cache(lambda: load_model(chosen.base)), members=members, effort=effort, as_adapter=True
+    )
     rows = [
         {"name": one.name, "weight": one.weight.to_json(), "suite": one.suite.to_json(), "files": to_rows(own)}
         for one, own in zip(members, files, strict=True)
@@ -171,7 +173,7 @@ def _search(chosen: Any, home: Path, digest: str, engines: dict[int, WorkerEngin
     print(f"two nodes are {ratio:.2f} times as fast; {len(choices)} choice{'s' * (len(choices) > 1)}")
 
 
-def _run(held: Held, problem: Problem, document: dict[str, Any], hints: dict[str, Any]) -> tuple[Times, str]:
+def _run(held: Held, problem: SearchProblem, document: dict[str, Any], hints: dict[str, Any]) -> tuple[Times, str]:
     elsewhere = Passes(held, document, hints, held.check)  # pyright: ignore[reportArgumentType]
     started = time.monotonic()
     report = optimize(problem, elsewhere=elsewhere)

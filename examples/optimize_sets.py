@@ -31,7 +31,7 @@ from composer.optimize.candidates import Candidate
 from composer.optimize.combiner import Combiner
 from composer.optimize.objective import kept_share
 from composer.optimize.optimize import SearchJournal, optimize
-from composer.optimize.problem import Member, Problem
+from composer.optimize.problem import SearchMember, SearchProblem
 from composer.optimize.report import OptimizeReport, headline
 
 SETS = (
@@ -68,10 +68,10 @@ def main() -> None:
 def searched(loaded: LoadedModel, members: Sequence[study_sets.Member], names: Sequence[str]) -> dict[str, Any]:
     """The search's result on a set, and its regret."""
     own = [
-        Member(adapter=replace(one.adapter, name=name), suite=one.suite)
+        SearchMember(adapter=replace(one.adapter, name=name), suite=one.suite)
         for one, name in zip(members, names, strict=True)
     ]
-    problem = Problem(load=lambda: loaded, members=own, guards=[suite_of(TASKS["guard"])])
+    problem = SearchProblem(load=lambda: loaded, members=own, guards=[suite_of(TASKS["guard"])])
     with TemporaryDirectory() as directory:
         journal = Path(directory) / "search.jsonl"
         begun = process_time()
@@ -111,7 +111,7 @@ def answers(report: OptimizeReport, name: str) -> list[list[int]]:
     return [[effect.still_answered, effect.answered] for effect in confirmed.outcome.effects]
 
 
-def unseen(bench: Bench, combiner: Combiner, problem: Problem, candidate: Candidate) -> tuple[float, float]:
+def unseen(bench: Bench, combiner: Combiner, problem: SearchProblem, candidate: Candidate) -> tuple[float, float]:
     """The worst member's kept share on each half of the unseen examples, fitted on all search examples. What the
     search has confirmed is in the bench's record."""
     if candidate.is_fitted:

@@ -90,7 +90,7 @@ class Plan:
 
 
 @dataclass(slots=True)
-class Outcome:
+class TaskScores:
     """The scores of a task. `examples` has the score of each document in order, if the harness gives one from 0 to 1 of
     `metric`, and the answer; empty otherwise. `skipped` names the metrics that have no score."""
 
@@ -172,7 +172,7 @@ def run_task(
     journal: "AnswerJournal | None" = None,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
     limit: int | None = None,
-) -> Outcome:
+) -> TaskScores:
     """The task's scores with `deltas` active; of its first `limit` documents, if that is given. Raises InvalidFile if
     the harness cannot run it."""
     import numpy as np
@@ -201,7 +201,7 @@ def run_task(
     return outcome
 
 
-def run_group(loaded: LoadedGroup, outcomes: Mapping[str, Outcome]) -> Outcome:
+def run_group(loaded: LoadedGroup, outcomes: Mapping[str, TaskScores]) -> TaskScores:
     """The group's scores, which the harness computes from those of its members."""
     own = {name: outcomes[name].aggregated for name in loaded.members}
     directions: dict[str, bool] = {}
@@ -345,8 +345,8 @@ def _metric(metric: str, filter_name: str) -> str:
     return _UNFIT.sub("_", text.lower()).strip("_")[:64]
 
 
-def _outcome(suite: HarnessTask, values: Mapping[str, Any], directions: Mapping[str, Any]) -> Outcome:
-    outcome, n = Outcome([], aggregated=dict(values)), int(values.get("sample_len", 0))
+def _outcome(suite: HarnessTask, values: Mapping[str, Any], directions: Mapping[str, Any]) -> TaskScores:
+    outcome, n = TaskScores([], aggregated=dict(values)), int(values.get("sample_len", 0))
     for key, value in values.items():
         metric, comma, filter_name = key.partition(",")
         if not comma or metric.endswith("_stderr"):
@@ -372,7 +372,7 @@ def _number(value: object) -> float | None:
     return number if isfinite(number) else None
 
 
-def _add_examples(outcome: Outcome, task: Any, samples: Sequence[Mapping[str, Any]]) -> None:
+def _add_examples(outcome: TaskScores, task: Any, samples: Sequence[Mapping[str, Any]]) -> None:
     """Adds the first score's value of each document, if it has one from 0 to 1 of all."""
     names = {score.metric for score in outcome.scores}
     for key in outcome.aggregated:

@@ -14,7 +14,7 @@ from composer.formats.recipes.methods import Regmean
 from composer.methods.combine import combine_parsed
 from composer.methods.regmean import ModuleInputs, Observe
 from composer.optimize.candidates import Candidate
-from composer.optimize.problem import Problem
+from composer.optimize.problem import SearchProblem
 
 FitOn = Literal["first half", "second half", "all"]
 """The search examples that a candidate is fitted on."""
@@ -23,7 +23,7 @@ FitOn = Literal["first half", "second half", "all"]
 class Combiner:
     """Makes the deltas of candidates. `progress` is called with 0 before each, and may raise."""
 
-    def __init__(self, problem: Problem, progress: Callable[[int], None]) -> None:
+    def __init__(self, problem: SearchProblem, progress: Callable[[int], None]) -> None:
         self._problem, self._progress = problem, progress
         self._fitted: dict[tuple[str, FitOn], list[Delta]] = {}
         self._observed: dict[tuple[object, ...], Mapping[str, ModuleInputs]] = {}
@@ -89,7 +89,7 @@ class Combiner:
 # Runs the passes of a search that another process makes.
 
 
-def pass_runner(problem: Problem, progress: Callable[[int], None] = lambda _count: None) -> PassRunner:
+def pass_runner(problem: SearchProblem, progress: Callable[[int], None] = lambda _count: None) -> PassRunner:
     """Runs passes of the problem's search, and keeps what a fit observes for the next pass. Its calls raise what
     `Combiner.deltas` and `Runner` raise."""
     combiner = Combiner(problem, progress)

@@ -32,7 +32,7 @@ from composer.optimize.candidates import Candidate, fitted, full_space, low_rank
 from composer.optimize.combiner import Combiner, FitOn
 from composer.optimize.evolution import Evolution
 from composer.optimize.objective import LEAST_GAIN, Standing, best_first, race, simplest_of_the_best
-from composer.optimize.problem import Problem, Split
+from composer.optimize.problem import SearchProblem, Split
 from composer.optimize.report import Confirmed, OptimizeReport, Tried, choose
 from composer.optimize.surface import Point, proposed
 
@@ -64,7 +64,7 @@ _SURFACE_AT, _SURFACE_ROUNDS = 4, 3
 
 
 def optimize(
-    problem: Problem,
+    problem: SearchProblem,
     given: Sequence[Candidate] = (),
     journal: Path | None = None,
     progress: Callable[[int], None] = lambda _count: None,
@@ -77,7 +77,7 @@ def optimize(
     work, and may raise. Passes are run in this process, on the problem's base, or `elsewhere`, those of a round side by
     side; the choice is the same.
 
-    Raises what `Problem.check` and `encode` raise, and Mismatch or NotSupported if no candidate can be made.
+    Raises what `SearchProblem.check` and `encode` raise, and Mismatch or NotSupported if no candidate can be made.
     """
     problem.check()
     record = SearchJournal(journal, problem.name) if journal else Record()
@@ -100,7 +100,7 @@ def optimize(
     )
 
 
-def expected_passes(problem: Problem, given: Sequence[Candidate] = ()) -> int:
+def expected_passes(problem: SearchProblem, given: Sequence[Candidate] = ()) -> int:
     """The examples that a search measures in which all candidates are equally good, counted by the search itself
     without running any."""
     bench = Bench(not_run)
@@ -112,7 +112,9 @@ def expected_passes(problem: Problem, given: Sequence[Candidate] = ()) -> int:
 class _Search:
     """One search: combines, fits and measures candidates, and caches what is needed again."""
 
-    def __init__(self, problem: Problem, bench: Bench, progress: Callable[[int], None] = lambda _count: None) -> None:
+    def __init__(
+        self, problem: SearchProblem, bench: Bench, progress: Callable[[int], None] = lambda _count: None
+    ) -> None:
         self.started, self.search_s = monotonic(), 0.0
         self.problem, self.limits, self.bench = problem, problem.limits, bench
         self.members = [

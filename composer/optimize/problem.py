@@ -58,7 +58,7 @@ _OF_THE_RESULT = ("rank", "energy", "tied")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Member:
+class SearchMember:
     """An adapter to combine: its own weight, which is positive, and its target suite. Its name is enough
     where passes are run elsewhere."""
 
@@ -79,7 +79,7 @@ class Member:
 
 
 @dataclass(frozen=True)
-class Effort:
+class SearchEffort:
     """`search` and `confirm` are examples of each suite. The search ends after `passes` measured examples or `seconds`,
     whichever comes first, and then confirms; the first round is always run. `evolve` is the number of weighted sums
     that an evolution strategy tries, of whole generations. `seed` is that of fits and of the strategy."""
@@ -92,14 +92,14 @@ class Effort:
     evolve: int = 0
 
     @classmethod
-    def of(cls, asked: Optimize) -> "Effort":
+    def of(cls, asked: Optimize) -> "SearchEffort":
         """The effort that a recipe states."""
         seconds = inf if asked.minutes is None else asked.minutes * 60
         return cls(asked.search, asked.confirm, asked.passes or inf, seconds, asked.seed, asked.evolve)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Problem:
+class SearchProblem:
     """The members to combine, and the limits. `load` returns the base, the same one every time. With `as_adapter`, only
     what one adapter can hold is tried. `settings` are the recipe's: their requirements on the result (rank, energy,
     tied)
@@ -107,15 +107,15 @@ class Problem:
     other answers."""
 
     load: Callable[[], LoadedModel]
-    members: Sequence[Member]
+    members: Sequence[SearchMember]
     guards: Sequence[Suite] = ()
     limits: Limits = field(default_factory=Limits)
-    effort: Effort = field(default_factory=Effort)
+    effort: SearchEffort = field(default_factory=SearchEffort)
     as_adapter: bool = False
     settings: Mapping[str, object] = field(default_factory=dict[str, object])
     same_prompts: float = THRESHOLDS["same_prompts"] or 0.0
 
-    def under(self, policy: Policy) -> "Problem":
+    def under(self, policy: Policy) -> "SearchProblem":
         """The problem with the policy's limits."""
         share = policy.threshold("same_prompts")
         ignored = share is None or policy.ignores("same_prompts")

@@ -13,7 +13,7 @@ from registry.domain.catalog import bases, metrics, repositories, suites
 from registry.domain.catalog.releases import full_name
 from registry.domain.channels import resolve
 from registry.domain.jobs import evaluations
-from registry.domain.jobs.evaluations import Wanted
+from registry.domain.jobs.evaluations import WantedScore
 from registry.domain.jobs.queue import PLAIN, Wish
 from registry.errors import NotFound, Usage
 from registry.formats.references import parse_reference
@@ -60,7 +60,7 @@ def request(
         subjects = [(subject.id, subject.base_digest) for subject in releases] + [
             (None, subject.digest) for subject in named
         ]
-        wanted = [Wanted(release, base, suite.digest) for release, base in subjects for suite in wanted_suites]
+        wanted = [WantedScore(release, base, suite.digest) for release, base in subjects for suite in wanted_suites]
         job = evaluations.create(session, actor, namespaces, wanted, wish=wish)
         subject_names = [full_name(subject) for subject in releases] + [subject.name for subject in named]
         audit.record(
@@ -104,8 +104,8 @@ def _own_base(session: Session, actor: Actor, name: str) -> Base:
 
 def _report(session: Session, job: Job) -> Json:
     row = evaluations.find(session, job.id)
-    done = {Wanted.of(result): result for result in row.results}
-    items = [_item(session, subject, done.get(subject)) for subject in (Wanted(**wanted) for wanted in row.wanted)]
+    done = {WantedScore.of(result): result for result in row.results}
+    items = [_item(session, subject, done.get(subject)) for subject in (WantedScore(**wanted) for wanted in row.wanted)]
     return {
         "job": job.id,
         "state": job.state,
@@ -115,7 +115,7 @@ def _report(session: Session, job: Job) -> Json:
     }
 
 
-def _item(session: Session, wanted: Wanted, result: Json | None) -> Json:
+def _item(session: Session, wanted: WantedScore, result: Json | None) -> Json:
     release = None if wanted.release is None else session.get_one(Release, wanted.release)
     base, suite = session.get_one(Base, wanted.base), suites.find(session, wanted.suite)
     names = ("metric", "value", "stderr", "n", "higher_is_better")

@@ -24,7 +24,7 @@ Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Results:
+class ExampleResults:
     """The rows of all examples of a suite; the mean of their scores is `metric`."""
 
     examples: Sequence[Row]
@@ -36,7 +36,7 @@ def store(
     actor: Actor,
     namespace: str,
     measurements: Sequence[Measurement],
-    results: Mapping[str, Results],
+    results: Mapping[str, ExampleResults],
 ) -> list[Measurement]:
     """Stores results by suite digest, each as a blob of the namespace, and returns the measurements with these blobs'
     digests. Raises Invalid for results that lack examples, or that do not agree with a measurement."""
@@ -81,7 +81,7 @@ def _stored(resources: Resources, actor: Actor, namespace: str, content: bytes) 
     return digest
 
 
-def _check(suite: str, count: int, results: Results, measurements: Sequence[Measurement]) -> None:
+def _check(suite: str, count: int, results: ExampleResults, measurements: Sequence[Measurement]) -> None:
     rows = results.examples
     values = {results.metric: sum(row["score"] for row in rows) / len(rows)}
     if all("nats" in row and "tokens" in row for row in rows):

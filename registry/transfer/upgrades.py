@@ -14,9 +14,9 @@ from registry.domain.access.roles import Role, administers, holds, may_read, own
 from registry.domain.catalog import bases, metrics, repositories, suites
 from registry.domain.catalog.releases import full_name
 from registry.domain.channels import gates
-from registry.domain.channels.gates import Measured
+from registry.domain.channels.gates import GateScore
 from registry.domain.jobs import evaluations, queue
-from registry.domain.jobs.evaluations import Wanted
+from registry.domain.jobs.evaluations import WantedScore
 from registry.errors import NotFound, Usage
 from registry.formats.manifest import ManifestFile
 from registry.transfer import publishing
@@ -60,7 +60,7 @@ def begin(
     rows = [{"release": planned.release, "fits": not planned.why, "why": planned.why} for planned in plan.adapters]
     upgrade = {"old": plan.old, "new": plan.new, "adapters": rows}
     fitting = [planned for planned in plan.adapters if not planned.why and planned.measurable]
-    wanted = [Wanted(planned.release, plan.new, suite) for planned in fitting for suite in planned.suites]
+    wanted = [WantedScore(planned.release, plan.new, suite) for planned in fitting for suite in planned.suites]
     if not evaluate or not wanted:
         with resources.read() as session:
             return _report(session, actor, upgrade, None, [])
@@ -68,7 +68,7 @@ def begin(
         base = session.get_one(Base, plan.new)
         measured = {score.suite.digest for score in suites.scores_of(session, base)}
         lacking = {subject.suite for subject in wanted} - measured if owns(actor, base.created_by) else set[str]()
-        alone = [Wanted(None, plan.new, suite) for suite in lacking]
+        alone = [WantedScore(None, plan.new, suite) for suite in lacking]
         namespaces = {
             session.get_one(Release, planned.release).repository.namespace for planned in fitting if planned.suites
         }
@@ -177,5 +177,5 @@ def _compared(before: gates.Scores, base: gates.Scores, results: Sequence[Json])
     return rows
 
 
-def _value(score: Measured | None) -> float | None:
+def _value(score: GateScore | None) -> float | None:
     return None if score is None else score.value

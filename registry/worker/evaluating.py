@@ -16,12 +16,12 @@ from registry.domain.catalog.releases import full_name
 from registry.domain.catalog.repositories import Kind
 from registry.domain.catalog.suites import Measurement
 from registry.domain.jobs import evaluations
-from registry.domain.jobs.evaluations import Wanted
+from registry.domain.jobs.evaluations import WantedScore
 from registry.errors import NotAllowed, RegistryError
 from registry.errors.codes import RETRYABLE
 from registry.errors.translation import of_composer, of_row
 from registry.transfer import promotions, publishing, results
-from registry.transfer.results import Results
+from registry.transfer.results import ExampleResults
 from registry.worker.composition import ProgressCount
 from registry.worker.evaluation_units import Examined, examine, run_harness
 from registry.worker.node_models import base_hints
@@ -52,7 +52,7 @@ def measure(held: JobRun) -> None:
     _refuse_failed(held)
 
 
-def _evaluate(held: JobRun, wanted: Wanted, suite: SuiteContent, progress: ProgressCount) -> RegistryError | None:
+def _evaluate(held: JobRun, wanted: WantedScore, suite: SuiteContent, progress: ProgressCount) -> RegistryError | None:
     """Measures and records, or keeps why that is not possible. Returns the error of a base that is not here, which is
     not about this suite."""
     try:
@@ -77,7 +77,7 @@ def _evaluate(held: JobRun, wanted: Wanted, suite: SuiteContent, progress: Progr
     return None
 
 
-def _record(held: JobRun, session: Session, wanted: Wanted, measurements: list[Measurement]) -> None:
+def _record(held: JobRun, session: Session, wanted: WantedScore, measurements: list[Measurement]) -> None:
     """Records scores of a release on its own base, or of a base, with the requester's current roles. Raises NotAllowed
     if a required one was revoked."""
     actor = evaluations.requester(session, held.job_id, held.resources.clock())
@@ -112,28 +112,30 @@ def _refuse_failed(held: JobRun) -> None:
 KIND = JobKind(steps={"measure": measure})
 
 
-def _rows(held: JobRun) -> tuple[list[Wanted], set[Wanted]]:
+def _rows(held: JobRun) -> tuple[list[WantedScore], set[WantedScore]]:
     """All that is wanted, and what of it is measured."""
     with held.resources.read() as session:
         row = evaluations.find(session, held.job_id)
-        done = {Wanted.of(one) for one in row.results}
-        return [Wanted(**one) for one in row.wanted], done
+        done = {WantedScore.of(one) for one in row.results}
+        return [WantedScore(**one) for one in row.wanted], done
 
 
-def _measured(held: JobRun, wanted: Wanted, suite: SuiteContent, progress: ProgressCount) -> tuple[list[Row], Results]:
+def _measured(
+    held: JobRun, wanted: WantedScore, suite: SuiteContent, progress: ProgressCount
+) -> tuple[list[Row], ExampleResults]:
     """The scores, and the results of each example, as far as there are any."""
     from composer.evaluation.evaluate import scores
 
     examined = _examined(held, wanted)
     if isinstance(suite, HarnessTask):
         made = run_harness(held, examined, suite, progress)
-        return made["scores"], Results(made["examples"], made["metric"])
+        return made["scores"], ExampleResults(made["examples"], made["metric"])
     examples = examine(held, examined, suite, suite.examples, progress)
     rows = [score.to_json() for score in scores(suite, examples)]
-    return rows, Results([one.to_json() for one in examples])
+    return rows, ExampleResults([one.to_json() for one in examples])
 
 
-def _examined(held: JobRun, wanted: Wanted) -> Examined:
+def _examined(held: JobRun, wanted: WantedScore) -> Examined:
     with held.resources.read() as session:
         base = session.get_one(Base, wanted.base)
         hints = base_hints(bases.locations(session, base)[wanted.base], base.size_bytes)
@@ -143,7 +145,7 @@ def _examined(held: JobRun, wanted: Wanted) -> Examined:
     return Examined(base=wanted.base, hints=hints, files=files, model=model)
 
 
-def _stored(held: JobRun, wanted: Wanted, scores: list[Row], by_example: Results) -> str | None:
+def _stored(held: JobRun, wanted: WantedScore, scores: list[Row], by_example: ExampleResults) -> str | None:
     """The digest of the stored results of each example, if there are any and the scores will be recorded."""
     if not by_example.examples:
         return None

@@ -10,7 +10,7 @@ from registry.worker.engine.units import Count, Node, Result
 
 if TYPE_CHECKING:
     from composer.deltas.delta import Delta
-    from composer.evaluation.harness import LoadedTask, Outcome, Plan
+    from composer.evaluation.harness import LoadedTask, Plan, TaskScores
     from composer.evaluation.harness_model import HarnessModel
     from composer.evaluation.model import LoadedModel
 
@@ -28,7 +28,7 @@ def measure_task(node: Node, suite: HarnessTask, subject: _Subject, identity: st
     from composer.evaluation.harness import run_group, source
     from composer.evaluation.harness_model import AnswerJournal, HarnessModel
 
-    def run(task: "LoadedTask") -> "Outcome":
+    def run(task: "LoadedTask") -> "TaskScores":
         own = f"{identity} {task.suite.digest}"
         journal = AnswerJournal(evaluation_journal(node.settings, own), own)
         return _run(model, task, deltas, journal, progress)
@@ -59,7 +59,7 @@ def _plan(node: Node, suite: HarnessTask) -> "Plan":
 
 def _run(
     model: "HarnessModel", task: "LoadedTask", deltas: "Sequence[Delta]", journal: Any, progress: Count
-) -> "Outcome":
+) -> "TaskScores":
     """Runs a task. Reports progress in documents of the suite, although the harness counts requests."""
     from composer.evaluation.harness import run_task
 

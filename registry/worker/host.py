@@ -6,7 +6,7 @@ from functools import cache
 from importlib.metadata import entry_points
 
 from registry.domain.jobs import needs
-from registry.domain.jobs.needs import EVOLUTION, HARNESS, Offer, Wanted
+from registry.domain.jobs.needs import EVOLUTION, HARNESS, Offer, WantedNeeds
 from registry.hub_client.bases import may_find_base
 from registry.transfer.bases import in_buckets
 from registry.transfer.resources import Resources
@@ -31,7 +31,7 @@ class Host:
             return _ANY_BYTES
         return settings.device_memory_bytes or _measured_bytes()
 
-    def _meets(self, need: str, wanted: Wanted) -> bool:
+    def _meets(self, need: str, wanted: WantedNeeds) -> bool:
         if (digest := needs.base_of(need)) is not None:
             locations = wanted.bases[digest][0]
             return may_find_base(locations) or bool(in_buckets(locations))

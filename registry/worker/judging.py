@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from composer.formats.recipes.suite import Example, Suite
 from registry.domain.channels import gates
-from registry.domain.channels.gates import Measured, Scores
+from registry.domain.channels.gates import GateScore, Scores
 from registry.formats.manifest import ManifestFile
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class Member:
     repository: str
     version: str
     suite: str | None
-    recorded: Mapping[tuple[str, str], Measured]
+    recorded: Mapping[tuple[str, str], GateScore]
     subject: Subject
 
 
@@ -81,7 +81,7 @@ class Examination:
             if not self.known(member, suite)
         ]
 
-    def known(self, member: Member, suite: Suite) -> dict[str, Measured]:
+    def known(self, member: Member, suite: Suite) -> dict[str, GateScore]:
         """The input's measured scores, by metric, on exactly the examples that the candidate is measured on."""
         count = self.count(suite)
         if count < len(suite.examples):
@@ -136,19 +136,19 @@ def judge(rules: Mapping[str, bool], rows: Sequence[Row], base: Scores, guards: 
     """Each rule's result, and whether it is `required`; others only warn. `base` has the base's recorded scores, which
     those on exactly the candidate's examples replace. `guards` names the suites that are guards."""
     candidate = {(row["suite"], row["metric"]): _measured(row) for row in rows}
-    members: dict[tuple[str, str], dict[tuple[str, str], Measured]] = {}
+    members: dict[tuple[str, str], dict[tuple[str, str], GateScore]] = {}
     for row in rows:
         for one in row.get("inputs", []):
             own = members.setdefault((one["repository"], one["version"]), {})
             own[row["suite"], row["metric"]] = _measured({**row, **one})
     same = {(row["suite"], row["metric"]): _measured({**row, **row["base"]}) for row in rows if "base" in row}
     inputs = gates.best_of(list(members.values()))
-    against = gates.References(base={**base, **same}, inputs=inputs, guards=guards)
+    against = gates.Baselines(base={**base, **same}, inputs=inputs, guards=guards)
     results = gates.judge(gates.parse_rules(list(rules)), candidate, against)
     return [
         {**result.to_json(), "required": required} for result, required in zip(results, rules.values(), strict=True)
     ]
 
 
-def _measured(row: Mapping[str, Any]) -> Measured:
-    return Measured(row["value"], row["stderr"], row["n"], row["higher_is_better"])
+def _measured(row: Mapping[str, Any]) -> GateScore:
+    return GateScore(row["value"], row["stderr"], row["n"], row["higher_is_better"])

@@ -6,7 +6,7 @@ from typing import NoReturn
 from composer.formats.recipes.policy import read_policy
 from composer.formats.recipes.recipe import Lock, Optimize
 from registry.domain.compositions import compositions, locking
-from registry.domain.compositions.locking import Choice
+from registry.domain.compositions.locking import SearchChoice
 from registry.errors import Refused
 from registry.transfer.collect import evaluation_journal
 from registry.worker.composition import CompositionRun, ProgressCount, composition_of, suites_named
@@ -33,20 +33,20 @@ def _searched(held: JobRun, work: CompositionRun, asked: Optimize) -> Lock:
     """The lock with what the search chose and its evidence; without a choice, with the evidence alone."""
     from composer.optimize.candidates import Candidate
     from composer.optimize.optimize import expected_passes, optimize
-    from composer.optimize.problem import Effort, Member, Problem
+    from composer.optimize.problem import SearchEffort, SearchMember, SearchProblem
     from composer.optimize.report import document
 
     suites = suites_named(held, [name or "" for name in work.member_suites])
     guards = [suite for suite in suites_named(held, work.recipe.evaluate) if suite.kind == "guard"]
     members = [
-        Member(adapter=name, suite=suite, weight=locked.weighted)
+        SearchMember(adapter=name, suite=suite, weight=locked.weighted)
         for name, locked, suite in zip(work.names, work.lock.inputs, suites, strict=True)
     ]
-    problem = Problem(
+    problem = SearchProblem(
         load=_no_base,
         members=members,
         guards=guards,
-        effort=Effort.of(asked),
+        effort=SearchEffort.of(asked),
         as_adapter=True,
         settings=work.recipe.settings,
     ).under(read_policy(work.recipe.policy))
@@ -67,7 +67,7 @@ def _searched(held: JobRun, work: CompositionRun, asked: Optimize) -> Lock:
     fitted_on = [problem.splits[suite.digest].to_json() for suite in suites] if choice.is_fitted else []
     return locking.with_choice(
         lock,
-        Choice(
+        SearchChoice(
             method=choice.method,
             settings=choice.settings,
             factors=choice.factors,

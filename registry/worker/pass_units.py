@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from composer.conflicts.evidence.bench import Pass, PassRunner
     from composer.evaluation.measure import Measured
     from composer.evaluation.model import LoadedModel
-    from composer.optimize.problem import Member, Problem
+    from composer.optimize.problem import SearchMember, SearchProblem
 
 _NAME_CHARS = 60
 Named = tuple[str, list[list[str]]]
@@ -28,13 +28,13 @@ Progress = Callable[[int], None]
 """Called with the number of examples just measured."""
 
 
-def search_passes(held: JobRun, work: CompositionRun, problem: "Problem", progress: Progress) -> "Passes":
+def search_passes(held: JobRun, work: CompositionRun, problem: "SearchProblem", progress: Progress) -> "Passes":
     """The passes of a search."""
     suites = [one.suite for one in problem.members]
     return _passes(held, work, suites, problem.guards, how_to_search(problem), progress)
 
 
-def how_to_search(problem: "Problem") -> Row:
+def how_to_search(problem: "SearchProblem") -> Row:
     """What a document of passes says about the search that they are for."""
     effort = {"search": problem.effort.search, "confirm": problem.effort.confirm, "seed": problem.effort.seed}
     return {"for": "search", "effort": effort, "as_adapter": problem.as_adapter}
@@ -141,25 +141,25 @@ def _opened(node: Node, document: str, hints: Mapping[str, Any]) -> "PassRunner"
     return runner(node, content, hints, members, guards)
 
 
-def _member(node: Node, content: Row, row: Row) -> "Member":
-    from composer.optimize.problem import Member
+def _member(node: Node, content: Row, row: Row) -> "SearchMember":
+    from composer.optimize.problem import SearchMember
 
     adapter = loaded_adapter(node, row, shared_architecture(node, content["architecture"]))
-    return Member(adapter=adapter, suite=Suite.from_json(row["suite"]), weight=parse_weight(row["weight"]))
+    return SearchMember(adapter=adapter, suite=Suite.from_json(row["suite"]), weight=parse_weight(row["weight"]))
 
 
 def _search(
-    node: Node, content: Row, hints: Mapping[str, Any], members: "Sequence[Member]", guards: Sequence[Suite]
+    node: Node, content: Row, hints: Mapping[str, Any], members: "Sequence[SearchMember]", guards: Sequence[Suite]
 ) -> "PassRunner":
     from composer.optimize.combiner import pass_runner
-    from composer.optimize.problem import Effort, Problem
+    from composer.optimize.problem import SearchEffort, SearchProblem
 
     return pass_runner(
-        Problem(
+        SearchProblem(
             load=lambda: loaded_base(node, content["base"], hints),
             members=members,
             guards=guards,
-            effort=Effort(**content["effort"]),
+            effort=SearchEffort(**content["effort"]),
             as_adapter=content["as_adapter"],
         ),
         node.check,
@@ -167,7 +167,7 @@ def _search(
 
 
 def _probe(
-    node: Node, content: Row, hints: Mapping[str, Any], members: "Sequence[Member]", guards: Sequence[Suite]
+    node: Node, content: Row, hints: Mapping[str, Any], members: "Sequence[SearchMember]", guards: Sequence[Suite]
 ) -> "PassRunner":
     from composer.conflicts.evidence.bench import Probed, Runner
     from composer.conflicts.evidence.probe import by_method, pass_runner

@@ -298,5 +298,5 @@ def _measured(held: JobRun, actor: Actor, work: CompositionRun) -> list[Measurem
     if [Measurement.of(score) for score in kept["scores"]] != measured:
         return measured
     namespace = parse_reference(work.recipe.adapter).repository.namespace
-    rows = {digest: results.Results(examples) for digest, examples in kept["results"].items()}
+    rows = {digest: results.ExampleResults(examples) for digest, examples in kept["results"].items()}
     return results.store(held.resources, actor, namespace, measured, rows)

@@ -29,7 +29,7 @@ from composer.merge.rebuild import steps_apart
 from composer.merge.run import run_merge
 from composer.methods.combine import combine_deltas
 from composer.optimize.optimize import optimize
-from composer.optimize.problem import Effort, Member, Problem
+from composer.optimize.problem import SearchEffort, SearchMember, SearchProblem
 from tests.composer.adapted import relative
 from tests.composer.small_model import Load, dense
 from tests.composer.tiny import MakeAdapter, MakeModel, tensors_in
@@ -216,12 +216,12 @@ def _ratios(measured: Activations) -> list[float]:
 def test_a_search_measures_the_cpus_numbers(
     there: LoadedModel, here: LoadedModel, red: LoadedAdapter, green: LoadedAdapter
 ) -> None:
-    members = [Member(adapter=red, suite=suite("red")), Member(adapter=green, suite=suite("green"))]
+    members = [SearchMember(adapter=red, suite=suite("red")), SearchMember(adapter=green, suite=suite("green"))]
     loose = Limits(loss=100.0, answers=0.0, guard=100.0)
     tried: list[dict[str, float]] = []
     for loaded in (there, here):
-        problem = Problem(
-            load=lambda loaded=loaded: loaded, members=members, limits=loose, effort=Effort(search=2, confirm=4)
+        problem = SearchProblem(
+            load=lambda loaded=loaded: loaded, members=members, limits=loose, effort=SearchEffort(search=2, confirm=4)
         )
         report = optimize(problem)
         tried.append({one.candidate.name: one.outcome.effects[0].combined for one in report.best})

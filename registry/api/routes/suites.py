@@ -166,7 +166,7 @@ def _measurements(resources: Resources, actor: Actor, namespace: str, body: Scor
 
     measured = [Measurement(**row.model_dump()) for row in body.scores]
     rows = {
-        result.suite_digest: results.Results(
+        result.suite_digest: results.ExampleResults(
             [row.model_dump(exclude_defaults=True) for row in result.examples], result.metric
         )
         for result in body.results

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from composer.formats.recipes.methods import AnySettings
     from composer.formats.recipes.policy import Policy
     from composer.formats.recipes.weights import Weight
-    from composer.optimize.problem import Effort
+    from composer.optimize.problem import SearchEffort
 
 Json = Mapping[str, Any]
 
@@ -28,7 +28,7 @@ def search(
     policy: "Policy",
     *,
     content: str,
-    effort: "Effort",
+    effort: "SearchEffort",
 ) -> dict[str, Any]:
     """Searches, with the given method among the candidates, and returns the report.
 
@@ -36,7 +36,7 @@ def search(
     """
     from composer.optimize.candidates import Candidate
     from composer.optimize.optimize import expected_passes, optimize
-    from composer.optimize.problem import Member, Problem
+    from composer.optimize.problem import SearchMember, SearchProblem
     from composer.optimize.report import document
     from registry.sdk.connection import load_settings
     from registry.transfer.collect import evaluation_journal
@@ -46,24 +46,26 @@ def search(
         name="as given", family="given", method=method.method, factors=(1.0,) * len(weighted), settings=stated
     )
     members = [
-        Member(adapter=adapter, suite=suite, weight=weight)
+        SearchMember(adapter=adapter, suite=suite, weight=weight)
         for (adapter, weight), suite in zip(weighted, evidence.suites, strict=True)
         if suite is not None
     ]
-    problem = Problem(load=evidence.load, members=members, guards=evidence.guards, settings=own.settings, effort=effort)
+    problem = SearchProblem(
+        load=evidence.load, members=members, guards=evidence.guards, settings=own.settings, effort=effort
+    )
     problem = problem.under(policy)
     journal = evaluation_journal(load_settings(), f"search {content} {problem.name}")
     with render.progress("optimize", expected_passes(problem, [own]), "examples") as bar:
         return document(optimize(problem, [own], journal, bar))
 
 
-def effort_of(texts: list[str] | None) -> "Effort":
+def effort_of(texts: list[str] | None) -> "SearchEffort":
     """Parses `--budget KEY=VALUE`, the keys of `optimize` in a recipe. Raises Usage naming the key."""
     from pydantic import ValidationError
 
     from composer.formats.recipes.documents import problem_of
     from composer.formats.recipes.recipe import Optimize
-    from composer.optimize.problem import Effort
+    from composer.optimize.problem import SearchEffort
 
     pairs = [text.partition("=") for text in texts or []]
     try:
@@ -77,7 +79,7 @@ def effort_of(texts: list[str] | None) -> "Effort":
             subject=problem.path,
             next_step=problem.next_step or f"Write KEY=NUMBER with one of {names}.",
         ) from error
-    return Effort.of(asked)
+    return SearchEffort.of(asked)
 
 
 def _number(text: str) -> object:

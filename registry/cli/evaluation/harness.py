@@ -14,7 +14,7 @@ from registry.sdk.connection import Connection
 
 if TYPE_CHECKING:
     from composer.deltas.delta import Delta
-    from composer.evaluation.harness import Outcome, Plan
+    from composer.evaluation.harness import Plan, TaskScores
     from composer.evaluation.harness_model import AnswerJournal, HarnessModel
     from composer.evaluation.model import LoadedModel
     from composer.formats.recipes.elsewhere import HarnessTask
@@ -117,7 +117,7 @@ class _Run:
         from composer.evaluation.harness_model import HarnessModel
 
         loaded, deltas = self.model_of(self.subject)
-        model, outcomes, rows = HarnessModel(loaded), dict[str, "Outcome"](), list[Json]()
+        model, outcomes, rows = HarnessModel(loaded), dict[str, "TaskScores"](), list[Json]()
         with render.progress(f"eval {self.subject.name}", None) as bar:
             for name in self.plan.tasks:
                 outcomes[name] = self._measured(model, name, deltas, bar)
@@ -128,7 +128,7 @@ class _Run:
 
     def _measured(
         self, model: "HarnessModel", name: str, deltas: "Sequence[Delta]", bar: render.StepProgress
-    ) -> "Outcome":
+    ) -> "TaskScores":
         from composer.evaluation.harness import run_task
         from composer.evaluation.harness_model import AnswerJournal
         from registry.transfer.collect import evaluation_journal
@@ -148,7 +148,7 @@ class _Run:
             render.say(f"note: {line}")
         return outcome
 
-    def _recorded(self, suite: "HarnessTask", outcome: "Outcome") -> list[Json]:
+    def _recorded(self, suite: "HarnessTask", outcome: "TaskScores") -> list[Json]:
         """Records the scores, with the results of each document if there are any."""
         from composer.evaluation.harness import source
 

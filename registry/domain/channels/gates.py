@@ -34,7 +34,7 @@ _SCORE = r"\s*(?P<suite>[a-z0-9][a-z0-9._-]*)\.(?P<metric>[a-z_][a-z0-9_]*)\s+"
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class GateScore:
     """The parts of a score that a gate needs; `n` is 0 if a reported one does not state it."""
 
     value: float
@@ -62,10 +62,10 @@ class Figures:
     whether the 95 % interval stays on its side of the limit. All but `own` are None where the rule compares nothing, or
     must not show the other score."""
 
-    own: Measured
+    own: GateScore
     limit: float | None = None
     at_least: bool | None = None
-    other: Measured | None = None
+    other: GateScore | None = None
     sure: bool | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -105,11 +105,11 @@ class Comparison(ABC):
         """The text that parses to this rule."""
 
     @abstractmethod
-    def judge(self, own: Measured, other: Measured) -> tuple[bool, str]:
+    def judge(self, own: GateScore, other: GateScore) -> tuple[bool, str]:
         """Whether the rule passes, and why."""
 
     @abstractmethod
-    def limit(self, other: Measured) -> float | None:
+    def limit(self, other: GateScore) -> float | None:
         """The value from which on the rule passes; None if it cannot pass."""
 
     @property
@@ -130,13 +130,13 @@ class Within(Comparison):
     def __str__(self) -> str:
         return f"{self.suite}.{self.metric} within {number_text(self.number)} of {self.other}"
 
-    def judge(self, own: Measured, other: Measured) -> tuple[bool, str]:
+    def judge(self, own: GateScore, other: GateScore) -> tuple[bool, str]:
         worse_by = (other.value - own.value) if own.higher_is_better else (own.value - other.value)
         change = f"worse by {worse_by:.4g}" if worse_by > 0 else f"better by {-worse_by:.4g}"
         # Decimal margins such as 0.1 have no exact binary form: a difference equal to the margin passes.
         return worse_by <= self.number + 1e-9, f"{own} against {other}: {change}"
 
-    def limit(self, other: Measured) -> float:
+    def limit(self, other: GateScore) -> float:
         return other.value - self.number if other.higher_is_better else other.value + self.number
 
 
@@ -149,13 +149,13 @@ class Keeps(Comparison):
     def __str__(self) -> str:
         return f"{self.suite}.{self.metric} keeps {number_text(self.number)} of {self.other}"
 
-    def judge(self, own: Measured, other: Measured) -> tuple[bool, str]:
+    def judge(self, own: GateScore, other: GateScore) -> tuple[bool, str]:
         if not own.higher_is_better:
             return False, f"{self.metric} is better when lower: write `within NUMBER of inputs`"
         share = f"{own.value / other.value:.0%} kept" if other.value > 0 else "the inputs have nothing to keep"
         return own.value >= self.number * other.value - 1e-9, f"{own} against {other}: {share}"
 
-    def limit(self, other: Measured) -> float | None:
+    def limit(self, other: GateScore) -> float | None:
         return self.number * other.value if other.higher_is_better else None
 
     @property
@@ -174,7 +174,7 @@ class ScoreConditions:
         words = [f"n >= {self.min_n}"] * (self.min_n > 1) + ["measured"] * self.measured
         return f" ({', '.join(words)})" if words else ""
 
-    def objection(self, score: Measured) -> str:
+    def objection(self, score: GateScore) -> str:
         """Why the score does not count; empty if it does."""
         if self.measured and score.reported:
             return "it is reported, not measured"
@@ -196,7 +196,7 @@ def compared_with(rule: Rule) -> str:
     return rule.other if isinstance(rule, Comparison) else ""
 
 
-Scores = Mapping[tuple[str, str], Measured]
+Scores = Mapping[tuple[str, str], GateScore]
 """By suite name and metric; only scores on one content of each suite."""
 Others = Mapping[tuple[str, str], str]
 """By suite name and metric, for scores on another content: a description of what was measured."""
@@ -272,7 +272,7 @@ def parse_rules(texts: Sequence[str]) -> list[Rule]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class References:
+class Baselines:
     """The scores that a candidate is compared with. `served` is None for an empty channel. `inputs` is the best input's
     score for each suite and metric, None without lineage. `guards` names the suites that are guards. With
     `hides_inputs`, results do not show the inputs' scores, only whether the rule passes: not every reader may read
@@ -300,7 +300,7 @@ class References:
 
 def best_of(members: Sequence[Scores]) -> Scores:
     """The best of the members' scores for each suite and metric."""
-    best: dict[tuple[str, str], Measured] = {}
+    best: dict[tuple[str, str], GateScore] = {}
     for key, own in (item for member in members for item in member.items()):
         known = best.get(key)
         if known is None or (own.value > known.value) == own.higher_is_better:
@@ -308,13 +308,13 @@ def best_of(members: Sequence[Scores]) -> Scores:
     return best
 
 
-def judge(rules: Sequence[Rule], candidate: Scores, against: References) -> list[GateResult]:
+def judge(rules: Sequence[Rule], candidate: Scores, against: Baselines) -> list[GateResult]:
     """Evaluates the rules. A missing score fails its rule."""
     return [judge_rule(rule, candidate, against) for rule in rules]
 
 
 def judge_rule(
-    rule: Rule, candidate: Scores, against: References, needs: ScoreConditions = ScoreConditions()
+    rule: Rule, candidate: Scores, against: Baselines, needs: ScoreConditions = ScoreConditions()
 ) -> GateResult:
     """Evaluates one rule on the scores that count."""
     if isinstance(rule, Comparison) and against.serves_base(rule):
@@ -326,7 +326,7 @@ def judge_rule(
     return _with_cost(rule, result, candidate, against)
 
 
-def _with_cost(rule: Rule, result: GateResult, candidate: Scores, against: References) -> GateResult:
+def _with_cost(rule: Rule, result: GateResult, candidate: Scores, against: Baselines) -> GateResult:
     """The result, with the cost of a guard's loss relative to the base."""
     key = (rule.suite, rule.metric)
     own, base = candidate.get(key), against.base.get(key)
@@ -335,7 +335,7 @@ def _with_cost(rule: Rule, result: GateResult, candidate: Scores, against: Refer
     return replace(result, detail=f"{result.detail}; {guard_cost(own.value, base.value)}")
 
 
-def _judge(rule: Rule, candidate: Scores, against: References, needs: ScoreConditions) -> GateResult:
+def _judge(rule: Rule, candidate: Scores, against: Baselines, needs: ScoreConditions) -> GateResult:
     key, text = (rule.suite, rule.metric), f"{rule}{needs}"
     own = candidate.get(key)
     if own is None:
@@ -369,12 +369,12 @@ def _judge(rule: Rule, candidate: Scores, against: References, needs: ScoreCondi
     return GateResult(text, passed, detail, figures=_figures_of_comparison(rule, own, other))
 
 
-def _figures_of_condition(rule: Condition, own: Measured) -> Figures:
+def _figures_of_condition(rule: Condition, own: GateScore) -> Figures:
     sure = intervals.is_sure(own.value, own.interval(rule.metric), rule.value)
     return Figures(own, rule.value, rule.operator == ">=", sure=sure)
 
 
-def _figures_of_comparison(rule: Comparison, own: Measured, other: Measured) -> Figures:
+def _figures_of_comparison(rule: Comparison, own: GateScore, other: GateScore) -> Figures:
     limit, around = rule.limit(other), (other.value, other.interval(rule.metric))
     if limit is None:
         return Figures(own)
@@ -382,7 +382,7 @@ def _figures_of_comparison(rule: Comparison, own: Measured, other: Measured) -> 
     return Figures(own, limit, own.higher_is_better, other, sure)
 
 
-def lacking(rule: Rule, candidate: Scores, against: References, needs: ScoreConditions) -> list[str]:
+def lacking(rule: Rule, candidate: Scores, against: Baselines, needs: ScoreConditions) -> list[str]:
     """The subjects without a score that counts among those that the rule uses, named as in `GateResult.lacks`."""
     key, other = (rule.suite, rule.metric), compared_with(rule)
     other = "base" if against.serves_base(rule) else other
@@ -475,5 +475,5 @@ def others(session: Session, subject: Release | Base, contents: Contents) -> Oth
     }
 
 
-def measured(row: Score) -> Measured:
-    return Measured(row.value, row.stderr, row.n, row.higher_is_better, row.reported)
+def measured(row: Score) -> GateScore:
+    return GateScore(row.value, row.stderr, row.n, row.higher_is_better, row.reported)

@@ -24,7 +24,7 @@ from registry.domain.channels.policies import (
 from registry.domain.channels.requirements import Question
 from registry.domain.channels.serving import move_before, serving_move, way_back
 from registry.domain.channels.timeline import ChannelMove
-from registry.domain.jobs.evaluations import Wanted
+from registry.domain.jobs.evaluations import WantedScore
 from registry.errors import Refused, Stale
 from registry.formats.channel_policy import ChannelPolicy
 from registry.formats.references import RepositoryName, Version, parse_name, refuse_ambiguous_channel
@@ -120,7 +120,7 @@ def attempt(
     wanted: PromotionRequest,
     *,
     completing: int | None = None,
-    given_up: Mapping[Wanted, str] | None = None,
+    given_up: Mapping[WantedScore, str] | None = None,
 ) -> ChannelMove | Waiting:
     """Moves the channel to the release if every rule of its policy passes, or is overridden by force. Returns
     `Waiting`, and changes nothing, if the release lacks only what may still come.
@@ -368,7 +368,7 @@ def judge(  # noqa: PLR0913
     name: str,
     channel_id: int | None,
     policy: ChannelPolicy,
-    given_up: Mapping[Wanted, str],
+    given_up: Mapping[WantedScore, str],
 ) -> PolicyReport:
     """Judges a release by the policy of the channel `name`, whose id is None before its first promotion."""
     if policies.is_empty(policy):

@@ -20,7 +20,7 @@ from registry.domain.channels import gates, pins, requirements
 from registry.domain.channels.gates import Contents, GateResult, Rule, ScoreConditions
 from registry.domain.channels.requirements import Question
 from registry.domain.channels.serving import POLICY, refresh_served
-from registry.domain.jobs.evaluations import Wanted
+from registry.domain.jobs.evaluations import WantedScore
 from registry.errors import NotAllowed, Refused, Stale, Usage
 from registry.formats.channel_policy import ChannelPolicy, ScoreRule, of_rules, read_policy
 from registry.formats.references import RepositoryName, Version, parse_name
@@ -43,7 +43,7 @@ class PolicyReport:
     """The results of a policy's rules, and the scores that they wait for."""
 
     results: Sequence[GateResult]
-    lacking: Sequence[Wanted]
+    lacking: Sequence[WantedScore]
 
     @property
     def failed(self) -> list[GateResult]:
@@ -199,7 +199,9 @@ def judge(session: Session, policy: ChannelPolicy, question: Question) -> Policy
     return PolicyReport([*results, *requirements.judge(session, policy, question)], lacking)
 
 
-def _judge_scores(session: Session, policy: ChannelPolicy, question: Question) -> tuple[list[GateResult], list[Wanted]]:
+def _judge_scores(
+    session: Session, policy: ChannelPolicy, question: Question
+) -> tuple[list[GateResult], list[WantedScore]]:
     if not policy.rules:
         return [], []
     release = question.release
@@ -216,11 +218,11 @@ def _judge_scores(session: Session, policy: ChannelPolicy, question: Question) -
     sides = {"candidate": release, "base": base, **({"served": question.served} if question.served else {})}
     others = cache(lambda: {side: gates.others(session, subject, contents) for side, subject in sides.items()})
     results: list[GateResult] = []
-    lacking: dict[Wanted, None] = {}
+    lacking: dict[WantedScore, None] = {}
     for rule, row in zip(rules, policy.rules, strict=True):
         needs = ScoreConditions(*policy.of_rule(row))
         best = None if of_inputs is None else gates.best_of([needs.counting(scores) for scores in of_inputs])
-        against = gates.References(base=of_base, served=served, inputs=best, guards=guards, hides_inputs=hidden)
+        against = gates.Baselines(base=of_base, served=served, inputs=best, guards=guards, hides_inputs=hidden)
         result = gates.judge_rule(rule, own, against, needs)
         if result.lacks:  # the score may be there, on another content of the suite
             result = gates.judge_rule(rule, own, replace(against, others=others()), needs)
@@ -243,7 +245,7 @@ def _awaited(
     result: GateResult,
     subjects: Sequence[tuple[int | None, str]],
     contents: Contents,
-) -> tuple[GateResult, list[Wanted]]:
+) -> tuple[GateResult, list[WantedScore]]:
     """The result, waiting if the missing scores of the subjects can still come, and the measurements that it needs."""
     suite = contents.suites.get(rule.suite)
     if suite is None or suite.task == suites.REPORTED:  # nobody can measure it
@@ -251,7 +253,7 @@ def _awaited(
     if suite.examples < needs.min_n:
         why = f"{result.detail}; {suite.name} has {suite.examples} examples, and {needs.min_n} are needed"
         return replace(result, detail=why), []
-    lacks = [Wanted(release_id, base, suite.digest) for release_id, base in subjects]
+    lacks = [WantedScore(release_id, base, suite.digest) for release_id, base in subjects]
     if over := next((question.given_up[lack] for lack in lacks if lack in question.given_up), ""):
         return replace(result, detail=f"{result.detail} ({over})"), []
     if not lacks:

@@ -22,7 +22,7 @@ from registry.domain.channels.policies import Expected, PolicyReport, PromotionR
 from registry.domain.channels.serving import serving_move
 from registry.domain.channels.timeline import ChannelMove
 from registry.domain.jobs import evaluations, queue
-from registry.domain.jobs.evaluations import Wanted
+from registry.domain.jobs.evaluations import WantedScore
 from registry.errors import Conflict, NotAllowed, Refused, RegistryError, Stale, Unavailable
 from registry.formats.references import parse_name, parse_version, refuse_ambiguous_channel
 
@@ -199,7 +199,7 @@ def _wait(session: Session, actor: Actor, promotion: Promotion, outcome: Waiting
     session.flush()
 
 
-def _namespaces(session: Session, promotion: Promotion, wanted: Sequence[Wanted]) -> set[str]:
+def _namespaces(session: Session, promotion: Promotion, wanted: Sequence[WantedScore]) -> set[str]:
     """The namespaces of the promotion and of the measured releases. With an input in another one, the job belongs to
     none: its error may name that input."""
     measured = select(Release).where(
@@ -221,7 +221,7 @@ def _rows(report: PolicyReport) -> list[dict[str, Any]]:
     return [result.with_waiting() for result in report.results]
 
 
-def _given_up(session: Session, promotion: Promotion) -> Mapping[Wanted, str]:
+def _given_up(session: Session, promotion: Promotion) -> Mapping[WantedScore, str]:
     """The measurements that the promotion's evaluation still lacked when it ended: they will not come. Has
     the errors of a job within the promotion's namespace only."""
     if promotion.job_id is None:
@@ -239,8 +239,8 @@ def _given_up(session: Session, promotion: Promotion) -> Mapping[Wanted, str]:
         why += f": {job.error['detail']}"
     row = evaluations.find(session, job.id)
     return {
-        **{Wanted(**subject): why for subject in row.wanted},
-        **{Wanted.of(result): result["error"] for result in row.results if result["error"] and shown},
+        **{WantedScore(**subject): why for subject in row.wanted},
+        **{WantedScore.of(result): result["error"] for result in row.results if result["error"] and shown},
     }
 
 

@@ -20,7 +20,7 @@ from registry.domain.catalog.signatures import SignedAs
 from registry.domain.channels import licensing
 from registry.domain.channels.gates import GateResult, lineage_of
 from registry.domain.channels.serving import CHANGES, leads_somewhere
-from registry.domain.jobs.evaluations import Wanted
+from registry.domain.jobs.evaluations import WantedScore
 from registry.formats.channel_policy import Approval as NeededApproval
 from registry.formats.channel_policy import ChannelPolicy, Soak
 from registry.formats.signatures import is_key_of
@@ -35,7 +35,7 @@ class Question:
     release: Release
     channel: str
     served: Release | None
-    given_up: Mapping[Wanted, str] = field(default_factory=dict[Wanted, str])
+    given_up: Mapping[WantedScore, str] = field(default_factory=dict[WantedScore, str])
 
 
 def judge(session: Session, policy: ChannelPolicy, question: Question) -> list[GateResult]:

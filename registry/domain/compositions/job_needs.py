@@ -9,7 +9,7 @@ from registry.database.tables import Base, Composition, Evaluation, Job
 from registry.domain.catalog import suites
 from registry.domain.compositions import locking
 from registry.domain.jobs import evaluations, needs, queue
-from registry.domain.jobs.evaluations import Wanted
+from registry.domain.jobs.evaluations import WantedScore
 from registry.domain.jobs.needs import EVOLUTION, WorkerNeeds, base_need
 from registry.errors import RegistryError
 
@@ -43,7 +43,7 @@ def declare_missing(session: Session) -> None:
 def _needs_of_job(session: Session, job: Job) -> WorkerNeeds:
     if job.kind == evaluations.KIND:
         row = session.get_one(Evaluation, job.id)
-        return evaluations.needs_of(session, [Wanted(**subject) for subject in row.wanted])
+        return evaluations.needs_of(session, [WantedScore(**subject) for subject in row.wanted])
     composition = session.scalar(select(Composition).where(Composition.job_id == job.id))
     if composition is None:  # a conflict check, which reads weights of adapters alone
         return WorkerNeeds()

@@ -114,7 +114,7 @@ def _without_suite(adapter: str, why: str, missing: str) -> Usage:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Choice:
+class SearchChoice:
     """The result of a search: `factors` multiply the inputs' weights, `calibration` are the examples that the method is
     fitted on, `evidence` is the search's report."""
 
@@ -125,7 +125,7 @@ class Choice:
     evidence: Mapping[str, Any]
 
 
-def with_choice(lock: Lock, choice: Choice) -> Lock:
+def with_choice(lock: Lock, choice: SearchChoice) -> Lock:
     """The lock with the method, settings and weights that a search chose, and its evidence."""
     settings = parse_settings(choice.method, choice.settings)
     weighted = [source.weighted.times(factor) for source, factor in zip(lock.inputs, choice.factors, strict=True)]

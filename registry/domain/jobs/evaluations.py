@@ -23,7 +23,7 @@ STEPS = ("measure",)
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class WantedScore:
     """A measurement to make: a release by its row's id, None for the base alone, on a base and a suite, by their
     digests."""
 
@@ -41,7 +41,7 @@ def create(
     session: Session,
     actor: Actor,
     namespaces: Collection[str],
-    wanted: Sequence[Wanted],
+    wanted: Sequence[WantedScore],
     upgrade: dict[str, Any] | None = None,
     wish: Wish = PLAIN,
 ) -> Job:
@@ -56,7 +56,7 @@ def create(
     return job
 
 
-def needs_of(session: Session, wanted: Sequence[Wanted]) -> WorkerNeeds:
+def needs_of(session: Session, wanted: Sequence[WantedScore]) -> WorkerNeeds:
     """The needs of this measurement: the largest base in memory, each base but for models, which are loaded from
     their own files, and what the suites are measured with."""
     suites = session.scalars(select(Suite).where(Suite.digest.in_({subject.suite for subject in wanted})))
@@ -84,11 +84,11 @@ def _models(session: Session, releases: Collection[int]) -> set[int]:
     return set(session.scalars(query.where(Release.id.in_(releases), Repository.kind == "model")))
 
 
-def under_way(session: Session, wanted: Sequence[Wanted]) -> Job | None:
+def under_way(session: Session, wanted: Sequence[WantedScore]) -> Job | None:
     """An unfinished job that measures all of this."""
     query = select(Evaluation, Job).join(Job, Job.id == Evaluation.job_id).where(Job.state.not_in(queue.FINISHED))
     for evaluation, job in session.execute(query.order_by(Job.id)):
-        if not job.cancel_requested and set(wanted) <= {Wanted(**row) for row in evaluation.wanted}:
+        if not job.cancel_requested and set(wanted) <= {WantedScore(**row) for row in evaluation.wanted}:
             return job
     return None
 
@@ -119,6 +119,6 @@ def add_result(session: Session, job_id: int, result: dict[str, Any]) -> None:
     """Keeps the result of one release and suite, unless there is one: two workers may have measured it, if one of them
     was thought to be dead."""
     row = session.get_one(Evaluation, job_id, with_for_update=True, populate_existing=True)
-    if Wanted.of(result) in {Wanted.of(earlier) for earlier in row.results}:
+    if WantedScore.of(result) in {WantedScore.of(earlier) for earlier in row.results}:
         return
     row.results = [*row.results, result]

@@ -108,7 +108,7 @@ def needs_of(session: Session, jobs: Collection[Job]) -> dict[int, WorkerNeeds]:
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class WantedNeeds:
     """All needs of unfinished jobs, the locations and sizes of the bases among them by digest, and whether any job
     needs memory of a device."""
 
@@ -117,7 +117,7 @@ class Wanted:
     memory: bool
 
 
-def wanted(session: Session) -> Wanted:
+def wanted(session: Session) -> WantedNeeds:
     """The names that a worker looks for on its host."""
     jobs = select(Job.id).where(Job.state.in_(UNFINISHED))
     names = frozenset(session.scalars(select(JobNeed.need).where(JobNeed.job_id.in_(jobs)).distinct()))
@@ -128,7 +128,7 @@ def wanted(session: Session) -> Wanted:
     for digest, url in session.execute(placed.order_by(BaseLocation.url)):
         urls[digest].append(url)
     memory = session.scalar(select(exists().where(Job.state.in_(UNFINISHED), Job.memory_bytes > 0))) or False
-    return Wanted(names, {digest: (urls[digest], size_bytes) for digest, size_bytes in sizes}, memory)
+    return WantedNeeds(names, {digest: (urls[digest], size_bytes) for digest, size_bytes in sizes}, memory)
 
 
 def met_by(offer: Offer) -> ColumnElement[bool]:

@@ -21,12 +21,12 @@ from composer.formats.recipes.weights import Weight, parse_rule
 from composer.methods.combine import combine_parsed
 from composer.optimize.candidates import Candidate
 from composer.optimize.optimize import expected_passes, optimize
-from composer.optimize.problem import Effort, Member, Problem
+from composer.optimize.problem import SearchEffort, SearchMember, SearchProblem
 from composer.optimize.report import OptimizeReport, document
 from tests.composer.small_model import Load, load_adapter, save_llama, scaled
 from tests.device import DEVICE
 
-EFFORT = Effort(search=4, confirm=8)
+EFFORT = SearchEffort(search=4, confirm=8)
 
 
 def suite_of(loaded: LoadedModel, adapter: LoadedAdapter, topic: str, kind: Kind = "target", count: int = 16) -> Suite:
@@ -37,19 +37,19 @@ def suite_of(loaded: LoadedModel, adapter: LoadedAdapter, topic: str, kind: Kind
 
 
 @pytest.fixture(scope="module")
-def problem(loaded: LoadedModel, load: Load) -> Problem:
+def problem(loaded: LoadedModel, load: Load) -> SearchProblem:
     red, blue = (scaled(load(name, seed), 0.7, name) for name, seed in (("red", 1), ("blue", 2)))
     members = [
-        Member(adapter=red, suite=suite_of(loaded, red, "red")),
-        Member(adapter=blue, suite=suite_of(loaded, blue, "blue")),
+        SearchMember(adapter=red, suite=suite_of(loaded, red, "red")),
+        SearchMember(adapter=blue, suite=suite_of(loaded, blue, "blue")),
     ]
     guard = suite_of(loaded, red, "guard", "guard")
     loose = Limits(loss=100.0, answers=0.0, guard=100.0)
-    return Problem(load=lambda: loaded, members=members, guards=[guard], limits=loose, effort=EFFORT)
+    return SearchProblem(load=lambda: loaded, members=members, guards=[guard], limits=loose, effort=EFFORT)
 
 
 @pytest.fixture(scope="module")
-def report(problem: Problem) -> OptimizeReport:
+def report(problem: SearchProblem) -> OptimizeReport:
     return optimize(problem)
 
 
@@ -59,7 +59,7 @@ def decided(report: OptimizeReport) -> dict[str, object]:
 
 
 def test_the_choice_is_the_best_of_the_search_that_keeps_the_limits_on_unseen_examples(
-    report: OptimizeReport, problem: Problem
+    report: OptimizeReport, problem: SearchProblem
 ) -> None:
     assert report.choice is report.best[0].candidate
     assert len({one.candidate.name for one in report.best}) == len(report.best) >= 3
@@ -69,7 +69,9 @@ def test_the_choice_is_the_best_of_the_search_that_keeps_the_limits_on_unseen_ex
     assert report.passes >= 0.8 * expected_passes(problem)
 
 
-def test_the_report_is_json_and_names_the_examples_that_were_seen(report: OptimizeReport, problem: Problem) -> None:
+def test_the_report_is_json_and_names_the_examples_that_were_seen(
+    report: OptimizeReport, problem: SearchProblem
+) -> None:
     said = json.loads(json.dumps(document(report)))
     assert said["choice"]["method"] == report.choice.method  # pyright: ignore[reportOptionalMemberAccess]
     seen = {row["suite"]: row["examples"] for row in said["searched"]}
@@ -77,7 +79,7 @@ def test_the_report_is_json_and_names_the_examples_that_were_seen(report: Optimi
         assert seen[suite.name] == [example_digest(one) for one in suite.sample(4)]
 
 
-def test_a_fit_is_never_scored_on_an_example_that_it_has_seen(problem: Problem, tmp_path: Path) -> None:
+def test_a_fit_is_never_scored_on_an_example_that_it_has_seen(problem: SearchProblem, tmp_path: Path) -> None:
     journal = tmp_path / "search.jsonl"
     optimize(problem, journal=journal)
     halves = {
@@ -93,7 +95,7 @@ def test_a_fit_is_never_scored_on_an_example_that_it_has_seen(problem: Problem, 
 
 
 def test_a_search_resumes_from_any_part_of_its_journal_with_the_same_choice(
-    problem: Problem, report: OptimizeReport, tmp_path: Path
+    problem: SearchProblem, report: OptimizeReport, tmp_path: Path
 ) -> None:
     journal = tmp_path / "search.jsonl"
     optimize(problem, journal=journal)
@@ -109,7 +111,9 @@ def test_a_search_resumes_from_any_part_of_its_journal_with_the_same_choice(
 
 
 @pytest.mark.long  # a further way to get half a journal
-def test_an_interrupted_search_goes_on_where_it_was(problem: Problem, report: OptimizeReport, tmp_path: Path) -> None:
+def test_an_interrupted_search_goes_on_where_it_was(
+    problem: SearchProblem, report: OptimizeReport, tmp_path: Path
+) -> None:
     done: list[int] = []
 
     def stop(count: int) -> None:
@@ -124,9 +128,9 @@ def test_an_interrupted_search_goes_on_where_it_was(problem: Problem, report: Op
     assert again.run < report.run
 
 
-def test_two_of_the_same_adapter_are_averaged(problem: Problem, loaded: LoadedModel) -> None:
+def test_two_of_the_same_adapter_are_averaged(problem: SearchProblem, loaded: LoadedModel) -> None:
     red = problem.members[0]
-    twin = Member(adapter=replace(red.adapter, name="twin"), suite=suite_of(loaded, red.adapter, "crimson"))
+    twin = SearchMember(adapter=replace(red.adapter, name="twin"), suite=suite_of(loaded, red.adapter, "crimson"))
     tight = replace(problem, members=[red, twin], guards=[], limits=Limits(loss=0.1, answers=0.9))
     result = optimize(tight)
     assert result.choice is not None
@@ -134,7 +138,7 @@ def test_two_of_the_same_adapter_are_averaged(problem: Problem, loaded: LoadedMo
     assert result.best[0].worst_kept == pytest.approx(1.0, abs=1e-3)
 
 
-def test_if_nothing_fits_there_is_no_choice_and_the_best_are_shown(problem: Problem) -> None:
+def test_if_nothing_fits_there_is_no_choice_and_the_best_are_shown(problem: SearchProblem) -> None:
     impossible = optimize(replace(problem, limits=Limits(loss=-100.0, answers=0.0)))
     assert impossible.choice is None
     assert impossible.best
@@ -143,7 +147,7 @@ def test_if_nothing_fits_there_is_no_choice_and_the_best_are_shown(problem: Prob
     assert str(document(impossible)["headline"]).startswith("nothing fits")
 
 
-def test_members_that_answer_the_same_prompts_differently_are_not_searched(problem: Problem) -> None:
+def test_members_that_answer_the_same_prompts_differently_are_not_searched(problem: SearchProblem) -> None:
     red, blue = problem.members
     examples = tuple(replace(example, completion="another") for example in red.suite.examples)
     other = Suite(name="blue", kind="target", chat=False, ends=False, examples=examples)
@@ -152,14 +156,14 @@ def test_members_that_answer_the_same_prompts_differently_are_not_searched(probl
     assert "16 of 16 shared prompts have other answers" in str(document(result)["headline"])
 
 
-def test_a_budget_ends_the_search_and_the_best_so_far_are_confirmed(problem: Problem) -> None:
+def test_a_budget_ends_the_search_and_the_best_so_far_are_confirmed(problem: SearchProblem) -> None:
     short = optimize(replace(problem, effort=replace(EFFORT, passes=1)))
     assert {one.k for one in short.tried} == {2}
     assert {one.outcome.k for one in short.best} == {8}
 
 
 def test_a_search_with_a_budget_resumes_with_the_same_choice_and_stops_where_it_would_have(
-    problem: Problem, tmp_path: Path
+    problem: SearchProblem, tmp_path: Path
 ) -> None:
     journal = tmp_path / "search.jsonl"
     limited = replace(problem, effort=replace(EFFORT, passes=90))
@@ -178,7 +182,7 @@ def test_weights_between_the_tried_ones_are_tried_as_a_family_of_their_own(repor
     assert len(set(sums)) == len(sums), "none is tried twice"
 
 
-def test_the_members_own_weights_and_rules_are_part_of_what_is_chosen(problem: Problem) -> None:
+def test_the_members_own_weights_and_rules_are_part_of_what_is_chosen(problem: SearchProblem) -> None:
     """With factors 2 and 4, weights of a half and a quarter equal those of the plain adapters."""
     red, blue = problem.members
     rule = parse_rule("*v_proj=0.25")
@@ -186,7 +190,7 @@ def test_the_members_own_weights_and_rules_are_part_of_what_is_chosen(problem: P
     members = [replace(one, weight=weight) for one, weight in zip((red, blue), weights, strict=True)]
     plain = Candidate(name="plain", family="given", method="stack", factors=(1.0, 1.0))
     undone = replace(plain, name="undone", factors=(2.0, 4.0))
-    effort = Effort(search=2, confirm=2)
+    effort = SearchEffort(search=2, confirm=2)
     own = optimize(replace(problem, members=members, effort=effort), [undone])
     reference = optimize(replace(problem, effort=effort), [plain])
 
@@ -197,9 +201,9 @@ def test_the_members_own_weights_and_rules_are_part_of_what_is_chosen(problem: P
     assert kept(own, "sum") != pytest.approx(kept(reference, "sum"), abs=1e-4)
 
 
-def test_a_rank_that_the_recipe_asks_for_holds_for_every_candidate(problem: Problem) -> None:
+def test_a_rank_that_the_recipe_asks_for_holds_for_every_candidate(problem: SearchProblem) -> None:
     asked = {"rank": 3, "tied": "untie", "protect": [1]}
-    result = optimize(replace(problem, settings=asked, effort=Effort(search=2, confirm=2)))
+    result = optimize(replace(problem, settings=asked, effort=SearchEffort(search=2, confirm=2)))
     assert len(result.tried) > 8
     for one in result.tried:
         assert (one.candidate.settings["rank"], one.candidate.settings["tied"]) == (3, "untie")
@@ -215,12 +219,18 @@ def test_adapters_of_a_tied_embedding_are_searched_as_they_are_merged(tmp_path: 
         replace(load_adapter(base, tmp_path / name, seed, target_modules=["embed_tokens", "q_proj"]), name=name)
         for seed, name in enumerate(("red", "blue"), start=1)
     ]
-    members = [Member(adapter=adapter, suite=suite_of(loaded, adapter, adapter.name, count=4)) for adapter in adapters]
+    members = [
+        SearchMember(adapter=adapter, suite=suite_of(loaded, adapter, adapter.name, count=4)) for adapter in adapters
+    ]
     loose = Limits(loss=100.0, answers=0.0)
     settings = {"tied": "untie"}
     result = optimize(
-        Problem(
-            load=lambda: loaded, members=members, limits=loose, effort=Effort(search=2, confirm=2), settings=settings
+        SearchProblem(
+            load=lambda: loaded,
+            members=members,
+            limits=loose,
+            effort=SearchEffort(search=2, confirm=2),
+            settings=settings,
         )
     )
     assert result.choice is not None
@@ -233,18 +243,18 @@ def test_adapters_of_a_tied_embedding_are_searched_as_they_are_merged(tmp_path: 
     assert result.best[0].outcome.effects[0].combined == pytest.approx(nats, abs=1e-4)
 
 
-def test_few_unseen_examples_confirm_nothing(problem: Problem) -> None:
-    few = optimize(replace(problem, effort=Effort(search=4, confirm=7)))
+def test_few_unseen_examples_confirm_nothing(problem: SearchProblem) -> None:
+    few = optimize(replace(problem, effort=SearchEffort(search=4, confirm=7)))
     assert "not confirmed" in str(document(few)["headline"])
 
 
-def test_what_the_recipe_says_is_a_candidate_too(problem: Problem) -> None:
+def test_what_the_recipe_says_is_a_candidate_too(problem: SearchProblem) -> None:
     own = Candidate(name="as given", family="given", method="ctm_mean", factors=(1.0, 1.0))
-    result = optimize(replace(problem, effort=Effort(search=2, confirm=2)), [own])
+    result = optimize(replace(problem, effort=SearchEffort(search=2, confirm=2)), [own])
     assert "as given" in {one.candidate.name for one in result.tried}
 
 
-def test_a_search_needs_two_members(problem: Problem) -> None:
+def test_a_search_needs_two_members(problem: SearchProblem) -> None:
     with pytest.raises(Mismatch, match="at least two members"):
         optimize(replace(problem, members=problem.members[:1]))
     with pytest.raises(Mismatch, match="different names"):
@@ -253,27 +263,29 @@ def test_a_search_needs_two_members(problem: Problem) -> None:
         optimize(replace(problem, members=[replace(problem.members[0], weight=Weight(-1.0)), problem.members[1]]))
 
 
-def test_a_guard_that_is_a_members_suite_or_named_twice_counts_once(problem: Problem) -> None:
+def test_a_guard_that_is_a_members_suite_or_named_twice_counts_once(problem: SearchProblem) -> None:
     (guard,) = problem.guards
-    doubled = replace(problem, guards=[guard, problem.members[0].suite, guard], effort=Effort(search=2, confirm=2))
+    doubled = replace(
+        problem, guards=[guard, problem.members[0].suite, guard], effort=SearchEffort(search=2, confirm=2)
+    )
     assert [one.suite for one in optimize(doubled).best[0].outcome.guards] == ["guard"]
 
 
 def test_a_given_fit_is_scored_on_examples_that_it_has_not_seen_however_many_it_asks_for(
-    problem: Problem, tmp_path: Path
+    problem: SearchProblem, tmp_path: Path
 ) -> None:
     own = Candidate(name="own", family="given", method="regmean", factors=(1.0, 1.0), settings={"examples": 8})
-    optimize(replace(problem, effort=Effort(search=2, confirm=2)), [own], journal=tmp_path / "search.jsonl")
+    optimize(replace(problem, effort=SearchEffort(search=2, confirm=2)), [own], journal=tmp_path / "search.jsonl")
     rows = [row for line in (tmp_path / "search.jsonl").read_text().splitlines()[1:] for row in json.loads(line)]
     assert {who[-4:] for who, *_ in rows if re.match(r'\["regmean",\d+,{}', who)} == {"half"}
 
 
 def test_an_adapter_without_factors_leaves_the_methods_that_need_them_out(
-    problem: Problem, load: Load, loaded: LoadedModel
+    problem: SearchProblem, load: Load, loaded: LoadedModel
 ) -> None:
     dora = scaled_dora(load)
-    members = [problem.members[0], Member(adapter=dora, suite=suite_of(loaded, dora, "dora"))]
-    result = optimize(replace(problem, members=members, guards=[], effort=Effort(search=2, confirm=2)))
+    members = [problem.members[0], SearchMember(adapter=dora, suite=suite_of(loaded, dora, "dora"))]
+    result = optimize(replace(problem, members=members, guards=[], effort=SearchEffort(search=2, confirm=2)))
     assert result.best
     assert {"iso", "tsv"} <= result.left_out.keys()
 
@@ -283,7 +295,7 @@ def scaled_dora(load: Load) -> LoadedAdapter:
 
 
 def test_evolved_weights_are_tried_when_asked_and_a_resumed_search_asks_for_the_same(
-    problem: Problem, tmp_path: Path
+    problem: SearchProblem, tmp_path: Path
 ) -> None:
     evolving = replace(problem, effort=replace(EFFORT, evolve=7))
     journal = tmp_path / "search.jsonl"
@@ -300,7 +312,7 @@ def test_evolved_weights_are_tried_when_asked_and_a_resumed_search_asks_for_the_
 
 
 def test_evolving_weights_without_the_package_is_refused_before_anything_is_measured(
-    problem: Problem, monkeypatch: pytest.MonkeyPatch
+    problem: SearchProblem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "cmaes", None)
     with pytest.raises(NotSupported, match="extra `optimize`"):

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from composer.optimize.combiner import pass_runner
 from composer.optimize.optimize import optimize
-from composer.optimize.problem import Problem
+from composer.optimize.problem import SearchProblem
 from composer.optimize.report import OptimizeReport
 from tests.composer.elsewhere import Other
 from tests.composer.optimize.test_optimize import decided, problem, report
@@ -14,7 +14,7 @@ __all__ = ["problem", "report"]  # fixtures
 
 
 def test_passes_that_are_run_elsewhere_give_the_same_choice_with_the_same_numbers(
-    problem: Problem, report: OptimizeReport
+    problem: SearchProblem, report: OptimizeReport
 ) -> None:
     other = Other(pass_runner(problem))
 
@@ -28,7 +28,7 @@ def test_passes_that_are_run_elsewhere_give_the_same_choice_with_the_same_number
     assert len(other.alone) < sum(other.rounds) / 4, "only what depends on another result is run alone"
 
 
-def test_a_pass_that_cannot_be_spread_is_run_alone(problem: Problem, report: OptimizeReport) -> None:
+def test_a_pass_that_cannot_be_spread_is_run_alone(problem: SearchProblem, report: OptimizeReport) -> None:
     other = Other(pass_runner(problem), left_out="tsv")
     again = optimize(problem, elsewhere=other)
     assert any("tsv" in who for who in other.alone)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from composer.formats.recipes.recipe import Lock, LockedInput
 from composer.formats.recipes.weights import Weight, parse_rule
-from registry.domain.compositions.locking import Choice, with_choice
+from registry.domain.compositions.locking import SearchChoice, with_choice
 
 RULE = parse_rule("0-9=0.4")
 INPUTS = tuple(
@@ -16,7 +16,7 @@ SETS = ({"suite": "sql", "suite_digest": "c" * 64, "examples": ["d" * 64]},) * 2
 
 
 def test_the_chosen_factors_multiply_weights_and_rules_and_the_evidence_is_no_part_of_the_digest() -> None:
-    choice = Choice(
+    choice = SearchChoice(
         method="regmean",
         settings={"steps": 1},
         factors=(0.5, 2.0),
