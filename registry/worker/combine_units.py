@@ -61,8 +61,12 @@ def member_rows(work: CompositionRun) -> list[Row]:
 def calibration_rows(sets: Sequence[CalibrationSet]) -> list[Row]:
     """Calibration sets as units name them."""
     return [
-        {"suite": one.suite.to_json() if one.suite else None, "count": one.count, "prompts": list(one.prompts)}
-        for one in sets
+        {
+            "suite": calibration_set.suite.to_json() if calibration_set.suite else None,
+            "count": calibration_set.count,
+            "prompts": list(calibration_set.prompts),
+        }
+        for calibration_set in sets
     ]
 
 
@@ -96,7 +100,7 @@ def _combine(node: Node, unit: Unit, _count: Count) -> Result:
         content["calibration"],
         parse_settings(content["method"], content["settings"]),
     )
-    members = [(fetched(node, one["files"], one["name"]), parse_weight(one["weight"])) for one in content["members"]]
+    members = [(fetched(node, row["files"], row["name"]), parse_weight(row["weight"])) for row in content["members"]]
     architecture = shared_architecture(node, content["architecture"])
     with node.scratch() as directory:
         made = directory / "adapter"

@@ -36,16 +36,16 @@ def measure(held: JobRun) -> None:
     What cannot be measured does not keep the others from being measured: raises its error at the end.
     """
     rows, done = _rows(held)
-    left = [one for one in rows if one not in done]
+    left = [wanted for wanted in rows if wanted not in done]
     with held.resources.read() as session:
-        digests = {one.suite for one in left}
+        digests = {wanted.suite for wanted in left}
         contents = {digest: parse_content(suites.find(session, digest).content) for digest in digests}
-    count = ProgressCount(held, "examples", sum(contents[one.suite].count for one in left))
+    count = ProgressCount(held, "examples", sum(contents[wanted.suite].count for wanted in left))
     missing: list[RegistryError] = []
-    for digest in dict.fromkeys(one.base for one in left):
-        for release in dict.fromkeys(one.release for one in left if one.base == digest):
-            for one in (one for one in left if (one.base, one.release) == (digest, release)):
-                error = _evaluate(held, one, contents[one.suite], count)
+    for digest in dict.fromkeys(wanted.base for wanted in left):
+        for release in dict.fromkeys(wanted.release for wanted in left if wanted.base == digest):
+            for wanted in (wanted for wanted in left if (wanted.base, wanted.release) == (digest, release)):
+                error = _evaluate(held, wanted, contents[wanted.suite], count)
                 missing += [error] if error else []
     if missing:
         raise missing[0]
@@ -95,7 +95,7 @@ def _refuse_failed(held: JobRun) -> None:
     """Raises the error of the first release and suite that could not be measured."""
     with held.resources.read() as session:
         row = evaluations.find(session, held.job_id)
-        failed = [one for one in row.results if one.get("failure")]
+        failed = [result for result in row.results if result.get("failure")]
         if not failed:
             return
         first, count = failed[0], len(row.wanted)
@@ -116,8 +116,8 @@ def _rows(held: JobRun) -> tuple[list[WantedScore], set[WantedScore]]:
     """All that is wanted, and what of it is measured."""
     with held.resources.read() as session:
         row = evaluations.find(session, held.job_id)
-        done = {WantedScore.of(one) for one in row.results}
-        return [WantedScore(**one) for one in row.wanted], done
+        done = {WantedScore.of(result) for result in row.results}
+        return [WantedScore(**wanted) for wanted in row.wanted], done
 
 
 def _measured(
@@ -132,7 +132,7 @@ def _measured(
         return made["scores"], ExampleResults(made["examples"], made["metric"])
     examples = examine(held, examined, suite, suite.examples, progress)
     rows = [score.to_json() for score in scores(suite, examples)]
-    return rows, ExampleResults([one.to_json() for one in examples])
+    return rows, ExampleResults([example.to_json() for example in examples])
 
 
 def _examined(held: JobRun, wanted: WantedScore) -> Examined:

@@ -72,7 +72,7 @@ def examine(
     for unit, result in held.engine.map(EVALUATE, units, examined.needs, progress):
         results[unit.content["begin"]] = [ExampleResult(**row) for row in result["results"]]
         progress.reached(before + sum(map(len, results.values())))
-    return [one for begin in sorted(results) for one in results[begin]]
+    return [measured for begin in sorted(results) for measured in results[begin]]
 
 
 def run_harness(held: JobRun, examined: Examined, task: HarnessTask, progress: ProgressCount) -> Result:
@@ -106,7 +106,7 @@ def _run(node: Node, unit: Unit, count: Count) -> Result:
     scorers = node.settings.enabled_scorers
     results = examine_rest(lambda: _subject(node, content, unit.hints), suite, examples, journal, scorers, count)
     journal.discard()
-    return {"results": [asdict(one) for one in results]}
+    return {"results": [asdict(result) for result in results]}
 
 
 def _run_harness(node: Node, unit: Unit, count: Count) -> Result:

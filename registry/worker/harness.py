@@ -35,9 +35,9 @@ def measure_task(node: Node, suite: HarnessTask, subject: _Subject, identity: st
 
     loaded, deltas = subject()
     model = HarnessModel(loaded)
-    outcomes = {name: run(one) for name, one in plan.tasks.items()}
-    tasks = {one.suite.digest: name for name, one in plan.tasks.items()}
-    groups = {one.suite.digest: one for one in plan.groups}
+    outcomes = {name: run(task) for name, task in plan.tasks.items()}
+    tasks = {task.suite.digest: name for name, task in plan.tasks.items()}
+    groups = {group.suite.digest: group for group in plan.groups}
     digest = suite.digest
     outcome = outcomes[tasks[digest]] if digest in tasks else run_group(groups[digest], outcomes)
     scores = [{**score.to_json(), "source": source()} for score in outcome.scores]

@@ -86,8 +86,8 @@ class Examination:
         count = self.count(suite)
         if count < len(suite.examples):
             return {}
-        recorded = [(metric, one) for (digest, metric), one in member.recorded.items() if digest == suite.digest]
-        return {metric: one for metric, one in recorded if one.n == count and not one.reported}
+        recorded = [(metric, score) for (digest, metric), score in member.recorded.items() if digest == suite.digest]
+        return {metric: score for metric, score in recorded if score.n == count and not score.reported}
 
 
 def with_inputs(candidate: Sequence[Row], examination: Examination, members: Sequence[Member]) -> list[Row]:
@@ -97,18 +97,18 @@ def with_inputs(candidate: Sequence[Row], examination: Examination, members: Seq
     missing = examination.missing(members)
     for member in members:
         for suite in examination.suites:
-            rows = [(metric, one, True) for metric, one in examination.known(member, suite).items()]
+            rows = [(metric, score, True) for metric, score in examination.known(member, suite).items()]
             if (member, suite) in missing:
                 measured = examination.scores(member.subject, suite)
                 rows = [(row["metric"], _measured(row), False) for row in measured]
-            for metric, one, recorded in rows:
+            for metric, score, recorded in rows:
                 beside.setdefault((suite.digest, metric), []).append(
                     {
                         "repository": member.repository,
                         "version": member.version,
-                        "value": one.value,
-                        "stderr": one.stderr,
-                        "n": one.n,
+                        "value": score.value,
+                        "stderr": score.stderr,
+                        "n": score.n,
                         "recorded": recorded,
                         "own_suite": suite.name == member.suite,
                     }
@@ -138,9 +138,9 @@ def judge(rules: Mapping[str, bool], rows: Sequence[Row], base: Scores, guards: 
     candidate = {(row["suite"], row["metric"]): _measured(row) for row in rows}
     members: dict[tuple[str, str], dict[tuple[str, str], GateScore]] = {}
     for row in rows:
-        for one in row.get("inputs", []):
-            own = members.setdefault((one["repository"], one["version"]), {})
-            own[row["suite"], row["metric"]] = _measured({**row, **one})
+        for input_row in row.get("inputs", []):
+            own = members.setdefault((input_row["repository"], input_row["version"]), {})
+            own[row["suite"], row["metric"]] = _measured({**row, **input_row})
     same = {(row["suite"], row["metric"]): _measured({**row, **row["base"]}) for row in rows if "base" in row}
     inputs = gates.best_of(list(members.values()))
     against = gates.Baselines(base={**base, **same}, inputs=inputs, guards=guards)

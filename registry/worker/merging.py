@@ -153,7 +153,7 @@ def _planned(node: Node, unit: Unit) -> "MergePlan":
 def _plan_of(node: Node, merge: Mapping[str, Any], checkpoint: Checkpoint) -> "MergePlan":
     from composer.merge.plan import plan_merge
 
-    members = [(fetched(node, one["files"], one["name"]), parse_weight(one["weight"])) for one in merge["members"]]
+    members = [(fetched(node, row["files"], row["name"]), parse_weight(row["weight"])) for row in merge["members"]]
     rounding = parse_rounding(**merge["rounding"]) if merge["rounding"] else None
     return plan_merge(checkpoint, members, merge["method"], merge["settings"], merge["dtype"], rounding)
 
@@ -164,7 +164,7 @@ def _plan(node: Node, unit: Unit, _count: Count) -> Result:
         {
             "file": shard.file,
             "size_bytes": shard.size_bytes,
-            "rewritten_bytes": sum(one.target.size_bytes for one in shard.tensors if not one.copied),
+            "rewritten_bytes": sum(tensor.target.size_bytes for tensor in shard.tensors if not tensor.copied),
             "layout": layout_of(plan, shard),
         }
         for shard in plan.shards

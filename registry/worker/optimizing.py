@@ -58,7 +58,7 @@ def _searched(held: JobRun, work: CompositionRun, asked: Optimize) -> Lock:
         settings=work.recipe.settings,
     )
     done = ProgressCount(held, "examples", expected_passes(problem, [own]))
-    content = f"search {work.lock.base} {[one.commit for one in work.lock.inputs]} {problem.name}"
+    content = f"search {work.lock.base} {[locked.commit for locked in work.lock.inputs]} {problem.name}"
     journal = evaluation_journal(held.resources.settings, content)
     report = optimize(problem, [own], journal, done, search_passes(held, work, problem, done))
     choice, lock, evidence = report.choice, work.lock, document(report)

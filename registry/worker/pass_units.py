@@ -30,7 +30,7 @@ Progress = Callable[[int], None]
 
 def search_passes(held: JobRun, work: CompositionRun, problem: "SearchProblem", progress: Progress) -> "Passes":
     """The passes of a search."""
-    suites = [one.suite for one in problem.members]
+    suites = [member.suite for member in problem.members]
     return _passes(held, work, suites, problem.guards, how_to_search(problem), progress)
 
 
@@ -82,19 +82,19 @@ class Passes:
         return measured_of(result)
 
     def spread(self, passes: "Sequence[Pass]") -> "Iterator[tuple[Pass, Sequence[Measured]]]":
-        given = {json.dumps(named(one)): one for one in passes}
-        for wanted, result in self.run([named(one) for one in passes]):
+        by_row = {json.dumps(named(wanted)): wanted for wanted in passes}
+        for row, result in self.run([named(wanted) for wanted in passes]):
             if "cannot" not in result:
-                yield given[json.dumps(wanted)], measured_of(result)
+                yield by_row[json.dumps(row)], measured_of(result)
 
     def run(self, wanted: Sequence[Named]) -> Iterator[tuple[Named, Result]]:
         """Yields each pass with its result, as they end: `measured`, or why its combination `cannot` be made."""
-        units = {unit.name: (unit, one) for one in wanted for unit in [self._unit(one)]}
+        units = {unit.name: (unit, row) for row in wanted for unit in [self._unit(row)]}
         needs = needs_of_model(self._base, self._hints)
         for unit, result in self._held.engine.map(PASS, [unit for unit, _ in units.values()], needs, self._held.check):
-            one = units[unit.name][1]
-            self._progress(0 if "cannot" in result else len(one[1]))
-            yield one, result
+            _, row = units[unit.name]
+            self._progress(0 if "cannot" in result else len(row[1]))
+            yield row, result
 
     def _unit(self, wanted: Named) -> Unit:
         who, asked = wanted
@@ -129,7 +129,7 @@ def _run(node: Node, unit: Unit, _count: Count) -> Result:
     except (Mismatch, NotSupported) as error:  # a result too: this combination cannot be made
         named = {"code": error.code, "message": error.message, "subject": error.subject, "next_step": error.next_step}
         return {"cannot": {"kind": type(error).__name__, **named}}
-    return {"measured": [[one.nats, one.tokens, one.exact] for one in measured]}
+    return {"measured": [[example.nats, example.tokens, example.exact] for example in measured]}
 
 
 def _opened(node: Node, document: str, hints: Mapping[str, Any]) -> "PassRunner":
@@ -177,8 +177,8 @@ def _probe(
 
     settings = parse_settings(content["method"], content["settings"])
     calibration = calibration_of(load, content["base"], content["calibration"], settings)
-    probed = [Probed(one.name, one.loaded.deltas, one.weight, one.suite) for one in members]
-    combine = by_method([one.loaded for one in members], settings, calibration, load().device)
+    probed = [Probed(member.name, member.loaded.deltas, member.weight, member.suite) for member in members]
+    combine = by_method([member.loaded for member in members], settings, calibration, load().device)
     return pass_runner(Runner(load, node.check), probed, guards, combine)
 
 

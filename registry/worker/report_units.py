@@ -53,7 +53,7 @@ class _Missing(Exception):
 
     def __init__(self, wanted: "Sequence[Pass]") -> None:
         super().__init__()
-        self.wanted = [named(one) for one in wanted]
+        self.wanted = [named(missing) for missing in wanted]
 
 
 class _Known:
@@ -66,9 +66,9 @@ class _Known:
         return measured_of(self._result(wanted, [wanted]))
 
     def spread(self, passes: "Sequence[Pass]") -> "Iterator[tuple[Pass, Sequence[Measured]]]":
-        missing = [one for one in passes if self._key(one) not in self._results]
-        results = [(one, self._result(one, missing)) for one in passes]
-        yield from ((one, measured_of(result)) for one, result in results if "cannot" not in result)
+        missing = [wanted for wanted in passes if self._key(wanted) not in self._results]
+        results = [(wanted, self._result(wanted, missing)) for wanted in passes]
+        yield from ((wanted, measured_of(result)) for wanted, result in results if "cannot" not in result)
 
     def _result(self, wanted: "Pass", missing: "Sequence[Pass]") -> Result:
         if (result := self._results.get(self._key(wanted))) is None:
@@ -106,7 +106,7 @@ def _report(node: Node, unit: Unit, _count: Count) -> Result:
     weights = [parse_weight(member["weight"]) for member in content["members"]]
     settings, expected = parse_settings(content["method"], content["settings"]), _Expected()
     if "as_adapter" in content:  # before any work: two tokenizers that differ are refused
-        chosen_tokenizer(None, [(one.name, one.path) for one in adapters])
+        chosen_tokenizer(None, [(adapter.name, adapter.path) for adapter in adapters])
     evidence: Evidence | None = None
     if content.get("probe"):
         known = _Known(json.loads(node.shared(unit.content["known"])))

@@ -145,7 +145,7 @@ def evaluate(held: JobRun) -> None:
     measured = {suite.digest: examination.measured(candidate, suite) for suite in contents}
     scores = [row for rows, _ in measured.values() for row in rows]
     complete = [suite.digest for suite in contents if examination.count(suite) == len(suite.examples)]
-    by_example = {digest: [one.to_json() for one in measured[digest][1]] for digest in complete}
+    by_example = {digest: [result.to_json() for result in measured[digest][1]] for digest in complete}
     work.directory.mkdir(parents=True, exist_ok=True)
     work.results_file.write_text(json.dumps({"scores": scores, "results": by_example}), encoding="utf-8")
     store(held, work, candidate_scores=with_inputs(scores, examination, compared))
@@ -179,7 +179,8 @@ def gate(held: JobRun) -> None:
         base = gates.scores(session, session.get_one(Base, work.lock.base))
         scores = composition.candidate_scores or []
         evaluated = [suites.find(session, name) for name in work.evaluated]
-        current, guards = {one.digest for one in evaluated}, {one.name for one in evaluated if one.kind == "guard"}
+        current = {suite.digest for suite in evaluated}
+        guards = {suite.name for suite in evaluated if suite.kind == "guard"}
     replaced = sorted({row["suite"] for row in scores if row["suite_digest"] not in current})
     report = judge(work.rules, [row for row in scores if row["suite_digest"] in current], base, guards)
     store(held, work, gates=report)

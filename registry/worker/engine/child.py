@@ -134,7 +134,7 @@ def _end(child: _Child) -> int:
 
 def _kill(child: _Child) -> None:
     """Kills the child's group, and what it has started in groups of their own, such as scorers."""
-    for kill, pid in ((os.killpg, child.pid), *((os.kill, one) for one in descendants(child.pid))):
+    for kill, pid in ((os.killpg, child.pid), *((os.kill, descendant) for descendant in descendants(child.pid))):
         with suppress(ProcessLookupError, PermissionError):
             kill(pid, signal.SIGKILL)
 
