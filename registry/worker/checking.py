@@ -10,7 +10,7 @@ from registry.worker.runner import JobKind, JobLost, JobRun
 
 
 def check(held: JobRun) -> None:
-    """Computes the report and keeps it. Hard conflicts do not fail the job: the report's verdict is `refuse`."""
+    """Computes and stores the report. Hard conflicts do not fail the job: they make the report's verdict `refuse`."""
     with held.resources.read() as session:
         row = checks.find_by_job(session, held.job_id)
         if row is None:

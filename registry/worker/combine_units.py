@@ -1,4 +1,4 @@
-"""The adapter of a composition, as one unit, whose result is the adapter's files; a fitted method loads the base."""
+"""Combines a composition's adapter in one unit, which returns the adapter's files. A fitted method loads the base."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 
 def combined_adapter(held: JobRun, work: CompositionRun) -> list[ManifestFile]:
-    """The files of the composition's adapter, in the store. Made by the first call, and found by others. Raises what
-    the unit raises."""
+    """Returns the stored files of the composition's adapter. The first call makes them, later calls reuse them. Raises
+    what the unit raises."""
     lock, hints = work.lock, base_hints(work.locations, work.base_bytes)
     content = {
         "base": lock.base,
@@ -51,7 +51,7 @@ def combined_adapter(held: JobRun, work: CompositionRun) -> list[ManifestFile]:
 
 
 def member_rows(work: CompositionRun) -> list[Row]:
-    """The inputs as units name them: by commit, with weight and files."""
+    """Lists the inputs for units: commit, weight and files."""
     return [
         {"name": locked.commit, "weight": locked.weighted.to_json(), "files": to_rows(files)}
         for locked, files in zip(work.lock.inputs, work.files, strict=True)
@@ -59,7 +59,7 @@ def member_rows(work: CompositionRun) -> list[Row]:
 
 
 def calibration_rows(sets: Sequence[CalibrationSet]) -> list[Row]:
-    """Calibration sets as units name them."""
+    """Serializes calibration sets for units."""
     return [
         {
             "suite": calibration_set.suite.to_json() if calibration_set.suite else None,
@@ -71,7 +71,7 @@ def calibration_rows(sets: Sequence[CalibrationSet]) -> list[Row]:
 
 
 def calibration_sets(rows: Sequence[Row]) -> list[CalibrationSet]:
-    """The sets of `calibration_rows`."""
+    """Reverses `calibration_rows`."""
     return [
         CalibrationSet(Suite.from_json(row["suite"]) if row["suite"] else None, row["count"], tuple(row["prompts"]))
         for row in rows
@@ -81,8 +81,8 @@ def calibration_sets(rows: Sequence[Row]) -> list[CalibrationSet]:
 def calibration_of(
     load: "Callable[[], LoadedModel]", base: str, rows: Sequence[Row] | None, settings: "AnySettings"
 ) -> "Calibration | None":
-    """The calibration on the base of this digest and the sets of `calibration_rows`; None for a method that is not
-    fitted."""
+    """Builds the calibration from the base with this digest and the sets in `calibration_rows`; None for a method that
+    is not fitted."""
     from composer.evaluation.calibration import Calibration
 
     if rows is None or not isinstance(settings, Regmean):

@@ -1,4 +1,4 @@
-"""A composition as its steps see it: read again by each step, so that any step can be the first after a crash."""
+"""The view of a composition that its steps share. Each step reads it anew, so a crashed job can resume at any step."""
 
 import threading
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ from registry.worker.runner import JobRun
 from registry.worker.workspace import work_of
 
 _NAMELESS = ("commit", "weight", "rules")
-"""The fields of an input that do not name it, which everyone may see."""
+"""The fields of an input that do not identify it. Everyone may see them."""
 _UNNOTED = ("digest", "optimized")
 
 
@@ -40,7 +40,7 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class CompositionRun:
-    """A composition as its steps need it. Each step reads it again, so that any step can be the first."""
+    """Everything that a step needs to know about its composition."""
 
     composition_id: int
     recipe: Recipe
@@ -63,15 +63,15 @@ class CompositionRun:
 
     @property
     def results_file(self) -> Path:
-        """The candidate's result of each example, by suite digest, where it was measured on all examples."""
+        """The file of the candidate's per-example results by suite digest, for suites measured on all examples."""
         return self.directory / "results.json"
 
     @property
     def note(self) -> dict[str, Any]:
-        """The lineage that goes into every output's adaptory.json.
+        """The lineage that every output's adaptory.json records.
 
         It names inputs by commit, not by release: readers of an output need not be allowed to read its inputs or other
-        outputs. It omits the lock's digest, from which names could be guessed, and what a search measured.
+        outputs. It omits the lock's digest, which would let readers guess names, and the measurements of a search.
         """
         recipe, lock = self.recipe.to_json(), self.lock.to_json()
         inputs = [{name: row[name] for name in _NAMELESS if name in row} for row in lock["inputs"]]
@@ -82,13 +82,13 @@ class CompositionRun:
 
     @property
     def outputs(self) -> list[Output]:
-        """The adapter and the model to publish, as far as the recipe names them."""
+        """The adapter, the model or both, whichever the recipe publishes."""
         made = ((self.recipe.adapter, Kind.ADAPTER), (self.recipe.model, Kind.MODEL))
         return [Output(target, kind) for target, kind in made if target]
 
     @property
     def evaluated(self) -> list[str]:
-        """The recipe's suites, those that the lock's gates use, and with `gates: []` those of the inputs."""
+        """The recipe's suites and those that the lock's gates use; with `gates: []`, also those of the inputs."""
         return locking.evaluated(self.recipe, self.lock, self.member_suites)
 
     @property
@@ -97,7 +97,7 @@ class CompositionRun:
 
     @property
     def rules(self) -> dict[str, bool]:
-        """The gates, and whether each is required. If the recipe has none (`[]`), the comparison with the inputs only
+        """Maps each gate to whether it is required. If the recipe has none (`[]`), the comparison with the inputs only
         warns."""
         required = dict.fromkeys((*(self.recipe.gates or ()), *self.lock.gates), True)
         if self.has_gates:
@@ -105,7 +105,7 @@ class CompositionRun:
         return dict.fromkeys(locking.gates_against_inputs(self.member_suites), False)
 
     def calibration_sets(self, held: JobRun) -> list[CalibrationSet]:
-        """The examples that each input is fitted on, as the lock says."""
+        """The examples that the lock chose to fit each input on."""
         sets: list[CalibrationSet] = []
         for source, row in zip(self.recipe.inputs, self.lock.calibration, strict=False):
             if "suite_digest" in row:
@@ -116,7 +116,7 @@ class CompositionRun:
         return sets
 
     def searched(self, held: JobRun) -> list[CalibrationSet]:
-        """The examples that a search saw, on which nothing is judged."""
+        """The examples that a search saw. They are excluded from evaluation."""
         rows = (self.lock.optimized or {}).get("searched", [])
         contents = suites_named(held, [row["suite_digest"] for row in rows])
         return [CalibrationSet(content, len(row["examples"])) for content, row in zip(contents, rows, strict=True)]
@@ -128,7 +128,7 @@ class CompositionRun:
 
 
 def register_files(held: JobRun, target: str, files: Sequence[ManifestFile]) -> None:
-    """Writes the rows of blobs that units have stored for the release `target`, with the creator's current roles."""
+    """Registers the blobs that units stored for the release `target`, with the creator's current roles."""
     with held.resources.read() as session:
         actor = creator(held, session)
     uploads.register_stored(held.resources, actor, parse_reference(target).repository.namespace, files)
@@ -153,12 +153,12 @@ def composition_of(held: JobRun) -> CompositionRun:
 
 
 def creator(held: JobRun, session: Session) -> Actor:
-    """The composition's creator, with the roles that the user has now."""
+    """The composition's creator, with their current roles."""
     return compositions.creator(session, compositions.find_by_job(session, held.job_id), held.resources.clock())
 
 
 def suites_named(held: JobRun, names: Sequence[str]) -> list[SuiteContent]:
-    """The current contents of suites."""
+    """Reads the current contents of the suites."""
     with held.resources.read() as session:
         return [SuiteContent.from_json(suites.find(session, name).content) for name in names]
 
@@ -172,7 +172,7 @@ def store(held: JobRun, work: CompositionRun, **columns: Any) -> None:
 
 
 class ProgressCount:
-    """Counts bytes or examples done, from several threads, and writes the job's progress from one at a time."""
+    """Counts finished bytes or examples and records them as the job's progress. Safe to call from several threads."""
 
     def __init__(self, held: JobRun, unit: str, total: int = 0) -> None:
         self._held, self._unit, self._total, self._done = held, unit, total, 0
@@ -180,7 +180,7 @@ class ProgressCount:
 
     @property
     def done(self) -> int:
-        """What is counted so far."""
+        """The count so far."""
         return self._done
 
     def __call__(self, count: int) -> None:
@@ -191,7 +191,7 @@ class ProgressCount:
             self._write()
 
     def reached(self, done: int) -> None:
-        """What is done at least, by whatever process."""
+        """Raises the count to at least `done`, whichever process did the work."""
         with self._lock:
             self._done = max(self._done, done)
             if self._total:

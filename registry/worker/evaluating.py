@@ -1,5 +1,5 @@
-"""The step of an evaluation. Units measure; the scores of a release and suite are in the database as soon as they are
-complete, so that a job goes on after a crash with the next one."""
+"""The step of an evaluation. Units measure. The scores of each release and suite are committed once they are complete,
+so after a crash the job resumes with the next pair."""
 
 from dataclasses import asdict, replace
 from typing import Any
@@ -31,9 +31,9 @@ Row = dict[str, Any]
 
 
 def measure(held: JobRun) -> None:
-    """Measures what is not measured yet, base by base: each is loaded once. Records each score as it is measured.
+    """Measures and records what is missing, base by base, so that each base is loaded once.
 
-    What cannot be measured does not keep the others from being measured: raises its error at the end.
+    A failed measurement does not stop the others; its error is raised at the end.
     """
     rows, done = _rows(held)
     left = [wanted for wanted in rows if wanted not in done]
@@ -53,8 +53,8 @@ def measure(held: JobRun) -> None:
 
 
 def _evaluate(held: JobRun, wanted: WantedScore, suite: SuiteContent, progress: ProgressCount) -> RegistryError | None:
-    """Measures and records, or keeps why that is not possible. Returns the error of a base that is not here, which is
-    not about this suite."""
+    """Records the scores, or the reason why they cannot be measured. Returns the error if this host lacks the base,
+    since that is not the suite's fault."""
     try:
         scores, by_example = _measured(held, wanted, suite, progress)
     except (ComposerError, RegistryError) as caught:
@@ -78,15 +78,15 @@ def _evaluate(held: JobRun, wanted: WantedScore, suite: SuiteContent, progress: 
 
 
 def _record(held: JobRun, session: Session, wanted: WantedScore, measurements: list[Measurement]) -> None:
-    """Records scores of a release on its own base, or of a base, with the requester's current roles. Raises NotAllowed
-    if a required one was revoked."""
+    """Records the scores of a base, or of a release on its own base, with the requester's current roles. Raises
+    NotAllowed if a required role was revoked."""
     actor = evaluations.requester(session, held.job_id, held.resources.clock())
     if wanted.release is None:  # a worker's measurement of a base counts as its owner's
         owner = replace(actor, grants={EVERYWHERE: Role.ADMIN.value})
         suites.record(session, owner, session.get_one(Base, wanted.base), measurements)
         return
     release = session.get_one(Release, wanted.release)
-    if release.base_digest == wanted.base:  # else it is of an upgrade, whose scores are only reported
+    if release.base_digest == wanted.base:  # otherwise it belongs to an upgrade, whose scores are only reported
         _refuse_without_role(actor, release.repository.namespace)
         suites.record(session, actor, release, measurements)
 
@@ -113,7 +113,7 @@ KIND = JobKind(steps={"measure": measure})
 
 
 def _rows(held: JobRun) -> tuple[list[WantedScore], set[WantedScore]]:
-    """All that is wanted, and what of it is measured."""
+    """Returns all requested measurements and the set of those already made."""
     with held.resources.read() as session:
         row = evaluations.find(session, held.job_id)
         done = {WantedScore.of(result) for result in row.results}
@@ -123,7 +123,7 @@ def _rows(held: JobRun) -> tuple[list[WantedScore], set[WantedScore]]:
 def _measured(
     held: JobRun, wanted: WantedScore, suite: SuiteContent, progress: ProgressCount
 ) -> tuple[list[Row], ExampleResults]:
-    """The scores, and the results of each example, as far as there are any."""
+    """Returns the scores and the per-example results, if there are any."""
     from composer.evaluation.evaluate import scores
 
     examined = _examined(held, wanted)
@@ -146,7 +146,8 @@ def _examined(held: JobRun, wanted: WantedScore) -> Examined:
 
 
 def _stored(held: JobRun, wanted: WantedScore, scores: list[Row], by_example: ExampleResults) -> str | None:
-    """The digest of the stored results of each example, if there are any and the scores will be recorded."""
+    """Stores the per-example results and returns their digest; None if there are none or the scores are only
+    reported."""
     if not by_example.examples:
         return None
     namespace = EVERYWHERE
@@ -156,7 +157,7 @@ def _stored(held: JobRun, wanted: WantedScore, scores: list[Row], by_example: Ex
             release = session.get_one(Release, wanted.release)
             namespace = release.repository.namespace
             if release.base_digest != wanted.base:
-                return None  # of an upgrade, whose scores are only reported
+                return None  # part of an upgrade, whose scores are only reported
     measured = results.store(
         held.resources,
         actor,

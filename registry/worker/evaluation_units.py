@@ -1,4 +1,4 @@
-"""Evaluations as units: each measures a slice of a suite's examples, on a base with an adapter or without."""
+"""Units of an evaluation. Each measures a slice of a suite's examples on a base, with or without an adapter."""
 
 import hashlib
 import json
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Examined:
-    """What units measure: a base, by its digest and where it is, with an adapter of these files, or a `model` of
-    them."""
+    """The subject of a measurement: a base (its digest and how to find it), alone or with the adapter in `files`; or,
+    if `model` is set, the merged model in `files`."""
 
     base: str
     hints: dict[str, Any]
@@ -37,21 +37,23 @@ class Examined:
 
     @property
     def needs(self) -> Needs:
-        """Of a unit that measures it. A merged model may have another dtype than its base, and so another size."""
+        """The needs of a unit that measures the subject. A merged model's dtype, and so its size, may differ from its
+        base's."""
         if not self.model:
             return needs_of_model(self.base, self.hints)
         return needs_of_model(None, base_hints((), sum(file.size_bytes for file in self.files)))
 
     @property
     def content(self) -> dict[str, Any]:
-        """What it adds to the content of a unit."""
+        """The subject's part of a unit's content."""
         return {"base": self.base, "files": to_rows(self.files), "model": self.model}
 
 
 def examine(
     held: JobRun, examined: Examined, suite: Suite, examples: Sequence[Example], progress: ProgressCount
 ) -> "list[ExampleResult]":
-    """The result of each of the examples, in order. Raises as `composer.evaluation.evaluate.examine` does."""
+    """Measures the examples and returns their results in order. Raises as `composer.evaluation.evaluate.examine`
+    does."""
     from composer.evaluation.evaluate import Result as ExampleResult
     from composer.evaluation.scorers.scorer import package_of
 
@@ -76,7 +78,7 @@ def examine(
 
 
 def run_harness(held: JobRun, examined: Examined, task: HarnessTask, progress: ProgressCount) -> Result:
-    """The `scores` of a task of lm-evaluation-harness, and the `examples` of their `metric`. Raises what
+    """Runs a task of lm-evaluation-harness. Returns its `scores`, and the `examples` for their `metric`. Raises what
     `measure_task` raises."""
     before, code = progress.done, {"job": held.job_id}  # the code of a task is not part of its content
     content = {**examined.content, **code, "suite": held.engine.node.share(json.dumps(task.to_json()).encode())}
@@ -116,7 +118,7 @@ def _run_harness(node: Node, unit: Unit, count: Count) -> Result:
 
 
 def _subject(node: Node, content: Mapping[str, Any], hints: Mapping[str, Any]) -> "tuple[LoadedModel, Sequence[Delta]]":
-    """What is measured: a model, and the deltas on it. A process keeps one model, the base or a merged one."""
+    """Loads the model to measure and its deltas. A process keeps one model: the base or a merged one."""
     from composer.deltas.variants.load import load_deltas
     from composer.evaluation.model import load_model
 

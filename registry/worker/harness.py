@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness on a host that has the extra `eval`, if it makes the same content of them."""
+"""Runs tasks of lm-evaluation-harness. The host needs the extra `eval` and must produce the same task content."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -18,11 +18,11 @@ _Subject = Callable[[], "tuple[LoadedModel, Sequence[Delta]]"]
 
 
 def measure_task(node: Node, suite: HarnessTask, subject: _Subject, identity: str, progress: Count) -> Result:
-    """The suite's scores, and what is measured of each example. `identity` names the subject; answers are kept by it,
-    so that a task goes on where it ended, and a group has those of its tasks. `progress` gets the number of documents
-    just done.
+    """Returns the suite's scores and the per-example results. `identity` names the subject. Answers are kept under it,
+    so an interrupted task resumes and a group reuses the answers of its tasks. `progress` receives the number of
+    documents just finished.
 
-    Raises NotSupported without the harness, and if it makes other content of the task.
+    Raises NotSupported if the harness is missing or produces different task content.
     """
     plan = node.kept("harness", suite.digest, lambda: _plan(node, suite))
     from composer.evaluation.harness import run_group, source

@@ -1,4 +1,4 @@
-"""What a worker has: bases, the harness, scorers, packages, and the memory of its device."""
+"""What a worker offers to jobs: bases, the harness, scorers, packages and device memory."""
 
 import importlib.util
 from collections.abc import Iterable
@@ -13,13 +13,13 @@ from registry.transfer.resources import Resources
 
 
 class Host:
-    """This worker's host, looked at again for each offer: a directory may have come or gone."""
+    """This worker's host. Each offer inspects it anew, since directories come and go."""
 
     def __init__(self, resources: Resources, kinds: Iterable[str]) -> None:
         self._resources, self._kinds = resources, frozenset(kinds)
 
     def offer(self) -> Offer:
-        """What of the needs of unfinished jobs this host meets now."""
+        """Returns the needs of unfinished jobs that this host meets now."""
         with self._resources.read() as session:
             wanted = needs.wanted(session)
         names = frozenset(need for need in wanted.names if self._meets(need, wanted))
@@ -37,12 +37,12 @@ class Host:
             return may_find_base(locations) or bool(in_buckets(locations))
         if (scorer := needs.scorer_of(need)) is not None:
             return scorer in self._resources.settings.enabled_scorers.names and scorer in _installed_scorers()
-        package = {HARNESS: "lm_eval", EVOLUTION: "cmaes"}.get(need)  # none for the need of a newer version
+        package = {HARNESS: "lm_eval", EVOLUTION: "cmaes"}.get(need)  # None for a need that only a newer version knows
         return package is not None and importlib.util.find_spec(package) is not None
 
 
 _ANY_BYTES = 1 << 62
-"""Models are loaded by the nodes of a cluster, whose engine refuses what none of them has room for."""
+"""The nodes of a cluster load the models, and its engine refuses a model that fits on none of them."""
 
 
 @cache

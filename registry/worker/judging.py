@@ -17,8 +17,8 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subject:
-    """What is measured: an adapter on the base, or the merged model, by its files in the store; the base itself without
-    them."""
+    """The subject of a measurement: an adapter on the base, or a merged model, with its files in the store. Without
+    files, the base itself."""
 
     files: Sequence[ManifestFile] = ()
     merged: bool = False
@@ -31,7 +31,7 @@ Examine = Callable[[Subject, Suite, Sequence[Example]], "Sequence[Result]"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Member:
-    """An input: its recorded scores by suite digest and metric, its own suite, and its files."""
+    """An input: its recorded scores by suite digest and metric, its own suite and its files."""
 
     repository: str
     version: str
@@ -42,7 +42,7 @@ class Member:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Examination:
-    """The suites that a candidate is measured on, without the examples in `used`, which the method was fitted on."""
+    """The suites to measure a candidate on, without the examples in `used`, on which the method was fitted."""
 
     suites: Sequence[Suite]
     used: Container[Example]
@@ -63,15 +63,15 @@ class Examination:
         return self.measured(subject, suite)[0]
 
     def measured(self, subject: Subject, suite: Suite) -> "tuple[list[Row], Sequence[Result]]":
-        """The scores of the subject on the suite's remaining examples, and the results that they are made of."""
+        """Evaluates like `scores`, and also returns the per-example results."""
         from composer.evaluation.evaluate import scores
 
         results = self.examine(subject, suite, suite.sample(None, self.used))
         return [score.to_json() for score in scores(suite, results)], results
 
     def missing(self, members: Sequence[Member]) -> list[tuple[Member, Suite]]:
-        """The inputs to measure, with the suites: their own, guards, and suites that belong to no input, unless a score
-        on exactly these examples is recorded."""
+        """Lists what to measure for the inputs: each on its own suite, on guards and on suites that belong to no input,
+        unless a score on exactly these examples is recorded."""
         owned = {member.suite for member in members}
         return [
             (member, suite)
@@ -91,8 +91,8 @@ class Examination:
 
 
 def with_inputs(candidate: Sequence[Row], examination: Examination, members: Sequence[Member]) -> list[Row]:
-    """The candidate's scores, each with those of the inputs and, where examples are left out, of the base on the same
-    examples: recorded, or else measured now. `own_suite` says whether the suite is that input's own."""
+    """Adds to each of the candidate's scores those of the inputs on the same examples and, where examples are left out,
+    that of the base. Scores that are not recorded are measured now. `own_suite` marks the input's own suite."""
     beside: dict[tuple[str, str], list[Row]] = {}
     missing = examination.missing(members)
     for member in members:
@@ -125,7 +125,7 @@ def with_inputs(candidate: Sequence[Row], examination: Examination, members: Seq
 
 
 def _of_base(examination: Examination) -> dict[tuple[str, str], Row]:
-    """The base's scores on the suites that are measured without some examples: its recorded ones are of all of them."""
+    """Measures the base on suites from which examples are left out, since its recorded scores cover all examples."""
     partial = [suite for suite in examination.suites if examination.count(suite) < len(suite.examples)]
     rows = [row for suite in partial for row in examination.scores(BASE, suite)]
     named = ("value", "stderr", "n")
@@ -133,8 +133,8 @@ def _of_base(examination: Examination) -> dict[tuple[str, str], Row]:
 
 
 def judge(rules: Mapping[str, bool], rows: Sequence[Row], base: Scores, guards: Set[str]) -> list[Row]:
-    """Each rule's result, and whether it is `required`; others only warn. `base` has the base's recorded scores, which
-    those on exactly the candidate's examples replace. `guards` names the suites that are guards."""
+    """Evaluates each rule, and marks whether it is `required`; others only warn. `base` holds the base's recorded
+    scores; scores on exactly the candidate's examples replace them. `guards` names the guard suites."""
     candidate = {(row["suite"], row["metric"]): _measured(row) for row in rows}
     members: dict[tuple[str, str], dict[tuple[str, str], GateScore]] = {}
     for row in rows:

@@ -1,11 +1,11 @@
-"""Merges into the store, shard by shard: by units that need no database and no disk for a checkpoint.
+"""Merges into the store, shard by shard, in units that need neither a database nor disk space for a checkpoint.
 
-plan    which shards there are: from the base's headers and the adapters
-shard   one shard, streamed from the base to a blob; it reads every tensor of the base's file, and returns their hashes
-texts   the small files beside the weights, once all shards are there
+plan    lists the shards, from the base's headers and the adapters
+shard   streams one shard from the base to a blob; reads every tensor of the base's file and returns their hashes
+texts   writes the small files beside the weights, once all shards are stored
 
-Together the hashes prove which base was merged, before anything is published. A quantized base is decoded from files of
-one host, so that one unit merges it on a disk.
+Together the hashes prove which base was merged, before anything is published. A quantized base is decoded from files on
+one host, so a single unit merges it on disk.
 """
 
 import hashlib
@@ -49,9 +49,9 @@ class StoredModel:
 
 
 def merged_model(held: JobRun, work: CompositionRun) -> StoredModel:
-    """The merged model, made by the units that have not ended yet.
+    """Merges the model, running only the units without a kept result.
 
-    Raises Mismatch unless all that the units have read is the locked base, and what the units raise.
+    Raises Mismatch if the units read anything but the locked base, and what the units raise.
     """
     started = monotonic()
     merge = _content(work, combined_adapter(held, work) if work.settings.pipeline.fitted else ())
@@ -80,7 +80,7 @@ def merged_model(held: JobRun, work: CompositionRun) -> StoredModel:
     try:
         refuse_other_base(work, ordered)
     except Mismatch:
-        held.engine.forget(SHARD, units)  # made of another base, and not to be taken once this one is back
+        held.engine.forget(SHARD, units)  # made from another base, so unusable once this one is back
         raise
     shards = held.engine.node.share(json.dumps(ordered, sort_keys=True).encode())
     content = {**own, "shards": shards, "note": work.note}
@@ -92,7 +92,7 @@ def merged_model(held: JobRun, work: CompositionRun) -> StoredModel:
 
 
 def refuse_other_base(work: CompositionRun, rows: Iterable[Row]) -> None:
-    """Raises Mismatch unless all bytes that the shards have read are the locked base's."""
+    """Raises Mismatch unless every byte that the shards read belongs to the locked base."""
     hashes = {name: digest for row in rows for name, digest in row["tensor_hashes"].items()}
     tensors = work.architecture.tensors.items()
     table = ((name, spec.dtype, spec.shape, hashes.get(name, "")) for name, spec in tensors)
@@ -107,12 +107,12 @@ def refuse_other_base(work: CompositionRun, rows: Iterable[Row]) -> None:
 
 
 def file_of(row: Mapping[str, Any]) -> ManifestFile:
-    """A shard's row as a file of a release."""
+    """Converts a shard's row to a file of a release."""
     return ManifestFile(row["file"], row["size_bytes"], Digest(row["sha256"]))
 
 
 def _content(work: CompositionRun, adapter: Sequence[ManifestFile]) -> Row:
-    """What determines the merge's bytes."""
+    """The unit content that determines the merge's bytes."""
     lock = work.lock
     how: Row = {"base": lock.base, "dtype": lock.dtype, "rounding": asdict(lock.rounding) if lock.rounding else None}
     if work.settings.pipeline.fitted:  # reuse the fitted factors: another fit would differ in the last bits
@@ -123,7 +123,7 @@ def _content(work: CompositionRun, adapter: Sequence[ManifestFile]) -> Row:
 
 @dataclass(frozen=True, slots=True)
 class _StoreSink:
-    """A shard's `Sink`, in the store."""
+    """A shard's `Sink` that writes to the store."""
 
     writer: UnitWriter
 
@@ -136,7 +136,7 @@ class _StoreSink:
 
 
 def _planned(node: Node, unit: Unit) -> "MergePlan":
-    """The merge's plan, kept for the next shard."""
+    """Plans the merge, and keeps the plan for the next shard."""
     merge = {name: unit.content[name] for name in ("base", "dtype", "rounding", "method", "settings", "members")}
     key = hashlib.sha256(json.dumps([merge, unit.hints], sort_keys=True).encode()).hexdigest()
 
@@ -174,8 +174,8 @@ def _plan(node: Node, unit: Unit, _count: Count) -> Result:
 
 
 def layout_of(plan: "MergePlan", shard: "ShardPlan") -> str:
-    """Names the shard's header, and which of the base's tensors are read with it: locations may have the same weights
-    in other files, or in another order."""
+    """Hashes the shard's header and the list of base tensors read with it. Locations may hold the same weights in other
+    files or in another order."""
     from composer.merge.stream import unwritten
 
     unread = [[file.name, entry.name] for file, entry in unwritten(plan, shard)]
@@ -192,10 +192,10 @@ def _stream(node: Node, unit: Unit, count: Count) -> Result:
     if shard is None or layout_of(plan, shard) != unit.content["layout"]:
         raise Mismatch(
             "base_changed",
-            f"The base's files at {plan.checkpoint.path} are laid out otherwise than those that the merge was planned "
-            "from.",
+            f"The layout of the base's files at {plan.checkpoint.path} differs from that of the files used to plan the "
+            "merge.",
             subject=unit.content["file"],
-            next_step="Let all nodes have the same files of it: one location, or copies of one.",
+            next_step="Give all nodes the same files: one location, or copies of it.",
         )
     rewriter = Rewriter(torch_device("auto"), plan.rounding)
     writer = node.store.begin_write(shard.size_bytes)

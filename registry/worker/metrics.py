@@ -1,5 +1,5 @@
-"""Prometheus metrics of a worker: its jobs and their steps. Labels are kinds of jobs and names of steps, never those of
-a namespace or a repository."""
+"""Prometheus metrics of a worker: its jobs and their steps. Labels are job kinds and step names, never the name of a
+namespace or repository."""
 
 from prometheus_client import CollectorRegistry, Histogram, ProcessCollector, generate_latest
 

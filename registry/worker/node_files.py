@@ -1,4 +1,4 @@
-"""Files of units: named by rows of JSON, read from the store and written to it. Nodes have no database."""
+"""Reads and writes the files of units, which JSON rows describe, since nodes have no database."""
 
 import hashlib
 import json
@@ -21,23 +21,23 @@ Row = dict[str, Any]
 
 
 def to_rows(files: Sequence[ManifestFile]) -> list[list[Any]]:
-    """Files as units name them."""
+    """Serializes files for units."""
     return [[file.path, file.size_bytes, file.sha256] for file in files]
 
 
 def from_rows(rows: Sequence[Sequence[Any]]) -> list[ManifestFile]:
-    """The files that `to_rows` named."""
+    """Reverses `to_rows`."""
     return [ManifestFile(path, size_bytes, Digest(sha256)) for path, size_bytes, sha256 in rows]
 
 
 def are_stored(node: Node, files: Sequence[ManifestFile]) -> bool:
-    """Whether the store has all of the files, as far as their sizes tell."""
+    """Whether the store has all files; compares sizes, not contents."""
     return all(node.store.size_of(file.sha256) == file.size_bytes for file in files)
 
 
 def fetched(node: Node, rows: Sequence[Sequence[Any]], name: str = "files") -> Path:
-    """A directory with the files of `rows`, written once by this process. Its `name` ends up in the adaptory.json of
-    what is made of an adapter."""
+    """Returns a directory with the files in `rows`, written once per process. Its `name` is recorded in the
+    adaptory.json of anything made from an adapter."""
     key = hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
     directory = node.kept_directory(f"files-{key}") / name
     materialise(node.store, from_rows(rows), directory)
@@ -45,7 +45,7 @@ def fetched(node: Node, rows: Sequence[Sequence[Any]], name: str = "files") -> P
 
 
 def loaded_adapter(node: Node, member: Mapping[str, Any], architecture: Architecture) -> "LoadedAdapter":
-    """The adapter of a member's `files`, under the member's `name`."""
+    """Loads the adapter from a member's `files`, under the member's `name`."""
     from composer.deltas.variants.load import load_deltas
 
     return replace(load_deltas(fetched(node, member["files"]), architecture), name=member["name"])
@@ -61,13 +61,13 @@ def store_directory(node: Node, directory: Path) -> list[ManifestFile]:
 
 
 def share_architecture(node: HostNode, architecture: Architecture) -> str:
-    """Keeps a base's architecture for units that combine adapters without the base. Returns its key."""
+    """Shares a base's architecture with units that combine adapters without the base. Returns its key."""
     tensors = [[name, spec.dtype, spec.shape] for name, spec in architecture.tensors.items()]
     return node.share(json.dumps([architecture.model_type, architecture.tied, tensors]).encode())
 
 
 def shared_architecture(node: Node, key: str) -> Architecture:
-    """The architecture under the key of `share_architecture`."""
+    """Reads the architecture that `share_architecture` stored under the key."""
 
     def read() -> Architecture:
         model_type, tied, tensors = json.loads(node.shared(key))

@@ -1,4 +1,4 @@
-"""Models that a process keeps between the units that it runs: the base once, however many units measure on it."""
+"""Models that a process keeps between units: the base is loaded once, however many units measure on it."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from composer.evaluation.model import LoadedModel
 
 PROCESS_BYTES = 1 << 30
-"""Memory of a unit's process beside a model: torch, what is read ahead, parts under way, factors of a few tensors."""
+"""A unit's memory besides the model: torch, read-ahead, parts in transit and the factors of a few tensors."""
 _LOAD_SHARE = 1.25
 """Memory of a loaded model and its passes, as a multiple of its tensors."""
 _REMOTE = ("hf://", "s3://")
@@ -23,31 +23,31 @@ WITHOUT_MODEL = Needs(memory_bytes=PROCESS_BYTES)
 
 
 def base_hints(locations: Sequence[str], size_bytes: int) -> Row:
-    """Where a unit finds a base."""
+    """Builds the hints by which a unit finds a base."""
     return {"locations": list(locations), "size_bytes": size_bytes}
 
 
 def everywhere(hints: Mapping[str, Any]) -> bool:
-    """Whether every node can get the base; otherwise only those that say that they have it."""
+    """Whether every node can get the base; otherwise only those that declare it can."""
     return any(url.startswith(_REMOTE) for url in hints["locations"])
 
 
 def needs_of_model(digest: str | None, hints: Mapping[str, Any]) -> Needs:
-    """The needs of a unit that loads the base, or a model of its size for None."""
+    """The needs of a unit that loads the base; for None, another model of that size."""
     memory = int(hints["size_bytes"] * _LOAD_SHARE)
     return Needs(memory_bytes=PROCESS_BYTES, device_bytes=memory, base=None if everywhere(hints) else digest)
 
 
 def loaded_base(node: Node, digest: str, hints: Mapping[str, Any]) -> "LoadedModel":
-    """The base, loaded once by this process. Raises as `base_checkpoint` and `load_model` do."""
+    """Loads the base, once per process. Raises as `base_checkpoint` and `load_model` do."""
     from composer.evaluation.model import load_model
 
     return node.kept("model", digest, lambda: load_model(base_checkpoint(node, digest, hints).path))
 
 
 def base_checkpoint(node: Node, digest: str, hints: Mapping[str, Any]) -> Checkpoint:
-    """The base's checkpoint on this host, with its weights verified once by this process: the files at a location may
-    have changed. Raises NotFound with `base_not_here`, and Mismatch with `base_changed`."""
+    """Opens the base's checkpoint on this host. Verifies the weights once per process, since the files at a location
+    may have changed. Raises NotFound with `base_not_here`, and Mismatch with `base_changed`."""
 
     size_bytes = int(hints["size_bytes"])
     return node.kept(
@@ -56,6 +56,6 @@ def base_checkpoint(node: Node, digest: str, hints: Mapping[str, Any]) -> Checkp
 
 
 def opened_checkpoint(node: Node, digest: str, hints: Mapping[str, Any]) -> Checkpoint:
-    """The base's checkpoint on this host, downloaded if need be. Its weights are not verified. Raises NotFound with
+    """Opens the base's checkpoint on this host, downloading it if needed. Does not verify weights. Raises NotFound with
     `base_not_here`."""
     return node.bases.open(digest, hints["locations"], int(hints["size_bytes"]), lambda: node.check(0))

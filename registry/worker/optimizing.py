@@ -1,4 +1,4 @@
-"""The step that searches for method, settings and weights, and writes its choice into the lock."""
+"""The step that searches for a method, settings and weights, and writes its choice into the lock."""
 
 from dataclasses import replace
 from typing import NoReturn
@@ -15,7 +15,7 @@ from registry.worker.runner import JobRun
 
 
 def optimize(held: JobRun) -> None:
-    """Searches, and locks the choice with its evidence. What was measured before a crash is not measured again.
+    """Runs the search and locks its choice with the evidence. Measurements made before a crash are reused.
 
     Raises Refused if no combination stays within the limits.
     """
@@ -30,7 +30,8 @@ def optimize(held: JobRun) -> None:
 
 
 def _searched(held: JobRun, work: CompositionRun, asked: Optimize) -> Lock:
-    """The lock with what the search chose and its evidence; without a choice, with the evidence alone."""
+    """Runs the search. Returns the lock with its choice and evidence, or with the evidence alone if nothing was
+    chosen."""
     from composer.optimize.candidates import Candidate
     from composer.optimize.optimize import expected_passes, optimize
     from composer.optimize.problem import SearchEffort, SearchMember, SearchProblem

@@ -23,19 +23,19 @@ if TYPE_CHECKING:
 
 _NAME_CHARS = 60
 Named = tuple[str, list[list[str]]]
-"""A pass: which deltas, and [suite, example] by their digests for each example."""
+"""A pass: the name of its deltas, and the digests [suite, example] of each example."""
 Progress = Callable[[int], None]
 """Called with the number of examples just measured."""
 
 
 def search_passes(held: JobRun, work: CompositionRun, problem: "SearchProblem", progress: Progress) -> "Passes":
-    """The passes of a search."""
+    """Prepares the passes of a search."""
     suites = [member.suite for member in problem.members]
     return _passes(held, work, suites, problem.guards, how_to_search(problem), progress)
 
 
 def how_to_search(problem: "SearchProblem") -> Row:
-    """What a document of passes says about the search that they are for."""
+    """The part of a passes document that describes the search."""
     effort = {"search": problem.effort.search, "confirm": problem.effort.confirm, "seed": problem.effort.seed}
     return {"for": "search", "effort": effort, "as_adapter": problem.as_adapter}
 
@@ -43,7 +43,7 @@ def how_to_search(problem: "SearchProblem") -> Row:
 def probe_passes(
     held: JobRun, work: CompositionRun, suites: Sequence[Suite], guards: Sequence[Suite], progress: Progress
 ) -> "Passes":
-    """The passes of a probe of the inputs on a suite of each."""
+    """Prepares the passes of a probe, which measures each input on its suite."""
     fitted = work.settings.pipeline.fitted
     rows = calibration_rows(work.calibration_sets(held)) if fitted else None
     how = {"for": "probe", "method": work.lock.method, "settings": work.lock.settings, "calibration": rows}
@@ -69,9 +69,9 @@ def _passes(
 
 
 class Passes:
-    """Runs the passes of one document on the engine: `Elsewhere` for a search. The document has the `base`, its
-    `architecture` (a key), the `members` by their files, with suites and weights, the `guards`, and what the passes are
-    `for`."""
+    """Runs the passes of one document on the engine; implements `Elsewhere` for a search. The document has the `base`,
+    its `architecture` (a key), the `members` (files, suites and weights), the `guards`, and the passes' purpose
+    (`for`)."""
 
     def __init__(self, held: JobRun, document: Row, hints: Row, progress: Progress) -> None:
         self._held, self._base, self._hints, self._progress = held, document["base"], hints, progress
@@ -88,7 +88,8 @@ class Passes:
                 yield by_row[json.dumps(row)], measured_of(result)
 
     def run(self, wanted: Sequence[Named]) -> Iterator[tuple[Named, Result]]:
-        """Yields each pass with its result, as they end: `measured`, or why its combination `cannot` be made."""
+        """Yields each pass with its result as it ends: `measured`, or the reason why its combination `cannot` be
+        made."""
         units = {unit.name: (unit, row) for row in wanted for unit in [self._unit(row)]}
         needs = needs_of_model(self._base, self._hints)
         for unit, result in self._held.engine.map(PASS, [unit for unit, _ in units.values()], needs, self._held.check):
@@ -104,12 +105,12 @@ class Passes:
 
 
 def named(wanted: "Pass") -> Named:
-    """A pass as units name it."""
+    """Serializes a pass for units."""
     return wanted.who, [[suite, example] for _, suite, example in wanted.keys]
 
 
 def measured_of(result: Result) -> "list[Measured]":
-    """The results of a pass, by example. Raises the error of a combination that cannot be made."""
+    """Returns the per-example results of a pass. Raises the error if its combination cannot be made."""
     from composer.errors import Mismatch, NotSupported
     from composer.evaluation.measure import Measured
 
@@ -133,7 +134,7 @@ def _run(node: Node, unit: Unit, _count: Count) -> Result:
 
 
 def _opened(node: Node, document: str, hints: Mapping[str, Any]) -> "PassRunner":
-    """The base and adapters of the document, ready for its passes."""
+    """Loads the document's base and adapters for its passes."""
     content: Row = json.loads(node.shared(document))
     members = [_member(node, content, row) for row in content["members"]]
     guards = [Suite.from_json(guard) for guard in content["guards"]]

@@ -1,5 +1,5 @@
-"""The conflict report, as a unit that measures nothing itself: it names the passes that it needs, which are units of
-their own, and runs again with their results."""
+"""The conflict report, as a unit that measures nothing itself. It names the passes that it needs; they run as units of
+their own, and the report runs again with their results."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 def conflict_report(
     held: JobRun, document: Row, passes: Passes | None = None, progress: ProgressCount | None = None
 ) -> Result:
-    """The `report` on the document's adapters and, if they are to become one, why they are `uncombinable`. `document`
-    has `architecture` (a key), `members` (with name, weight and files), `method` and `settings`, and may have `probe`,
-    `policy` and `as_adapter`. Raises what the unit and its passes raise."""
+    """Makes the `report` on the document's adapters and, if one adapter is to be made, states why they are
+    `uncombinable`. `document` has `architecture` (a key), `members` (with name, weight and files), `method` and
+    `settings`, and may have `probe`, `policy` and `as_adapter`. Raises what the unit and its passes raise."""
     shared = held.engine.node.share(json.dumps(document, sort_keys=True).encode())
     known: list[tuple[Named, Result]] = []
     began_s = monotonic()
@@ -49,7 +49,7 @@ def conflict_report(
 
 
 class _Missing(Exception):
-    """Passes whose results are not known yet."""
+    """Signals passes whose results are not known yet."""
 
     def __init__(self, wanted: "Sequence[Pass]") -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class _Missing(Exception):
 
 
 class _Known:
-    """Results of passes, as `Elsewhere` for a probe. Raises _Missing if it lacks one."""
+    """Known results of passes; implements `Elsewhere` for a probe. Raises _Missing if one is missing."""
 
     def __init__(self, rows: Sequence[tuple[Sequence[Any], Result]]) -> None:
         self._results = {json.dumps(list(wanted)): result for wanted, result in rows}
@@ -81,7 +81,7 @@ class _Known:
 
 
 class _Expected:
-    """The examples that a probe will measure."""
+    """Records how many examples a probe will measure."""
 
     total = 0
 
@@ -89,7 +89,7 @@ class _Expected:
         self.total = total
 
     def __call__(self, count: int) -> None:
-        """Passes count."""
+        """Ignores progress, which the passes count."""
 
 
 def _report(node: Node, unit: Unit, _count: Count) -> Result:
@@ -105,7 +105,7 @@ def _report(node: Node, unit: Unit, _count: Count) -> Result:
         adapters.append(loaded_adapter(node, member, architecture))
     weights = [parse_weight(member["weight"]) for member in content["members"]]
     settings, expected = parse_settings(content["method"], content["settings"]), _Expected()
-    if "as_adapter" in content:  # before any work: two tokenizers that differ are refused
+    if "as_adapter" in content:  # refuse tokenizers that differ before any work
         chosen_tokenizer(None, [(adapter.name, adapter.path) for adapter in adapters])
     evidence: Evidence | None = None
     if content.get("probe"):

@@ -1,4 +1,4 @@
-"""The executor: claims a job, keeps its heartbeat, runs its unfinished steps, records how it ended."""
+"""The executor: claims a job, sends its heartbeat, runs its unfinished steps and records how it ended."""
 
 import logging
 import socket
@@ -32,16 +32,16 @@ from registry.worker.workspace import sweep_work
 BEAT_S = 3.0
 POLL_S = 1.0
 SETTLE_S = 2.0
-"""How often waiting promotions are looked at."""
+"""How often waiting promotions are checked."""
 SWEEP_S = 600.0
 UNMET_S = 30.0
-"""How often a worker looks for jobs that no worker has met for long."""
+"""How often a worker looks for jobs whose needs no worker has met for a long time."""
 _NOT_AWAITED = ("engine_unavailable", "blob_corrupt")
-"""What a command's own job is not retried for, since its user waits: a cluster that is not there, and bytes that were
-wrong twice in a row."""
+"""Errors that do not retry a command's own job, since its user is waiting: an absent cluster, and bytes that were wrong
+twice in a row."""
 _PROGRESS_STEP = 0.05
 _PROGRESS_S = 1.0
-"""Progress is written whenever this share more is done and, if an amount is known, this often as well."""
+"""Progress is written after each further _PROGRESS_STEP and, if an amount is known, every _PROGRESS_S seconds."""
 
 log = logging.getLogger(__name__)
 
@@ -56,8 +56,8 @@ class WorkerStopping(Interrupted):
 
 @dataclass(slots=True)
 class JobRun:
-    """A claimed job, as its steps see it. `host` is what this worker goes on offering meanwhile; None if it is the only
-    one."""
+    """A claimed job, as its steps see it. The worker announces its `host` while the job runs; None if it runs a single
+    job."""
 
     resources: Resources
     worker: str
@@ -68,10 +68,10 @@ class JobRun:
     kind: str = ""
     observe: "Observe | None" = None
     is_own: bool = False
-    """Whether a command runs its own job, and its user waits."""
+    """Whether a command runs its own job while its user waits."""
     engine: WorkerEngine = field(kw_only=True)
     made: set[Digest] = field(default_factory=set[Digest])
-    """Blobs that units have stored for releases which are not published yet."""
+    """Blobs that units stored for releases that are not published yet."""
     _began_s: float = field(default_factory=time.monotonic)
     _step_began_s: float = 0.0
     _step: str = ""
@@ -92,7 +92,7 @@ class JobRun:
         self._ended(self._step, "done", self._step_began_s)
 
     def fail_step(self, log: Sequence[str] = ()) -> None:
-        """Records that the current step failed, if one was started, with the log of the unit that failed."""
+        """Records that the current step failed, if one was started, with the failed unit's log."""
         if self._step:
             known = own_directories(self.resources)
             shown = [without_directories(line, known) for line in log]
@@ -100,7 +100,7 @@ class JobRun:
             self._ended(self._step, "failed", self._step_began_s)
 
     def ended(self, state: str) -> None:
-        """Counts the job, which has ended so."""
+        """Counts the ended job in the metrics."""
         self._ended(None, state, self._began_s)
 
     def _ended(self, step: str | None, state: str, began_s: float) -> None:
@@ -108,7 +108,7 @@ class JobRun:
             self.observe(self.kind, step, state, time.monotonic() - began_s)
 
     def progress(self, done: float | Amount) -> None:
-        """Records progress; called often, written now and then. Raises JobLost or WorkerStopping if this worker must
+        """Records progress. Called often but writes rarely. Raises JobLost or WorkerStopping if this worker must
         stop."""
         self.check()
         share = done.share if isinstance(done, Amount) else done
@@ -117,11 +117,11 @@ class JobRun:
             self._amount = done
         if late or share - self._noted >= _PROGRESS_STEP:
             self._noted, self._noted_s = share, time.monotonic()
-            with suppress(Unavailable):  # the database must be back for the step's end, not for this
+            with suppress(Unavailable):  # only the end of the step needs the database back
                 self._note("running", done)
 
     def check(self, _done: int = 0) -> None:
-        """Raises like `progress`. Called often during long work, with what it has just done."""
+        """Raises like `progress`. Long work calls it often, with the amount just done."""
         if self.lost.is_set():
             raise JobLost
         if self.stop.is_set():
@@ -138,7 +138,7 @@ class JobRun:
 
 Step = Callable[[JobRun], None]
 Observe = Callable[[str, str | None, str, float], None]
-"""Called when a step has ended and, without a step, when a job has: kind, step, state, seconds."""
+"""Called with kind, step, state and seconds when a step ends; without a step, when a job ends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,16 +159,16 @@ def run_worker(
 ) -> None:
     """Works until `stop` is set; the current job is then requeued at its next `check`.
 
-    With `only`, does that job of its own command and no other, and fails at once if this host lacks what it needs or
-    its cluster is not there. Otherwise takes what this host meets. Waiting promotions are judged in a thread of their
-    own, also while a job runs.
+    With `only`, runs just that job, which its own command started, and fails at once if the host cannot meet its needs
+    or the cluster is absent. Otherwise claims any job whose needs this host meets. A separate thread judges waiting
+    promotions, even while a job runs.
     """
     settling = threading.Thread(target=_settle_promotions, args=(resources, stop), daemon=True, name="promotions")
     settling.start()
     try:
         _work(resources, kinds, stop, only=only, observe=observe)
     finally:
-        stop.set()  # after an exit inside a job, the thread would go on alone, and the process look alive
+        stop.set()  # otherwise, after an exit inside a job, the thread alone would keep the process alive
         settling.join()
 
 
@@ -215,7 +215,7 @@ def _work(
 
 
 def end_unmet(resources: Resources) -> None:
-    """Ends jobs that no worker has met for long, and forgets workers that have long ended."""
+    """Ends jobs whose needs no worker has met for a long time, and forgets workers that ended long ago."""
     with resources.write() as session:
         now = database_now(session)
         ended = queue.end_unmet(session, now)
@@ -234,8 +234,8 @@ def run_one(  # noqa: PLR0913
     engine: WorkerEngine | None = None,
     only: int | None = None,
 ) -> bool:
-    """Runs one job if one of these kinds is waiting whose needs the host meets; without a host, whatever it needs.
-    `only` is the one job that may be run."""
+    """Runs one waiting job of these kinds whose needs the host meets, if there is one. Without a host, needs are
+    ignored. `only` restricts it to that job. Returns whether a job ran."""
     offer = None
     if host is not None:
         _declare_missing(resources)
@@ -323,9 +323,8 @@ def _go_on(held: JobRun, job: Job, kind: JobKind) -> None:
 
 
 def _finish(held: JobRun, kind: JobKind, state: str, error: RegistryError | None) -> None:
-    """Cleans up, then ends the job: after a crash in between, the job is taken over and never ends with its files
-    left.
-    """
+    """Cleans up, then ends the job. After a crash in between, another worker takes over, so no ended job leaves
+    files."""
     if not _cleaned(held, kind):
         return
     row = shown_row(held, error) if error is not None else None
@@ -335,13 +334,14 @@ def _finish(held: JobRun, kind: JobKind, state: str, error: RegistryError | None
 
 
 def own_directories(resources: Resources, subject: str = "") -> set[str]:
-    """This host's own directories, and that of the subject of an error if it is a path."""
+    """This host's own directories, and the parent of an error's subject if that is a path."""
     own = {str(resources.settings.home_directory), str(resources.work_directory)}
     return own | {str(Path(subject).parent)} if subject.startswith("/") else own
 
 
 def shown_row(held: JobRun, error: RegistryError) -> dict[str, Any]:
-    """The error's row for everybody who may see the job: without this host's directories, which the log has."""
+    """Builds the error row shown to everyone who may see the job. It omits this host's directories, which go to the
+    log."""
     row: dict[str, Any] = error.to_row()
     shown: dict[str, Any] = document_without_directories(row, own_directories(held.resources, row["subject"] or ""))
     if shown != row:
@@ -359,7 +359,7 @@ def _cleaned(held: JobRun, kind: JobKind) -> bool:
 
 
 def _put_off(held: JobRun, pause: timedelta, error: RegistryError) -> None:
-    """The next worker continues from the finished steps."""
+    """Postpones the job. The next worker resumes after the finished steps."""
     log.warning("Job %s waits for %s and is tried again: %s", held.job_id, pause, error)
     row = shown_row(held, error)
     with held.resources.write() as session:

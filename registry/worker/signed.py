@@ -18,8 +18,8 @@ from registry.settings import Settings
 def publish_signed(
     settings: Settings, session: Session, actor: Actor, new: NewRelease, inputs: Sequence[Release]
 ) -> Release:
-    """Publishes the composition of `inputs`, signed with the worker's key if its namespace trusts that and each input
-    is signed by a key of it. Raises Refused for unsigned inputs where signatures are required."""
+    """Publishes the composition of `inputs`. Signs it with the worker's key if the namespace trusts that key and one of
+    its keys signed each input. Raises Refused for unsigned inputs where signatures are required."""
     namespace, path = _locked(session, new.repository.namespace), settings.signing_key
     if path is None or namespace is None or not is_key_of(namespace.signing_keys, own_fingerprint(path)):
         return commits.publish(session, actor, new)[0]
@@ -38,5 +38,5 @@ def publish_signed(
 
 
 def _locked(session: Session, name: str) -> Namespace | None:
-    """The namespace, locked against changes; None if it does not exist yet."""
+    """Locks the namespace against changes and returns it; None if it does not exist yet."""
     return namespaces.find_for_share(session, name) if session.get(Namespace, name) else None

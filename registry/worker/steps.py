@@ -1,4 +1,4 @@
-"""The steps of a composition: optimize (if asked) -> check -> combine -> evaluate -> gate -> merge -> publish.
+"""The steps of a composition: optimize (optional) -> check -> combine -> evaluate -> gate -> merge -> publish.
 
 If the recipe has no adapter, nothing is combined and the merged model is evaluated.
 
@@ -82,8 +82,8 @@ def check(held: JobRun) -> None:
 
 
 def _reported(held: JobRun, work: CompositionRun) -> Row:
-    """The conflict report on a probe, if every member has a suite and the recipe asks for a probe; otherwise on weaker
-    evidence, as it says. The suites' prompts are always compared."""
+    """Makes the conflict report. It rests on a probe if every member has a suite and the recipe enables the probe, and
+    otherwise on weaker evidence, which it names. The suites' prompts are always compared."""
     named = {suite.name: suite for suite in suites_named(held, [suite for suite in work.member_suites if suite])}
     member_suites = [named[name] if name else None for name in work.member_suites]
     guards = [suite for suite in suites_named(held, work.recipe.evaluate) if suite.kind == "guard"]
@@ -113,7 +113,7 @@ def _reported(held: JobRun, work: CompositionRun) -> Row:
 
 
 def combine(held: JobRun) -> None:
-    """Makes the candidate if the recipe names an adapter: one PEFT adapter, combined as the recipe says."""
+    """Makes the candidate, one PEFT adapter combined by the recipe's method, if the recipe publishes an adapter."""
     work = composition_of(held)
     if work.recipe.adapter:
         combined_adapter(held, work)
@@ -152,7 +152,7 @@ def evaluate(held: JobRun) -> None:
 
 
 def _compared(held: JobRun, work: CompositionRun) -> list[Member]:
-    """The inputs, with their recorded scores."""
+    """Lists the inputs with their recorded scores."""
     with held.resources.read() as session:
         releases_used = compositions.inputs_of(session, work.lock)
         recorded = [
@@ -199,18 +199,18 @@ def gate(held: JobRun) -> None:
 
 
 def merge(held: JobRun) -> None:
-    """Merges the checkpoint into the store, shard by shard and verified."""
+    """Merges the checkpoint into the store shard by shard, and verifies it."""
     work = composition_of(held)
     if work.recipe.model:
         _merged(held, work)
 
 
 def _merged(held: JobRun, work: CompositionRun) -> Sequence[ManifestFile]:
-    """The files of the merged model. Records the report of the merge, which the first call makes."""
+    """Returns the files of the merged model. The first call merges and records the report."""
     model = merged_model(held, work)
     with held.resources.read() as session:
         known = compositions.find(session, work.composition_id)[0].merge
-    if not known:  # an evaluation has recorded what it has made
+    if not known:  # otherwise an evaluation has merged and recorded it
         store(held, work, merge=model.report)
     return model.files
 
@@ -218,7 +218,7 @@ def _merged(held: JobRun, work: CompositionRun) -> Sequence[ManifestFile]:
 def publish(held: JobRun) -> None:
     """Stores the files of all outputs, then publishes all releases, lineage and scores in one transaction.
 
-    Uses the creator's current roles. Raises NotAllowed, and publishes nothing, if a required one was revoked.
+    Uses the creator's current roles. Raises NotAllowed, and publishes nothing, if a required role was revoked.
     """
     with held.resources.read() as session:
         actor = creator(held, session)
@@ -245,7 +245,7 @@ def publish(held: JobRun) -> None:
 def clean(held: JobRun) -> None:
     """Deletes the candidate's results, and outputs that were not published."""
     if held.made:
-        with suppress(Unavailable):  # a store that is away does not keep a job from ending; `gc` removes them
+        with suppress(Unavailable):  # an unreachable store must not keep a job from ending; `gc` removes the blobs
             discard(held.resources, held.made)
     with held.resources.read() as session:
         composition = compositions.find_by_job(session, held.job_id)
@@ -272,7 +272,7 @@ KINDS = {
 
 def _upload(held: JobRun, work: CompositionRun, output: Output) -> Push:
     reference = parse_reference(output.target)
-    # Made by the steps before, and found.
+    # Earlier steps have made them; these calls reuse the results.
     files = list(_merged(held, work)) if output.kind is Kind.MODEL else combined_adapter(held, work)
     register_files(held, output.target, files)
     return Push(
@@ -289,7 +289,7 @@ def _upload(held: JobRun, work: CompositionRun, output: Output) -> Push:
 
 
 def _measured(held: JobRun, actor: Actor, work: CompositionRun) -> list[Measurement]:
-    """The candidate's scores; with the stored results of each example, unless another host has measured them."""
+    """The candidate's scores, with their stored per-example results unless another host measured them."""
     with held.resources.read() as session:
         scores = compositions.find(session, work.composition_id)[0].candidate_scores or []
     measured = [Measurement.of(score) for score in scores]

@@ -1,4 +1,4 @@
-"""Directories that compositions work in."""
+"""Working directories of compositions."""
 
 import shutil
 from pathlib import Path
@@ -13,13 +13,13 @@ _WORK = "composition-"
 
 
 def work_of(resources: Resources, composition_id: int) -> Path:
-    """Directory on this host for the results of a composition's steps."""
+    """The directory on this host for the results of a composition's steps."""
     return resources.work_directory / f"{_WORK}{composition_id}"
 
 
 def sweep_work(resources: Resources) -> int:
-    """Removes the work of compositions that have ended, and returns how many: a worker of another host may have ended
-    one that was begun here, and cleaned only its own disk."""
+    """Removes the directories of ended compositions and returns their number. A worker on another host may have ended a
+    composition that began here, but cleaned only its own disk."""
     names = (path.name.removeprefix(_WORK) for path in resources.work_directory.glob(f"{_WORK}*"))
     there = {int(name) for name in names if name.isdecimal()}
     if not there:

@@ -1,4 +1,4 @@
-"""What a process that runs a unit answers: the result, or the error as a row with the last lines of its log."""
+"""Answers of processes that run units: a result, or an error row with the last lines of the log."""
 
 import logging
 import traceback
@@ -16,11 +16,11 @@ log = logging.getLogger(__name__)
 
 LOG_LINES = 200
 KNOWN = (RegistryError, ComposerError, OSError)
-"""Errors that say what to do. Any other is a defect."""
+"""Errors with a next step. Any other error is a defect."""
 
 
 def answer_of(name: str, work: Callable[[], Result]) -> dict[str, Any]:
-    """The `result` of the unit of that name, or its `error` as a row and the last lines of this process's `log`."""
+    """Runs a unit's work. Returns its `result`, or its `error` as a row with the last lines of this process's `log`."""
     with _last_log_lines() as lines:
         try:
             log.info("%s begins", name)
@@ -32,7 +32,7 @@ def answer_of(name: str, work: Callable[[], Result]) -> dict[str, Any]:
 
 
 def failure_of(error: Exception) -> RegistryError:
-    """What a worker reports of an error. A defect becomes Unavailable with `unit_failed`."""
+    """Converts an error to the one that a worker reports. A defect becomes Unavailable with `unit_failed`."""
     if isinstance(error, KNOWN):
         return of_failed_work(error)
     last = traceback.extract_tb(error.__traceback__)[-1]
@@ -41,7 +41,7 @@ def failure_of(error: Exception) -> RegistryError:
 
 
 def error_of(answer: Mapping[str, Any]) -> RegistryError:
-    """The error of an answer that has one."""
+    """Restores the error of an answer, with its log lines."""
     error = of_row(answer["error"])
     error.log_lines = list(answer["log"])
     return error
@@ -49,7 +49,7 @@ def error_of(answer: Mapping[str, Any]) -> RegistryError:
 
 @contextmanager
 def _last_log_lines() -> Generator[deque[str]]:
-    """Collects the last LOG_LINES lines that this process logs meanwhile."""
+    """Collects the last LOG_LINES lines that this process logs inside the block."""
     lines: deque[str] = deque(maxlen=LOG_LINES)
     handler = _Collector(lines)
     root = logging.getLogger()

@@ -1,14 +1,15 @@
 """The processes that run a worker's units: a template with everything imported, and a child of it for each job.
 
-A worker starts the template with `python -c` in an environment that has none of its secrets, and with one end of a
-socket pair, its only descriptor beside stdin (empty), stdout and stderr (the worker's stderr). The template imports
-torch and the composer, and then only waits: it computes nothing, starts no thread and does not touch CUDA, so that it
+A worker starts the template with `python -c`, in an environment without its secrets. The template inherits one end of a
+socket pair; its other descriptors are an empty stdin, and stdout and stderr, which are both the worker's stderr. It
+imports torch and the composer, then only waits: it computes nothing, starts no thread and leaves CUDA alone, so that it
 can fork.
 
-- For each job the worker sends it an end of another socket pair, and it forks the child, which reads units there, runs
-  one after the other, and sends its counts and answers. It has no database and no store: it asks the worker for bytes.
-- The child leads a process group, and dies with the template. The template ends it when the worker asks for that, or
-  has ended itself: with SIGKILL, since torch may be inside one long operation. It then removes the child's directory.
+- For each job, the worker sends one end of another socket pair, and the template forks a child. The child reads units
+  from that socket, runs them one by one, and sends back counts and answers. It has no database and no store; it
+  requests bytes from the worker.
+- The child leads a process group and dies with the template. When the worker requests it, or ends itself, the template
+  kills the child with SIGKILL, since torch may be inside one long operation, and removes the child's directory.
 - Whatever ended a child, the template reports its exit status, so that the worker can start another.
 """
 
@@ -46,16 +47,16 @@ _IMPORTED = (
     "transformers.models.auto.tokenization_auto",
 )  # fmt: skip
 _WATCH_S = 1.0
-"""How often the template looks for its worker, whose end of the socket pair a process of it may have inherited."""
+"""How often the template checks that its worker lives: another process may have inherited the worker's socket."""
 _COUNT_S = 0.1
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 _FIRST_TO_DIE = "500"
-"""The child's oom_score_adj: where memory runs out, it ends before its worker."""
+"""The child's oom_score_adj: if memory runs out, the child ends before its worker."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Child:
-    """A child of the template: its process, as a number and as a descriptor, and its directory."""
+    """A child of the template: its process id, its pidfd (`watched`) and its directory."""
 
     pid: int
     watched: int
@@ -63,10 +64,10 @@ class _Child:
 
 
 def main(end: int) -> None:
-    """The template's life; `end` is the descriptor of its end of a socket pair."""
+    """Runs the template. `end` is the descriptor of its end of a socket pair."""
     worker, children = os.getppid(), dict[int, _Child]()
     wire = Wire(socket.socket(fileno=end))
-    for number in (signal.SIGINT, signal.SIGTERM):  # to all processes of a service or a terminal: the worker decides
+    for number in (signal.SIGINT, signal.SIGTERM):  # these reach all processes of a terminal: the worker decides
         signal.signal(number, signal.SIG_IGN)
     for name in _IMPORTED:
         importlib.import_module(name)
@@ -124,7 +125,7 @@ def _bury(wire: Wire, child: _Child, children: dict[int, _Child]) -> None:
 
 
 def _end(child: _Child) -> int:
-    """Ends what is left of a child, and removes its directory. Returns its wait status."""
+    """Kills what is left of a child and removes its directory. Returns its wait status."""
     _kill(child)
     status = os.waitpid(child.pid, 0)[1]
     os.close(child.watched)
@@ -133,14 +134,14 @@ def _end(child: _Child) -> int:
 
 
 def _kill(child: _Child) -> None:
-    """Kills the child's group, and what it has started in groups of their own, such as scorers."""
+    """Kills the child's group, and its descendants in other groups, such as scorers."""
     for kill, pid in ((os.killpg, child.pid), *((os.kill, descendant) for descendant in descendants(child.pid))):
         with suppress(ProcessLookupError, PermissionError):
             kill(pid, signal.SIGKILL)
 
 
 def descendants(pid: int) -> Iterator[int]:
-    """Yields the processes that this one started and that still run, with theirs."""
+    """Yields the running processes that this one started, and theirs in turn."""
     for listing in Path(f"/proc/{pid}/task").glob("*/children"):
         with suppress(OSError):
             for child in map(int, listing.read_text().split()):
@@ -149,7 +150,7 @@ def descendants(pid: int) -> Iterator[int]:
 
 
 def _be_child(template: int, end: int, directory: Path, settings: Mapping[str, Any]) -> None:
-    """The child's life."""
+    """Runs the child."""
     os.setpgid(0, 0)
     ctypes.CDLL(None, use_errno=True).prctl(_DIE_WITH_PARENT, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != template:
@@ -158,7 +159,7 @@ def _be_child(template: int, end: int, directory: Path, settings: Mapping[str, A
     os.environ["TMPDIR"] = tempfile.tempdir = str(directory)
     shown = logging.StreamHandler()
     shown.addFilter(lambda record: record.name != answers.__name__ or record.levelno > logging.WARNING)
-    logging.basicConfig(handlers=[shown])  # without the errors that the worker records
+    logging.basicConfig(handlers=[shown])  # the worker records the errors of units
     wire = Wire(socket.socket(fileno=end))
     calls = Calls(wire)
     bases = RemoteBases(calls)
@@ -183,7 +184,7 @@ def _task(named: Mapping[str, Any]) -> Task:
 
 
 class _Counter:
-    """Sends what a unit has done to the worker, now and then."""
+    """Reports a unit's progress to the worker, at most every _COUNT_S seconds."""
 
     def __init__(self, wire: Wire) -> None:
         self._wire, self._done, self._sent_s = wire, 0, time.monotonic()
@@ -196,7 +197,7 @@ class _Counter:
                 self._send()
 
     def flush(self) -> None:
-        """Sends the rest."""
+        """Sends the remaining count."""
         with self._lock:
             if self._done:
                 self._send()

@@ -14,7 +14,7 @@ from typing import Any
 from registry.storage.unit_results import MAX_RESULT_BYTES
 
 MAX_BYTES = MAX_RESULT_BYTES
-"""Of the bytes beside a message."""
+"""The most bytes that may accompany a message."""
 _MAX_DOCUMENT_BYTES = MAX_RESULT_BYTES + (16 << 20)
 _HEAD = struct.Struct("!II")
 _BUFFER_BYTES = 4 << 20
@@ -29,7 +29,7 @@ class Frame:
     file: int | None = None
 
     def owned_file(self) -> int:
-        """The descriptor. Raises ValueError without one."""
+        """Returns the descriptor. Raises ValueError if there is none."""
         if self.file is None:
             raise ValueError("a message lacks its file")
         return self.file
@@ -46,7 +46,7 @@ class Wire:
 
     @classmethod
     def pair(cls) -> "tuple[Wire, socket.socket]":
-        """A new wire, and its other end."""
+        """Creates a wire, and returns it with the other end."""
         own, other = socket.socketpair()
         return cls(own), other
 
@@ -69,7 +69,7 @@ class Wire:
                 self._end.sendall(content)
 
     def receive(self) -> Frame:
-        """The next message. Raises EOFError once the other end is closed, and for what is not a message."""
+        """Waits for the next message. Raises EOFError once the other end is closed, and for malformed input."""
         file: int | None = None
         try:
             head, files, _, _ = socket.recv_fds(self._end, _HEAD.size, 1, socket.MSG_CMSG_CLOEXEC)
@@ -88,17 +88,17 @@ class Wire:
             raise
 
     def is_ready(self, timeout_s: float) -> bool:
-        """Whether there is something to receive, also the end, within that time."""
+        """Whether a message or the end arrives within that time."""
         waiting = select.poll()
         waiting.register(self._end, select.POLLIN)
         return bool(waiting.poll(timeout_s * 1000))
 
     def detach(self) -> None:
-        """Closes this process's descriptor of an end that another process goes on using."""
+        """Closes this process's descriptor; another process keeps using the same end."""
         self._end.close()
 
     def close(self) -> None:
-        """Closes this end, also for a thread that waits for a message."""
+        """Closes this end, and wakes a thread that waits for a message."""
         with suppress(OSError):  # the other end was first
             self._end.shutdown(socket.SHUT_RDWR)
         self._end.close()

@@ -1,4 +1,4 @@
-"""The limits of a job: seconds and memory of the processes that run its units."""
+"""The limits of a job: the time and memory of the processes that run its units."""
 
 import time
 from collections.abc import Iterable
@@ -13,19 +13,19 @@ from registry.worker.engine.child import descendants
 _SECONDS, _BYTES = "ADAPTORY_ENGINE__JOB_SECONDS", "ADAPTORY_ENGINE__JOB_MEMORY_BYTES"
 _WATCH_S = 0.5
 _USUAL_SHARE = 0.9
-"""Of the memory of the host or its container, if the setting names no other limit."""
+"""The default limit, as a share of the memory of the host or its container."""
 
 
 class JobLimits:
-    """What is left to a job. `refuse` looks at most every half second."""
+    """The limits of one running job. `refuse` measures memory at most every half second."""
 
     def __init__(self, settings: EngineSettings) -> None:
         self._seconds, self._bytes = settings.job_seconds, settings.job_memory_bytes or int(host_bytes() * _USUAL_SHARE)
         self._began_s = self._watched_s = time.monotonic()
 
     def refuse(self, pid: int) -> None:
-        """Raises Unavailable once the job has taken longer than its limit, or this process and those that it started
-        have more memory."""
+        """Raises Unavailable once the job exceeds its time limit, or this process and its descendants exceed the memory
+        limit."""
         now_s = time.monotonic()
         if now_s - self._began_s > self._seconds:
             raise Unavailable(
@@ -39,13 +39,13 @@ class JobLimits:
         if anonymous_bytes((pid, *descendants(pid))) > self._bytes:
             raise Unavailable(
                 "job_memory_limit",
-                f"The job took more than {self._bytes:,} bytes of memory, the limit that {_BYTES} sets.",
+                f"The job used more than {self._bytes:,} bytes of memory, the limit that {_BYTES} sets.",
                 subject=_BYTES,
             )
 
 
 def anonymous_bytes(pids: Iterable[int]) -> int:
-    """The memory of processes that no file backs: mapped files can be dropped, and this cannot."""
+    """Sums the memory of processes that no file backs. The kernel can drop mapped files, but not this."""
     total = 0
     for pid in pids:
         with suppress(OSError):  # it has ended

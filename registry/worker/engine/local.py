@@ -1,4 +1,4 @@
-"""The engine on this host, the default: one child process for each job, which runs one unit after the other."""
+"""The default engine, on this host: each job has one child process, which runs its units one by one."""
 
 import queue
 import shutil
@@ -24,7 +24,7 @@ _POLL_S = 0.1
 
 
 class LocalEngine:
-    """Runs one unit after the other, in a process that has no secret of this one. For one thread."""
+    """Runs units one by one, in a process without this one's secrets. Not thread-safe."""
 
     slice_examples = sys.maxsize
 
@@ -57,7 +57,7 @@ class LocalEngine:
         self._end_template()
 
     def _run(self, task: Task, unit: Unit, check: Count) -> Result:
-        """The unit's result, kept. Begins again in another child if one dies."""
+        """Runs the unit and keeps its result. Starts again in another child if one dies."""
         lost = ""
         for deaths in range(1, MAX_DEATHS + 1):
             try:
@@ -65,9 +65,9 @@ class LocalEngine:
                 answer = child.answer(task, unit, check)
             except _ChildDied:
                 how = self._end_child()
-                check(0)  # the signal may have been meant for all processes of this service
+                check(0)  # the signal may have been sent to every process of this service
                 self.redone += 1
-                lost = f"The process of {unit.name} died {deaths} times, the last time so: {how}."
+                lost = f"The process of {unit.name} died {deaths} times; the last time, {how}."
             except BaseException:
                 self._end_child()
                 raise
@@ -96,7 +96,7 @@ class LocalEngine:
 
 
 class _ChildDied(Exception):
-    """The child has ended without an answer."""
+    """The child ended without an answer."""
 
 
 class _JobChild:
@@ -122,10 +122,11 @@ class _JobChild:
         threading.Thread(target=self._receive, daemon=True, name="job child").start()
 
     def answer(self, task: Task, unit: Unit, check: Count) -> dict[str, Any]:
-        """What the process answers for the unit. Raises what `check` and the limits raise, and _ChildDied."""
+        """Runs the unit in the process and returns its answer. Raises what `check` and the limits raise, and
+        _ChildDied."""
         self._files.begin(unit)
         run = {"module": task.run.__module__, "function": task.run.__qualname__}
-        with suppress(OSError):  # it has ended, as its end says
+        with suppress(OSError):  # it has ended, and its closed socket shows that below
             self._wire.send({"task": {**run, "name": task.name, "version": task.version}, "unit": asdict(unit)})
         while True:
             check(0)
@@ -141,7 +142,7 @@ class _JobChild:
             check(int(message["count"]))
 
     def kept(self, task: Task, unit: Unit, answer: Mapping[str, Any]) -> Result:
-        """The result of an answer, which is kept. Raises the error of an answer that has one, and NotAllowed for a
+        """Keeps and returns the result of an answer. Raises the answer's error, if it has one, and NotAllowed for a
         result that names bytes of other jobs."""
         if "error" in answer:
             raise error_of(answer)
@@ -151,7 +152,7 @@ class _JobChild:
         return result
 
     def close(self) -> str:
-        """Ends the process, whatever it does. Returns how it ended."""
+        """Kills the process, whatever it is doing. Returns how it ended."""
         how = self._template.end(self._pid) if self._pid else "it did not start"
         self._files.close()
         self._wire.close()

@@ -1,4 +1,4 @@
-"""The engine of a worker, as its settings name it."""
+"""The engine of a worker, chosen by its settings."""
 
 from collections.abc import Iterator, Sequence
 from datetime import datetime, timedelta
@@ -12,7 +12,7 @@ from registry.worker.engine.protocol import Engine, Needs
 from registry.worker.engine.units import Count, HostNode, Result, Task, Unit, open_node
 
 KEPT = timedelta(days=7)
-"""How long results of units are kept: a job that is retried later goes on from them."""
+"""How long the results of units are kept: a job that is retried later resumes from them."""
 
 
 class WorkerEngine:
@@ -24,11 +24,11 @@ class WorkerEngine:
 
     @cached_property
     def node(self) -> HostNode:
-        """What units have on this host."""
+        """The node that units on this host use."""
         return open_node(self._settings, self._store)
 
     def sweep(self, now: datetime) -> int:
-        """Removes results that are older than KEPT. Returns their number."""
+        """Removes results older than KEPT. Returns their number."""
         return self.node.results.sweep(now - KEPT)
 
     def forget(self, task: Task, units: Sequence[Unit]) -> None:
@@ -37,7 +37,7 @@ class WorkerEngine:
             self.node.results.delete(task.key(unit))
 
     def prepare(self) -> None:
-        """At the beginning of a job. A cluster is connected when a step first needs it."""
+        """Prepares the local engine for a job. A cluster is connected when a step first needs it."""
         if self._settings.engine.kind == "local":
             self._engine.prepare()
 
@@ -53,7 +53,7 @@ class WorkerEngine:
 
     @property
     def redone(self) -> int:
-        """How many units of the job were begun again."""
+        """The number of units of this job that were started again."""
         return self._opened.redone if self._opened is not None else 0
 
     def map(self, task: Task, units: Sequence[Unit], needs: Needs, check: Count) -> Iterator[tuple[Unit, Result]]:
@@ -65,19 +65,19 @@ class WorkerEngine:
             raise
 
     def release(self) -> None:
-        """At the end of a job."""
+        """Releases what the job used, at its end."""
         if self._opened is not None:
             self._opened.release()
 
     def close(self) -> None:
-        """When the worker ends, or after the cluster was lost."""
+        """Closes the engine, when the worker ends or after the cluster was lost."""
         if self._opened is not None:
             self._opened.close()
             self._opened = None
 
 
 def open_engine(settings: Settings, node: HostNode) -> Engine:
-    """The engine that the settings name. Raises Unavailable or NotAllowed if its cluster cannot be used."""
+    """Opens the engine that the settings name. Raises Unavailable or NotAllowed if its cluster cannot be used."""
     if settings.engine.kind == "local":
         return LocalEngine(node)
     from registry.worker.engine.ray import RayEngine  # Ray is loaded where it is used

@@ -1,7 +1,7 @@
-"""The engine on a Ray cluster: one actor per unit at a time, each in a process of its own on some node.
+"""The engine on a Ray cluster. Each running unit has an actor in a process of its own on some node.
 
-Ray holds no state that matters: its tasks die with this process, and a dying node takes its running units with it.
-Units are pure and keep their results in shared storage, so only the lost ones run again.
+Ray holds no state that matters: its tasks die with this process, and a dying node loses its running units. Units are
+pure and keep their results in shared storage, so only the lost ones run again.
 """
 
 import logging
@@ -30,15 +30,15 @@ _CAUSE_CHARS = 400
 _PROBE_S = 30.0
 _CONNECT_S = 5.0
 _REFUSED = b"AuthenticationError"
-"""What Ray says to a request without a token."""
+"""Part of Ray's reply to a request without a token."""
 _MAX_FAILED_STARTS = 20
-"""How many runners in a row may die before they are ready: one dying node can take several."""
+"""The number of runners in a row that may die before they are ready. One dying node can end several."""
 LACKING_S = 120.0
-"""How long to wait for a node that has what a unit needs: one may be starting."""
+"""How long to wait for a node that meets a unit's needs, since one may be starting."""
 
 
 def ray_module() -> Any:
-    """Ray. Raises Unavailable without the extra `ray`."""
+    """Imports Ray. Raises Unavailable without the extra `ray`."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anyone
     try:
         import ray
@@ -53,7 +53,7 @@ def ray_module() -> Any:
 
 @dataclass(eq=False, slots=True)
 class _Runner:
-    """An actor, what it was started for, and the unit that it runs; without one it is starting."""
+    """An actor, the needs that it was started for, and its current unit; None while it starts."""
 
     actor: Any
     needs: Needs
@@ -62,7 +62,7 @@ class _Runner:
 
 @dataclass(slots=True)
 class _Map:
-    """One call of `map`: units to run, runners by what they are waited for, and deaths by unit."""
+    """The state of one call of `map`: units left, runners by the Ray reference to wait for, and deaths by unit."""
 
     task: Task
     needs: Needs
@@ -79,14 +79,14 @@ class _Map:
 
 
 class RayEngine:
-    """Runs units on the nodes of a cluster. This host must be a node of the cluster at the settings' address. A session
-    that this process has already, such as a notebook's, is used and not ended.
+    """Runs units on the nodes of a cluster. This host must be a node of the cluster at the settings' address. If this
+    process already has a session, such as a notebook's, the engine uses it and does not end it.
 
-    Raises Unavailable if the cluster cannot be reached, and NotAllowed if it needs no token.
+    Raises Unavailable if the cluster cannot be reached, and NotAllowed if it requires no token.
     """
 
     slice_examples = 32
-    """Seconds of a small model, minutes of a large one."""
+    """Takes seconds on a small model, minutes on a large one."""
 
     def __init__(self, settings: EngineSettings, node: HostNode) -> None:
         self._settings, self._node = settings, node
@@ -134,7 +134,7 @@ class RayEngine:
             )
 
     def _endpoint(self, address: str) -> tuple[str, str]:
-        """The IP address and port. Ray knows a loopback address by that of its node."""
+        """Resolves the IP address and port. Ray replaces a loopback address by its node's."""
         host, _, port = address.rpartition(":")
         try:
             known = socket.gethostbyname(host)
@@ -143,7 +143,7 @@ class RayEngine:
         return self._ray.util.get_node_ip_address() if known.startswith("127.") else known, port
 
     def _refuse_absent_head(self) -> None:
-        """Raises Unavailable at once where Ray would try for minutes."""
+        """Raises Unavailable at once where Ray would retry for minutes."""
         host, _, port = self._settings.address.rpartition(":")
         if not port.isdecimal():
             return
@@ -162,7 +162,7 @@ class RayEngine:
 
     def _refuse_open_cluster(self) -> None:
         """Raises NotAllowed if the cluster answers a request without a token: anyone who reaches its ports can run code
-        on all nodes. Raises Unavailable if that request fails for another reason than the missing token."""
+        on all nodes. Raises Unavailable if that request fails for a reason other than the missing token."""
         address = self._ray.get_runtime_context().gcs_address
         try:
             answer = subprocess.run(  # noqa: S603 - our own interpreter
@@ -212,7 +212,7 @@ class RayEngine:
         finally:
             for runner in state.waiting.values():
                 self._ray.kill(runner.actor)
-            with suppress(Unavailable):  # it must not hide why the map ends, and is swept
+            with suppress(Unavailable):  # must not hide why the map ends; the sweep removes the marker
                 self._node.results.delete(state.marker)
 
     def prepare(self) -> None:
@@ -235,7 +235,7 @@ class RayEngine:
         self._ray.shutdown()
 
     def _begin(self, state: _Map) -> None:
-        """Takes the runners of the map before that have what this one needs, since they may have loaded a base. Ends
+        """Reuses runners of the previous map that meet the needs of this one, since they may have loaded a base. Ends
         the others, and starts more."""
         before, self._idle = self._idle, list[_Runner]()
         for runner in before:
@@ -258,7 +258,7 @@ class RayEngine:
         state.waiting[actor.ready.remote(state.marker, version("adaptory"))] = _Runner(actor, state.needs)
 
     def _ended(self, state: _Map, waited: Any) -> Iterator[tuple[Unit, Result]]:
-        """Takes what a runner returned, and gives it the next unit."""
+        """Handles the return of a runner, and hands it the next unit."""
         runner = state.waiting.pop(waited)
         unit = runner.unit
         try:
@@ -282,8 +282,8 @@ class RayEngine:
             yield unit, answer["result"]
 
     def _died(self, state: _Map, unit: Unit | None, error: Exception) -> Iterator[tuple[Unit, Result]]:
-        """Starts another runner where there is work for it. Puts the unit back, unless its result was written before
-        the process died. Raises Unavailable for a unit that has ended MAX_DEATHS processes, and if no runner starts."""
+        """Starts another runner if units are left. Requeues the dead runner's unit unless its result was already
+        written. Raises Unavailable for a unit whose process died MAX_DEATHS times, and if no runner starts."""
         done = None if unit is None else finished(self._node, state.task, unit)
         if unit is None:
             self._count_failed_start(state)
@@ -305,14 +305,14 @@ class RayEngine:
         if deaths >= MAX_DEATHS:
             raise Unavailable(
                 "unit_lost",
-                f"The process of {unit.name} died {deaths} times, the last time so: {_last_line(error)}",
+                f"The process of {unit.name} died {deaths} times. The last reason: {_last_line(error)}",
                 subject=unit.name,
             )
         state.left.appendleft(unit)
         self.redone += 1
 
     def _refuse_lacking(self, state: _Map) -> None:
-        """Raises Unavailable once no node has had what a runner needs for LACKING_S: Ray would wait for one forever."""
+        """Raises Unavailable once no node has met a runner's needs for LACKING_S. Ray would wait forever."""
         if any(runner.unit is not None for runner in state.waiting.values()):
             state.lacking_since_s = None
             return
@@ -335,7 +335,7 @@ class RayEngine:
         )
 
     def _resources(self, needs: Needs) -> dict[str, Any]:
-        """What Ray holds back for a runner."""
+        """The resources that Ray reserves for a runner."""
         options: dict[str, Any] = {"num_cpus": needs.cpus}
         memory_bytes = needs.memory_bytes
         if needs.device_bytes and self._with_gpus:
@@ -355,9 +355,9 @@ class RayEngine:
         return self._ray.cluster_resources().get("GPU", 0) > 0
 
     def _share_of_device(self, size_bytes: int) -> float:
-        """The share of the smallest device, rounded up; a device alone if none of its memory is known. So that units
-        share one only if its memory has room for both. A model that is larger has one to itself, and what does not fit
-        is read from disk: jobs that may not do so are only claimed where it fits."""
+        """The share of the smallest device, rounded up, so that units share a device only if both fit. A unit gets a
+        device to itself if the memory is unknown or the model is larger. What does not fit is read from disk; jobs that
+        must not do that are claimed only where they fit."""
         smallest = self._node.settings.device_memory_bytes
         if not smallest or size_bytes >= smallest:
             return 1.0
@@ -371,7 +371,7 @@ def _has_session() -> bool:
 
 
 def _wanted(options: dict[str, Any]) -> dict[str, float]:
-    """A runner's resources, as Ray names those of its nodes."""
+    """Translates a runner's options to the resource names of Ray's nodes."""
     named = {"num_cpus": "CPU", "num_gpus": "GPU", "memory": "memory"}
     return {**{named[name]: options[name] for name in named if name in options}, **options.get("resources", {})}
 
@@ -407,7 +407,7 @@ def _failed(unit: Unit, answer: dict[str, Any]) -> RegistryError:
 
 
 def _last_line(error: BaseException) -> str:
-    """Ray's reason for the end of a process comes last, and is long."""
+    """Returns the last line, shortened: Ray ends its long messages with the reason why a process died."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[-1] if lines else type(error).__name__)[:_CAUSE_CHARS]
 
@@ -417,5 +417,5 @@ def _first_line(error: BaseException) -> str:
 
 
 def _is_of_use(record: logging.LogRecord) -> bool:
-    """Ray warns that a thread cannot set its handler for SIGTERM; the worker has its own."""
+    """Drops Ray's warning that a thread cannot set a SIGTERM handler; the worker has its own."""
     return "SIGTERM handler is not set" not in record.getMessage()

@@ -1,6 +1,6 @@
-"""What runs on a node of a Ray cluster: a process that takes one unit after the other.
+"""The process on a node of a Ray cluster that runs units one by one.
 
-A class of its own module, without Ray: nodes import it by name.
+It has a module of its own, without Ray, because nodes import it by name.
 """
 
 import socket
@@ -17,20 +17,20 @@ from registry.worker.engine.units import HostNode, Task, Unit, open_node, run_un
 
 
 class UnitRunner:
-    """Runs units with the settings of its node. It stays while a step has units, so what a unit loaded, such as a base,
-    is there for the next."""
+    """Runs units with the settings of its node. It lives while a step has units, so that the next unit can reuse what
+    one has loaded, such as a base."""
 
     _node: HostNode
 
     def ready(self, marker: str, expected: str) -> dict[str, str]:
-        """Whether this node can run units: `problem` says why not, and is empty if it can."""
+        """Checks whether this node can run units. `problem` is empty if it can, and otherwise the reason."""
         own = version("adaptory")
         if own != expected:
             return {"problem": f"it has adaptory {own}, and the worker has {expected}."}
-        try:  # here, since Ray does not say why a constructor failed
+        try:  # here, since Ray hides why a constructor failed
             self._node = open_node(Settings())
         except ValidationError as error:
-            return {"problem": f"a setting of it is wrong: {_first_setting(error)}."}
+            return {"problem": f"one of its settings is wrong: {_first_setting(error)}."}
         except (RegistryError, SettingsError, OSError) as error:
             return {"problem": f"{socket.gethostname()}: {error}"}
         if self._node.results.read(marker) is None:
@@ -38,11 +38,11 @@ class UnitRunner:
         return {"problem": ""}
 
     def run(self, task: Task, unit: Unit) -> dict[str, Any]:
-        """As `answer_of`."""
+        """Runs the unit. Returns its answer as `answer_of` does."""
         return answer_of(unit.name, lambda: run_unit(self._node, task, unit))
 
 
 def _first_setting(error: ValidationError) -> str:
-    """The name of the first wrong setting and what is wrong, without its value."""
+    """Names the first wrong setting and the problem, without its value."""
     first = error.errors()[0]
     return f"ADAPTORY_{'__'.join(map(str, first['loc']))}".upper() + f": {first['msg']}"

@@ -1,6 +1,6 @@
-"""What a child has in place of a store and of bases: questions to its worker, which has the credentials.
+"""A child's replacements for the store and bases: calls to its worker, which has the credentials.
 
-Each thread has a connection of its own, so that several reads are under way at once.
+Each thread has its own connection, so that reads can overlap.
 """
 
 import os
@@ -21,20 +21,20 @@ _BLOCK_BYTES = 8 << 20
 
 
 class Calls:
-    """Calls of the worker: a message and its reply, which may be an error."""
+    """Sends messages to the worker and returns its replies, which may be errors."""
 
     def __init__(self, wire: Wire) -> None:
         self._wire, self._own = wire, threading.local()
 
     def connect(self) -> Wire:
-        """A new connection to the worker."""
+        """Opens a new connection to the worker."""
         known, other = Wire.pair()
         with other:
             self._wire.send({"connect": True}, file=other.fileno())
         return known
 
     def __call__(self, message: Mapping[str, Any]) -> Frame:
-        """The reply, on this thread's connection. Raises the error that the worker met."""
+        """Sends a message on this thread's connection and returns the reply. Raises the worker's error."""
         if not hasattr(self._own, "connection"):
             self._own.connection = self.connect()
         return _asked(self._own.connection, message)
@@ -46,7 +46,7 @@ def _asked(connection: Wire, message: Mapping[str, Any]) -> Frame:
 
 
 def _reply(connection: Wire) -> Frame:
-    """The next reply. Raises the error in it."""
+    """Receives the next reply. Raises the error in it."""
     reply = connection.receive()
     if error := reply.message.get("error"):
         raise of_row(error)
@@ -54,7 +54,7 @@ def _reply(connection: Wire) -> Frame:
 
 
 class RemoteDocuments:
-    """The documents that units share. The worker keeps results."""
+    """The documents that units share. Only the worker keeps results."""
 
     def __init__(self, calls: Calls) -> None:
         self._calls = calls
@@ -94,10 +94,10 @@ class RemoteStore:
 
 
 class RemoteWriter:
-    """A file that the worker hashes and writes, on a connection of its own. One block is under way, so that its error
-    comes with the next.
+    """A file that the worker hashes and writes, on a connection of its own. One block is in transit at a time, so an
+    error surfaces with the next call.
 
-    Blocks are in memory that both processes share: through the socket, each would be a hundred switches between them.
+    Blocks are in shared memory: sending one through the socket would take a hundred context switches.
     """
 
     copied_bytes = 0
@@ -133,7 +133,7 @@ class RemoteWriter:
 
 
 class RemoteBases:
-    """The bases of the job's units, which the worker finds, downloads and verifies."""
+    """The bases of the job's units. The worker locates, downloads and verifies them."""
 
     def __init__(self, calls: Calls) -> None:
         self._calls = calls
@@ -155,7 +155,7 @@ class RemoteBases:
         return open_checkpoint(Path(opened["directory"]), weights=weights)
 
     def release(self) -> None:
-        """The worker does so at the job's end."""
+        """Does nothing: the worker releases its bases at the end of the job."""
 
     def _opened(self, digest: str, *, verified: bool) -> Checkpoint:
         opened = self._calls({"do": "base", "digest": digest, "verified": verified}).message
@@ -179,7 +179,7 @@ class RemoteFile:
 
 
 class _RemoteReader(Reader):
-    """The blob that this thread has opened last, where the store is not on this host."""
+    """Reads the blob that this thread opened last, from a store that is not on this host."""
 
     def __init__(self, calls: Calls) -> None:
         self._calls = calls
@@ -190,4 +190,4 @@ class _RemoteReader(Reader):
         return bytes(self._calls({"do": "read", "size_bytes": size}).content)
 
     def close(self) -> None:
-        """The worker closes it after its end, and with the next one."""
+        """Does nothing: the worker closes the blob at its end, or when the next one is opened."""

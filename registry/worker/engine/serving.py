@@ -1,4 +1,4 @@
-"""What a worker does for the child that runs a job's units: reads what they name, and stores what they make."""
+"""Serves the child that runs a job's units: reads the blobs that they name, and stores those that they make."""
 
 import hashlib
 import json
@@ -29,11 +29,12 @@ log = logging.getLogger(__name__)
 _DIGEST = re.compile(rb"[0-9a-f]{64}")
 _MOST_READ_BYTES = 16 << 20
 _RECENT_BYTES = 128 << 20
-"""Of the ranges that were served last. A block that the child writes as it read it may be copied by the store."""
+"""The size of the recently served ranges to remember: the store itself can copy a block that the child writes back
+unchanged."""
 
 
 class _Ended(Interrupted):
-    """The child has ended, or is to end."""
+    """The child has ended or must end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +47,8 @@ class _Reply:
 
 
 class JobFiles:
-    """The bytes of one job. Its child may read the blobs that units name, in their content or in a document that they
-    share, and what it has stored itself. Everything else is refused."""
+    """Controls a job's access to blobs. Its child may read blobs that units name, in their content or in a shared
+    document, and blobs that it stored itself. Everything else is refused."""
 
     def __init__(self, node: HostNode) -> None:
         self.node = node
@@ -58,12 +59,12 @@ class JobFiles:
         self._connections, self._lock, self._ended = set[Wire](), threading.Lock(), False
 
     def begin(self, unit: Unit) -> None:
-        """Allows what the unit names."""
+        """Allows the blobs that the unit names."""
         self._hints = unit.hints
         self._name(json.dumps(unit.content).encode())
 
     def refuse_foreign(self, task: Task, unit: Unit, result: Result) -> None:
-        """Raises NotAllowed for a result that names blobs which the child may not read, or that are not stored."""
+        """Raises NotAllowed if the result names blobs that the child may not read or that are not stored."""
         if not task.intact(replace(self.node, store=_OfJob(self)), result):
             raise _not_of_this_job(unit.name)
 
@@ -78,7 +79,7 @@ class JobFiles:
         threading.Thread(target=self._serve, args=(wire,), daemon=True, name="job files").start()
 
     def close(self) -> None:
-        """Ends all connections. What is under way stops at its next check."""
+        """Ends all connections. Work in progress stops at its next check."""
         with self._lock:
             self._ended = True
             for wire in self._connections:
@@ -90,7 +91,7 @@ class JobFiles:
             raise _Ended
 
     def allowed(self, sha256: str) -> Digest:
-        """The digest of a blob that the child may read. Raises NotAllowed for any other."""
+        """Returns the digest if the child may read that blob. Raises NotAllowed otherwise."""
         if sha256 not in self._named and sha256 not in self._made:
             raise _not_of_this_job(sha256)
         return Digest(sha256)
@@ -102,11 +103,12 @@ class JobFiles:
         return self.node.store.size_of(Digest(sha256)) if sha256 in self._named else None
 
     def made(self, sha256: str, size_bytes: int) -> None:
-        """Allows what the child has stored."""
+        """Allows a blob that the child has stored."""
         self._made[sha256] = size_bytes
 
     def shared(self, key: str) -> bytes | None:
-        """A document that units share, and what it names. None for a result, whose name is not its content's."""
+        """Reads a document that units share, and allows the blobs that it names. Returns None for a unit's result,
+        whose key is not the hash of its content."""
         document = self.node.results.read(self.allowed(key))
         if document is None or hashlib.sha256(document).hexdigest() != key:
             return None
@@ -114,14 +116,14 @@ class JobFiles:
         return document
 
     def base(self, digest: str, *, verified: bool) -> Checkpoint:
-        """The base at the unit's locations. Raises as `Bases.open_verified` does."""
+        """Opens the base at the unit's locations. Raises as `Bases.open_verified` does."""
         where = self._hints["locations"], int(self._hints["size_bytes"])
         if verified:
             return self.node.bases.open_verified(digest, *where, self.check)
         return self.node.bases.open(digest, *where, lambda: self.check())
 
     def base_in_bucket(self, location: str) -> Checkpoint:
-        """The base at one of the unit's locations, opened there."""
+        """Opens the base in place, at one of the unit's bucket locations."""
         if location not in self._hints["locations"]:
             raise _not_of_this_job(location)
         name = hashlib.sha256(location.encode()).hexdigest()[:16]
@@ -130,7 +132,7 @@ class JobFiles:
         return opened
 
     def range(self, origin: Mapping[str, Any], size_bytes: int) -> bytearray:
-        """Bytes of a file of a base in a bucket."""
+        """Reads bytes from a file of a base in a bucket."""
         file, begin = self._in_buckets[origin["location"]].files[origin["name"]], int(origin["offset"])
         content = read_range(file, begin, begin + min(size_bytes, _MOST_READ_BYTES))
         with self._lock:
@@ -140,7 +142,7 @@ class JobFiles:
         return content
 
     def source(self, origin: Mapping[str, Any] | None, content: bytearray) -> StoredFile | None:
-        """The file that the store may copy these bytes from: only if they are those that were read there."""
+        """The file from which the store may copy these bytes; None unless exactly these bytes were read there."""
         if origin is None:
             return None
         file, offset = self._in_buckets[origin["location"]].files[origin["name"]], int(origin["offset"])
@@ -175,7 +177,7 @@ class JobFiles:
 
 
 class _Connection:
-    """A connection's requests, and what it has open: at most one reader and one writer."""
+    """Handles the requests of one connection, which has at most one reader and one writer open."""
 
     def __init__(self, files: JobFiles) -> None:
         self._files = files
@@ -190,7 +192,7 @@ class _Connection:
         }  # fmt: skip
 
     def reply(self, frame: Frame) -> _Reply:
-        """Does what the message requests. An error becomes the reply."""
+        """Performs the message's request. An error becomes the reply."""
         self._files.check()
         try:
             return self._requests[frame.message["do"]](frame)
@@ -202,12 +204,12 @@ class _Connection:
             return _Reply({"error": failure_of(error).to_row()})
 
     def close(self) -> None:
-        """Aborts what was not finished."""
+        """Aborts an unfinished write and closes what is open."""
         self._close_reader()
         if self._blocks is not None:
             os.close(self._blocks)
         if self._writer is not None:
-            with suppress(RegistryError):  # what a store that is away keeps, `sweep` removes
+            with suppress(RegistryError):  # the store is unreachable; `sweep` removes the rest later
                 self._writer.abort()
 
     def _close_reader(self) -> None:
@@ -255,7 +257,7 @@ class _Connection:
         return _Reply({})
 
     def _block(self, begin: int, size_bytes: int) -> bytearray:
-        """A copy of a block that the child has written, which it cannot change any more."""
+        """Copies a block that the child has written, so that the child can no longer change it."""
         if self._blocks is None or size_bytes > _MOST_READ_BYTES:
             raise ValueError("there is no such block")
         content = bytearray(size_bytes)
@@ -289,7 +291,7 @@ class _Connection:
 
 
 def _number_of(reader: Reader) -> int | None:
-    """The descriptor of a file of this host; None for a reader of anything else."""
+    """The descriptor of a reader's local file; None if it reads anything else."""
     try:
         return cast(BinaryIO, reader).fileno()
     except (AttributeError, OSError):
@@ -297,7 +299,7 @@ def _number_of(reader: Reader) -> int | None:
 
 
 class _OfJob:
-    """The store, as far as the child may use it."""
+    """The part of the store that the child may use."""
 
     def __init__(self, files: JobFiles) -> None:
         self._store, self.size_of = files.node.store, files.size_of

@@ -1,4 +1,4 @@
-"""What units need of the blob store and of bases, and what a process with credentials has for them."""
+"""The interfaces through which units use the blob store and bases, and their implementation with credentials."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -13,15 +13,15 @@ from registry.storage.blobs import BlobStore, BlobWriter, Reader
 
 
 class UnitWriter(Protocol):
-    """Writes a file that becomes a blob. For one thread."""
+    """Writes a file that becomes a blob. Not thread-safe."""
 
     @property
     def copied_bytes(self) -> int:
-        """The number of bytes that the store copied by itself; known after `finish`."""
+        """The number of bytes that the store copied on its side; known after `finish`."""
         ...
 
     def write(self, block: memoryview, source: StoredFile | None = None, offset: int = 0) -> None:
-        """Takes the next bytes, as `BlobWriter.write` does."""
+        """Appends bytes, as `BlobWriter.write` does."""
         ...
 
     def finish(self) -> Digest:
@@ -45,11 +45,11 @@ class UnitStore(Protocol):
         ...
 
     def put(self, source: Path) -> Digest:
-        """Stores a file that a unit has made, and may remove it. Returns its digest."""
+        """Stores a file that a unit made, and may remove the file. Returns its digest."""
         ...
 
     def begin_write(self, size_bytes: int) -> UnitWriter:
-        """Begins a file of that size."""
+        """Begins writing a file of that size."""
         ...
 
 
@@ -57,7 +57,7 @@ class UnitDocuments(Protocol):
     """The documents that the units of a step share."""
 
     def read(self, key: str) -> bytes | None:
-        """The document under the key; None if there is none."""
+        """Reads the document under the key; None if there is none."""
         ...
 
 
@@ -78,7 +78,7 @@ class UnitBases(Protocol):
 
 
 class DirectStore:
-    """The store itself."""
+    """Direct access to the store, for a process with credentials."""
 
     def __init__(self, store: BlobStore) -> None:
         self._store = store

@@ -1,4 +1,4 @@
-"""A worker's hold on its template and on the children of that; see child.py for their lives."""
+"""Controls the template and its children from the worker; child.py describes both."""
 
 import json
 import os
@@ -25,7 +25,7 @@ _PASSED_OF = (
 )  # fmt: skip
 _PROXIES = re.compile(r"(https?|all|no)_proxy", re.IGNORECASE)
 _SET = {"HF_HUB_DISABLE_IMPLICIT_TOKEN": "1", "OPENBLAS_NUM_THREADS": "1"}
-"""A token in the home is not read. NumPy's threads would begin with its import, before a fork."""
+"""Keeps libraries from reading a token in the home directory, and NumPy from starting threads before a fork."""
 _COMMAND = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from registry.worker.engine.child import main; main(int(sys.argv[2]))"
@@ -37,19 +37,19 @@ Check = Callable[[int], None]
 
 
 def environment() -> dict[str, str]:
-    """What a template has of this process's environment: what libraries read that is no secret. The rest has tokens,
-    passwords and addresses of databases in it, under whatever names."""
+    """The part of this process's environment that a template inherits: variables that libraries read and that hold no
+    secrets. The rest may hold tokens, passwords and database addresses under any name."""
     passed = {name: text for name, text in os.environ.items() if name in _PASSED or name.startswith(_PASSED_OF)}
     proxies = {name: text for name, text in os.environ.items() if _PROXIES.fullmatch(name) and "@" not in text}
     return {**_SET, **passed, **proxies}
 
 
 def launch(end: int, passed: Mapping[str, str]) -> Callable[[], object]:
-    """Starts a template with that descriptor and environment. Returns what waits for its end."""
+    """Starts a template with that descriptor and environment. Returns a function that waits for its end."""
     process = subprocess.Popen(  # noqa: S603 - our own module
         [sys.executable, "-P", "-c", _COMMAND, json.dumps(sys.path), str(end)],
         stdin=subprocess.DEVNULL,
-        stdout=2,  # what a library prints must not end up in a document
+        stdout=2,  # a library's output must not end up in a command's document
         pass_fds=[end],
         env=dict(passed),
         start_new_session=True,
@@ -58,7 +58,7 @@ def launch(end: int, passed: Mapping[str, str]) -> Callable[[], object]:
 
 
 class Template:
-    """A template, for one thread."""
+    """A running template. Not thread-safe."""
 
     def __init__(self) -> None:
         self._wire, end = Wire.pair()
@@ -69,7 +69,7 @@ class Template:
         self.ended = False
 
     def fork(self, end: socket.socket, directory: Path, settings: Mapping[str, Any], check: Check) -> int:
-        """Forks a child that has this socket. Returns its process id. Raises what `check` raises, and EOFError if the
+        """Forks a child that owns this socket. Returns its process id. Raises what `check` raises, and EOFError if the
         template has ended."""
         self._forks += 1
         request = {"fork": self._forks, "directory": str(directory), "settings": settings}
@@ -83,7 +83,7 @@ class Template:
         return message["pid"]
 
     def end(self, pid: int) -> str:
-        """Kills a child, unless it has ended, and waits for that. Returns how it ended."""
+        """Kills a child if it still runs, and waits for its end. Returns how it ended."""
         deadline_s = time.monotonic() + _END_S
 
         def late(_done: int) -> None:
@@ -110,12 +110,12 @@ class Template:
         return self._wire.receive().message
 
     def _note(self, message: Mapping[str, Any]) -> None:
-        if "ended" in message:  # else a fork that nobody waits for any more
+        if "ended" in message:  # otherwise a fork that nobody waits for any more
             self._ended[message["ended"]] = message["status"]
 
 
 def _how(status: int) -> str:
-    """A wait status, in words."""
+    """Describes a wait status in words."""
     if os.WIFSIGNALED(status):
         return f"it was ended by {signal.Signals(os.WTERMSIG(status)).name}"
     return f"it ended with status {os.waitstatus_to_exitcode(status)}"

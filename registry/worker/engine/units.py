@@ -1,4 +1,4 @@
-"""Units of work: the parts of a step that may run on any node, and how a process runs one."""
+"""Units of work: the parts of a step that can run on any node, and the code that runs one."""
 
 import hashlib
 import json
@@ -25,36 +25,37 @@ from registry.transfer.resources import open_store
 from registry.worker.engine.stores import DirectStore, UnitBases, UnitDocuments, UnitStore
 
 Count = Callable[[int], None]
-"""Called by a unit with what it has just done, often with 0; may raise to stop it."""
+"""Called by a unit with the amount just done, often 0; may raise to stop the unit."""
 Kept = TypeVar("Kept")
 Result = dict[str, Any]
-"""What a unit made, as JSON: digests of blobs, measurements."""
+"""A unit's result as JSON, such as digests of blobs or measurements."""
 _WORK = "unit-"
 _RELEASE = version("adaptory")
 _HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
 _DEAD_HOST_S = 30 * 24 * 3600.0
-"""After how long what another host left in a shared work directory is removed: nobody here sees its processes."""
+"""The age at which another host's leftovers in a shared work directory are removed; its processes are not visible
+here."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unit:
-    """A part of a step's work. `content` determines the result and names it; `hints` say how to get there, such as
-    where a base is. Both are JSON. `name` is for people."""
+    """A part of a step's work. `content` determines and names the result; `hints` help to make it, such as the
+    locations of a base. Both are JSON. `name` is for people."""
 
     name: str
     content: Mapping[str, Any]
     hints: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     def __post_init__(self) -> None:
-        """Enumerations become texts and tuples lists here, and not on the way to another process alone."""
+        """Turns enumerations into strings and tuples into lists now, so that every process sees the same values."""
         object.__setattr__(self, "content", json.loads(json.dumps(self.content)))
         object.__setattr__(self, "hints", json.loads(json.dumps(self.hints)))
 
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """What a unit has on its host: settings, blobs, shared documents, a directory and bases. No database: the worker
-    that holds the job writes rows."""
+    """A unit's environment on its host: settings, blobs, shared documents, a directory and bases. It has no database;
+    the worker that holds the job writes rows."""
 
     settings: Settings
     store: UnitStore
@@ -62,15 +63,15 @@ class Node:
     work_directory: Path
     bases: UnitBases
     check: Count = lambda _done: None
-    """Called often during the current unit's long work; may raise to stop it."""
+    """Called often during the current unit's work; may raise to stop it."""
     _kept: dict[str, tuple[str, Any]] = field(default_factory=dict[str, tuple[str, Any]])
     _id: str = field(default_factory=lambda: uuid.uuid4().hex[:8])
-    """A process may have several: threads that use an embedded registry."""
+    """Distinguishes the nodes of one process, which has several if threads use an embedded registry."""
 
     @contextmanager
     def scratch(self) -> Generator[Path]:
-        """A directory for one unit, removed at the end; one that a killed process left goes with the next
-        `open_node`."""
+        """Makes a directory for one unit and removes it at the end. The next `open_node` removes those of killed
+        processes."""
         directory = self.own_directory()
         try:
             yield directory
@@ -78,18 +79,19 @@ class Node:
             shutil.rmtree(directory, ignore_errors=True)
 
     def own_directory(self) -> Path:
-        """A new directory, which the caller removes; see `scratch`."""
+        """Makes a directory that the caller must remove; see `scratch`."""
         return Path(mkdtemp(prefix=f"{_WORK}{_HOST}-{os.getpid()}-", dir=self.work_directory))
 
     def kept(self, role: str, key: str, make: Callable[[], Kept]) -> Kept:
-        """What an earlier unit of this process made for the same key, such as a loaded base: one for each role."""
+        """Returns what an earlier unit of this process made for the same key, such as a loaded base. Keeps one per
+        role."""
         if self._kept.get(role, ("", None))[0] != key:
-            self._kept.pop(role, None)  # two bases need not fit at a time
+            self._kept.pop(role, None)  # there may not be room for two bases
             self._kept[role] = key, make()
         return self._kept[role][1]
 
     def forget(self) -> None:
-        """Drops what was kept, and its files."""
+        """Drops everything kept, with its files."""
         self._kept.clear()
         self.bases.release()
         shutil.rmtree(self._kept_files, ignore_errors=True)
@@ -99,13 +101,13 @@ class Node:
         return self.work_directory / f"{_WORK}{_HOST}-{os.getpid()}-kept-{self._id}"
 
     def kept_directory(self, name: str) -> Path:
-        """A directory for files that this process goes on using, such as mapped ones."""
+        """Makes a directory for files that this process keeps using, such as mapped ones."""
         directory = self._kept_files / name
         directory.mkdir(parents=True, exist_ok=True)
         return directory
 
     def shared(self, key: str) -> bytes:
-        """The document under that key. Raises Unavailable if the store has not got it."""
+        """Reads the document under that key. Raises Unavailable if the store lacks it."""
         document = self.documents.read(key)
         if document is None or hashlib.sha256(document).hexdigest() != key:
             raise Unavailable(
@@ -116,13 +118,13 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class HostNode(Node):
-    """What a process with a store's credentials has: also the results of units, which it keeps."""
+    """The node of a process with the store's credentials. It also keeps the results of units."""
 
     results: UnitResults = field(kw_only=True)
 
     def share(self, document: bytes) -> str:
-        """Keeps a document that units read, and returns its key, which names its content. Raises Invalid for one that
-        is too large."""
+        """Stores a document for units to read. Returns its key, the SHA-256 of its content. Raises Invalid if it is too
+        large."""
         key = hashlib.sha256(document).hexdigest()
         _refuse_too_large("What all units of a step read", document)
         self.results.write(key, document)
@@ -131,9 +133,9 @@ class HostNode(Node):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """What to do with a unit: module-level functions, which other processes import. `version` is raised when the same
-    content gives another result; another release of adaptory makes its own results anyway. `intact` says whether what a
-    kept result names is still in the store."""
+    """The functions that run a kind of unit, at module level so that other processes can import them. Raise `version`
+    when the same content yields another result; each release of adaptory keeps its own results anyway. `intact` checks
+    that the blobs that a kept result names are still stored."""
 
     name: str
     version: int
@@ -141,20 +143,20 @@ class Task:
     intact: Callable[[Node, Result], bool]
 
     def key(self, unit: Unit) -> str:
-        """64 hex digits that name the unit's result, equal on every host."""
+        """The name of the unit's result, 64 hex digits, equal on every host."""
         made = [_RELEASE, self.name, self.version, unit.content]
         named = json.dumps(made, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(named.encode()).hexdigest()
 
 
 def always_intact(_node: Node, _result: Result) -> bool:
-    """For a task whose result is complete in itself."""
+    """The `intact` of tasks whose results name no blobs."""
     return True
 
 
 def open_node(settings: Settings, store: BlobStore | None = None) -> HostNode:
-    """What units have on this host: the store, or else the one that the settings name. Removes what killed units left
-    in its work directory.
+    """Opens this host's node, with the given store or the one that the settings name. Removes what killed units left in
+    the work directory.
 
     Raises Unavailable or Invalid as opening the store does."""
     work = settings.work_directory
@@ -170,7 +172,7 @@ def open_node(settings: Settings, store: BlobStore | None = None) -> HostNode:
 
 
 def _is_left(directory: Path) -> bool:
-    """Whether the process of a unit's directory has ended. Hosts that share a store often share their homes too."""
+    """Whether the process that made a unit's directory has ended. Hosts that share a store often share homes too."""
     host, process_id, *_ = [*directory.name.removeprefix(_WORK).split("-"), ""]
     if host == _HOST:
         return not Path(f"/proc/{process_id}").exists()
@@ -181,20 +183,19 @@ def _is_left(directory: Path) -> bool:
 
 
 def finished(node: HostNode, task: Task, unit: Unit) -> Result | None:
-    """The unit's kept result, if it is complete; None if the unit must be run."""
+    """Returns the unit's kept result if it is intact; None if the unit must run."""
     content = node.results.read(task.key(unit))
     if content is None or len(content) >= MAX_RESULT_BYTES:
         return None
     try:
         result = json.loads(content)["result"]
-    except (ValueError, KeyError, TypeError):  # the store has something else: the unit is run again
+    except (ValueError, KeyError, TypeError):  # not a result: run the unit again
         return None
     return result if task.intact(node, result) else None
 
 
 def run_unit(node: HostNode, task: Task, unit: Unit, count: Count = lambda _done: None) -> Result:
-    """Runs the unit and keeps its result before this returns. Raises what the task and `count` raise, and what
-    `keep_result` raises."""
+    """Runs the unit, keeps its result and returns it. Raises what the task, `count` and `keep_result` raise."""
     began_s = time.monotonic()
     result = task.run(replace(node, check=count), unit, count)
     keep_result(node, task, unit, result, by=os.getpid(), seconds=time.monotonic() - began_s)
@@ -202,8 +203,7 @@ def run_unit(node: HostNode, task: Task, unit: Unit, count: Count = lambda _done
 
 
 def keep_result(node: HostNode, task: Task, unit: Unit, result: Result, *, by: int, seconds: float) -> None:
-    """Keeps a unit's result, with the process that made it and its seconds. Raises Invalid for one that is too
-    large."""
+    """Keeps a unit's result with the id of its process and the seconds it took. Raises Invalid if it is too large."""
     made = {"by": f"{socket.gethostname()} {by}", "seconds": seconds}
     document = json.dumps({"unit": unit.name, **made, "result": result}).encode()
     _refuse_too_large(f"The result of {unit.name}", document)
@@ -216,5 +216,5 @@ def _refuse_too_large(what: str, document: bytes) -> None:
             "too_large",
             f"{what} has {len(document):,} bytes, and at most {MAX_RESULT_BYTES - 1:,} are kept.",
             subject="suites",
-            next_step="Ask for less at a time: fewer or smaller suites.",
+            next_step="Request less at a time: fewer or smaller suites.",
         )
