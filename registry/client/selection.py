@@ -125,7 +125,7 @@ def select_files(directory: Path, kind: str = "adapter", include: Sequence[str] 
         findings = [Finding(problem.code, Severity.ERROR, problem.subject, problem.detail) for problem in problems]
         refuse_errors(findings, str(directory), next_step=problems[0].next_step)
     if not chosen and kind == "adapter":
-        read_adapter(directory)  # raises an error that says what is there instead
+        read_adapter(directory)  # raises an error that names what is there instead
     check_paths(chosen)
     return Selection(directory, chosen, tuple(_collapsed(there, set(chosen))))
 

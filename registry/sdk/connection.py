@@ -101,7 +101,7 @@ def _refuse_misspelt(known: set[str]) -> None:
         if meant := get_close_matches(name.upper(), candidates, n=1, cutoff=0.0 if nested else _ALIKE):
             raise Usage(
                 "unknown_setting",
-                f"{name} is not a setting.",
+                f"Unknown setting {name}.",
                 subject=name,
                 next_step=f"Set {meant[0]} if you meant that, and remove {name} from the environment.",
             )

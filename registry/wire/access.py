@@ -56,7 +56,7 @@ class PublisherIn(WireIn):
 
 class PublisherOut(Wire):
     """Jobs of `project`, of `workflow`, at `ref` and in `environment` where these are given, may publish in
-    `repository`. `exchanges` says whether this registry exchanges ID tokens at all."""
+    `repository`. `exchanges` is false if this registry exchanges no ID tokens."""
 
     id: str
     repository: str
@@ -102,8 +102,8 @@ class RetentionIn(WireIn):
 
 
 class PersonIn(WireIn):
-    """The person who signs in as the user: the `subject` (`sub`) that the provider gives the person. Without `issuer`,
-    that of the server's provider."""
+    """The person who signs in as the user: the `subject` (`sub`) that the `issuer` assigned, by default the server's
+    provider."""
 
     subject: str = Field(min_length=1, max_length=255)
     issuer: str | None = Field(default=None, min_length=1, max_length=200)
@@ -123,7 +123,8 @@ class UserOut(Wire):
 
 
 class UsageOut(Wire):
-    """What the namespace holds: bytes of blobs, each counted once, with announced uploads; releases that have files."""
+    """The contents of a namespace: bytes of blobs, each counted once, and of announced uploads; releases that have
+    files."""
 
     size_bytes: int
     releases: int

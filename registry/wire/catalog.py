@@ -14,7 +14,7 @@ Count = Annotated[int, Field(ge=0, le=MAX_INT64)]
 
 
 class DeprecationOut(Wire):
-    """Nothing is blocked: it says why not to begin with this, and what to use instead."""
+    """The reason to choose something else, and the successor. A deprecation blocks nothing."""
 
     reason: str
     successor: str | None
@@ -150,7 +150,7 @@ class SpectrumOut(SpectrumSummary):
 
 
 class Refusal(Wire):
-    """Why a server cannot load an adapter, and what would help."""
+    """The reasons that a server cannot load an adapter, and ways to make it load."""
 
     reasons: list[str]
     way_out: list[str]
@@ -205,8 +205,8 @@ class DescendantOut(Wire):
 
 
 class LicensesOut(Wire):
-    """As SPDX names where it has them, else as stated; null and empty where nothing is stated. `adapter` is that of the
-    release itself, also of a model."""
+    """Licences, as SPDX names where one exists, else as stated; null and empty where nothing is stated.
+    `adapter` is that of the release itself, also of a model."""
 
     base: str | None
     adapter: str | None
@@ -221,7 +221,7 @@ class TakenDownOut(Wire):
 
 
 class NamedRelease(Wire):
-    """What names a release."""
+    """The names of a release."""
 
     repository: str
     kind: str
@@ -246,11 +246,11 @@ class NamedRelease(Wire):
 
 
 class ReleaseOut(NamedRelease):
-    """`servers` can load it if its rank is within their limit; `loading` says why others cannot.
+    """`servers` can load it if its rank is within their limit; `loading` has the reasons that others cannot.
 
-    `signed_by` is the SHA-256 of the signing key's PEM; `signature_covers` says whether the signature binds the release
-    (repository, version, base, commit) or only its files, and `signed_as` whether a publisher or a worker signed (null
-    if nobody did, or a server of an earlier version during an upgrade). `breaking_reason` is why it may break its
+    `signed_by` is the SHA-256 of the signing key's PEM; `signature_covers` states whether the signature binds the
+    release (repository, version, base, commit) or only its files, and `signed_as` who signed, a publisher or a worker
+    (null if nobody did, or a server of an earlier version during an upgrade). `breaking_reason` is why it may break its
     range.
     """
 

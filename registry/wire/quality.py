@@ -46,7 +46,7 @@ class ScoreIn(Wire):
 
 class ExampleResult(Wire):
     """One example: nats and tokens of the reference completion, the score of the answer from 0 to 1, and the generated
-    or chosen answer. `cut` if the limit of tokens ended it. A harness gives no nats and tokens."""
+    or chosen answer. `cut` if the limit of tokens ended it. A harness reports no nats and tokens."""
 
     nats: float | None = Field(default=None, allow_inf_nan=False, ge=0, le=MAX_NATS)
     tokens: int | None = Field(default=None, ge=1, le=MAX_INT32)
@@ -103,8 +103,8 @@ class SuiteOut(Wire):
 
 class ChannelOut(Wire):
     """`move` is the id of the last move. `version` is what the channel serves, null if every candidate is yanked;
-    `passes_over` is the version of the last move, if that is yanked and not served; `yanked` says that it is served all
-    the same, since the channel's policy keeps it until the next move."""
+    `passes_over` is the version of the last move, if that is yanked and not served; `yanked` if it is yanked but still
+    served, since the channel's policy keeps it until the next move."""
 
     repository: str
     channel: str
@@ -201,8 +201,8 @@ class PromotionGateOut(GateResultOut):
 
 class PromotionOut(Wire):
     """A promotion that waits, or has waited: `state` is pending, completed, refused, conflict, replaced, cancelled or
-    expired. It completes only while the channel's last move is `expected_move` (0: none). `error` says why it ended
-    without a move, `job` measures what is missing, `gates` is the last report."""
+    expired. It completes only while the channel's last move is `expected_move` (0: none). `error` is why it ended
+    without a move, `job` measures the missing scores, `gates` is the last report."""
 
     id: int
     repository: str
@@ -227,9 +227,9 @@ class PromotionOut(Wire):
 
 
 class JudgementOut(Wire):
-    """What a promotion would lead to now: `passes`, `waits` or `refused`. `served` is the version that the channel
-    serves, null for an empty one, `move` its last move and ETag (0: none). `error` is what refuses the promotion
-    besides the rules: a yank, or a signature that the namespace requires."""
+    """The outcome of a promotion now: `passes`, `waits` or `refused`. `served` is the version that the channel serves,
+    null for an empty one, `move` its last move and ETag (0: none). `error` is a refusal for another reason than the
+    rules: a yank, or a signature that the namespace requires."""
 
     repository: str
     channel: str
@@ -259,14 +259,14 @@ class ApprovalOut(Wire):
 
 
 class WithdrawnOut(Wire):
-    """Whether there was an approval to withdraw."""
+    """The result of a withdrawal: whether there was an approval."""
 
     withdrawn: bool
 
 
 class PinOut(Wire):
-    """What the rules on a suite ask: the content with this `digest`, and by metric whether `higher_is_better`.
-    `changed` says what is different now; None if nothing is."""
+    """The suite that rules refer to: the content with this `digest`, and by metric whether `higher_is_better`.
+    `changed` describes the differences since; None without any."""
 
     digest: str
     higher_is_better: dict[str, bool]

@@ -40,7 +40,8 @@ class FoundPage(Page[FoundOut]):
 
 
 class ResolvedRelease(NamedRelease):
-    """What is needed to fetch a release; GET it for facts and scores. `size_bytes` is the total size of its files."""
+    """The data needed to fetch a release; GET the release for facts and scores. `size_bytes` is the total
+    size of its files."""
 
     yanked: bool
     yank_reason: str | None
@@ -54,8 +55,8 @@ AnyRelease = ResolvedRelease | ReleaseOut
 
 
 class ResolvedOut(Wire):
-    """`warning` says if the reference resolved to something other than expected, or to a yanked or deprecated release,
-    or to one on a deprecated base."""
+    """`warning` reports a reference that resolved to something unexpected, to a yanked or deprecated release, or to one
+    on a deprecated base."""
 
     release: ResolvedRelease
     warning: str

@@ -38,7 +38,7 @@ class PartIn(WireIn):
 
 
 class UploadRow(Wire):
-    """What to do for a file: nothing if it is `present`; else send it with `put` or in `parts`, then complete `upload`.
+    """The step for a file: none if it is `present`; else send it with `put` or in `parts`, then complete `upload`.
 
     To send a part, POST its SHA-256 to /v1/uploads/{upload}/parts/{number}.
 

@@ -14,7 +14,7 @@ MAX_CHECKED = 16
 
 
 class WishIn(WireIn):
-    """How a worker is to treat the job."""
+    """The requested treatment of a job by its worker."""
 
     priority: Priority = Field(
         default=Priority.NORMAL,
@@ -86,7 +86,7 @@ class CompositionOut(Wire):
 
     @property
     def verdict(self) -> str | None:
-        """That of the conflict check; None before it."""
+        """The verdict of the conflict check; None before it."""
         return self.conflicts["verdict"] if self.conflicts else None
 
     @property
@@ -96,7 +96,7 @@ class CompositionOut(Wire):
 
 
 class ConflictInput(WireIn):
-    """An adapter by reference. `rules` give it other weights in some layers or modules, as in a recipe."""
+    """An adapter by reference. `rules` set other weights in some layers or modules, as in a recipe."""
 
     adapter: str = Field(min_length=1, max_length=300)
     weight: float = Field(default=1.0, allow_inf_nan=False)
@@ -104,7 +104,7 @@ class ConflictInput(WireIn):
 
 
 class ConflictsIn(WireIn):
-    """What would be combined, as in a recipe."""
+    """A combination to check, written as in a recipe."""
 
     inputs: list[ConflictInput] = Field(min_length=2, max_length=MAX_CHECKED)
     method: str = Field(default="stack", max_length=100)
@@ -138,8 +138,8 @@ class ConflictsOut(Wire):
 class JobOut(Wire):
     """`heartbeat_at` is the worker's last sign of life while the job runs; of a queued job, when it is due. `needs` are
     what its worker must have, `base:DIGEST`, `scorer:NAME`, `harness` or `evolution`, and `memory_bytes` of a device;
-    null if a worker has yet to find out. `waits_for` says what a queued job waits for. `stalled_since` is set while the
-    job is running and its worker gave no sign of life for a minute: the next worker takes it."""
+    null if a worker has yet to find out. `waits_for` names what a queued job waits for. `stalled_since` is set while
+    the job runs and its worker has been silent for a minute: the next worker continues it."""
 
     id: int
     kind: str
@@ -183,7 +183,7 @@ class UpgradeScore(Wire):
 
 
 class UpgradeAdapter(Wire):
-    """`why` says why it does not fit the new base; `errors` why it could not be measured."""
+    """`why` is the reason that it does not fit the new base; `errors` are those of its measurement."""
 
     repository: str
     version: str
@@ -206,7 +206,7 @@ class UpgradeOut(Wire):
 
 
 class EvaluationIn(WishIn):
-    """What a worker is to measure: releases by reference, bases by digest, name or alias, on suites by name,
+    """A measurement for a worker: releases by reference, bases by digest, name or alias, on suites by name,
     `NAME@VERSION` or digest. At most 1,000 pairs."""
 
     releases: list[Annotated[str, Field(min_length=1, max_length=300)]] = Field(default=[], max_length=100)
@@ -224,7 +224,7 @@ class EvaluatedScore(Wire):
 
 class EvaluatedPair(Wire):
     """A release, or with null `repository` and `version` a base alone, on a suite. `scores` is null until it is
-    measured; `error` says why it could not be. Scores are recorded when all of the job is measured."""
+    measured; `error` is why that failed. Scores are recorded once the job has measured everything."""
 
     repository: str | None
     version: str | None

@@ -392,7 +392,7 @@ def test_what_is_not_a_target_of_backups_is_refused(environ: Environment, tmp_pa
     for words in (("s3://",), ("s3://bucket/a//b",), ("s3://bucket", "--endpoint-url", "nowhere")):
         refused = cli("backup", *words)
         assert refused.code == 2, words
-        assert "not a target of backups" in refused.err
+        assert "Invalid location of backups" in refused.err
     assert cli("backup", tmp_path, "--endpoint-url", "https://s3.example").code == 2
     if "ADAPTORY_STORAGE__PREFIX" in environ:
         refused = cli("backup", f"s3://{BUCKET}/{environ['ADAPTORY_STORAGE__PREFIX']}")

@@ -51,7 +51,7 @@ def test_an_environment_variable_that_makes_no_sense_is_named(tmp_path: Path) ->
 def test_a_misspelt_setting_is_refused_with_the_one_that_is_meant(tmp_path: Path, name: str, meant: str) -> None:
     cli = Cli({"ADAPTORY_HOME": str(tmp_path / "home"), name: "tokens"})
     for command in ("list", "migrate", "serve"):
-        refused(cli(command), 2, f"{name} is not a setting", f"Set {meant} ")
+        refused(cli(command), 2, f"Unknown setting {name}", f"Set {meant} ")
     assert not (tmp_path / "home").exists()
 
 

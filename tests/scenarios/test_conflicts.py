@@ -72,7 +72,7 @@ def test_nothing_unmeasured_is_called_ok_and_a_script_can_require_ok(team: Cli, 
     assert (required.code, "the verdict is unmeasured, and ok is required" in required.err) == (1, True)
     assert team("conflicts", *PAIR, "--require", "unmeasured").code == 0
     wrong = team("conflicts", *PAIR, "--require", "fine")
-    assert (wrong.code, "--require fine is not a verdict" in wrong.err) == (2, True)
+    assert (wrong.code, "Unknown verdict 'fine' in --require" in wrong.err) == (2, True)
     recipe = tmp_path / "recipe.yaml"
     inputs = [{"adapter": ref} for ref in PAIR]
     recipe.write_text(yaml.safe_dump({"inputs": inputs, "method": "stack", "adapter": "acme/both:1.0.0", "probe": 0}))

@@ -40,14 +40,14 @@ def decode_cursor(cursor: str | None) -> str:
             raise ValueError
         return text
     except ValueError:  # not ASCII, not base64, not UTF-8
-        raise Usage("bad_cursor", f"{cursor[:80]!r} is not a cursor.", subject=cursor[:80]) from None
+        raise Usage("bad_cursor", f"Invalid cursor {cursor[:80]!r}.", subject=cursor[:80]) from None
 
 
 def decode_number(cursor: str | None) -> int:
     """The row number of a cursor; 0 for none. Raises Usage for a cursor of another list."""
     text = decode_cursor(cursor) or "0"
     if not text.isdecimal() or len(text) > MAX_DIGITS:
-        raise Usage("bad_cursor", f"{cursor!r} is not a cursor of this list.")
+        raise Usage("bad_cursor", f"The cursor {cursor!r} belongs to another list.")
     return int(text)
 
 

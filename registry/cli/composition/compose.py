@@ -242,7 +242,7 @@ def required(verdict: str | None) -> "Verdict | None":
     if verdict is None:
         return None
     if verdict not in list(Verdict):
-        message = f"--require {verdict} is not a verdict."
+        message = f"Unknown verdict {verdict!r} in --require."
         raise Usage("bad_verdict", message, subject="--require", next_step=f"Use one of {', '.join(Verdict)}.")
     return Verdict(verdict)
 

@@ -319,5 +319,5 @@ def _visibility(row: "wire.access.NamespaceOut") -> str:
 def _pair(text: str) -> tuple[str, str]:
     namespace, equals, role = text.partition("=")
     if not equals:
-        raise Usage("bad_scope", f"{text!r} is not a scope.", subject=text)
+        raise Usage("bad_scope", f"Invalid scope {text!r}.", subject=text)
     return namespace, role

@@ -196,7 +196,7 @@ def _where(storage: "S3Storage") -> tuple[str | None, str, str]:
 def _bad_target(target: str) -> Usage:
     return Usage(
         "bad_backup_target",
-        f"{target} is not a target of backups.",
+        f"Invalid location of backups: {target}.",
         subject=target,
         next_step="Write a directory, or s3://BUCKET/PREFIX; --endpoint-url is an address such as https://s3.example.",
     )

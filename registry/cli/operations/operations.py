@@ -202,7 +202,7 @@ def _metrics_served(resources: "Resources", address: str) -> "Generator[Observe]
     if not port.isdecimal() or int(port) > MAX_PORT:
         raise Usage(
             "bad_address",
-            f"{address!r} is not an address.",
+            f"Invalid address {address!r}.",
             subject=address,
             next_step="Write PORT or HOST:PORT, such as 9470.",
         )

@@ -286,7 +286,7 @@ def test_models_are_listed_by_author_words_and_tags(house: House) -> None:
         ("reader", "/api/models/acme/tables/auth-check/write", 403, None, "does not have the role publisher"),
         ("reader", "/api/datasets/acme/tables", 404, None, "does not support GET /api/datasets/acme/tables"),
         ("reader", "/api/models?author=%00", 422, None, "NUL"),
-        ("reader", "/api/models?cursor=%25", 400, None, "is not a cursor"),
+        ("reader", "/api/models?cursor=%25", 400, None, "Invalid cursor"),
         ("reader", "/api/models?limit=0", 422, None, "limit"),
     ],
 )  # fmt: skip

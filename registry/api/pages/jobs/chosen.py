@@ -46,7 +46,7 @@ class Chosen:
         )
 
     def document(self) -> dict[str, object]:
-        """The body of REST's conflict check. A weight that is not a number stays a text, which REST refuses."""
+        """The body of REST's conflict check. A weight that is not a number stays text, which REST refuses."""
         settings = {name: value for name, _, value in (setting.partition("=") for setting in self.settings)}
         inputs = [{"adapter": adapter, "weight": _number(weight)} for adapter, weight in self.members]
         return {"inputs": inputs, "method": self.method, "settings": settings}

@@ -112,7 +112,7 @@ class RecipeForm:
         return load_recipe(self.recipe) if self.recipe else parse_recipe(self.document())
 
     def document(self) -> dict[str, Any]:
-        """The recipe. What is not a number where one is needed stays a text, which the recipe's parser refuses."""
+        """The recipe. Text in place of a number stays text, which the recipe's parser refuses."""
         inputs = [
             {"adapter": row.adapter, "weight": number(row.weight), **({"suite": row.suite} if row.suite else {})}
             for row in self.rows
