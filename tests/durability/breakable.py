@@ -121,7 +121,11 @@ class Stock:
         for name, value in values.items():
             template = template.replace(name, str(value))
         assert "{" not in template, f"say above what {template} is filled with"
-        queries = {"/v1/resolve": "?ref=acme/sql", f"/v1/blobs/{self.announced}": f"?upload={self.upload_id}"}
+        queries = {
+            "/v1/resolve": "?ref=acme/sql",
+            "/v1/follow": "?channels=acme/sql@prod",
+            f"/v1/blobs/{self.announced}": f"?upload={self.upload_id}",
+        }
         if template.endswith("/judgement"):
             return f"{template}?version={self.version}"
         return template + queries.get(template, "")
