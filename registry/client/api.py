@@ -19,7 +19,7 @@ from composer.formats.checkpoints.header import TensorSpec
 from registry.errors import FAMILIES, Conflict, Invalid, NotFound, RegistryError, Unavailable
 from registry.formats.references import Reference, RepositoryName, parse_version
 from registry.wire.catalog import BaseOut, NamedRelease
-from registry.wire.document import Page, Problem, Wire
+from registry.wire.document import Page, Wire
 from registry.wire.search import ResolvedOut
 from registry.wire.transfer import PutOut
 
@@ -375,6 +375,17 @@ def _is_problem(response: httpx2.Response) -> bool:
     return response.headers.get("content-type", "").startswith("application/problem+json")
 
 
+class _Refusal(Wire):
+    """The part of a `Problem` that the client uses: a proxy's may lack the rest."""
+
+    code: str
+    detail: str
+    family: str = ""
+    subject: str = ""
+    next: str = ""
+    findings: tuple[Json, ...] = ()
+
+
 def _raise_problem(response: httpx2.Response) -> None:
     if response.status_code < 400:
         return
@@ -385,7 +396,7 @@ def _raise_problem(response: httpx2.Response) -> None:
             f"{response.url.host} answered {response.status_code} without saying why.",
             next_step=f"Wait {wait}, and try again." if wait else "Look at the log of the server.",
         )
-    problem = read(Problem, response.url.path, _document(response))
+    problem = read(_Refusal, response.url.path, _document(response))
     raise _family(response.status_code, problem.family)(
         problem.code,
         problem.detail,
