@@ -77,7 +77,7 @@ def test_a_token_with_the_right_id_and_another_secret_is_refused(house: House) -
 
     body = house.secrets["reader"][:17] + "0" * 64
     house.secrets["forged"] = f"{body}{zlib.crc32(body.encode()):08x}"
-    assert "not known" in house.ask("forged", "GET", "/v1/whoami").json()["detail"]
+    assert "unknown" in house.ask("forged", "GET", "/v1/whoami").json()["detail"]
 
 
 def test_who_loses_a_role_loses_it_with_every_token(house: House) -> None:

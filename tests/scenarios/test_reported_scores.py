@@ -124,7 +124,7 @@ def test_the_benchmarks_of_a_private_card_are_found_only_by_those_who_may_read_i
     with closing(opened(cli)) as resources, resources.read() as session:
         assert suites.find(session, "reported-acme-secret", reader).examples == 0
         for actor in (stranger, None):
-            with pytest.raises(NotFound, match="no suite 'reported-acme-secret'"):
+            with pytest.raises(NotFound, match="'reported-acme-secret' does not exist"):
                 suites.find(session, "reported-acme-secret", actor)
         release = releases.find(session, parse_repository("acme/sql"), parse_version("1.0.0"), Kind.ADAPTER)
         assert [score.suite.task for score in suites.scores_of(session, release)] == ["reported"]

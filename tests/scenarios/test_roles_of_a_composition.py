@@ -110,17 +110,17 @@ def test_what_was_taken_away_since_a_composition_was_asked_for_stops_it(office: 
 
 def test_a_role_that_is_taken_away_while_the_bytes_are_sent_stops_the_releases(office: Office) -> None:
     class Slow:
-        """The real store, whose first put takes long enough."""
+        """The real store, whose first write takes long enough."""
 
         def __getattr__(self, name: str) -> Any:
             return getattr(office.resources.store, name)
 
-        def put(self, sha256: Any, source: Path, *, move: bool = False) -> Any:
-            sent.append(source.name)
+        def begin_write(self, size_bytes: int) -> Any:
+            sent.append(size_bytes)
             office.give("lab", Role.READER)
-            return office.resources.store.put(sha256, source, move=move)
+            return office.resources.store.begin_write(size_bytes)
 
-    sent: list[str] = []
+    sent: list[int] = []
     office.compose()
     assert run_one(replace(office.resources, store=Slow()), KINDS, "worker")  # type: ignore[arg-type]
     assert sent, "the bytes went first"
