@@ -114,8 +114,9 @@ def _record(  # noqa: PLR0913
 
 def _named(move_id: int, release: Release | None) -> dict[str, Any]:
     """The release that a channel serves, for the audit row."""
-    version, commit = (release.version, release.revision.commit) if release else (None, None)
-    return {"move": move_id, "version": version, "commit": commit}
+    if release is None:
+        return {"move": move_id, "version": None}
+    return {"move": move_id, "version": release.version, "commit": release.revision.commit}
 
 
 def move_before(session: Session, current: Move) -> Move | None:

@@ -31,6 +31,7 @@ from registry.database.migrate import (
     works_with,
 )
 from registry.domain.channels.requirements import unspent_approvals
+from registry.domain.channels.serving import CHANGES
 from registry.errors import Unavailable
 from registry.settings import Settings
 from registry.transfer.resources import open_resources
@@ -378,6 +379,8 @@ def test_what_was_done_before_a_migration_is_shown_with_its_reason_and_its_chang
         return
     assert [row["act"] for row in now] == [row["act"] for row in was]
     for old, new in zip(was, now, strict=True):
+        if old["act"] in CHANGES.values():
+            continue  # the first schema's versions wrote none
         lost = {"n", "signed_by", *(("commit",) if old["act"].startswith("channel:") else ())}  # by the first schema
         assert new["after"] == _without(old["after"], lost), old
         if old["act"] in ("gate:set", "release:yank", "release:unyank"):
