@@ -19,7 +19,7 @@ from registry.domain.access.audit import Actor
 from registry.domain.catalog import deprecations, releases
 from registry.domain.channels import withdrawals
 from registry.domain.channels.serving import ServedChange
-from registry.errors import RegistryError
+from registry.errors import RegistryError, Unavailable
 from registry.formats.references import RepositoryName, Version
 from registry.transfer.resources import Resources
 from registry.wire.catalog import DeprecateIn, YankIn
@@ -98,14 +98,24 @@ def _withdraw(asked: Withdrawal, form: Form, template: str, change: Change) -> R
     return redirect(link(str(asked.named), str(asked.version)))
 
 
+def _preview(asked: Withdrawal) -> list[ServedChange] | None:
+    """The channels that would serve another release; None while this process may only read."""
+    try:
+        with asked.resources.write() as session:
+            row = releases.find(session, asked.named, asked.version)
+            if row.revision.taken_down_at is not None:
+                return []
+            change = withdrawals.unyank if row.yanked else withdrawals.yank
+            return withdrawals.preview(session, partial(change, session, asked.actor, row, "as it would be"))
+    except Unavailable:
+        return None
+
+
 def _page(asked: Withdrawal, template: str, error: RegistryError | None = None) -> Response:
     """The form; for a yank, with the release that each channel would serve."""
-    with asked.resources.write() as session:
+    changes = _preview(asked) if template == YANK_FORM else None
+    with asked.resources.snapshot() as session:
         row = releases.find(session, asked.named, asked.version)
-        changes = list[ServedChange]()
-        if template == YANK_FORM and row.revision.taken_down_at is None:
-            change = withdrawals.unyank if row.yanked else withdrawals.yank
-            changes = withdrawals.preview(session, partial(change, session, asked.actor, row, "as it would be"))
         values: dict[str, Any] = {
             "taken_down": row.revision.taken_down_at is not None,
             "yanked": row.yank_reason if row.yanked else None,
