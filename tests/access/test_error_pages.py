@@ -36,4 +36,4 @@ def test_help_of_an_error_leads_a_stranger_to_a_page_that_says_what_to_do(house:
 
 def test_a_code_that_no_error_has_is_an_unknown_page(house: House) -> None:
     assert house.ask("nobody", "GET", "/docs/errors/gate_faild").status_code == 404
-    assert "message of the error says" in house.ask("nobody", "GET", "/docs/errors/layout_other").text
+    assert "is the next step" in house.ask("nobody", "GET", "/docs/errors/layout_other").text

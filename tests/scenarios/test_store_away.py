@@ -223,7 +223,8 @@ def test_a_push_waits_for_its_store_whenever_that_goes_away(
         time.sleep(1)
         waited = not pushed.done()
         heal()
-        assert pushed.result(timeout=60)["created"]
+        published, _ = pushed.result(timeout=60)
+        assert published.created
     assert waited
 
 
