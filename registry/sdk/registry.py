@@ -190,8 +190,9 @@ class Registry:
     def follow(self, *channels: str) -> Iterator[ChannelChange]:
         """What each REPO@CHANNEL serves, then every change of it, without end: also after an outage.
 
-        >>> for change in registry.follow("acme/sql@prod"):
-        ...     print(change.channel, change.now and change.now.version)
+        >>> changes = registry.follow("acme/sql@prod")
+        >>> first = next(changes)  # each further one waits until the channel serves something else
+        >>> print(first.channel, "serves", first.now.version)
         """
         yield from follow(self.api, channels)
 
