@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from registry.wire import access as access
     from registry.wire import catalog as catalog
+    from registry.wire import fleet as fleet
     from registry.wire import quality as quality
     from registry.wire import search as search
     from registry.wire import work as work
 
-_MODULES = ("access", "catalog", "quality", "search", "work")
+_MODULES = ("access", "catalog", "fleet", "quality", "search", "work")
 
 
 def __getattr__(name: str) -> Any:

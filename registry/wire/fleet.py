@@ -1,0 +1,144 @@
+"""Documents of the fleet: what the nodes that serve channels report, and what a channel's rollout has reached."""
+
+from datetime import datetime
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from registry.wire.document import MAX_INT32, MAX_INT64, Moment, Wire, WireIn
+
+LEASE_S = 60
+"""How long a report counts. A node without a report in that time is silent."""
+MAX_CHANNELS, MAX_SERVERS, MAX_LOADED = 1_000, 100, 1_000
+MAX_CHANNEL_CHARS = 200
+_COMMIT = r"^[0-9a-f]{40}$"
+
+Text = Annotated[str, Field(max_length=1000)]
+
+
+class NodeCheck(Wire):
+    """A served check: whether the server applies the release. `share` is 1 where the release is applied and 0 where the
+    base answers, `worst_nats` the largest difference of a token. Both are null if the check measured nothing."""
+
+    verdict: Literal["proved", "unproved", "failed"]
+    at: Moment
+    share: float | None = Field(default=None, allow_inf_nan=False)
+    worst_nats: float | None = Field(default=None, allow_inf_nan=False)
+
+
+class NodeChannel(Wire):
+    """A channel that a node follows, such as `acme/sql@prod`. `version`, `commit` and `move` are what the node's routes
+    give users now, null for nothing, `since` is when this began, and `error` what is wrong."""
+
+    channel: str = Field(min_length=1, max_length=MAX_CHANNEL_CHARS)
+    state: Literal["following", "switching", "failed"]
+    version: str | None = Field(default=None, max_length=100)
+    commit: str | None = Field(default=None, pattern=_COMMIT)
+    move: int | None = Field(default=None, ge=1, le=MAX_INT64)
+    since: Moment
+    check: NodeCheck | None = None
+    error: Text | None = None
+
+
+class LoadedName(Wire):
+    """A name that a server has loaded, such as `acme/sql@1.2.0`. `commit` is null if the node does not know it."""
+
+    name: str = Field(min_length=1, max_length=MAX_CHANNEL_CHARS)
+    commit: str | None = Field(default=None, pattern=_COMMIT)
+
+
+class NodeServer(Wire):
+    """A server of a node. `url` is its address, or what its kind has instead."""
+
+    url: str = Field(min_length=1, max_length=500)
+    kind: str = Field(min_length=1, max_length=40)
+    ready: bool
+    loaded: list[LoadedName] = Field(default=[], max_length=MAX_LOADED)
+    error: Text | None = None
+
+
+class SwitchIn(Wire):
+    """A request to switch now, if fewer than `max_unavailable` other nodes of the group may."""
+
+    max_unavailable: int = Field(ge=1, le=MAX_INT32)
+
+
+class NodeReportIn(WireIn):
+    """What a node serves. `agent` is the program that reports, with its version. Without `switch`, the node gives an
+    earlier permission back."""
+
+    agent: str = Field(min_length=1, max_length=100)
+    channels: list[NodeChannel] = Field(default=[], max_length=MAX_CHANNELS)
+    servers: list[NodeServer] = Field(default=[], max_length=MAX_SERVERS)
+    switch: SwitchIn | None = None
+
+    @model_validator(mode="after")
+    def _refuse_twice(self) -> Self:
+        if len({channel.channel for channel in self.channels}) < len(self.channels):
+            raise ValueError("channels names one twice")
+        return self
+
+
+class NodeReportOut(Wire):
+    """The report counts for `lease_s` seconds; `switch` says whether the node may switch now."""
+
+    lease_s: int
+    switch: bool
+
+
+class NodeOut(Wire):
+    """A node of a group with its channels, and the names that its servers have loaded, of one namespace. It is `silent`
+    if its last report, of `seen_at`, no longer counts; `may_switch_until` is set while it has the permission."""
+
+    namespace: str
+    group: str
+    node: str
+    agent: str
+    seen_at: datetime
+    silent: bool
+    may_switch_until: datetime | None
+    channels: list[NodeChannel]
+    servers: list[NodeServer]
+
+
+RolloutState = Literal["following", "switching", "behind", "failed", "silent"]
+
+
+class RolloutNodeOut(Wire):
+    """A node that follows the channel. `version`, `commit` and `move` are live: what it gives users now, or gave when
+    it reported last."""
+
+    group: str
+    node: str
+    state: RolloutState
+    version: str | None
+    commit: str | None
+    move: int | None
+    since: datetime
+    seen_at: datetime
+    check: NodeCheck | None
+    error: str | None
+
+
+class RolloutOut(Wire):
+    """What the channel serves, wanted on every node, and what each node serves. `totals` counts the nodes by state, all
+    of them, also those beyond the first 1,000 that `nodes` lists. `proved` are those that follow and whose last check
+    proved the release.
+
+    The states of nodes, the first that applies:
+
+    - silent: no report in the last 60 seconds;
+    - failed: the node says so, `error` and `check` say why;
+    - switching: the node says that it is switching now;
+    - following: what it gives users is the version and commit that the channel serves;
+    - behind: it gives users something else, and is not switching yet.
+    """
+
+    repository: str
+    channel: str
+    move: int
+    version: str | None
+    commit: str | None
+    totals: dict[RolloutState, int]
+    proved: int
+    nodes: list[RolloutNodeOut]
