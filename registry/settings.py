@@ -174,11 +174,11 @@ def _issuer(text: str) -> str:
 
 def _group_roles(text: str) -> str:
     """Empty means none."""
-    for part in text.split(",") if text else ():
-        if not re.fullmatch(r"[^,]+=(\*|[a-z0-9][a-z0-9._-]*):(reader|publisher|releaser|admin)", part.strip()):
-            raise PydanticCustomError(
-                "roles", "it is not a list of roles by group, such as ml-team=acme:publisher,platform=*:admin"
-            )
+    for part in map(str.strip, text.split(",")) if text else ():
+        if not re.fullmatch(
+            r"[^,]+=(\*|[a-z0-9][a-z0-9._-]*):(reader|agent|(publisher|releaser|admin)(\+agent)?)", part
+        ):
+            raise PydanticCustomError("roles", "it is not a list such as ml-team=acme:publisher,platform=*:admin")
     return text
 
 

@@ -38,6 +38,8 @@ ROUTERS: tuple[Entry, ...] = (
     ("search", "router", ("releases", "resolve")),
     ("channels", "repository_routes", ("channels", "gates", "moves")),
     ("follow", "router", ("follow",)),
+    ("fleet", "router", ("fleet",)),
+    ("fleet", "repository_routes", ("rollout",)),
     ("releases", "repository_routes", ("adapters", "models")),
     ("suites", "repository_routes", ("scores", "target-suite")),
     ("suites", "router", ("suites", "bases")),

@@ -20,7 +20,7 @@ MODULES = {
     "evaluation": ("evaluation", "quality"),
     "operations": ("access", "backup", "doctor", "jobs", "maintenance", "operations", "profiles", "publisher"),
     "releases": (
-        "base", "diff", "follow", "hub", "inspection", "promotion", "release", "search", "transfer",
+        "base", "diff", "follow", "hub", "inspection", "promotion", "release", "rollout", "search", "transfer",
     ),
 }  # fmt: skip
 """Each adds its commands to `root` when it is imported."""

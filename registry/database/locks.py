@@ -3,6 +3,7 @@
 import fcntl
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager
+from hashlib import sha256
 from pathlib import Path
 
 from sqlalchemy import text
@@ -14,6 +15,8 @@ from registry.errors import Conflict
 
 _BLOBS_LOCK, _COLLECTION_LOCK, _PROBE_LOCK = 0x424C4F42, 0x434F4C4C, 0x50524F42
 """Keys of PostgreSQL's advisory locks: between pushes and collections, between collections, and between probes."""
+_FLEET_LOCKS = 0x464C5445
+"""The first half of the keys of the fleets' locks, one of each namespace."""
 
 
 def exclusive_collection(database: Database) -> AbstractContextManager[None]:
@@ -71,6 +74,13 @@ def lock_blobs_shared(session: Session) -> None:
 def lock_blobs_exclusive(session: Session) -> None:
     """Prevents new uses of blobs until this transaction ends. Waits for transactions that are adding some."""
     _advisory_lock(session, "pg_advisory_xact_lock")
+
+
+def lock_fleet(session: Session, namespace: str) -> None:
+    """Makes reports of nodes of the namespace that count others wait for each other, until the transaction ends."""
+    if session.get_bind().dialect.name == "postgresql":
+        key = int.from_bytes(sha256(namespace.encode()).digest()[:4], signed=True)
+        session.execute(text("SELECT pg_advisory_xact_lock(:kind, :key)"), {"kind": _FLEET_LOCKS, "key": key})
 
 
 def _advisory_lock(session: Session, function: str) -> None:

@@ -18,6 +18,7 @@ USAGE = {
     "bad_digest": "Give 64 lower-case hexadecimal digits.",
     "bad_evaluation": "Request several evaluations.",
     "bad_grant": "Send the fields that docs/how-to/publish-from-ci.md lists: grant_type, subject_token and others.",
+    "bad_duration": "Write days, hours, minutes and seconds, as in 90s, 5m or 1h30m.",
     "bad_http": "Send HTTP/1.1, one request after the other.",
     "bad_kind": "Use adapter or model.",
     "bad_lifetime": "Give a number of days with --expires-in-days, or leave it out for no expiry.",

@@ -16,6 +16,7 @@ from typing import NewType
 from registry.errors import Usage
 
 _PART = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?")
+_NODE = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,98}[a-z0-9])?")
 _COMMIT = re.compile(r"[0-9a-f]{7,40}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 RESERVED_NAMESPACES = frozenset(
@@ -82,6 +83,18 @@ def parse_name(text: str, what: str) -> str:
             f"{text[:80]!r} is not a valid {what}.",
             subject=text[:80],
             next_step="Use at most 64 of a-z, 0-9, '.', '_' and '-', beginning and ending with a letter or digit.",
+        )
+    return text
+
+
+def parse_node_name(text: str, what: str) -> str:
+    """Parses the name of a group of nodes, or of a node, which may be a host's."""
+    if not _NODE.fullmatch(text):
+        raise Usage(
+            "bad_name",
+            f"{text[:120]!r} is not a valid {what}.",
+            subject=text[:120],
+            next_step="Use at most 100 of a-z, 0-9, '.', '_' and '-', beginning and ending with a letter or digit.",
         )
     return text
 

@@ -11,10 +11,10 @@ from registry.composer_name import refuse_other_composer
 
 if TYPE_CHECKING:
     from registry.sdk.registry import Registry
-    from registry.sdk.results import Composition, Move, Promotion, Release, Score
+    from registry.sdk.results import Composition, Move, Promotion, Release, Rollout, Score
     from registry.sdk.training import AdaptoryCallback
 
-__all__ = ["AdaptoryCallback", "Composition", "Move", "Promotion", "Registry", "Release", "Score"]
+__all__ = ["AdaptoryCallback", "Composition", "Move", "Promotion", "Registry", "Release", "Rollout", "Score"]
 _MODULES = {"AdaptoryCallback": "training", "Registry": "registry"}
 
 

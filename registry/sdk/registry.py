@@ -13,6 +13,7 @@ from registry.client.api import Api
 from registry.client.cache import BlobCache
 from registry.client.follow import ChannelChange, follow
 from registry.client.pull import cached, pull
+from registry.client.rollout import rollout, wait_for_nodes
 from registry.client.selection import select_files
 from registry.client.signing import Publication, read_public_key, verify_release
 from registry.errors import Refused, Usage
@@ -23,7 +24,7 @@ from registry.sdk.connection import Connection, load_settings, open_registry
 from registry.sdk.display import Quiet
 from registry.sdk.fit import fitting_base
 from registry.sdk.publishing import publish
-from registry.sdk.results import Composition, Move, Promotion, Release, Score
+from registry.sdk.results import Composition, Move, Promotion, Release, Rollout, Score
 from registry.wire.catalog import ReleaseOut
 from registry.wire.quality import SuiteOut
 from registry.wire.search import FoundOut, ResolvedRelease
@@ -195,6 +196,17 @@ class Registry:
         >>> print(first.channel, "serves", first.now.version)
         """
         yield from follow(self.api, channels)
+
+    def rollout(self, channel: str, *, wait_s: float | None = None) -> Rollout:
+        """What REPO@CHANNEL serves, and what each node that follows it gives users.
+
+        With `wait_s`, waits until all nodes that report follow. Raises Refused when the time is up, with a finding for
+        each node that does not follow.
+
+        >>> rollout = registry.rollout("acme/sql@prod", wait_s=300)
+        >>> print(rollout.totals, [node.node for node in rollout.nodes])
+        """
+        return rollout(self.api, channel) if wait_s is None else wait_for_nodes(self.api, channel, wait_s)
 
     def record_scores(self, ref: str | Release, scores: Iterable[Score]) -> None:
         """Records scores of a release on registered suites, each on the suite's current content.

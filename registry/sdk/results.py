@@ -8,12 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from registry.wire.catalog import ReleaseOut
+from registry.wire.fleet import RolloutOut
 from registry.wire.quality import MoveOut, PromotionOut, ScoreOut
 from registry.wire.work import CompositionOut
 
 Move = MoveOut
 Promotion = PromotionOut
 Composition = CompositionOut
+Rollout = RolloutOut
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,16 +25,27 @@ from registry.database import portable
 from registry.database.engine import Database
 from registry.database.locks import exclusive_collection
 from registry.database.migrate import head_revision, migrate, schema_revision
-from registry.database.tables import Blob, StoreFactsRow, Token, Upload, WorkerRow, XetUpload, XetXorb
+from registry.database.tables import (
+    Blob,
+    FleetChannel,
+    FleetNode,
+    FleetRelease,
+    StoreFactsRow,
+    Token,
+    Upload,
+    WorkerRow,
+    XetUpload,
+    XetXorb,
+)
 from registry.errors import Conflict, Invalid, NotFound, Unavailable
 from registry.formats.references import Digest
 from registry.storage.archive import Archive
 from registry.storage.blobs import BlobStore, Reader
 from registry.transfer.resources import Resources
 
-UNSAVED = (Upload, XetUpload, XetXorb, StoreFactsRow, WorkerRow)
+UNSAVED = (Upload, XetUpload, XetXorb, StoreFactsRow, WorkerRow, FleetNode, FleetChannel, FleetRelease)
 """Tables that mean nothing to another registry: unfinished uploads in the old store, the facts about that store, and
-the running workers."""
+the running workers and nodes."""
 _ONLY = {Token.__tablename__: Token.session == false()}
 """Browser sessions are not restored."""
 _ROWS, _BLOBS, _MANIFEST = "rows.jsonl.gz", "blobs.txt.gz", "manifest.json"

@@ -25,7 +25,7 @@ from registry.database.tables import Blob, RevisionFile, Score, Upload, XetUploa
 from registry.domain.access import audit
 from registry.domain.access.audit import Act
 from registry.domain.catalog import commits
-from registry.domain.channels import withdrawals
+from registry.domain.channels import fleet, withdrawals
 from registry.domain.compositions import checks, retention
 from registry.errors import Conflict
 from registry.formats.references import Digest
@@ -47,9 +47,10 @@ _JOURNALS = ("cache", "eval")
 @dataclass(slots=True)
 class Collected:
     """The results of a collection. `unfinished` and `leftovers` are those of `Swept`; a caller may add leftovers of its
-    own."""
+    own. `loaded` releases stay only because nodes have them loaded."""
 
     releases: int = 0
+    loaded: int = 0
     jobs: int = 0
     commits: int = 0
     blobs: int = 0
@@ -69,6 +70,8 @@ def collect(resources: Resources, *, grace: timedelta, dry_run: bool = False) ->
     ended_before = now - timedelta(days=resources.settings.job_retention_days)
     followed_before = now - timedelta(days=resources.settings.commit_retention_days)
     collected = Collected()
+    with resources.read() as session:
+        collected.loaded = len(withdrawals.expired(session, now, limit=None, loaded=True))
     if dry_run:
         with resources.read() as session:
             forgotten = commits.forgettable(followed_before)
@@ -164,6 +167,7 @@ def sweep(resources: Resources, now: datetime) -> Swept:
     with resources.write() as session:
         idempotency.expire_keys(session, now)
         checks.expire(session, now)
+        fleet.forget(session, now)
         _forget_xet_pushes(session, now)
     with resources.read() as session:
         live = set(session.scalars(select(Upload.id)))

@@ -7,7 +7,9 @@ from pydantic import Field
 
 from registry.wire.document import Wire, WireIn
 
-RoleName = Literal["reader", "publisher", "releaser", "admin"]
+RoleName = Literal[
+    "reader", "agent", "publisher", "releaser", "admin", "publisher+agent", "releaser+agent", "admin+agent"
+]
 User = Field(min_length=1, max_length=128, pattern=r"^[^\x00-\x1f\x7f/*]+$")
 
 

@@ -330,10 +330,19 @@ class DeprecateIn(WireIn):
     successor: str | None = Field(default=None, min_length=1, max_length=200)
 
 
+class LoadedOnOut(Wire):
+    """A node that has a release loaded, or had in its last report if it is `silent`."""
+
+    group: str
+    node: str
+    silent: bool
+
+
 class TakedownOut(Wire):
     """`releases` have lost their files. `blobs` of `size_bytes` go, since nothing names them any more. `named_by` are
     releases and commits of the namespace that still have some of the files, `kept_files` which ones, by path. `barred`
-    are the weights that the namespace may not publish again."""
+    are the weights that the namespace may not publish again. The nodes of `loaded_on` go on serving the files until
+    they switch."""
 
     releases: list[str]
     blobs: int
@@ -341,6 +350,7 @@ class TakedownOut(Wire):
     named_by: list[str]
     kept_files: dict[str, list[str]]
     barred: list[str]
+    loaded_on: list[LoadedOnOut] = Field(default=[])
 
 
 class YankIn(WireIn):
@@ -362,6 +372,8 @@ class ServedChangeOut(Wire):
 
 
 class WithdrawnOut(ReleaseOut):
-    """The release after a yank or an unyank, and the channels that serve another release because of it."""
+    """The release after a yank or an unyank, the channels that serve another release because of it, and the nodes that
+    have the release loaded."""
 
     channels: list[ServedChangeOut]
+    loaded_on: list[LoadedOnOut] = Field(default=[])

@@ -9,7 +9,7 @@ from registry.wire.document import MAX_INT32, MAX_INT64, Moment, Wire, WireIn
 
 LEASE_S = 60
 """How long a report counts. A node without a report in that time is silent."""
-MAX_CHANNELS, MAX_SERVERS, MAX_LOADED = 1_000, 100, 1_000
+MAX_CHANNELS, MAX_SERVERS, MAX_LOADED, MAX_LOADED_BY_ALL = 1_000, 100, 1_000, 10_000
 MAX_CHANNEL_CHARS = 200
 _COMMIT = r"^[0-9a-f]{40}$"
 
@@ -76,19 +76,29 @@ class NodeReportIn(WireIn):
     def _refuse_twice(self) -> Self:
         if len({channel.channel for channel in self.channels}) < len(self.channels):
             raise ValueError("channels names one twice")
+        if sum(len(server.loaded) for server in self.servers) > MAX_LOADED_BY_ALL:
+            raise ValueError(f"the servers have more than {MAX_LOADED_BY_ALL:,} names loaded")
         return self
 
 
 class NodeReportOut(Wire):
-    """The report counts for `lease_s` seconds; `switch` says whether the node may switch now."""
+    """The report counts for `lease_s` seconds, 46 to 60; `switch` says whether the node may switch now."""
 
     lease_s: int
     switch: bool
 
 
+class ForgottenOut(Wire):
+    """The node that was removed."""
+
+    namespace: str
+    group: str
+    node: str
+
+
 class NodeOut(Wire):
     """A node of a group with its channels, and the names that its servers have loaded, of one namespace. It is `silent`
-    if its last report, of `seen_at`, no longer counts; `may_switch_until` is set while it has the permission."""
+    if its last report, of `seen_at`, no longer counts; `switch_until` is set if it got the permission to switch."""
 
     namespace: str
     group: str
@@ -96,7 +106,7 @@ class NodeOut(Wire):
     agent: str
     seen_at: datetime
     silent: bool
-    may_switch_until: datetime | None
+    switch_until: datetime | None
     channels: list[NodeChannel]
     servers: list[NodeServer]
 
@@ -121,17 +131,12 @@ class RolloutNodeOut(Wire):
 
 
 class RolloutOut(Wire):
-    """What the channel serves, wanted on every node, and what each node serves. `totals` counts the nodes by state, all
-    of them, also those beyond the first 1,000 that `nodes` lists. `proved` are those that follow and whose last check
-    proved the release.
+    """What a channel serves, which every node should, and what each node serves. `totals` counts the nodes by state;
+    `proved` is the number of those that follow and whose last check proved the release. `nodes` is empty for a caller
+    without a role in the namespace, who reads the channel because the namespace is public.
 
-    The states of nodes, the first that applies:
-
-    - silent: no report in the last 60 seconds;
-    - failed: the node says so, `error` and `check` say why;
-    - switching: the node says that it is switching now;
-    - following: what it gives users is the version and commit that the channel serves;
-    - behind: it gives users something else, and is not switching yet.
+    A node's state is the first that applies: `silent` without a report in the last 60 seconds; `failed` or `switching`
+    if it says so; `following` if it gives users the version and commit that the channel serves; otherwise `behind`.
     """
 
     repository: str
@@ -139,6 +144,6 @@ class RolloutOut(Wire):
     move: int
     version: str | None
     commit: str | None
-    totals: dict[RolloutState, int]
+    totals: dict[str, int]
     proved: int
     nodes: list[RolloutNodeOut]

@@ -40,7 +40,10 @@ from tests.scenarios.world import environment
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 HOST = Actor("host", NOW, {EVERYWHERE: Role.ADMIN.value}, mints=True)
 PRIVATE, PUBLIC, OTHER = "acme", "open", "other"
-ROLES = {"reader": Role.READER, "publisher": Role.PUBLISHER, "releaser": Role.RELEASER, "admin": Role.ADMIN}
+ROLES = {
+    "reader": Role.READER, "agent": Role.AGENT, "publisher": Role.PUBLISHER, "releaser": Role.RELEASER,
+    "admin": Role.ADMIN,
+}  # fmt: skip
 CALLERS = ("nobody", "stranger", *ROLES, "operator", "revoked", "expired", "narrowed")
 """`stranger` is an admin in OTHER alone; `narrowed` is an admin everywhere with a token that reads OTHER alone."""
 FACTS = {

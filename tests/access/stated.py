@@ -6,6 +6,7 @@
 `inside: reader`     the route itself looks at the thing first, then asks for that role in its namespace; `everybody`
                      is shown what each may read, `user` is who has a token, `... somewhere` as above,
                      `reader with a token` excludes anonymous readers
+`a or b`             by either role
 `open`               anybody
 `token of a push`    who has begun it, with the token that the registry then made; not those of users
 `absent`             nobody: the answer is always 404
@@ -15,6 +16,10 @@ _ROUTES = """
 GET    /v1/releases                                                             inside: everybody
 GET    /v1/resolve                                                              inside: reader
 GET    /v1/follow                                                               inside: everybody
+PUT    /v1/fleet/{group}/{node}                                                 inside: agent
+DELETE /v1/fleet/{group}/{node}                                                 inside: agent or admin
+GET    /v1/fleet                                                                inside: everybody
+GET    /v1/{kind}/{namespace}/{name}/channels/{channel}/rollout                 reader
 GET    /v1/{kind}/{namespace}/{name}/channels                                   reader
 GET    /v1/{kind}/{namespace}/{name}/channels/{channel}                         reader
 DELETE /v1/{kind}/{namespace}/{name}/channels/{channel}                         releaser

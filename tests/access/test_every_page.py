@@ -15,7 +15,7 @@ from registry.api.http.request import SAFE_METHODS
 from registry.api.http.rules import Where, rules_of
 from registry.api.pages.html import render
 from registry.api.pages.html.wire import PageRoute, PageRule
-from registry.domain.access.roles import Role
+from registry.domain.access.roles import Role, at_least
 from tests import services
 from tests.access.browser import Browser
 from tests.access.house import CALLERS, PRIVATE, PUBLIC, ROLES, House, Things, copy_of, entered, furnished_house
@@ -25,7 +25,6 @@ SIGNED_IN = tuple(caller for caller in CALLERS if caller not in ("nobody", "revo
 SOMEWHERE = "+"
 ELSEWHERE = {"stranger": Role.ADMIN, "narrowed": Role.READER}
 """Roles in a namespace that no page here is about."""
-RANK = {role: number for number, role in enumerate(Role)}
 TEMPLATES = Path(render.__file__).parents[1] / "templates"
 
 
@@ -141,7 +140,7 @@ def _expected(whom: str, caller: str, namespace: str) -> int | str:
         return 401 if caller == "nobody" else "allowed"
     role, somewhere = Role(whom.removesuffix(f" {SOMEWHERE}")), whom.endswith(SOMEWHERE)
     held = ROLES.get(caller) or (somewhere and ELSEWHERE.get(caller)) or None
-    if caller == "operator" or (held and RANK[held] >= RANK[role]):
+    if caller == "operator" or (held and at_least(held, role)):
         return "allowed"
     if not (somewhere or caller in ROLES or namespace == PUBLIC):
         return 404

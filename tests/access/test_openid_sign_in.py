@@ -25,7 +25,10 @@ from tests.access.browser import Browser
 from tests.access.house import HOST, OTHER, PRIVATE, PUBLIC, House, build_house, entered, new_environment
 from tests.access.provider import CLIENT, SECRET, Provider, provider, visit
 
-ROLES = f"ml-team={PRIVATE}:publisher, ml-team={OTHER}:reader,/odd=group={OTHER}:admin,platform=*:admin"
+ROLES = (
+    f"ml-team={PRIVATE}:publisher, ml-team={OTHER}:reader,/odd=group={OTHER}:admin,platform=*:admin,"
+    f"serving={PRIVATE}:agent"
+)
 
 
 @pytest.fixture(scope="module")
@@ -135,13 +138,14 @@ def test_groups_give_the_higher_role_and_only_where_the_operator_says(
 ) -> None:
     seen: dict[str, Any] = {}
     for number, groups in enumerate(
-        (["ml-team", "/odd=group"], "platform", None, 7, ["ML-TEAM", 1, None, ["platform"]])
+        (["ml-team", "/odd=group"], ["serving", "ml-team"], "platform", None, 7, ["ML-TEAM", 1, None, ["platform"]])
     ):
         idp.claims = {"groups": groups, "preferred_username": f"user{number}", "sub": f"sub{number}"}
         assert browser.open(begin(browser)).status_code == 303
         seen[str(groups)] = audited(house, "session:begin")[-1].after.get("roles")
     assert seen == {
         "['ml-team', '/odd=group']": {PRIVATE: "publisher", OTHER: "admin"},
+        "['serving', 'ml-team']": {PRIVATE: "publisher+agent", OTHER: "reader"},
         "platform": {"*": "admin"},
         "None": None,
         "7": None,
@@ -388,6 +392,7 @@ def test_without_a_provider_there_is_none_and_by_http_nobody_goes_to_one(house: 
         {"roles": "ml-team"},
         {"roles": "ml-team=acme"},
         {"roles": "ml-team=acme:king"},
+        {"roles": "ml-team=acme:agent+publisher"},
         {"roles": "ml-team=Acme:reader"},
         {"roles": "=acme:reader"},
         {"roles": "a=acme:reader,"},

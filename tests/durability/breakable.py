@@ -116,7 +116,8 @@ class Stock:
             "{base:path}": "tiny", "{path:path}": "adapter_model.safetensors", "{suite}": "exact", "{sha256}": blob,
             "{job_id}": self.job_id, "{composition_id}": self.composition_id, "{upload_id}": self.upload_id,
             "{token_id}": "aaaaaaaaaaaa", "{alias:path}": "Acme/Nothing", "{number}": 1, "{metric}": "nll",
-            "{promotion_id}": 1, "{user}": "ann", "{publisher_id}": "aaaaaaaaaaaa", "{check_id}": 1,
+            "{promotion_id}": 1, "{user}": "ann",
+            "{group}": "prod", "{node}": "gpu-1", "{publisher_id}": "aaaaaaaaaaaa", "{check_id}": 1,
         }  # fmt: skip
         for name, value in values.items():
             template = template.replace(name, str(value))
@@ -126,6 +127,8 @@ class Stock:
             "/v1/follow": "?channels=acme/sql@prod",
             f"/v1/blobs/{self.announced}": f"?upload={self.upload_id}",
         }
+        if template.startswith("/v1/fleet/") and method == "DELETE":
+            return f"{template}?namespace=acme"
         if template.endswith("/judgement"):
             return f"{template}?version={self.version}"
         return template + queries.get(template, "")
@@ -139,8 +142,10 @@ class Stock:
         file = {"path": "adapter_model.safetensors", "size_bytes": 10, "sha256": "1" * 64}
         example = {"prompt": "a", "completion": "b"}
         score = {"suite_digest": "2" * 64, "metric": "nll", "value": 0.5, "n": 1, "higher_is_better": False}
+        followed = {"channel": "acme/sql@prod", "state": "following", "since": "2026-01-01T00:00:00Z"}
         tensor = {"name": "w", "dtype": "F32", "shape": [1], "sha256": "3" * 64}
         bodies: dict[str, Any] = {
+            "/v1/fleet/{group}/{node}": {"agent": "adaptory", "channels": [followed]},
             "/v1/suites": {"name": "exact", "kind": "target", "chat": False, "examples": [example]},
             "/v1/bases": {
                 "name": "new", "model_type": "llama", "tied": False,

@@ -13,7 +13,7 @@ from starlette.concurrency import run_in_threadpool
 
 from registry.domain.access import namespaces, sessions, tokens
 from registry.domain.access.audit import Actor
-from registry.domain.access.roles import ANONYMOUS, EVERYWHERE, Role
+from registry.domain.access.roles import ANONYMOUS, UNRESTRICTED
 from registry.domain.access.tokens import Caller
 from registry.errors import Unauthenticated, Unavailable
 from registry.transfer.resources import Resources
@@ -69,8 +69,7 @@ class ActorCache:
         """The actor, if known without the database. A token or a session is not if the request `changes` something."""
         now = self.resources.clock()
         if self.single_user:
-            everything = {EVERYWHERE: Role.ADMIN.value}
-            return Actor(self.resources.settings.user, now, everything, source=credentials.source, mints=True)
+            return Actor(self.resources.settings.user, now, UNRESTRICTED, source=credentials.source, mints=True)
         until, public = self._public
         if until < time.monotonic():
             return None

@@ -1,4 +1,4 @@
-"""Prometheus metrics of the server: requests by route, and the queue of jobs.
+"""Prometheus metrics of the server: requests by route, the queue of jobs, and the rollouts of channels.
 
 Labels are route templates and kinds of jobs, never paths, namespaces or repositories: those are private, and unbounded
 in number. Of several server processes, each writes its numbers to files in PROMETHEUS_MULTIPROC_DIR, and any of them
@@ -15,6 +15,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
+from registry.domain.channels import fleet
 from registry.domain.jobs import queue
 from registry.transfer.resources import Resources
 
@@ -48,7 +49,7 @@ class ServerMetrics:
         if os.environ.get(SHARED_DIRECTORY):
             self._shown = CollectorRegistry()
             MultiProcessCollector(self._shown)  # pyright: ignore[reportUnknownArgumentType]  (it registers itself)
-        self._shown.register(_Jobs(resources))
+        self._shown.register(_Rows(resources))
 
     def observe(self, method: str, route: str | None, status: int, seconds: float) -> None:
         """Counts a request. `route` is a template, None if none matched."""
@@ -61,8 +62,8 @@ class ServerMetrics:
         return generate_latest(self._shown)
 
 
-class _Jobs(Collector):
-    """The queue, read at each scrape."""
+class _Rows(Collector):
+    """The queue and the rollouts, read at each scrape."""
 
     def __init__(self, resources: Resources) -> None:
         self._resources = resources
@@ -73,6 +74,8 @@ class _Jobs(Collector):
         yield build
         with self._resources.read() as session:
             waiting = queue.unfinished(session)
+            rollouts = fleet.counts_of_all(session, self._resources.clock())
+            kept = fleet.yanked_channels(session)
         jobs = GaugeMetricFamily(
             "adaptory_jobs",
             "Jobs that are queued, running, or stalled because their worker fell silent.",
@@ -88,3 +91,10 @@ class _Jobs(Collector):
                 oldest.add_metric((kind,), max(0.0, (now - since).total_seconds()))
         yield jobs
         yield oldest
+        nodes = GaugeMetricFamily(
+            "adaptory_rollout_nodes", "Nodes that follow a channel, once for each channel, by state.", labels=("state",)
+        )
+        for state, count in rollouts.items():
+            nodes.add_metric((state,), count)
+        yield nodes
+        yield GaugeMetricFamily("adaptory_yanked_channels", "Channels that serve a yanked release.", value=kept)

@@ -21,7 +21,7 @@ from registry.domain.access.audit import Actor
 from registry.domain.access.roles import Role, permit
 from registry.domain.catalog import deprecations, lineage, releases, repositories, signatures
 from registry.domain.catalog.repositories import RepositoryFilter
-from registry.domain.channels import withdrawals
+from registry.domain.channels import fleet, withdrawals
 from registry.domain.channels.serving import ServedChange
 from registry.formats.manifest import ManifestFile
 from registry.formats.references import parse_digest, parse_name, parse_version
@@ -29,6 +29,7 @@ from registry.transfer.resources import Resources
 from registry.wire.catalog import (
     DeprecateIn,
     DescendantOut,
+    LoadedOnOut,
     NextOut,
     PublishedOut,
     ReleaseIn,
@@ -253,15 +254,22 @@ def _withdraw(
         changes = [
             ServedChangeOut.of(served) for served in (withdrawals.preview(session, act) if body.dry_run else act())
         ]
-        return WithdrawnOut(**dict(release_view(session, actor, release)), channels=changes)
+        loaded = _loaded_on(session, actor, release)
+        return WithdrawnOut(**dict(release_view(session, actor, release)), channels=changes, loaded_on=loaded)
+
+
+def _loaded_on(session: Session, actor: Actor, release: Release) -> list[LoadedOnOut]:
+    return [LoadedOnOut.of(node) for node in fleet.loaded_on(session, release, actor.at)]
 
 
 @repository_routes.post("/{namespace}/{name}/releases/{version}/takedown")
 def take_down(named: RepositoryOf, version: str, body: YankIn, resources: ResourcesOf, actor: Admin) -> TakedownOut:
     """Remove the files of a release, and of versions with the same ones, for good. A tombstone stays."""
     with resources.write() as session:
-        taken = withdrawals.take_down(session, actor, named.release(session, version), body.reason)
+        release = named.release(session, version)
+        taken = withdrawals.take_down(session, actor, release, body.reason)
+        loaded = _loaded_on(session, actor, release)
     from registry.transfer.collect import remove_marked  # which loads more than all other routes here need
 
     remove_marked(resources)
-    return TakedownOut.of(taken)
+    return TakedownOut.of(taken, loaded_on=loaded)

@@ -16,17 +16,20 @@ from registry.database.tables import (
     Score,
     Suite,
 )
+from registry.domain.access.audit import Actor
+from registry.domain.access.roles import Role, holds
 from registry.domain.catalog import bases, metrics, repositories, suites
-from registry.domain.channels import moves, resolve
+from registry.domain.channels import fleet, moves, resolve
 from registry.domain.channels.moves import PromotionRequest
 from registry.domain.channels.promotions import Judgement
-from registry.domain.channels.serving import serving_move
+from registry.domain.channels.serving import ChannelName, serving_move
 from registry.domain.channels.timeline import ChannelMove
 from registry.domain.compositions import compositions
 from registry.domain.jobs import needs, queue
 from registry.formats.priority import Priority
 from registry.formats.references import RepositoryName
 from registry.wire.catalog import BaseOut, BaseRef, RepositoryOut, TensorRow
+from registry.wire.fleet import RolloutNodeOut, RolloutOut
 from registry.wire.quality import ChannelOut, JudgementOut, MoveOut, PromotionOut, ScoreOut, SuiteOut
 from registry.wire.work import AuditOut, CheckedInput, CompositionOut, ConflictsOut, JobOut
 
@@ -110,6 +113,22 @@ def channel_view(session: Session, row: Channel, repository: Repository) -> Chan
         moved_at=move.at,
         moved_by=move.actor,
         move=move.id,
+    )
+
+
+def rollout_view(session: Session, actor: Actor, row: Channel, repository: Repository) -> RolloutOut:
+    """What the channel serves and what its nodes do. Only members of the namespace see which nodes there are."""
+    named, served = repositories.name_of(repository), serving_move(session, row)
+    nodes = fleet.nodes_of(session, ChannelName(named, row.name), actor.at)
+    return RolloutOut(
+        repository=str(named),
+        channel=row.name,
+        move=moves.current_of(session, row).id,
+        version=served.to_release.version if served else None,
+        commit=served.to_release.revision.commit if served else None,
+        totals=fleet.totals(nodes),
+        proved=sum(node.is_proved for node in nodes),
+        nodes=[RolloutNodeOut.of(node) for node in nodes] if holds(actor, Role.READER, str(named)) else [],
     )
 
 

@@ -68,6 +68,8 @@ EXAMPLES = {
   acme/sql-migration:1.0.0 --base smollm2""",
     "restore": "adaptory restore /backup/adaptory",
     "rollback": "adaptory rollback acme/sql-migration@prod --reason 'wrong quoting'",
+    "rollout forget": "adaptory rollout forget acme prod/gpu-7",
+    "rollout status": "adaptory rollout status acme/sql-migration@prod",
     "score delete": "adaptory score delete acme/sql-migration sql-exact.accuracy",
     "score import": "adaptory score import acme/sql-migration:1.0.0",
     "search": "adaptory search --base smollm2 --score 'sql-exact.accuracy>=0.3'",

@@ -53,7 +53,9 @@ def create_token(
     name: Annotated[str, typer.Option(help="The token's purpose.")] = "",
     scope: Annotated[
         list[str] | None,
-        typer.Option(help="NAMESPACE=ROLE, its highest role there. May be repeated. Unlimited by default."),
+        typer.Option(
+            help="NAMESPACE=ROLE, its highest role there (admin: no limit). May be repeated. Unlimited by default."
+        ),
     ] = None,
     expires_in_days: Annotated[
         float | None, typer.Option(help="Lifetime in days; by default, ADAPTORY_TOKEN_DAYS of the registry.")
@@ -242,7 +244,9 @@ def list_members(namespace: NamespaceName, json: JsonFlag = False) -> None:
 def grant(
     namespace: NamespaceName,
     user: User,
-    role: Annotated[str, typer.Argument(help="reader, publisher, releaser or admin.")],
+    role: Annotated[
+        str, typer.Argument(help="reader, publisher, releaser or admin; agent, or such as releaser+agent.")
+    ],
     json: JsonFlag = False,
 ) -> None:
     """Give a user a role in a namespace, replacing any other there; in `*` it holds in all namespaces."""

@@ -73,6 +73,7 @@ def gc(
             removed.leftovers += sweep_work(resources)
     document = {
         "releases": removed.releases,
+        "loaded": removed.loaded,
         "jobs": removed.jobs,
         "commits": removed.commits,
         "blobs": removed.blobs,
@@ -87,6 +88,7 @@ def gc(
     more += f", {removed.commits:,} commits" if removed.commits else ""
     more += f", {removed.releases:,} releases by retention" if removed.releases else ""
     more += f", {removed.jobs:,} finished jobs" if removed.jobs else ""
+    more += f"; {render.counted(removed.loaded, 'release')} stayed, loaded on nodes" if removed.loaded else ""
     render.document(document, json, lambda: render.out(f"{verb} {counts}{more}"))
 
 

@@ -11,10 +11,11 @@ import typer
 from registry import wire
 from registry.cli.console import complete, render
 from registry.cli.console.connect import connected, jobs_running, resolved
-from registry.cli.console.groups import group, root
+from registry.cli.console.groups import group, refuse_idle, root
 from registry.cli.console.interrupt import interrupts
 from registry.cli.console.render import JsonFlag
 from registry.cli.releases.release import Channel, Ref, show_move
+from registry.cli.releases.rollout import WaitForNodes, end_with, waited_for_nodes
 from registry.errors import NotFound, Usage
 from registry.formats.references import parse_channel_reference
 from registry.sdk.connection import Connection
@@ -35,9 +36,10 @@ def promote(  # noqa: PLR0913
     to: Annotated[str, typer.Option("--to", help="The channel.", autocompletion=complete.channel_names)],
     reason: Annotated[str, typer.Option("--reason", help="Why; kept in the history.")] = "",
     force: Annotated[bool, typer.Option("--force", help="Promote even if a gate fails; requires --reason.")] = False,
-    wait: Annotated[
-        bool, typer.Option("--wait/--no-wait", help="Wait for what the release lacks, such as a score or an approval.")
-    ] = True,
+    wait: WaitForNodes = None,
+    no_wait: Annotated[
+        bool, typer.Option("--no-wait", help="Do not wait for what the release lacks, such as a score or an approval.")
+    ] = False,
     new_channel: NewChannel = False,
     json: JsonFlag = False,
 ) -> None:
@@ -45,6 +47,7 @@ def promote(  # noqa: PLR0913
 
     A release that lacks only what may still come waits for it: the promotion then completes or fails automatically.
     """
+    refuse_idle({"--wait": no_wait and wait}, "with --no-wait", "Leave one of the two out.")
     from registry.cli.releases.release import warn_of_move_since
     from registry.client import channel_moves
 
@@ -52,11 +55,13 @@ def promote(  # noqa: PLR0913
         release = resolved(connection, ref)
         confirm_new_channel(connection, release.line, to, agreed=new_channel)
         answer, since = channel_moves.promote(connection.api, release, to, reason, force=force)
-        if isinstance(answer, wire.quality.PromotionOut) and wait:
+        if isinstance(answer, wire.quality.PromotionOut) and not no_wait:
             with jobs_running(connection, answer.job):
                 answer = _followed(connection, release, answer)
+        failure = waited_for_nodes(connection, f"{release.repository}@{to}", wait)
     render.document(answer, json, lambda: show_outcome(answer))
     warn_of_move_since(answer, since)
+    end_with(failure)
 
 
 def show_outcome(answer: "wire.quality.MoveOut | wire.quality.PromotionOut") -> None:

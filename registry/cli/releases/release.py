@@ -10,6 +10,7 @@ from registry.cli.console import complete, render
 from registry.cli.console.connect import connected, resolved
 from registry.cli.console.groups import root
 from registry.cli.console.render import JsonFlag
+from registry.cli.releases.rollout import WaitForNodes, end_with, loaded_on, waited_for_nodes
 from registry.cli.releases.search import show_releases
 from registry.errors import Refused, RegistryError, Usage
 from registry.formats.references import parse_channel_reference, parse_reference, parse_repository
@@ -101,6 +102,7 @@ def roll_back(
         str | None, typer.Option("--to", help="A version that it served before, and was not rolled back from since.")
     ] = None,
     reason: Reason = "",
+    wait: WaitForNodes = None,
     json: JsonFlag = False,
 ) -> None:
     """Return a channel to the release it served before; repeat to go further back."""
@@ -110,8 +112,10 @@ def roll_back(
     with connected() as connection:
         line = connection.api.repository_path(str(repository))
         move, since = channel_moves.roll_back(connection.api, line, name, {"to": to, "reason": reason})
+        failure = waited_for_nodes(connection, channel, wait)
     render.document(move, json, lambda: show_move(move))
     warn_of_move_since(move, since)
+    end_with(failure)
 
 
 @root.command()
@@ -186,6 +190,8 @@ def _withdraw(connection: Connection, path: str, reason: str, *, dry_run: bool) 
         render.say(f"{channel} {would} {change.after or 'nothing'} instead of {change.before or 'nothing'}")
     if not preview.channels:
         render.say("no channel would serve another release" if dry_run else "no channel will serve another release")
+    if nodes := loaded_on(preview.loaded_on):
+        render.say(f"loaded on {nodes}")
     return preview if dry_run else connection.api.post(path, {"reason": reason}, wire.catalog.WithdrawnOut)
 
 
@@ -233,6 +239,8 @@ def takedown(
         for name in taken.named_by:
             files = ", ".join(taken.kept_files.get(name, ())) or "some of these files"
             render.say(f"warning: {name} still has {files}.")
+        if nodes := loaded_on(taken.loaded_on):
+            render.say(f"warning: loaded on {nodes}, which serve it until they switch.")
 
     render.document(taken, json, show)
 

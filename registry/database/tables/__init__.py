@@ -29,6 +29,7 @@ from registry.database.tables.catalog import (
     XetUpload,
     XetXorb,
 )
+from registry.database.tables.fleet import FleetChannel, FleetNode, FleetRelease
 from registry.database.tables.quality import Approval, Channel, Gate, Move, Promotion, Score, Suite, SuiteMetric
 from registry.database.tables.work import (
     AuditRow,
@@ -55,6 +56,9 @@ __all__ = [
     "Composition",
     "ConflictCheck",
     "Evaluation",
+    "FleetChannel",
+    "FleetNode",
+    "FleetRelease",
     "Gate",
     "Job",
     "JobNeed",

@@ -65,6 +65,7 @@ class Act(StrEnum):
     MEMBER_SET = "member:set"
     NAMESPACE_CREATE = "namespace:create"
     NAMESPACE_SET = "namespace:set"
+    NODE_REMOVE = "node:remove"
     POLICY_SET = "policy:set"
     PUBLISHER_ADD = "publisher:add"
     PUBLISHER_REMOVE = "publisher:remove"

@@ -18,30 +18,50 @@ ANONYMOUS = "anonymous"
 
 
 class Role(StrEnum):
-    """Roles in ascending order; each includes those before it."""
+    """The ladder of reader, publisher, releaser and admin, where each role includes those before it, and beside it
+    `agent`, a reader that also reports what servers have loaded. No role of the ladder includes it; the last three
+    roles join both."""
 
     READER = "reader"
+    AGENT = "agent"
     PUBLISHER = "publisher"
     RELEASER = "releaser"
     ADMIN = "admin"
+    PUBLISHER_AGENT = "publisher+agent"
+    RELEASER_AGENT = "releaser+agent"
+    ADMIN_AGENT = "admin+agent"
 
 
-_ORDER = {role: rank for rank, role in enumerate(Role)}
+UNRESTRICTED = {EVERYWHERE: Role.ADMIN_AGENT.value}
+"""The grants of the user of a registry without access control."""
+
+_LADDER = (Role.READER, Role.PUBLISHER, Role.RELEASER, Role.ADMIN)
+_STEPS = {Role.AGENT: frozenset({Role.READER, Role.AGENT})} | {
+    role: frozenset(_LADDER[: rank + 1]) for rank, role in enumerate(_LADDER)
+}
+_INCLUDED = {role: frozenset[Role]().union(*(_STEPS[Role(part)] for part in role.split("+"))) for role in Role}
+_BY_INCLUDED = {included: role for role, included in _INCLUDED.items()}
+"""Also has the intersection and the union of any two of its keys."""
 
 
 def min_role(one: str, other: str) -> Role:
-    """The role that may do less."""
-    return min(Role(one), Role(other), key=_ORDER.__getitem__)
+    """The role that may do what both roles may."""
+    return _BY_INCLUDED[_INCLUDED[Role(one)] & _INCLUDED[Role(other)]]
 
 
 def max_role(one: str, other: str) -> Role:
-    """The role that may do more."""
-    return max(Role(one), Role(other), key=_ORDER.__getitem__)
+    """The role that may do what either role may."""
+    return _BY_INCLUDED[_INCLUDED[Role(one)] | _INCLUDED[Role(other)]]
+
+
+def limited(role: str, limit: str) -> Role:
+    """What is left of a role by a token whose scope names `limit`. As a limit, admin leaves every role as it is."""
+    return Role(role) if limit == Role.ADMIN else min_role(role, limit)
 
 
 def at_least(one: str, role: Role) -> bool:
     """Whether a role includes another."""
-    return _ORDER[Role(one)] >= _ORDER[role]
+    return _INCLUDED[role] <= _INCLUDED[Role(one)]
 
 
 def holds(actor: Actor, role: Role, resource: str = EVERYWHERE) -> bool:
@@ -214,7 +234,7 @@ def _anonymous(actor: Actor) -> Unauthenticated | None:
 def _denied(actor: Actor, role: Role, namespace: str) -> RegistryError:
     where = "the whole registry" if namespace == EVERYWHERE else namespace
     own = actor.hidden.get(namespace, actor.hidden.get(EVERYWHERE))
-    if own is not None and _ORDER[Role(own)] >= _ORDER[role]:
+    if own is not None and at_least(own, role):
         return NotAllowed(
             "scope_too_narrow",
             f"{actor.name} has the role {own} in {where}, but this token's scope does not allow {role}.",

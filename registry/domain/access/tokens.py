@@ -24,7 +24,7 @@ from sqlalchemy.orm import Session
 from registry.database.tables import Token, TrustedPublisher
 from registry.domain.access import audit, namespaces
 from registry.domain.access.audit import Act, Actor
-from registry.domain.access.roles import EVERYWHERE, Role, holds, max_role, min_role, refuse_reserved
+from registry.domain.access.roles import EVERYWHERE, UNRESTRICTED, Role, holds, limited, max_role, refuse_reserved
 from registry.errors import Invalid, NotAllowed, NotFound, Unauthenticated
 from registry.formats.references import parse_name
 from registry.settings import Settings
@@ -287,7 +287,7 @@ def actor_now(session: Session, user: str, token_id: str | None, source: str | N
 
     Without a token, it was the user of a registry without access control, who may do everything.
     """
-    grants = grants_of(session, token_id) if token_id else {EVERYWHERE: Role.ADMIN.value}
+    grants = grants_of(session, token_id) if token_id else UNRESTRICTED
     return Actor(user, now, grants, public=namespaces.public_names(session), token_id=token_id, source=source)
 
 
@@ -301,7 +301,7 @@ def _roles(session: Session, row: Token) -> dict[str, str]:
 
 
 def effective_grants(roles: Mapping[str, str], scope: Mapping[str, str]) -> dict[str, str]:
-    """For each namespace, the lower of the user's role and the token's."""
+    """For each namespace, the user's role within the limit of the token's."""
     grants: dict[str, str] = {}
     everywhere = roles.get(EVERYWHERE)
     for namespace in {*roles, *(scope if everywhere else ())}:
@@ -309,7 +309,7 @@ def effective_grants(roles: Mapping[str, str], scope: Mapping[str, str]) -> dict
         role = max_role(own, everywhere) if own and everywhere else own or everywhere
         limit = scope.get(namespace, scope.get(EVERYWHERE))
         if role and limit:
-            grants[namespace] = min_role(role, limit).value
+            grants[namespace] = limited(role, limit).value
     return grants
 
 

@@ -14,6 +14,7 @@ from registry.database.tables import (
     BlobHolder,
     Channel,
     Commit,
+    FleetRelease,
     Move,
     Namespace,
     Release,
@@ -97,15 +98,16 @@ def take_down(session: Session, actor: Actor, release: Release, reason: str, *, 
     )
 
 
-def expired(session: Session, now: datetime, *, limit: int | None) -> list[int]:
+def expired(session: Session, now: datetime, *, limit: int | None, loaded: bool = False) -> list[int]:
     """The releases that the retention of their namespaces takes down now: yanked ones and pre-releases that are old
-    enough, without those that a channel serves, whose files `main` has, or that another release was composed of."""
+    enough, without those that a channel serves, that a node of the fleet has loaded, whose files `main` has, or that
+    another release was composed of. With `loaded`, those that stay only because a node has them loaded."""
     rows = select(Namespace).where(
         or_(Namespace.keep_yanked_days.is_not(None), Namespace.keep_prerelease_days.is_not(None))
     )
     ids: list[int] = []
     for row in session.scalars(rows).all():
-        query = select(Release.id).where(*_expired_in(row, now)).order_by(Release.id)
+        query = select(Release.id).where(*_expired_in(row, now, loaded=loaded)).order_by(Release.id)
         ids += session.scalars(query.limit(limit - len(ids) if limit is not None else None))
     return ids
 
@@ -124,9 +126,10 @@ def take_down_if_expired(session: Session, operator: Actor, release_id: int) -> 
     return True
 
 
-def _expired_in(row: Namespace, now: datetime) -> tuple[ColumnElement[bool], ...]:
+def _expired_in(row: Namespace, now: datetime, *, loaded: bool = False) -> tuple[ColumnElement[bool], ...]:
     twin, later = aliased(Release), aliased(Commit)
     same_files = twin.revision_id == Release.revision_id
+    is_loaded = exists().where(same_files, FleetRelease.release_id == twin.id)
     is_head = ~exists().where(later.repository_id == Commit.repository_id, later.id > Commit.id)
     return (
         _is_old(Release, row, now),
@@ -135,6 +138,7 @@ def _expired_in(row: Namespace, now: datetime) -> tuple[ColumnElement[bool], ...
         ~exists().where(same_files, ~_is_old(twin, row, now)),
         ~exists().where(same_files, Channel.served_id == twin.id),
         ~exists().where(same_files, ReleaseInput.input_id == twin.id),
+        is_loaded if loaded else ~is_loaded,
         ~exists().where(Commit.revision_id == Release.revision_id, is_head),
     )
 

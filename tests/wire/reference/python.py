@@ -22,8 +22,8 @@ read as an adapter or a checkpoint raises one of `composer.errors`. The package 
 
 """
 FOLDER = Path(sdk.__file__).parent
-ORDER = ("Registry", "AdaptoryCallback", "Release", "Score", "Move", "Promotion", "Composition")
-DOCUMENTS = {"Move": "MoveOut", "Promotion": "PromotionOut", "Composition": "CompositionOut"}
+ORDER = ("Registry", "AdaptoryCallback", "Release", "Score", "Move", "Promotion", "Rollout", "Composition")
+DOCUMENTS = {"Move": "MoveOut", "Promotion": "PromotionOut", "Rollout": "RolloutOut", "Composition": "CompositionOut"}
 """Names of documents of the API, and of their classes."""
 IMPORT = re.compile("import |from ")
 

@@ -5,11 +5,11 @@ from typing import Any
 from fastapi import APIRouter, Response
 
 from registry.api.http.pagination import Cursor, decode_number, first_rows
-from registry.api.pages.channels import policy
+from registry.api.pages.channels import policy, rollout
 from registry.api.pages.html import gates
 from registry.api.pages.html.render import page_about
 from registry.api.pages.html.wire import CHANNEL, ChannelRequestOf, PageReader, PageRoute
-from registry.api.routes.views import channel_view, move_view, promotion_view
+from registry.api.routes.views import channel_view, move_view, promotion_view, rollout_view
 from registry.database.engine import Session
 from registry.database.tables import Promotion, Repository
 from registry.domain.access.audit import Actor
@@ -38,7 +38,7 @@ def show_channel(asked: ChannelRequestOf, actor: PageReader, cursor: Cursor = No
         needed, revision = policies.find(session, repository, channel)
         waiting = pending.of_name(session, repository, channel)
         empty = (revision > 0 or waiting is not None) and not repositories.has_channel(session, repository, channel)
-        facts = dict(_EMPTY) if empty else _moved(session, repository, channel, cursor)
+        facts = dict(_EMPTY) if empty else _moved(session, actor, repository, channel, cursor)
         facts |= _awaited(actor, named, needed, waiting)
         facts["versions"] = _promotable(session, repository, facts["serving"]) if releaser else []
         changed = list(pins.announced(session, pins.of_channel(session, repository.id, channel)).values())
@@ -77,12 +77,12 @@ def _promotable(session: Session, repository: Repository, serving: ChannelOut | 
     return [release.version for release in highest if not release.yanked and release.version != served]
 
 
-_EMPTY: dict[str, Any] = {"serving": None, "move": None, "since": None, "timeline": [], "more": None}
+_EMPTY: dict[str, Any] = {"serving": None, "move": None, "since": None, "timeline": [], "more": None, "rollout": None}
 """What `_moved` has of a channel without moves."""
 
 
-def _moved(session: Session, repository: Repository, channel: str, cursor: str | None) -> dict[str, Any]:
-    """The release that the channel serves, since when and why, and a page of its moves."""
+def _moved(session: Session, actor: Actor, repository: Repository, channel: str, cursor: str | None) -> dict[str, Any]:
+    """The release that the channel serves, since when and why, which nodes serve it, and a page of its moves."""
     named, row = repositories.name_of(repository), moves.find(session, repository, channel)
     served = serving_move(session, row)
     rows = timeline.history(session, row, before=decode_number(cursor), limit=SHOWN + 1)
@@ -95,4 +95,5 @@ def _moved(session: Session, repository: Repository, channel: str, cursor: str |
         "since": served.at if served else None,
         "timeline": [(move, gates.lines(move.gates), gates.summary(move.gates)) for move in views],
         "more": more,
+        "rollout": rollout.shown(rollout_view(session, actor, row, repository), actor.at),
     }

@@ -17,7 +17,7 @@ from registry.database.engine import Session
 from registry.database.tables import Release
 from registry.domain.access.audit import Actor
 from registry.domain.catalog import deprecations, releases
-from registry.domain.channels import withdrawals
+from registry.domain.channels import fleet, withdrawals
 from registry.domain.channels.serving import ServedChange
 from registry.errors import RegistryError, Unavailable
 from registry.formats.references import RepositoryName, Version
@@ -122,5 +122,6 @@ def _page(asked: Withdrawal, template: str, error: RegistryError | None = None) 
             "deprecated": row.deprecated_reason,
             "successor": row.successor,
             "changes": changes,
+            "loaded_on": fleet.loaded_on(session, row, asked.actor.at),
         }
     return page_about(asked.request, template, asked.named, error=error, version=str(asked.version), **values)
