@@ -35,7 +35,7 @@ from registry.database.tables import (
 from registry.domain.access import audit
 from registry.domain.access.audit import Act
 from registry.domain.catalog.releases import full_name
-from registry.domain.channels.serving import CHANGES, DELETION, serving_move
+from registry.domain.channels.serving import ACTS, CHANGES, DELETION, serving_move
 from registry.errors import RegistryError
 from registry.formats.manifest import ManifestFile, canonical_manifest, commit_id
 from registry.formats.references import ABSENT, RESERVED_NAMESPACES, Digest, parse_version
@@ -254,7 +254,7 @@ def _check_served(session: Session, subject: str, channel: Channel) -> Iterator[
 
 
 def _check_audit(session: Session, subject: str, moves: set[int]) -> Iterator[Finding]:
-    acts = (Act.CHANNEL_PROMOTE, Act.CHANNEL_ROLLBACK, Act.CHANNEL_DELETE, *CHANGES.values())
+    acts = (Act.CHANNEL_PROMOTE, Act.CHANNEL_ROLLBACK, *ACTS.values())
     rows = session.scalars(select(AuditRow).where(AuditRow.subject == subject, AuditRow.act.in_(acts))).all()
     recorded = [(row.after or row.detail).get("move") for row in rows]  # before schema 0002 it was a detail
     if sorted(move for move in recorded if move is not None) != sorted(moves):

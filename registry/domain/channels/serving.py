@@ -18,9 +18,10 @@ from registry.formats.references import RepositoryName
 DELETION = "delete"
 """The kind of a channel's last move, which leaves a release for nothing."""
 YANK, UNYANK, POLICY = "yank", "unyank", "policy"
-"""Kinds of entries in a channel's history that are no moves: another release is served, since one was yanked or a yank
-undone, or since the channel's policy treats a yank in another way. The channel's last move stays what it was."""
 CHANGES = {YANK: Act.CHANNEL_YANK, UNYANK: Act.CHANNEL_UNYANK, POLICY: Act.CHANNEL_POLICY}
+"""Entries in a channel's history that are not moves. The channel serves another release because one was yanked or
+unyanked, or because a new policy treats yanks differently; its last move stays the same."""
+ACTS = {DELETION: Act.CHANNEL_DELETE, **CHANGES}
 
 
 def serving_move(session: Session, channel: Channel) -> Move | None:
@@ -70,49 +71,54 @@ def refresh_served(
         reached = serving.to_release if serving else None
         channel.served_id = reached.id if reached else None
         channel.served_key = reached.sort_key if reached else None
-        _record(session, actor, repository, channel, kind, reason, left, reached)
+        subject, last = f"{repositories.name_of(repository)}@{channel.name}", session.get_one(Move, channel.move_id)
+        record_entry(session, actor, subject, last, Entry(kind, reason, left, reached))
         changes.append(ServedChange(channel.name, left.version if left else None, reached.version if reached else None))
     return changes
 
 
-def _record(  # noqa: PLR0913
-    session: Session,
-    actor: Actor,
-    repository: Repository,
-    channel: Channel,
-    kind: str,
-    reason: str,
-    left: Release | None,
-    reached: Release | None,
-) -> None:
-    last, ended = session.get_one(Move, channel.move_id), reached or left
-    entry = Move(
-        channel_id=channel.id,
-        kind=kind,
-        from_release_id=left.id if left else None,
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A change in what a channel serves that neither a promotion nor a rollback made. `kind` is one of `ACTS`; `left`
+    and `reached` are the releases served before and after, None for nothing."""
+
+    kind: str
+    reason: str
+    left: Release | None
+    reached: Release | None = None
+
+
+def record_entry(session: Session, actor: Actor, channel: str, last: Move, entry: Entry) -> None:
+    """Adds the entry to the history of a channel, NAMESPACE/NAME@CHANNEL, after its `last` move, and to the audit
+    log."""
+    ended = entry.reached or entry.left
+    move = Move(
+        channel_id=last.channel_id,
+        kind=entry.kind,
+        from_release_id=entry.left.id if entry.left else None,
         to_release_id=ended.id if ended else last.to_release_id,
         below_id=None,
         actor=actor.name,
-        reason=reason,
+        reason=entry.reason,
         forced=False,
         gates=[],
         at=max(actor.at, last.at),
     )
-    session.add(entry)
+    session.add(move)
     session.flush()
     audit.record(
         session,
         actor,
-        CHANGES[kind],
-        f"{repositories.name_of(repository)}@{channel.name}",
-        namespace=repository.namespace,
-        reason=reason,
-        before=_named(last.id, left),
-        after=_named(entry.id, reached),
+        ACTS[entry.kind],
+        channel,
+        namespace=channel.partition("/")[0],
+        reason=entry.reason,
+        before=_served(last.id, entry.left),
+        after=_served(move.id, entry.reached),
     )
 
 
-def _named(move_id: int, release: Release | None) -> dict[str, Any]:
+def _served(move_id: int, release: Release | None) -> dict[str, Any]:
     """The release that a channel serves, for the audit row."""
     if release is None:
         return {"move": move_id, "version": None}

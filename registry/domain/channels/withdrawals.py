@@ -15,7 +15,6 @@ from registry.database.tables import (
     Channel,
     Commit,
     FleetRelease,
-    Move,
     Namespace,
     Release,
     ReleaseInput,
@@ -33,7 +32,16 @@ from registry.domain.access.roles import Role, permit
 from registry.domain.catalog import barred, releases, repositories, search_index
 from registry.domain.catalog.releases import full_name
 from registry.domain.channels import moves, pending, policies
-from registry.domain.channels.serving import DELETION, UNYANK, YANK, ServedChange, refresh_served, serving_move
+from registry.domain.channels.serving import (
+    DELETION,
+    UNYANK,
+    YANK,
+    Entry,
+    ServedChange,
+    record_entry,
+    refresh_served,
+    serving_move,
+)
 from registry.errors import Refused, Usage
 from registry.formats.manifest import parse_manifest
 from registry.formats.references import Version
@@ -330,32 +338,9 @@ def _refuse_serving(
 
 
 def _forget(session: Session, actor: Actor, repository: Repository, channel: Channel, reason: str) -> None:
-    subject, last = f"{repositories.name_of(repository)}@{channel.name}", moves.current_of(session, channel)
+    last = moves.current_of(session, channel)
     if waiting := pending.of_channel(session, channel.id):
         pending.end_moved(session, actor, waiting.id)
-    left = last.to_release
-    move = Move(
-        channel_id=channel.id,
-        kind=DELETION,
-        from_release_id=left.id,
-        to_release_id=left.id,
-        below_id=None,
-        actor=actor.name,
-        reason=reason,
-        forced=False,
-        gates=[],
-        at=max(actor.at, last.at),
-    )
-    session.add(move)
     channel.move_id = channel.served_id = channel.served_key = None
-    session.flush()
-    audit.record(
-        session,
-        actor,
-        Act.CHANNEL_DELETE,
-        subject,
-        namespace=repository.namespace,
-        reason=reason,
-        before={"move": last.id, "version": left.version, "commit": left.revision.commit},
-        after={"move": move.id},
-    )
+    subject = f"{repositories.name_of(repository)}@{channel.name}"
+    record_entry(session, actor, subject, last, Entry(DELETION, reason, left=last.to_release))
