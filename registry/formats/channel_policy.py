@@ -23,13 +23,21 @@ expires_hours: 24                    # how long a promotion waits for what it la
 
 from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
 from composer.errors import NotSupported
 from composer.findings import Verdict
 from composer.formats.adapters.serving import parse_profile
-from composer.formats.recipes.documents import LISTED, Document, ParsedBy, RefusedValues, one_of, problem_of
+from composer.formats.recipes.documents import (
+    LISTED,
+    Document,
+    NotYaml,
+    ParsedBy,
+    RefusedValues,
+    load_yaml,
+    one_of,
+    problem_of,
+)
 from registry.errors import Invalid
 
 VERSION = 1
@@ -210,10 +218,9 @@ def parse_policy(text: str, subject: str) -> ChannelPolicy:
     if len(text) > MAX_CHARS:
         raise _bad(subject, f"it is longer than {MAX_CHARS:,} characters")
     try:
-        document: object = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise _bad(subject, f"it is not YAML: {getattr(error, 'problem', None) or error}") from error
-    return read_policy(document, subject)
+        return read_policy(load_yaml(text), subject)
+    except NotYaml as error:
+        raise _bad(subject, f"it is not YAML: {error}") from error
 
 
 def read_policy(document: object, subject: str) -> ChannelPolicy:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any, cast
 
+import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -68,6 +69,23 @@ class RefusedValues(ValueError):
     def __init__(self, why: str, next_step: str = "", *, path: Loc = ()) -> None:
         super().__init__(why)
         self.next_step, self.path = next_step, path
+
+
+class NotYaml(ValueError):
+    """A text that cannot be parsed as YAML, for the reason that its text states; `line` counts from 1."""
+
+    def __init__(self, why: str, line: int | None) -> None:
+        super().__init__(why)
+        self.line = line
+
+
+def load_yaml(text: str) -> object:
+    """Parses YAML into plain values. Raises NotYaml."""
+    try:
+        return cast(object, yaml.safe_load(text))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        raise NotYaml(str(getattr(error, "problem", None) or error), mark.line + 1 if mark else None) from error
 
 
 class Document(BaseModel):

@@ -4,12 +4,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
-import yaml
 from pydantic import ValidationError, create_model
 
 from composer.errors import InvalidFile
 from composer.findings import HARD, Finding, Severity, Verdict
-from composer.formats.recipes.documents import Document, ParsedBy, RefusedValues, one_of, problem_of
+from composer.formats.recipes.documents import Document, NotYaml, ParsedBy, RefusedValues, load_yaml, one_of, problem_of
 from composer.formats.recipes.weights import real
 
 MAX_POLICY_CHARS = 100_000
@@ -95,10 +94,9 @@ def parse_policy(text: str, subject: str = "policy") -> Policy:
     if len(text) > MAX_POLICY_CHARS:
         raise _bad(subject, f"it is longer than {MAX_POLICY_CHARS} characters")
     try:
-        document: object = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise _bad(subject, f"it is not YAML: {getattr(error, 'problem', None) or error}") from error
-    return read_policy(document, subject)
+        return read_policy(load_yaml(text), subject)
+    except NotYaml as error:
+        raise _bad(subject, f"it is not YAML: {error}") from error
 
 
 def read_policy(document: object, subject: str = "policy") -> Policy:

@@ -26,11 +26,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Self, cast
 
-import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, ValidationInfo, model_validator
 
 from composer.errors import InvalidFile
-from composer.formats.recipes.documents import LISTED, Document, ParsedBy, RefusedValues, one_of, problem_of
+from composer.formats.recipes.documents import (
+    LISTED,
+    Document,
+    NotYaml,
+    ParsedBy,
+    RefusedValues,
+    load_yaml,
+    one_of,
+    problem_of,
+)
 from composer.formats.recipes.methods import METHOD_NAMES, PIPELINES, settings_of
 from composer.formats.recipes.policy import PolicyDocument
 from composer.formats.recipes.rounding import Mode, Rounding, parse_rounding
@@ -321,11 +329,9 @@ class Lock:
 def load_recipe(text: str, subject: str = "recipe") -> Recipe:
     """Parses YAML. Raises InvalidFile naming the line or the key."""
     try:
-        document = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{subject}:{mark.line + 1}" if mark else subject
-        raise _bad(where, f"it is not YAML: {getattr(error, 'problem', None) or error}") from error
+        document = load_yaml(text)
+    except NotYaml as error:
+        raise _bad(f"{subject}:{error.line}" if error.line else subject, f"it is not YAML: {error}") from error
     return parse_recipe(document, subject)
 
 

@@ -23,7 +23,6 @@ from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Literal, cast
 
-import yaml
 from pydantic import ConfigDict, FailFast, Field, Strict, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
@@ -31,8 +30,10 @@ from composer.errors import InvalidFile
 from composer.formats.recipes.documents import (
     LISTED,
     Document,
+    NotYaml,
     ParsedBy,
     RefusedValues,
+    load_yaml,
     path_of,
     problem_of,
     refuse_unknown,
@@ -271,12 +272,10 @@ def parse_suite(path: Path | str) -> Suite:
     the suite's directory."""
     path = Path(path)
     try:
-        document: object = yaml.safe_load(read_text(path, MAX_FILE_BYTES))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        position = f"{path}:{mark.line + 1}" if mark else str(path)
-        problem = getattr(error, "problem", None) or str(error)
-        raise InvalidFile("suite_yaml", f"{position}: not valid YAML: {problem}.", subject=str(path)) from error
+        document = load_yaml(read_text(path, MAX_FILE_BYTES))
+    except NotYaml as error:
+        position = f"{path}:{error.line}" if error.line else str(path)
+        raise InvalidFile("suite_yaml", f"{position}: not valid YAML: {error}.", subject=str(path)) from error
     fields = cast("dict[str, object]", document) if isinstance(document, dict) else {}
     examples = fields.get("examples")
     if not isinstance(examples, str):
