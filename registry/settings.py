@@ -50,7 +50,7 @@ def _cluster(text: str) -> str:
 def _store_url(text: str) -> str | None:
     """Empty means S3's own."""
     if text and not re.match(r"https?://[^/\s]", text):
-        raise PydanticCustomError("url", "it is not the address of a store, such as https://s3.example")
+        raise PydanticCustomError("url", "it must be the address of a store, such as https://s3.example")
     return text or None
 
 
@@ -58,7 +58,7 @@ def stripped_token(text: str) -> str:
     """Strips surrounding white space, as from a file or a shell. The error does not contain the token: anyone who reads
     it could use it."""
     if not re.fullmatch(r"[\x21-\x7e]*", text := text.strip()):
-        raise ValueError("it is not a token: it has a space or a non-ASCII character")
+        raise ValueError("a token consists of ASCII characters without spaces")
     return text
 
 
@@ -114,7 +114,7 @@ def _rate(text: str) -> str:
     except ValueError:
         rates = []
     if len(rates) != 1 or rates[0].amount < 1:
-        raise PydanticCustomError("rate", "it is not a rate, such as 6000/minute (empty means no limit)")
+        raise PydanticCustomError("rate", "it must be a rate such as 6000/minute (empty means no limit)")
     return text
 
 
@@ -125,7 +125,7 @@ def _addresses(text: str) -> str:
             ipaddress.ip_network(part.strip())
         except ValueError:
             raise PydanticCustomError(
-                "addresses", "it is not a list of addresses or networks, such as 10.0.0.7,10.1.0.0/16"
+                "addresses", "it must be a list of addresses or networks, such as 10.0.0.7,10.1.0.0/16"
             ) from None
     return text
 
@@ -134,7 +134,7 @@ def _files_url(text: str) -> str:
     parts = urlsplit(text)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.path.strip("/") or parts.query:
         raise PydanticCustomError(
-            "files_url", "it is not the address of a host, such as https://files.adapters.example"
+            "files_url", "it must be the address of a host, such as https://files.adapters.example"
         )
     return text
 
@@ -144,7 +144,7 @@ def _hosts(text: str) -> str:
     for part in text.split(",") if text else ():
         if not re.fullmatch(r"[A-Za-z0-9._-]+|\[?[0-9A-Fa-f]*:[0-9A-Fa-f:.]+\]?", part.strip()):
             raise PydanticCustomError(
-                "hosts", "it is not a list of host names without ports, such as adapters.example,10.0.0.7"
+                "hosts", "it must be a list of host names without ports, such as adapters.example,10.0.0.7"
             )
     return text
 
@@ -158,7 +158,7 @@ def _issuers(text: str) -> str:
         if not (secure and plain and url.hostname):
             raise PydanticCustomError(
                 "issuers",
-                "it is not a list of issuers, such as github:https://token.actions.githubusercontent.com,"
+                "it must be a list of issuers, such as github:https://token.actions.githubusercontent.com,"
                 "gitlab:https://gitlab.example,https://ci.example (https, without a slash at the end)",
             )
     return text
@@ -168,7 +168,7 @@ def _issuer(text: str) -> str:
     """One issuer; some have a slash at the end of their name."""
     _issuers(text.strip().removesuffix("/"))
     if not text or "," in text or text.startswith(("github:", "gitlab:")):
-        raise PydanticCustomError("issuer", "it is not an issuer, such as https://login.example (https, one address)")
+        raise PydanticCustomError("issuer", "it must be one issuer with https, such as https://login.example")
     return text.strip()
 
 
@@ -178,7 +178,7 @@ def _group_roles(text: str) -> str:
         if not re.fullmatch(
             r"[^,]+=(\*|[a-z0-9][a-z0-9._-]*):(reader|agent|(publisher|releaser|admin)(\+agent)?)", part
         ):
-            raise PydanticCustomError("roles", "it is not a list such as ml-team=acme:publisher,platform=*:admin")
+            raise PydanticCustomError("roles", "it must be a list such as ml-team=acme:publisher,platform=*:admin")
     return text
 
 
@@ -186,7 +186,7 @@ def _scorers(text: str) -> str:
     """Empty means none."""
     for name in text.split(",") if text else ():
         if not re.fullmatch(r"[a-z][a-z0-9_]{0,63}", name.strip()):
-            raise PydanticCustomError("scorers", "it is not a list of scorers, such as sql_results,unit_tests")
+            raise PydanticCustomError("scorers", "it must be a list of scorers, such as sql_results,unit_tests")
     return text
 
 
@@ -194,7 +194,7 @@ def _organisations(text: str) -> str:
     """Empty means none."""
     for name in text.split(",") if text else ():
         if not re.fullmatch(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?", name.strip()):
-            raise PydanticCustomError("organisations", "it is not a list of organisations on a hub, such as acme,beta")
+            raise PydanticCustomError("organisations", "it must be a list of organisations on a hub, such as acme,beta")
     return text
 
 
@@ -204,7 +204,7 @@ def _prefix(text: str) -> str:
     parts = text.removesuffix("/").split("/") if text else []
     if any(part in ("", ".", "..") for part in parts):
         raise PydanticCustomError(
-            "prefix", "it is not a prefix of keys, such as team/adapters/: a part is empty or dots"
+            "prefix", "it must be a prefix of keys such as team/adapters/, without empty parts and dots"
         )
     return text
 

@@ -164,7 +164,7 @@ def plan_merge(  # noqa: PLR0913
 def _stored_dtype(dtype: str | None) -> str | None:
     if dtype is not None and dtype not in _DTYPES:
         raise NotSupported(
-            "dtype", f"{dtype!r} is not an output dtype.", subject=dtype, next_step=f"Use one of {', '.join(_DTYPES)}."
+            "dtype", f"Unknown output dtype {dtype!r}.", subject=dtype, next_step=f"Use one of {', '.join(_DTYPES)}."
         )
     return None if dtype is None else _DTYPES[dtype]
 

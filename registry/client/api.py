@@ -411,7 +411,7 @@ def _document(response: httpx2.Response) -> Json:
     with understood(response.url.path):
         document = response.json()
     if not isinstance(document, dict):
-        raise untrusted("bad_answer", f"{response.url.path} is not an object")
+        raise untrusted("bad_answer", f"{response.url.path} is not a JSON object")
     return cast(Json, document)
 
 

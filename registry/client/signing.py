@@ -146,14 +146,14 @@ def read_private_key(path: Path) -> bytes:
         if b"PRIVATE KEY" in private_key:
             public_key_of(private_key)
             return private_key
-        why = "it is not a private key in PEM"
+        why = "it contains no private key in PEM"
     except OSError as error:
         why = str(error.strerror)
     except Invalid as error:
         why = error.detail.removeprefix("A signing key cannot be used: ").removesuffix(".")
     raise Invalid(
         "bad_key",
-        f"{path} is not a usable private key: {why}.",
+        f"{path} cannot sign: {why}.",
         subject=str(path),
         next_step="Create one: openssl ecparam -name prime256v1 -genkey -noout -out KEY.pem",
     )

@@ -151,7 +151,7 @@ NOT_ALLOWED = {
     "engine_open": "Start the Ray cluster with RAY_AUTH_MODE=token.",
     "not_loopback": "Use --host 127.0.0.1, or set ADAPTORY_ACCESS=tokens and create one: `adaptory token create`.",
     "not_yours": "Ask its author, or an admin.",
-    "other_site": "Use a page of this registry, or a client that is not a browser.",
+    "other_site": "Use a page of this registry, or a client other than a browser.",
     "name_taken": "If both are you, ask an admin of the registry: `adaptory user link NAME --subject SUB`.",
     "own_promotion": "Ask someone else with the role.",
     "publisher_refused": "Ask an admin of the namespace to add the job: `adaptory publisher add REPO …`.",

@@ -71,7 +71,7 @@ def _are_alike(text: str, name: str) -> bool:
 def parse_digest(text: str) -> Digest:
     """Parses a SHA-256 in hexadecimal. Raises Usage for anything else."""
     if not _DIGEST.fullmatch(text):
-        raise Usage("bad_digest", f"{text[:80]!r} is not a SHA-256.")
+        raise Usage("bad_digest", f"Invalid SHA-256 {text[:80]!r}.")
     return Digest(text)
 
 
@@ -367,7 +367,7 @@ def parse_reference(text: str) -> Reference:
         return Reference(repository, channel=parse_name(rest, "channel"))
     if match.group() == "#":
         if not _COMMIT.fullmatch(rest):
-            raise Usage("bad_commit", f"{rest[:80]!r} is not a commit.", subject=text[:160])
+            raise Usage("bad_commit", f"Invalid commit {rest[:80]!r}.", subject=text[:160])
         return Reference(repository, commit=rest)
     if _EXACT.fullmatch(rest):
         return Reference(repository, version=parse_version(rest))

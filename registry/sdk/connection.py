@@ -80,7 +80,7 @@ def load_settings(**given: str | None) -> "Settings":
         name = _variable(tuple(re.findall(r'field "(\w+)"', str(error))))
         raise Usage(
             "bad_setting",
-            f"{name} is not a JSON object.",
+            f"{name} must be a JSON object.",
             subject=name,
             next_step=f"Remove it, and set each of its settings by itself: {name}__KIND, for one.",
         ) from error

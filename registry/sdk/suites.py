@@ -38,6 +38,6 @@ def refuse_bad_suite_name(name: str) -> None:
     if not NAME.fullmatch(plain) or (at and not VERSION.fullmatch(version)):
         raise Usage(
             "suite_name",
-            f"{name} is not a suite name (lower-case letters, digits, - and _), or NAME@VERSION.",
+            f"Invalid suite name {name}: it is written NAME or NAME@VERSION, with lower-case letters, digits, - and _.",
             subject=name,
         )

@@ -229,14 +229,14 @@ def _text(value: dict[str, Any], name: str) -> str:
 def _parent(value: dict[str, Any]) -> str | None:
     parent = value.get("parentCommit")
     if parent is not None and not (isinstance(parent, str) and _COMMIT.fullmatch(parent)):
-        raise _bad("parentCommit is not a commit")
+        raise _bad("parentCommit must be a commit: 7 to 40 hexadecimal digits")
     return parent
 
 
 def _size(value: dict[str, Any]) -> int | None:
     size = value.get("size")
     if size is not None and type(size) is not int:
-        raise _bad("size is not a number")
+        raise _bad("size must be a whole number")
     return size
 
 
@@ -341,7 +341,7 @@ def _document(line: bytes) -> tuple[str, dict[str, Any]]:
         document = json.loads(line)
         key, value = document["key"], document["value"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise _bad("a line is not an object with key and value") from error
+        raise _bad("each line must be an object with key and value") from error
     if not isinstance(key, str) or not isinstance(value, dict):
-        raise _bad("a line is not an object with key and value")
+        raise _bad("each line must be an object with key and value")
     return key, cast("dict[str, Any]", value)

@@ -195,10 +195,10 @@ class OpenIdProvider:
 
 
 def refused(why: str) -> Unauthenticated:
-    """The error for an answer that is not a valid sign-in."""
+    """The error for an answer that signs nobody in."""
     return Unauthenticated(
         "sign_in_refused",
-        f"The provider's answer is not a valid sign-in: {why.removesuffix('.')}.",
+        f"The provider's answer signs nobody in: {why.removesuffix('.')}.",
         next_step="Sign in again; if it persists, ask an operator.",
     )
 

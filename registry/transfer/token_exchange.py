@@ -101,7 +101,7 @@ def parse_publisher(settings: Settings, new: NewPublisher) -> NewPublisher:
     if issuer not in settings.issuers:
         raise Invalid(
             "issuer_unknown",
-            f"{shown(new.issuer)} is not an issuer that this registry accepts.",
+            f"This registry does not accept the issuer {shown(new.issuer)}.",
             subject=shown(new.issuer),
             next_step=f"ADAPTORY_OIDC_ISSUERS of the server lists {', '.join(settings.issuers) or 'none'}.",
         )

@@ -66,8 +66,8 @@ class ResultRow(Wire):
 
 
 class CompositionOut(Wire):
-    """A composition or its plan. `result` is the first of `results`: the combined adapter's release, or the model's if
-    there is no adapter."""
+    """A composition or its plan. `result` is the first of `results`: the release of the combined adapter, or else that
+    of the model."""
 
     id: int
     job: int

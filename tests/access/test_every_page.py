@@ -151,7 +151,7 @@ def _expected(whom: str, caller: str, namespace: str) -> int | str:
 
 def _denied(answer: httpx2.Response) -> bool:
     """Whether the page denied access. A token that does not work, one that is not the caller's to revoke, a release
-    without a spectrum and a commit without a release are no denials."""
+    without a spectrum and a commit without a release do not count as denials."""
     for code in ("token_invalid", "token_unknown", "token_not_allowed", "spectrum_unknown", "no_match"):
         if f"<code>{code}</code>" in answer.text or "You are not signed in" in answer.text:
             return False

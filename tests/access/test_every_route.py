@@ -181,7 +181,7 @@ def test_an_admin_reads_the_audit_rows_of_the_own_namespaces_alone(house: House)
 
 
 def _denied(answer: httpx2.Response) -> bool:
-    """Whether access was denied: a 404 after admission, such as an upload without bytes, is no denial."""
+    """Whether access was denied: a 404 after admission, such as an upload without bytes, does not count."""
     hidden = ("namespace", "repository", "job", "composition", "conflicts", "upload", "blob")
     codes = {f"{thing}_unknown" for thing in hidden}
     if answer.status_code == 403 and answer.json()["code"] in ("never_deleted", "settings_of_namespace"):

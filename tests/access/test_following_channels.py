@@ -205,7 +205,7 @@ def test_streams_and_polls_of_a_token_are_limited_and_are_free_again_after_a_han
         refused = ask(house, f"/v1/follow?channels={SQL}", Prefer="wait=9")
         assert (refused.status_code, refused.json()["code"]) == (429, "too_many_streams")
         assert "3 for a token" in refused.json()["detail"]
-        assert ask(house, f"/v1/follow?channels={SQL}").status_code == 200, "an answer at once is no stream"
+        assert ask(house, f"/v1/follow?channels={SQL}").status_code == 200, "answers at once are not streams"
         assert ask(house, f"/v1/follow?channels={SQL}", "publisher", Prefer="wait=1").status_code == 200
     eventually(lambda: ask(house, f"/v1/follow?channels={SQL}", Prefer="wait=1").status_code == 200, within_s=10)
 
@@ -272,7 +272,7 @@ def test_a_yank_that_changes_a_channel_is_in_its_history_and_its_audit(house: Ho
         ("channel:yank", "1.1.0", "1.0.0"),
     ]
     rolled = house.ask("releaser", "POST", f"{path}/channels/prod/rollback", json={}).json()
-    assert (rolled["from_version"], rolled["to_version"]) == ("1.1.0", "1.0.0"), "a yank is no move to return to"
+    assert (rolled["from_version"], rolled["to_version"]) == ("1.1.0", "1.0.0"), "a rollback never returns to a yank"
 
 
 def test_a_policy_may_keep_a_yanked_release_until_the_next_move(house: House) -> None:

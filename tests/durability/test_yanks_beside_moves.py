@@ -45,7 +45,7 @@ def promote(session: Session, channel: str) -> None:
 
 @dataclass
 class Two:
-    """Two processes over one registry, the second of which acts while the first has not finished."""
+    """Two processes over one registry; the second acts before the first has finished."""
 
     first: Resources
     second: Resources
@@ -71,7 +71,7 @@ class Two:
 
 @pytest.fixture
 def two(environ: dict[str, str], tmp_path: Path) -> Generator[Two]:
-    """Two releases, the first of which `prod` serves."""
+    """Two releases; `prod` serves the first."""
     cli = Cli(environ)
     for seed, version in enumerate((FIRST, SECOND)):
         cli.ok("push", write_adapter(tmp_path / str(version), seed), f"{NAME}:{version}", "--base", "tiny")

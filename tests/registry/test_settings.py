@@ -65,7 +65,7 @@ def test_variables_that_others_make_of_the_name_are_let_pass(tmp_path: Path, nam
 @pytest.mark.parametrize(
     ("engine", "words"),
     [
-        ("", ("ADAPTORY_ENGINE is not a JSON object", "ADAPTORY_ENGINE__KIND")),
+        ("", ("ADAPTORY_ENGINE must be a JSON object", "ADAPTORY_ENGINE__KIND")),
         ("__ADDRESS", ("ADAPTORY_ENGINE__ADDRESS", "neither `auto` nor HOST:PORT")),
         ("__KIND", ("ADAPTORY_ENGINE__KIND", "'local' or 'ray'")),
     ],
@@ -99,7 +99,7 @@ def test_a_token_is_taken_without_the_white_space_around_it_and_never_shown(tmp_
     refused(Cli(far | {"ADAPTORY_TOKEN": "adp_secret\r\n"})("list"), 7, "does not answer")
     for odd in ("adp secret", "adp_secret\nadp_secret", "adp_s\u00e9cret"):
         ran = Cli(far | {"ADAPTORY_TOKEN": odd})("list")
-        refused(ran, 2, "ADAPTORY_TOKEN", "it is not a token")
+        refused(ran, 2, "ADAPTORY_TOKEN", "a token consists of ASCII characters")
         assert "cret" not in ran.err
 
 

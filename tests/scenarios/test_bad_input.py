@@ -145,7 +145,7 @@ def test_a_file_or_a_directory_that_is_not_there_is_bad_input(with_release: Cli,
 def test_a_key_that_cannot_sign_is_named(with_release: Cli, world: World, tmp_path: Path) -> None:
     (tmp_path / "key.pem").write_text("not a key")
     push = ("push", world.adapters["sql"], "acme/sql:1.0.1", "--base", "tiny", "--sign", tmp_path / "key.pem")
-    refused(with_release(*push), 6, "is not a usable private key", "openssl")
+    refused(with_release(*push), 6, "key.pem cannot sign: it contains no private key", "openssl")
 
 
 def test_errors_are_one_json_document_when_asked_for(with_release: Cli) -> None:

@@ -319,7 +319,7 @@ def test_a_value_that_no_measurement_gives_is_no_score(stocked_embedded: Cli, wo
             ("accuracy", 1.01, "0 to 1"),
             ("accuracy", -0.1, "0"),
         ):
-            with pytest.raises(Invalid, match="is not a score") as raised:
+            with pytest.raises(Invalid, match="is out of range") as raised:
                 record(metric, value)
             assert allowed in raised.value.next_step
         assert cli.json("show", "acme/sql")["scores"] == []

@@ -50,4 +50,4 @@ def test_a_policy_names_a_server_that_there_is(stocked_embedded: Cli, tmp_path: 
     policy = tmp_path / "policy.yaml"
     policy.write_text("version: 1\nloads_in: [vllm:17]\n")
     refused = stocked_embedded("policy", "set", "acme/sql@prod", policy)
-    assert (refused.code, "'vllm:17' is not a profile" in refused.err) == (6, True), refused.err
+    assert (refused.code, "Unknown profile 'vllm:17'" in refused.err) == (6, True), refused.err

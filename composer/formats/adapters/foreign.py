@@ -198,7 +198,7 @@ def _configs(header: Header) -> dict[str, AdapterConfig]:
     except (ValueError, RecursionError):
         stated = None
     if not isinstance(stated, dict):
-        message, next_step = f"{_METADATA} is no JSON object.", "Export the adapter again."
+        message, next_step = f"{_METADATA} must be a JSON object.", "Export the adapter again."
         raise InvalidFile("bad_config", message, subject=_METADATA, next_step=next_step)
     fields: dict[str, dict[str, object]] = defaultdict(dict)
     for name, value in cast("dict[str, object]", stated).items():

@@ -69,7 +69,7 @@ def parse_profile(text: str) -> ServerProfile:
     if server != "vllm":
         return ServerProfile(server)
     if colon and limit not in map(str, VLLM_RANKS):
-        message = f"{text[:80]!r} is not a profile: max_lora_rank is one of {', '.join(map(str, VLLM_RANKS))}."
+        message = f"Unknown profile {text[:80]!r}: max_lora_rank must be one of {', '.join(map(str, VLLM_RANKS))}."
         raise NotSupported(
             "unknown_profile", message, subject=text[:80], next_step=f"Use one of {', '.join(PROFILES)}."
         )

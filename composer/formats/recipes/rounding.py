@@ -39,5 +39,5 @@ def parse_rounding(mode: str, seed: int = 0) -> Rounding:
         message = f"Unknown rounding {printable(mode)}."
         raise NotSupported("rounding", message, subject=mode, next_step=f"Use one of {', '.join(Mode)}.")
     if not 0 <= seed < 2**64:
-        raise NotSupported("seed", f"{seed} is not a seed.", subject=str(seed))
+        raise NotSupported("seed", f"The seed {seed} must be from 0 to 2^64 - 1.", subject=str(seed))
     return Rounding(Mode(mode), seed)

@@ -203,7 +203,7 @@ class OwnHost:
         elif not self.names or name == self.files or self._is_own(name):
             return None
         else:
-            message, next_step = f"{host[:200]!r} is not a host name of this registry.", f"Use {self.names[0]}."
+            message, next_step = f"This registry does not answer to {host[:200]!r}.", f"Use {self.names[0]}."
         return Usage("unknown_host", message, subject=host[:200], next_step=next_step)
 
     def _is_own(self, name: str | None) -> bool:
@@ -225,7 +225,7 @@ class SameSite(OwnHost):
                 "other_site",
                 f"Pages of {origin[:200]} may not use this registry.",
                 subject=origin[:200],
-                next_step=f"Use a page of {self.names[0]}, or a client that is not a browser.",
+                next_step=f"Use a page of {self.names[0]}, or a client other than a browser.",
             )
         return None
 

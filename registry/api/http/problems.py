@@ -177,7 +177,7 @@ def _of_validation(error: RequestValidationError) -> Invalid:
         reason = f": {first['ctx']['error']}" if first["type"] == "json_invalid" else ""
         return Invalid(
             "bad_request",
-            f"The body is not a JSON object{reason}.",
+            f"The body must be a JSON object{reason}.",
             subject="body",
             next_step="Send one, with `Content-Type: application/json`; see /openapi.json for its fields.",
         )

@@ -37,7 +37,7 @@ async def fields_of(request: Request) -> dict[str, str]:
             return dict(parse_qsl(content.decode(), max_num_fields=20))
         given = orjson.loads(content)
     except ValueError as error:
-        raise _bad("its body is neither JSON nor a form") from error
+        raise _bad("the body must be JSON or a form") from error
     table = cast("dict[str, object]", given) if isinstance(given, dict) else {}
     return {name: value for name, value in table.items() if isinstance(value, str)}
 
@@ -57,11 +57,11 @@ def _exchanged(request: Request, fields: Mapping[str, str]) -> dict[str, Any]:
         message = "This server has one user, who needs no token."
         raise Refused("exchange_disabled", message, next_step="Set ADAPTORY_ACCESS=tokens on the server.")
     if fields.get("grant_type") != GRANT:
-        raise _bad(f"its grant_type is not {GRANT}")
+        raise _bad(f"grant_type must be {GRANT}")
     if fields.get("subject_token_type") not in SUBJECT_TYPES:
-        raise _bad(f"its subject_token_type is not {SUBJECT_TYPES[0]}")
+        raise _bad(f"subject_token_type must be {SUBJECT_TYPES[0]}")
     if not (fields.get("subject_token") and fields.get("resource")):
-        raise _bad("it lacks a subject_token or a resource")
+        raise _bad("subject_token and resource are required")
     repository = parse_repository(fields["resource"])
     client = cast("tuple[str, int] | None", request.scope.get("client"))
     source = credentials_of(dict(request.scope["headers"]), client).source
@@ -89,6 +89,6 @@ def _answer(request: Request, error: RegistryError) -> JSONResponse:
 def _bad(why: str) -> Usage:
     return Usage(
         "bad_grant",
-        f"The request is not a token exchange: {why}.",
+        f"No token is exchanged: {why}.",
         next_step="To use the client, set HF_TOKEN, or HF_OIDC_RESOURCE in continuous integration.",
     )

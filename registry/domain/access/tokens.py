@@ -199,7 +199,7 @@ def find_secret(session: Session, text: str, now: datetime, kind: str) -> Token:
     """The row of a token or a session by its secret. Raises Unauthenticated unless it is in force."""
     match = _SHAPE.fullmatch(text)
     if match is None or _checksum(match.group(1)) != match.group(4):
-        raise _invalid("is not a token: a character is missing or mistyped")
+        raise _invalid("is incomplete or mistyped")
     if match.group(2) != kind:
         raise _invalid("is the secret of a browser session, which only pages accept")
     row = session.get(Token, match.group(3))

@@ -66,7 +66,7 @@ def parse_stated(text: str) -> str:
     if not known or not value.strip():
         raise Invalid(
             "bad_provenance",
-            f"{text[:80]!r} is not a provenance NAME:VALUE.",
+            f"The provenance {text[:80]!r} must be written NAME:VALUE, with a known name.",
             subject=text[:80],
             next_step=f"NAME is one of {', '.join(STATED_NAMES)}.",
         )

@@ -89,7 +89,7 @@ def parse_condition(text: str) -> Condition:
             value = math.nan
         if math.isfinite(value):
             return Condition(suite, metric, operator, value)
-    raise Usage("bad_condition", f"{text[:120]!r} is not a condition on a score.", subject=text[:120])
+    raise Usage("bad_condition", f"The condition {text[:120]!r} cannot be read.", subject=text[:120])
 
 
 def add(session: Session, actor: Actor, content: SuiteContent) -> tuple[Suite, bool]:
@@ -347,7 +347,7 @@ def _check_measurement(measurement: Measurement, suite: Suite) -> None:
     if not in_range or (measurement.stderr or 0) > MAX_VALUE or measurement.n < fewest:
         raise Invalid(
             "bad_score",
-            f"{measurement.metric} = {measurement.value} on n = {measurement.n} is not a score.",
+            f"The score {measurement.metric} = {measurement.value} on n = {measurement.n} is out of range.",
             subject=measurement.metric,
             next_step=f"Record a value from {max(least, -MAX_VALUE):g} to {min(most, MAX_VALUE):g} and an error up "
             f"to {MAX_VALUE:g}, measured on one or more examples.",

@@ -107,7 +107,7 @@ def released_version(session: Session, actor: Actor, repository: RepositoryName,
     if located.release_id is None:
         raise Usage(
             "not_released",
-            f"{located.full_name} is not a release.",
+            f"{located.full_name} has not been released.",
             subject=located.full_name,
             next_step="Create a tag first: a version, such as 1.0.0.",
         )

@@ -259,7 +259,7 @@ class _Connection:
     def _block(self, begin: int, size_bytes: int) -> bytearray:
         """Copies a block that the child has written, so that the child can no longer change it."""
         if self._blocks is None or size_bytes > _MOST_READ_BYTES:
-            raise ValueError("there is no such block")
+            raise ValueError("the child has shared no block of that size")
         content = bytearray(size_bytes)
         read_all(self._blocks, memoryview(content), begin, "a block")
         return content
