@@ -1,4 +1,4 @@
-"""Follows channels: what they serve, as it changes, through outages and restarts of the server."""
+"""Follows what channels serve, through outages and restarts of the server."""
 
 import json
 import random
@@ -13,15 +13,15 @@ from registry.wire.quality import FollowedOut, FollowOut
 
 PATH = "/v1/follow"
 PAUSES_S = (0.5, 1.0, 2.0, 5.0, 10.0)
-"""Pauses between attempts to connect; the last one is repeated. Each is varied by a half, so that the followers of a
-server that restarts do not come all at once."""
+"""Pauses between attempts to connect; the last one is repeated. Each is varied by half its length, so that the
+followers of a restarting server do not reconnect all at once."""
 States = Mapping[str, FollowedOut | None]
 
 
 @dataclass(frozen=True, slots=True)
 class ChannelChange:
-    """REPO@CHANNEL serves `now` after `before`; None is a channel that does not exist or may not be read. The first
-    changes of a follower have no `before`."""
+    """REPO@CHANNEL serves `now`, and served `before` until then. None stands for a channel that does not exist or may
+    not be read. The first changes have no `before`."""
 
     channel: str
     before: FollowedOut | None
@@ -31,11 +31,11 @@ class ChannelChange:
 def follow(
     api: Api, channels: Sequence[str], on_outage: Callable[[Unavailable | None], None] = lambda _error: None
 ) -> Iterator[ChannelChange]:
-    """Yields what each of the channels serves, then every change of it, without end.
+    """Yields what each of the channels serves, then every change, endlessly.
 
-    `on_outage` is called with the error when the registry cannot be reached, and with None when it is back. What has
-    changed meanwhile is then yielded, once. Raises Usage for a name that is not of a channel, and the registry's errors
-    but Unavailable, such as that of a token that was revoked.
+    `on_outage` is called with the error when the registry becomes unreachable, and with None when it is back. Then each
+    channel that has changed meanwhile is yielded once. Raises Usage for a name that is not of a channel, and the
+    registry's errors other than Unavailable, such as that for a revoked token.
     """
     names = list(dict.fromkeys("@".join(map(str, parse_channel_reference(name))) for name in channels))
     known: States | None = None

@@ -1,7 +1,7 @@
-"""The wire: what requests and answers look like. Field names are the contract of REST and of `--json`.
+"""The wire: the form of requests and responses. Field names are the contract of REST and of `--json`.
 
-Modules are imported when they are used, as `wire.catalog.ReleaseOut`: the command line names many types and needs few,
-`--help` none.
+Modules are imported on first use, as `wire.catalog.ReleaseOut`: the command line names many types but needs few of
+them, and `--help` needs none.
 """
 
 from importlib import import_module

@@ -75,9 +75,9 @@ class PublisherOut(Wire):
 
 class NamespaceIn(WireIn):
     """Omitted fields stay unchanged. `signing_keys` are PEM public keys; `signature_covers` is what a required
-    signature must cover. With `main: release`, `main` serves releases alone, signed ones where signatures are required,
-    and commits are drafts on `next`; with `commit` it is the last commit. The default is `release` where signatures are
-    required."""
+    signature must cover. With `main: release`, `main` serves only releases (only signed ones where signatures are
+    required), and commits are drafts on `next`; with `main: commit`, it serves the last commit. The default is
+    `release` where signatures are required."""
 
     public: bool | None = None
     require_signature: bool | None = None
@@ -90,7 +90,7 @@ Days = Annotated[int, Field(ge=1, le=36_500)]
 
 
 class QuotaIn(WireIn):
-    """The most that the namespace may hold; null for no limit."""
+    """The maximum size of the namespace; null for no limit."""
 
     max_bytes: Annotated[int, Field(ge=0, le=2**62)] | None
     max_releases: Annotated[int, Field(ge=0, le=2**31 - 1)] | None
@@ -104,8 +104,8 @@ class RetentionIn(WireIn):
 
 
 class PersonIn(WireIn):
-    """The person who signs in as the user: the `subject` (`sub`) that the `issuer` assigned, by default the server's
-    provider."""
+    """The identity that signs in as the user: the `subject` (`sub`) that the `issuer` assigned; by default, the issuer
+    is the server's provider."""
 
     subject: str = Field(min_length=1, max_length=255)
     issuer: str | None = Field(default=None, min_length=1, max_length=200)
@@ -118,7 +118,7 @@ class PersonOut(Wire):
 
 
 class UserOut(Wire):
-    """The pseudonym of a removed user, and the number of rows that had the name."""
+    """The pseudonym of a removed user, and the number of rows in which it replaced the name."""
 
     user: str
     rows: int

@@ -14,7 +14,7 @@ Count = Annotated[int, Field(ge=0, le=MAX_INT64)]
 
 
 class DeprecationOut(Wire):
-    """The reason to choose something else, and the successor. A deprecation blocks nothing."""
+    """Why to choose something else, and the successor. A deprecation blocks nothing."""
 
     reason: str
     successor: str | None
@@ -107,7 +107,7 @@ class Provenance(Wire):
 
 
 class ReleaseIn(WireIn):
-    """`allow_breaking` is the reason why a breaking change may keep a version number that promises compatibility."""
+    """`allow_breaking` states why a breaking change may have a version number that promises compatibility."""
 
     version: str | None = None
     bump: Literal["auto", "major", "minor", "patch"] | None = None
@@ -119,9 +119,9 @@ class ReleaseIn(WireIn):
 
 
 class SpectrumSummary(Wire):
-    """`norm` is |Delta|_F over all modules; `rank_95` the rank to which all modules could be truncated keeping 95 % of
-    its square; `energy` the share kept at ranks 1, 2, 4, …; `effective_rank` exp(entropy of the singular values), mean
-    weighted by energy; `near_zero` the number of such modules."""
+    """`norm` is |Delta|_F over all modules; `rank_95` the rank to which all modules could be truncated while keeping 95
+    % of its square; `energy` the share kept at ranks 1, 2, 4, …; `effective_rank` exp(entropy of the singular values),
+    averaged by energy; `near_zero` the number of such modules."""
 
     norm: float
     effective_rank: float
@@ -150,7 +150,7 @@ class SpectrumOut(SpectrumSummary):
 
 
 class Refusal(Wire):
-    """The reasons that a server cannot load an adapter, and ways to make it load."""
+    """The reasons why a server cannot load an adapter, and ways to make it load."""
 
     reasons: list[str]
     way_out: list[str]
@@ -195,7 +195,7 @@ class InputOut(Wire):
 
 
 class DescendantOut(Wire):
-    """A release that this one went into, with its weight there."""
+    """A release that contains this one, with its weight there."""
 
     repository: str
     kind: str
@@ -205,8 +205,8 @@ class DescendantOut(Wire):
 
 
 class LicensesOut(Wire):
-    """Licences, as SPDX names where one exists, else as stated; null and empty where nothing is stated.
-    `adapter` is that of the release itself, also of a model."""
+    """Licences: SPDX names where they exist, otherwise as stated; null or empty if nothing is stated. `adapter` is the
+    licence of the release itself, also for a model."""
 
     base: str | None
     adapter: str | None
@@ -214,7 +214,7 @@ class LicensesOut(Wire):
 
 
 class TakenDownOut(Wire):
-    """The tombstone of a release whose files are gone for good."""
+    """The tombstone of a release whose files are permanently gone."""
 
     at: datetime
     reason: str
@@ -278,7 +278,7 @@ class ReleaseOut(NamedRelease):
 
 
 class NextOut(Wire):
-    """The version that a push with this bump would get now."""
+    """The version that a push with this bump would publish now."""
 
     version: str
 
@@ -339,10 +339,10 @@ class LoadedOnOut(Wire):
 
 
 class TakedownOut(Wire):
-    """`releases` have lost their files. `blobs` of `size_bytes` go, since nothing names them any more. `named_by` are
-    releases and commits of the namespace that still have some of the files, `kept_files` which ones, by path. `barred`
-    are the weights that the namespace may not publish again. The nodes of `loaded_on` go on serving the files until
-    they switch."""
+    """`releases` have lost their files. `blobs` of `size_bytes` are removed, since nothing names them any more.
+    `named_by` are releases and commits of the namespace that still have some of the files, and `kept_files` are these
+    files, by path. `barred` are the weights that the namespace may not publish again. The nodes in `loaded_on` serve
+    the files until they switch."""
 
     releases: list[str]
     blobs: int
@@ -354,7 +354,7 @@ class TakedownOut(Wire):
 
 
 class YankIn(WireIn):
-    """The reason of a yank, an unyank or a takedown."""
+    """The reason for a yank, an unyank or a takedown."""
 
     reason: str = Field(min_length=1, max_length=1000)
 
@@ -364,7 +364,7 @@ class WithdrawIn(YankIn):
 
 
 class ServedChangeOut(Wire):
-    """A channel that serves another version than `before`: `after`. Null is nothing."""
+    """A channel that now serves `after` instead of `before`. Null is nothing."""
 
     channel: str
     before: str | None
@@ -372,8 +372,8 @@ class ServedChangeOut(Wire):
 
 
 class WithdrawnOut(ReleaseOut):
-    """The release after a yank or an unyank, the channels that serve another release because of it, and the nodes that
-    have the release loaded."""
+    """The release after a yank or an unyank, the channels that serve a different release because of it, and the nodes
+    that have the release loaded."""
 
     channels: list[ServedChangeOut]
     loaded_on: list[LoadedOnOut] = Field(default=[])

@@ -1,8 +1,8 @@
-"""The documents of the API, as types: what a server answers and what a client reads. Field names are the contract.
+"""The documents of the API as types: what a server returns and a client reads. Field names are the contract.
 
-A document that was read keeps the object that it was made of (`Wire.document`), since `--json` and the Python API show
-it as it came: with the fields of a newer server, and numbers and times as they were written. Keeping unknown fields in
-the types instead (`extra="allow"`) would lose the latter, and would let a server answer with misspelt ones.
+A document that was read keeps its source object (`Wire.document`), since `--json` and the Python API show it unchanged:
+with the fields of a newer server, and with numbers and times as they were written. Keeping unknown fields in the types
+instead (`extra="allow"`) would lose the latter, and would let a server return misspelt ones.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from registry.errors import Invalid
 T = TypeVar("T")
 
 MAX_INT32, MAX_INT64 = 2**31 - 1, 2**63 - 1
-"""Limits of the integer columns: larger numbers are refused at the edge, naming the field."""
+"""Limits of the integer columns. Larger numbers are refused with the name of the field."""
 MAX_FIELDS = 1_000
 """Maximum fields of one object; hyperparameters need the most."""
 
@@ -41,20 +41,20 @@ class Wire(BaseModel):
 
     @classmethod
     def of(cls, row: object, **others: Any) -> Self:
-        """The document of a row or a value: `others`, and its attributes with the names of the other fields."""
+        """Builds the document of a row or a value: `others`, and its attributes with the names of the other fields."""
         own = {name: getattr(row, name) for name in cls.model_fields.keys() - others.keys()}
         return cls.model_validate(own | others)
 
     @classmethod
     def read(cls, document: Mapping[str, Any]) -> Self:
-        """The document that a server of this version or a newer one wrote. Raises ValidationError."""
+        """Reads a document written by a server of this version or a newer one. Raises ValidationError."""
         answer = cls.model_validate(document, extra="ignore")
         answer._keep(document)
         return answer
 
     @cached_property
     def document(self) -> Mapping[str, Any]:
-        """The object that this was read from; of an item of a list, and of what was not read, its fields."""
+        """The object that this was read from. If it was not read itself, like an item of a list, its fields."""
         return self.model_dump(mode="json")
 
     def _keep(self, document: Mapping[str, Any]) -> None:
@@ -97,9 +97,9 @@ class Page(Wire, Generic[T]):
 
 
 class Problem(Wire):
-    """RFC 9457 with `code` and `family` (docs/reference/errors.md lists both), `subject`, `next` (what to do), `help`
-    (the page of the code, relative to the request's address), the findings behind a refusal, and the id that the access
-    log has of the request (`X-Request-Id`)."""
+    """A problem (RFC 9457), with `code` and `family` (docs/reference/errors.md lists both), `subject`, `next` (what to
+    do), `help` (the page of the code, relative to the request's address), the findings that caused a refusal, and the
+    id of the request in the access log (`X-Request-Id`)."""
 
     model_config = ConfigDict(extra="allow")
 

@@ -10,7 +10,7 @@ from registry.wire.document import MAX_INT32, Wire, WireIn
 
 MAX_ANSWER_CHARS = 2_000
 MAX_NATS = 1e100
-"""Beyond any model's, and small enough for sums and squares to be finite."""
+"""More than any model has, yet small enough for sums and squares to stay finite."""
 
 
 class ScoreOut(Wire):
@@ -46,7 +46,7 @@ class ScoreIn(Wire):
 
 class ExampleResult(Wire):
     """One example: nats and tokens of the reference completion, the score of the answer from 0 to 1, and the generated
-    or chosen answer. `cut` if the limit of tokens ended it. A harness reports no nats and tokens."""
+    or chosen answer; `cut` if it reached the limit of tokens. A harness reports no nats and tokens."""
 
     nats: float | None = Field(default=None, allow_inf_nan=False, ge=0, le=MAX_NATS)
     tokens: int | None = Field(default=None, ge=1, le=MAX_INT32)
@@ -68,7 +68,7 @@ class SuiteResultsOut(SuiteResults):
 
 
 class ScoresIn(WireIn):
-    """`results` are those that the scores of their suites are made of; optional."""
+    """`results` are the results behind the suites' scores; optional."""
 
     scores: list[ScoreIn] = Field(min_length=1, max_length=1000)
     results: list[SuiteResults] = Field(default=[], max_length=1000)
@@ -79,14 +79,14 @@ class ScoresOut(Wire):
 
 
 class ScoresImported(Wire):
-    """The reported scores that are recorded, and a warning for each that is not."""
+    """The reported scores that were recorded, and a warning for each one that was not."""
 
     scores: list[ScoreOut]
     warnings: list[dict[str, Any]]
 
 
 class SuiteOut(Wire):
-    """`metrics` are those whose better direction the suite's file declares; `content` has the examples."""
+    """`metrics` are those whose better direction the suite's file states; `content` has the examples."""
 
     name: str
     digest: str
@@ -118,8 +118,8 @@ class ChannelOut(Wire):
 
 
 class FollowedOut(Wire):
-    """A followed channel: its last move, and the version and commit that it serves, null if every candidate is
-    yanked."""
+    """A followed channel: its last move, and the version and commit that it serves; these are null if every candidate
+    is yanked."""
 
     move: int
     version: str | None
@@ -127,7 +127,7 @@ class FollowedOut(Wire):
 
 
 class FollowOut(Wire):
-    """The followed channels by name; null for one that does not exist or that the caller may not read."""
+    """The followed channels by name; null for one that does not exist or is hidden from the caller."""
 
     channels: dict[str, FollowedOut | None]
 
@@ -180,7 +180,7 @@ class MoveOut(Wire):
 
 
 class ChannelDeleted(Wire):
-    """The channel that was deleted, and what it `served`; null if nothing."""
+    """The deleted channel, and the version that it `served`; null if none."""
 
     repository: str
     channel: str
@@ -194,15 +194,15 @@ class PromoteIn(WireIn):
 
 
 class PromotionGateOut(GateResultOut):
-    """A `waiting` rule does not pass yet, but may by itself."""
+    """A `waiting` rule does not pass yet, but may pass without any action."""
 
     waiting: bool
 
 
 class PromotionOut(Wire):
-    """A promotion that waits, or has waited: `state` is pending, completed, refused, conflict, replaced, cancelled or
-    expired. It completes only while the channel's last move is `expected_move` (0: none). `error` is why it ended
-    without a move, `job` measures the missing scores, `gates` is the last report."""
+    """A promotion that waits or has waited. `state` is pending, completed, refused, conflict, replaced, cancelled or
+    expired. It completes only while the channel's last move is `expected_move` (0: none). `error` states why it ended
+    without a move, `job` measures the missing scores, and `gates` is the last report."""
 
     id: int
     repository: str
@@ -222,14 +222,14 @@ class PromotionOut(Wire):
 
     @property
     def missing(self) -> tuple[str, ...]:
-        """The rules that do not pass yet, each with why."""
+        """The rules that do not pass yet, each with the reason."""
         return tuple(f"{gate.rule}: {gate.detail}" for gate in self.gates if gate.waiting)
 
 
 class JudgementOut(Wire):
-    """The outcome of a promotion now: `passes`, `waits` or `refused`. `served` is the version that the channel serves,
-    null for an empty one, `move` its last move and ETag (0: none). `error` is a refusal for another reason than the
-    rules: a yank, or a signature that the namespace requires."""
+    """The outcome that a promotion would have now: `passes`, `waits` or `refused`. `served` is the version that the
+    channel serves, null for an empty one; `move` is its last move and ETag (0: none). `error` is a refusal for a reason
+    other than the rules: a yank, or a signature that the namespace requires."""
 
     repository: str
     channel: str
@@ -247,7 +247,8 @@ class ApprovalIn(WireIn):
 
 
 class ApprovalOut(Wire):
-    """A person's approval of a release for a channel. `promotion` waits for it, as it is afterwards, if one does."""
+    """A person's approval of a release for a channel. `promotion` is the one that waited for it, in its new state, if
+    any."""
 
     repository: str
     channel: str
@@ -259,14 +260,14 @@ class ApprovalOut(Wire):
 
 
 class WithdrawnOut(Wire):
-    """The result of a withdrawal: whether there was an approval."""
+    """The result of withdrawing an approval: whether there was one."""
 
     withdrawn: bool
 
 
 class PinOut(Wire):
-    """The suite that rules refer to: the content with this `digest`, and by metric whether `higher_is_better`.
-    `changed` describes the differences since; None without any."""
+    """The suite to which rules refer: the content with this `digest`, and by metric whether `higher_is_better`.
+    `changed` describes the differences since then; null if there are none."""
 
     digest: str
     higher_is_better: dict[str, bool]
@@ -274,8 +275,8 @@ class PinOut(Wire):
 
 
 class PolicyOut(Wire):
-    """`policy` is as in registry/formats/channel_policy.py; `revision` counts its changes, 0 if none was ever set.
-    `pins` has what its rules are pinned to, by suite."""
+    """`policy` is described in registry/formats/channel_policy.py; `revision` counts its changes, 0 if none was ever
+    set. `pins` maps each suite to what the rules are pinned to."""
 
     channel: str
     revision: int
@@ -289,7 +290,8 @@ class RollbackIn(WireIn):
 
 
 class GatesIn(WireIn):
-    """`rules` replace those of the channel; without them, they stay. `repin` pins them to what their suites are now."""
+    """`rules` replace those of the channel; if omitted, those stay. `repin` pins them to the current contents of their
+    suites."""
 
     channel: str = Field(max_length=64)
     rules: list[Annotated[str, Field(max_length=300)]] | None = Field(default=None, max_length=50)

@@ -26,7 +26,8 @@ class FoundOut(ReleaseOut):
 
 
 class ChoiceOut(Wire):
-    """A value of a facet and the number of releases that the search would find with it; `more` if that is the limit."""
+    """A value of a facet, and the number of releases that the search would return with it; `more` if that number is the
+    limit."""
 
     value: str
     count: int
@@ -34,13 +35,13 @@ class ChoiceOut(Wire):
 
 
 class FoundPage(Page[FoundOut]):
-    """`facets` has the choices of each facet that was named, the most frequent first."""
+    """`facets` has the choices of each requested facet, the most frequent first."""
 
     facets: dict[str, list[ChoiceOut]] | None = None
 
 
 class ResolvedRelease(NamedRelease):
-    """The data needed to fetch a release; GET the release for facts and scores. `size_bytes` is the total
+    """The data needed to fetch a release; its facts and scores are in the release itself. `size_bytes` is the total
     size of its files."""
 
     yanked: bool
@@ -55,7 +56,7 @@ AnyRelease = ResolvedRelease | ReleaseOut
 
 
 class ResolvedOut(Wire):
-    """`warning` reports a reference that resolved to something unexpected, to a yanked or deprecated release, or to one
+    """`warning` is set if the reference resolved to something unexpected, to a yanked or deprecated release, or to one
     on a deprecated base."""
 
     release: ResolvedRelease

@@ -16,7 +16,7 @@ class UploadIn(WireIn):
 
 
 class PutOut(Wire):
-    """A request to send unchanged; its signature covers `headers`."""
+    """A request that must be sent unchanged: its signature covers `headers`."""
 
     method: Literal["PUT"] = "PUT"
     url: str
@@ -24,7 +24,7 @@ class PutOut(Wire):
 
 
 class PartOut(Wire):
-    """Parts are contiguous and numbered from 1. A `present` part has arrived."""
+    """Parts are contiguous and numbered from 1. A `present` part has been received."""
 
     number: int
     size_bytes: int

@@ -10,11 +10,11 @@ from registry.wire.catalog import BaseRef
 from registry.wire.document import MAX_INT64, Wire, WireIn
 
 MAX_CHECKED = 16
-"""Adapters in one conflict check, which every reader may request."""
+"""The most adapters in one conflict check, which every reader may request."""
 
 
 class WishIn(WireIn):
-    """The requested treatment of a job by its worker."""
+    """How a worker should treat a job."""
 
     priority: Priority = Field(
         default=Priority.NORMAL,
@@ -34,15 +34,15 @@ class PriorityIn(WireIn):
 
 
 class CompositionIn(WishIn):
-    """`recipe` as in composer/formats/recipes/recipe.py."""
+    """`recipe` is described in composer/formats/recipes/recipe.py."""
 
     recipe: dict[str, Any]
     plan: bool = Field(default=False, description="Resolve, lock and check; change nothing.")
 
 
 class StepOut(Wire):
-    """`done` and `total` are in `unit`, examples, bytes or units; all three are null if a step has no such amount.
-    `redone` units were done again after a failure; `log` has the last lines of one that failed, in a single job."""
+    """`done` and `total` count `unit`: examples, bytes or units; all three are null if a step has no such amount.
+    `redone` units ran again after a failure. In a single job, `log` has the last lines of one that failed."""
 
     name: str
     state: str
@@ -86,17 +86,17 @@ class CompositionOut(Wire):
 
     @property
     def verdict(self) -> str | None:
-        """The verdict of the conflict check; None before it."""
+        """The verdict of the conflict check; None before the check."""
         return self.conflicts["verdict"] if self.conflicts else None
 
     @property
     def published(self) -> tuple[str, ...]:
-        """The releases that it made."""
+        """The releases that the composition published."""
         return tuple(row.name for row in self.results)
 
 
 class ConflictInput(WireIn):
-    """An adapter by reference. `rules` set other weights in some layers or modules, as in a recipe."""
+    """An adapter by reference. `rules` set different weights for some layers or modules, as in a recipe."""
 
     adapter: str = Field(min_length=1, max_length=300)
     weight: float = Field(default=1.0, allow_inf_nan=False)
@@ -120,8 +120,8 @@ class CheckedInput(Wire):
 
 
 class ConflictsOut(Wire):
-    """`state`, `steps` and `error` are those of the job that computes the report; `report` is null until it is done. It
-    is the document of `adaptory conflicts --json` without a measurement."""
+    """`state`, `steps` and `error` are those of the job that computes the report. `report` is null until the job is
+    done, and equals the document of `adaptory conflicts --json` without measurements."""
 
     id: int
     job: int
@@ -136,10 +136,11 @@ class ConflictsOut(Wire):
 
 
 class JobOut(Wire):
-    """`heartbeat_at` is the worker's last sign of life while the job runs; of a queued job, when it is due. `needs` are
-    what its worker must have, `base:DIGEST`, `scorer:NAME`, `harness` or `evolution`, and `memory_bytes` of a device;
-    null if a worker has yet to find out. `waits_for` names what a queued job waits for. `stalled_since` is set while
-    the job runs and its worker has been silent for a minute: the next worker continues it."""
+    """`heartbeat_at` is the worker's last sign of life while the job runs, and for a queued job the time when it is
+    due. `needs` are what its worker must have: `base:DIGEST`, `scorer:NAME`, `harness` or `evolution`, and
+    `memory_bytes` of a device; null until a worker has determined them. `waits_for` names what a queued job waits for.
+    `stalled_since` is set while the job runs and its worker has been silent for a minute; the next worker continues
+    it."""
 
     id: int
     kind: str
@@ -170,8 +171,8 @@ class UpgradeIn(WireIn):
 
 
 class UpgradeScore(Wire):
-    """A score on the new base beside those on the old base and of the new base alone, null if not recorded. `gain` is
-    positive where the new one is better than the old one."""
+    """A score on the new base, and those on the old base and of the new base alone; null if not recorded. `gain` is
+    positive if the new score is better than the old one."""
 
     suite: str
     metric: str
@@ -183,7 +184,7 @@ class UpgradeScore(Wire):
 
 
 class UpgradeAdapter(Wire):
-    """`why` is the reason that it does not fit the new base; `errors` are those of its measurement."""
+    """`why` states why it does not fit the new base; `errors` are those of its measurement."""
 
     repository: str
     version: str
@@ -247,7 +248,7 @@ class EvaluationOut(Wire):
 
 
 class AuditOut(Wire):
-    """`before` and `after` are what changed; `source` is the caller's address and client."""
+    """`before` and `after` describe the change; `source` is the caller's address and client."""
 
     id: int
     at: datetime

@@ -1,8 +1,8 @@
-"""The one reader per process of everything that streams follow: jobs, compositions, and what channels serve.
+"""Reads everything that streams follow, once per process: jobs, compositions, and what channels serve.
 
-Followers wait in the event loop. Every LOOK_S, the reader checks for commits; after one, it reads everything followed
-in a single transaction and wakes the followers of what has changed. A follower misses no state that lasts, and sees
-none twice.
+Followers wait in the event loop. Every LOOK_S, the reader checks for commits. After one, it reads everything followed
+in a single transaction, and wakes the followers whose subjects have changed. A follower misses no lasting state, and
+receives none twice.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 LOOK_S = 0.1
 Read = Callable[[Session, Sequence[Any]], Mapping[Any, Hashable]]
-"""Reads the snapshots of what these names stand for; leaves out what does not exist."""
+"""Reads the snapshots of the subjects with these names; omits those that do not exist."""
 Key = tuple[Read, Hashable]
 
 
@@ -35,16 +35,16 @@ class Follower:
     def __init__(self, keys: Sequence[Key], began: int) -> None:
         self.keys, self.began = keys, began
         self.snapshots: dict[Key, Hashable | None] = {}
-        """The latest by key, None for what does not exist; empty before the first read."""
+        """The latest snapshots by key, None for a subject that does not exist; empty before the first read."""
         self.is_lost = False
-        """Whether the database did not answer."""
+        """Whether a read has failed."""
         self._news = asyncio.Event()
 
     def wake(self) -> None:
         self._news.set()
 
     async def news(self, within_s: float) -> None:
-        """Returns when a snapshot has changed since the last call, or after that time."""
+        """Waits until a snapshot has changed since the last call, for at most that time."""
         with suppress(TimeoutError):
             async with asyncio.timeout(within_s):
                 await self._news.wait()
@@ -52,7 +52,7 @@ class Follower:
 
 
 class Feed:
-    """Reads for all followers. Used in its process's event loop alone."""
+    """Reads for all followers. Used only in its process's event loop."""
 
     def __init__(self, resources: Resources, state: State) -> None:
         self._resources, self._state = resources, state
@@ -66,8 +66,8 @@ class Feed:
 
     @contextmanager
     def follow(self, keys: Sequence[Key]) -> Generator[Follower]:
-        """Follows; the first follower starts the reader, and the last one ends it. What is committed before this is in
-        the follower's first snapshots."""
+        """Follows these keys while the block runs. The first follower starts the reader, and the last one ends it. The
+        follower's first snapshots contain everything committed before this call."""
         follower = Follower(keys, self._reads)
         self._followers[follower] = None
         self._joined.set()
@@ -99,8 +99,8 @@ class Feed:
         self._mark = None
 
     def _may_have_lost_rights(self) -> bool:
-        """Checks whether the followers' rights are due for another check: tokens and roles are rows, which change only
-        with a commit."""
+        """Whether the followers' rights are due for another check. Tokens and roles are rows, which change only with a
+        commit."""
         stale_s = time.monotonic() - (self._stale_since or time.monotonic())
         if stale_s < self._resources.settings.access_cache_s or not stale_s:
             return False
@@ -108,8 +108,8 @@ class Feed:
         return True
 
     async def _read(self) -> None:
-        """Reads if something was committed, or somebody has joined. The mark is from before the read, so that what is
-        committed meanwhile is read again."""
+        """Reads if anything was committed, or somebody has joined. The mark is from before the read, so that later
+        commits cause another read."""
         mark = await run_in_threadpool(self._watch.mark)
         if mark == self._mark and not self._joined.is_set():
             return
@@ -139,7 +139,7 @@ class Feed:
 
 
 class OpenStreams:
-    """Counts the streams of this process. Used in its event loop alone."""
+    """Counts the streams of this process. Used only in its event loop."""
 
     def __init__(self, per_caller: int, per_process: int) -> None:
         self._per_caller, self._per_process = per_caller, per_process
@@ -147,7 +147,7 @@ class OpenStreams:
 
     @contextmanager
     def one(self, caller: str) -> Generator[None]:
-        """A stream of this caller while the block runs. Raises TooMany at a limit."""
+        """Counts a stream of this caller while the block runs. Raises TooMany at a limit."""
         self.refuse_more(caller)
         self._open[caller] += 1
         try:
@@ -157,7 +157,7 @@ class OpenStreams:
             self._open += Counter()  # without the callers that have none
 
     def refuse_more(self, caller: str) -> None:
-        """Raises TooMany if the caller, or the process, has reached its limit."""
+        """Raises TooMany if the caller or the process has reached its limit."""
         own, every = self._open[caller], self._open.total()
         if own >= self._per_caller or every >= self._per_process:
             raise TooMany(

@@ -1,4 +1,4 @@
-"""Follows channels: what they serve, as it changes."""
+"""Follows channels: what they serve, and every change of it."""
 
 import re
 import time
@@ -36,7 +36,7 @@ router = APIRouter(tags=["channels"], route_class=Route)
 MAX_CHANNELS = 100
 MAX_WAIT_S = 60
 HUNG_UP_S = 1.0
-"""How often a long poll looks whether its client is still there."""
+"""How often a long poll checks that its client is still connected."""
 _WAIT = re.compile(r"(?:^|[,;\s])wait\s*=\s*\"?(\d{1,6})\"?")
 Names = Annotated[str, Query(max_length=20_000, description="NAMESPACE/NAME@CHANNEL, several with commas.")]
 Prefer = Annotated[str | None, Header(description="`wait=30`: wait as many seconds for a change, 60 at most.")]
@@ -56,9 +56,9 @@ async def follow(  # noqa: PLR0913
     """The state of the channels: the last move of each, and the version and commit that it serves. A channel that does
     not exist, or that the caller may not read, is null.
 
-    With `Accept: text/event-stream`, an event at every change, after the one of `Last-Event-ID`, and a comment after 15
-    seconds without changes. Otherwise one answer: at once, or with `Prefer: wait=30` and `If-None-Match` when the state
-    has changed, and 304 if it has not.
+    With `Accept: text/event-stream`, sends an event at every change after the one of `Last-Event-ID`, and a comment
+    after 15 seconds without a change. Otherwise responds once: immediately, or with `Prefer: wait=30` and
+    `If-None-Match` as soon as the state has changed, and with 304 if it has not.
     """
     names = _parse(channels)
     if not any(may_read(actor, name.repository.namespace) for name in names):
@@ -80,7 +80,7 @@ async def follow(  # noqa: PLR0913
 async def _changed(
     request: Request, resources: Resources, actor: Actor, keys: Sequence[Key], seen: str | None, wait_s: int
 ) -> Event:
-    """The state once it is another one than `seen`, or when the time is up."""
+    """The state once it differs from `seen`, or when the time is up."""
     if not wait_s:
         return _event(await run_in_threadpool(_read, resources, keys), actor)
     until = time.monotonic() + wait_s
@@ -96,7 +96,7 @@ async def _changed(
 
 
 def _is_over(request: Request, follower: Follower) -> bool:
-    """Checks whether to respond now: the server is stopping, or the last read failed and the next one reports why."""
+    """Whether to respond now: the server is stopping, or the last read failed and the next one reports why."""
     return follower.is_lost or bool(request.app.state.draining)
 
 
@@ -117,7 +117,7 @@ def _event(snapshots: Mapping[Key, Hashable | None], actor: Actor) -> Event:
 
 
 def _parse(channels: str) -> list[ChannelName]:
-    """The channels by name. Raises Usage for what names none, or for too many."""
+    """Parses the names of channels. Raises Usage for any other name, and for too many."""
     names: dict[ChannelName, None] = {}
     for text in filter(None, map(str.strip, channels.split(","))):
         reference = parse_reference(text)

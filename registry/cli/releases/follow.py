@@ -1,4 +1,4 @@
-"""Follows channels: a line, or a command, for each change of what they serve."""
+"""Follows channels, with a line or a command for each change."""
 
 import os
 import subprocess
@@ -62,7 +62,7 @@ def _show(change: "ChannelChange", as_json: bool) -> None:
 
 
 def _run(command: str, change: "ChannelChange") -> None:
-    """Runs the command. A failure is printed, and the next change runs it again."""
+    """Runs the command and prints its failure. The next change runs it again."""
     now, before = change.now, change.before
     facts = {
         "CHANNEL": change.channel,

@@ -70,7 +70,7 @@ def revoke_token(
 
 
 def _token_in(form: Form) -> TokenIn:
-    """The form as REST's document. Fields that are left empty have its defaults."""
+    """The document that REST expects, from the fields of the form. Fields that are left empty get its defaults."""
     document: dict[str, Any] = {name: form[name].strip() for name in ("user", "name") if form.get(name, "").strip()}
     if days := form.get("expires_in_days", "").strip():
         document["expires_in_days"] = days
@@ -79,7 +79,7 @@ def _token_in(form: Form) -> TokenIn:
 
 
 def validated(model: type[Any], document: dict[str, Any]) -> Any:
-    """A document of REST from the fields of a form, with REST's own errors."""
+    """A document of REST, validated from the fields of a form; raises the errors that REST raises."""
     try:
         return model.model_validate(document)
     except ValidationError as error:
@@ -88,7 +88,7 @@ def validated(model: type[Any], document: dict[str, Any]) -> Any:
 
 @router.post("/{namespace}/-/members")
 def set_member(namespace: str, resources: ResourcesOf, actor: PageAdmin, callers: CallersOf, form: FormOf) -> Response:
-    """Add a member, change its role, or remove it: an empty role. No repository is called `-`."""
+    """Add a member, change its role, or remove it with an empty role. No repository is called `-`."""
     name = parse_name(namespace, "namespace")
     body: MemberIn = validated(MemberIn, {"user": form.get("user", "").strip(), "role": form.get("role") or None})
     with resources.write() as session:

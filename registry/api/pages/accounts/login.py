@@ -1,4 +1,4 @@
-"""Sign in with a token, and out. A token is posted, so that it is in no address and in no log."""
+"""Sign in with a token, and sign out. The token is posted, so that no address and no log contains it."""
 
 from typing import Annotated, cast
 from urllib.parse import urlsplit
@@ -26,7 +26,8 @@ Code = Annotated[str, Query(max_length=64, description="The code of the link tha
 
 @router.get("/login")
 def show_login(request: Request, actor: PageCaller, next: Next = "/", code: Code = "") -> Response:  # noqa: A002
-    """The form for a token, or why this server has none. The link of a server for one user signs its browser in."""
+    """The form for a token, or the reason why this server has none. The link of a single-user server signs its browser
+    in."""
     secret = secret_of(request)
     if secret is None or not code:
         return login_page(request, 200, next)
@@ -39,7 +40,7 @@ def show_login(request: Request, actor: PageCaller, next: Next = "/", code: Code
 
 @router.post("/login")
 def log_in(request: Request, actor: PageCaller, form: FormOf, callers: CallersOf) -> Response:
-    """Begin a session, and go back to where somebody was."""
+    """Begin a session, and return to the page that led here."""
     following = own_path(form.get("next", "/"))
     if secret := secret_of(request):
         if not secret.is_own(form.get("token", "").strip()):
@@ -73,12 +74,12 @@ def sign_in_of(request: Request) -> SignIn:
 
 
 def secret_of(request: Request) -> Secret | None:
-    """The sign-in page of a server for one user."""
+    """The sign-in page of a single-user server."""
     return cast("Secret | None", request.app.state.secret)
 
 
 def refuse_to_sign_in(request: Request, *, single_user: bool) -> None:
-    """Raises Refused where a session cannot begin."""
+    """Raises Refused if sessions cannot begin on this server."""
     if single_user:
         message = "This server has one user, who needs no session."
         raise Refused("sign_in_disabled", message, next_step="Set ADAPTORY_ACCESS=tokens on the server.")
@@ -92,14 +93,14 @@ def refuse_to_sign_in(request: Request, *, single_user: bool) -> None:
 
 
 def begun(signed_in: SignedIn, actor: Actor, following: str) -> Response:
-    """Goes to a path of this server, with the cookie of a session that has begun."""
+    """Redirects to a path of this server, and sets the cookie of the new session."""
     response = redirect(following)
     keep_session(response, signed_in.secret, signed_in.expires_at, actor.at)
     return response
 
 
 def login_page(request: Request, status: int, following: str, *, error: str | None = None) -> Response:
-    """The form, with the error of an attempt."""
+    """The form, with the error of the last attempt."""
     private, provider = is_private(request), sign_in_of(request).provider
     host = urlsplit(provider.settings.issuer).netloc if provider else None
     values = {

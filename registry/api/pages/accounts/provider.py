@@ -1,4 +1,4 @@
-"""Sign in by an OpenID provider: to it, and back with its answer."""
+"""Sign in with an OpenID provider: the redirect to it, and its answer."""
 
 from collections.abc import Callable, Coroutine
 from typing import Any, cast
@@ -23,8 +23,8 @@ CALLBACK_PATH = "/login/callback"
 
 
 class CallbackRoute(PageRoute):
-    """Takes the query out of the address, which then is in no page and in no error. Providers may send parameters that
-    nobody knows (RFC 6749, 4.1.2)."""
+    """Removes the query from the address, so that no page and no error shows it. Providers may send unknown parameters
+    (RFC 6749, 4.1.2)."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         answer = super().get_route_handler()
@@ -45,7 +45,7 @@ callback = APIRouter(route_class=CallbackRoute)
 @router.get("/login/provider")
 @in_sign_in_threads
 def go_to_provider(request: Request, actor: PageCaller, callers: CallersOf, next: Next = "/") -> Response:  # noqa: A002
-    """Begin an attempt, whose secret and way back the browser keeps for ten minutes."""
+    """Begin an attempt. The browser keeps its secret and the page to return to for ten minutes."""
     provider, attempt = _provider(request, single_user=callers.single_user), Attempt.new()
     response = redirect(provider.address(attempt, _redirect_uri(request)))
     set_cookie(response, ATTEMPT_COOKIE, f"{attempt.secret}.{quote(own_path(next), safe='')}", ATTEMPT_S)
@@ -89,5 +89,5 @@ def _provider(request: Request, *, single_user: bool) -> OpenIdProvider:
 
 
 def _redirect_uri(request: Request) -> str:
-    """The address that the provider sends the browser back to; it knows which ones it may."""
+    """The address to which the provider returns the browser; it accepts only registered ones."""
     return f"{request.url.scheme}://{request.url.netloc}{CALLBACK_PATH}"

@@ -1,4 +1,4 @@
-"""The answer of a release's page: whether it is served, or whether it could be promoted now."""
+"""The answer at the top of a release's page: whether it is served, or could be promoted now."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,14 +14,14 @@ from registry.formats.references import RepositoryName, parse_repository, parse_
 from registry.wire.quality import ChannelOut, MoveOut
 
 FIRST_CHOICE = "prod"
-"""The channel that a promotion is judged for, if there is one of this name."""
+"""The channel for which a promotion is judged, if the repository has one of this name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnswerBlock:
-    """`kind` is that of the block's edge and mark. `move` is the one by which `channel` serves the release, and
-    `judged` the promotion whose gates are shown; of what is not served, `report` is the judgement of now, and `next`
-    what to do. `others` are the channels that it can be judged for too."""
+    """`kind` selects the block's edge and mark. For a served release, `move` is the move by which `channel` serves it,
+    and `judged` the promotion whose gates are shown; otherwise `report` is today's judgement, and `next` what to do.
+    `others` are other channels to judge it for."""
 
     kind: str
     sentence: str
@@ -37,7 +37,7 @@ class AnswerBlock:
 
 @dataclass(frozen=True, slots=True)
 class Channels:
-    """A repository's channels, those that serve the release, and the one in the reader's address."""
+    """A repository's channels, those that serve the release, and the one that the address names."""
 
     names: Sequence[str]
     serving: Sequence[ChannelOut]
@@ -45,7 +45,7 @@ class Channels:
 
     @property
     def preferred(self) -> list[str]:
-        """The order in which a promotion is judged for one: prod first."""
+        """The channels in order of preference for a judgement: prod first."""
         return sorted(self.names, key=lambda name: name != FIRST_CHOICE)
 
 
@@ -58,8 +58,8 @@ def moves_of(session: Session, named: RepositoryName, release: Release, limit: i
 def answer(
     session: Session, actor: Actor, release: Release, channels: Channels, moved: Sequence[MoveOut]
 ) -> AnswerBlock:
-    """The answer for the requested channel, or else for one that serves the release, or for prod, or the first
-    one. `moved` are its moves, newest first."""
+    """The answer for the requested channel; without one, for a channel that serves the release, for prod, or for the
+    first channel, in this order. `moved` are the release's moves, newest first."""
     if release.revision.taken_down_at is not None:
         why = release.revision.takedown_reason or ""
         return AnswerBlock(kind="bad", sentence="This release was taken down.", detail=why)

@@ -75,14 +75,15 @@ def show_suite(suite: str, request: Request, resources: ResourcesOf, actor: Page
 
 @router.get("/docs/errors")
 def list_errors(request: Request, actor: PageCaller) -> Response:
-    """Every code by family."""
+    """All codes by family."""
     families = [(family, sorted(CODES[family].items())) for family in FAMILIES]
     return page(request, "errors.html", families=families)
 
 
 @router.get("/docs/errors/{code}")
 def show_error(code: str, request: Request, actor: PageCaller) -> Response:
-    """One code. A code that ends in a name from a file has no general fix: its message has the next step."""
+    """One code. For a code that ends in a name from a file there is no general fix: its message states the next
+    step."""
     if not is_registered(code):
         raise NotFound(
             "code_unknown", f"No error has the code {code}.", subject=code, next_step="/docs/errors has all."

@@ -1,4 +1,4 @@
-"""Model cards: CommonMark with raw HTML as text, and nothing in the result but text, links and tables."""
+"""Renders model cards: CommonMark with raw HTML shown as text. The result contains only text, links and tables."""
 
 import logging
 import re
@@ -23,12 +23,13 @@ from registry.formats.references import Digest
 
 MAX_BYTES = 256 << 10
 MAX_MARKS = 10_000
-"""Lines, cells and delimiters that a card may have, and five times its links: a card of 100 kB has a third of it."""
+"""The most lines, cells and delimiters in a card; the most links are a fifth of it. A card of 100 kB has a third of
+this."""
 MAX_STEPS = 10_000
-"""Attempts to begin an element, between lines and within them: one of 60 kB costs 5,000, 250 kB of brackets 500,000
-and five seconds."""
+"""The most attempts to begin an element, between lines and within them. A card of 60 kB needs 5,000; 250 kB of brackets
+would need 500,000, and five seconds."""
 KEPT, ROOM = 64, 4
-"""Cards that stay rendered, and cards that may wait for the thread that renders them."""
+"""The number of rendered cards to keep, and of cards that may wait for the rendering thread."""
 _TAGS = {
     "a", "blockquote", "br", "code", "del", "em", "h3", "h4", "h5", "h6", "hr", "li", "ol", "p", "pre", "strong",
     "table", "tbody", "td", "th", "thead", "tr", "ul",
@@ -42,17 +43,18 @@ _HEADINGS = {f"h{level}": f"h{min(6, level + 2)}" for level in range(1, 7)}
 
 
 READERS, PATIENCE_S = 4, 2.0
-"""Threads that read cards from the store, and how long a page waits for one: it needs only the database otherwise."""
+"""The number of threads that read cards from the store, and how long a page waits for one. Otherwise, pages need only
+the database."""
 _outages = OutageLog(logging.getLogger(__name__))
 
 
 class _TooMany(Exception):
-    """The card costs more than the budget."""
+    """A card exceeds the budget."""
 
 
 class Cards:
-    """Renders cards in a thread of its own, each once: the digest of a card names the result, since the renderer of a
-    process does not change."""
+    """Renders each card once, in its own thread. The card's digest identifies the result, since a process's renderer
+    does not change."""
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, "cards")
@@ -61,8 +63,8 @@ class Cards:
         self._lock = Lock()
 
     def show(self, sha256: Digest, read: Callable[[], str]) -> Markup | None:
-        """The card with that digest, whose text `read` returns; as plain text if too many others wait. None if the
-        store is away or slow, or has lost the card."""
+        """The rendered card with that digest; `read` returns its text. Plain text if too many other cards are waiting;
+        None if the store is unreachable or slow, or has lost the card."""
         with self._lock:
             rendering = self._kept.get(sha256)
         if rendering is not None:
@@ -98,9 +100,9 @@ def plain(text: str) -> Markup:
 
 
 def rendered(text: str) -> Markup:
-    """The card as HTML. Links keep only addresses by https and paths of this server; images are left out. HTML in the
-    card is shown as it is written, but for comments: those of a template tell the author what to write. A card that
-    costs more than the budget is shown as plain text."""
+    """The card as HTML. Links keep only https addresses and paths of this server; images are dropped. HTML in the card
+    is shown as text, except comments, which in templates are instructions to the author. A card that exceeds the budget
+    is shown as plain text."""
     markdown, source = _markdown(), _FRONT_MATTER.sub("", text)
     try:
         _refuse_many_marks(source)
@@ -122,13 +124,14 @@ def rendered(text: str) -> Markup:
 
 
 def _own_path_or_https(_tag: str, _attribute: str, value: str) -> str | None:
-    """The address. None for `//host/path`, which leads to another server by the scheme of the page; browsers read a
-    backslash as a slash, and skip blanks."""
+    """Returns the address; None for `//host/path`, which leads to another server with the page's scheme. Browsers treat
+    a backslash like a slash, and skip blanks."""
     return None if re.match(r"[\s\x00-\x20]*[/\\][\s\x00-\x20]*[/\\]", value) else value
 
 
 def _refuse_many_marks(source: str) -> None:
-    """Raises for what costs time without a step: cells, also those that short rows lack, delimiters, addresses."""
+    """Raises _TooMany for what costs time but no step: cells (including those missing from short rows), delimiters and
+    addresses."""
     lines = _LINE_END.split(source)
     cells = max((line.count("|") for line in lines), default=0) * len(lines)
     marks = len(lines) + sum(map(source.count, "|*_~")) + 5 * (source.count("<") + source.count("]("))
@@ -137,7 +140,7 @@ def _refuse_many_marks(source: str) -> None:
 
 
 def _framed(html: str) -> str:
-    """Each table in a frame that scrolls, so that a wide one does not widen the page."""
+    """Puts each table into a scrolling frame, so that a wide one does not widen the page."""
     number = count(1)
     opening = '<div class="scroll" tabindex="0" role="region" aria-label="Table {} of the card"><table>'
     html = re.sub("<table>", lambda _: opening.format(next(number)), html)
@@ -165,7 +168,7 @@ def _step_in_line(state: StateInline, _silent: bool) -> bool:
 
 
 def _spend(environment: Any) -> bool:
-    """A rule that never matches, and counts."""
+    """A rule that only counts and never matches."""
     environment["steps"] -= 1
     if environment["steps"] < 0:
         raise _TooMany

@@ -1,4 +1,4 @@
-"""Two to four releases of a repository side by side: what differs."""
+"""Compares two to four releases of a repository side by side."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +26,8 @@ MOST = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ComparedScore:
-    """A release's score on a suite; against that of the first release, `comparison` as `scores.compare`."""
+    """A release's score on a suite. `comparison` is its difference from the first release's, as `scores.compare` states
+    it."""
 
     value: float
     change: float | None
@@ -53,7 +54,7 @@ def choose(
 def compare(
     named: RepositoryOf, versions: str, request: Request, resources: ResourcesOf, actor: PageReader
 ) -> Response:
-    """`versions` are two to four, with `...` between them; the first is what the others are compared with."""
+    """`versions` are two to four versions separated by `...`; the others are compared with the first."""
     wanted = versions.split(BETWEEN)
     if not 2 <= len(wanted) <= MOST or len(set(wanted)) < len(wanted):
         raise Usage(
@@ -84,7 +85,7 @@ def compare(
 
 
 def differing(columns: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Any]]]:
-    """Names whose values are not all the same, each with its value in every column, None where it has none."""
+    """The names whose values differ, each with its value in every column; None where it has none."""
     names = dict.fromkeys(name for column in columns for name in column)
     rows = [(name, [column.get(name) for column in columns]) for name in names]
     return [(name, values) for name, values in rows if any(value != values[0] for value in values)]
@@ -95,8 +96,8 @@ def _same(columns: Sequence[Mapping[str, Any]]) -> int:
 
 
 def score_rows(shown: Sequence[ReleaseOut]) -> list[tuple[str, list[ComparedScore | None]]]:
-    """Each suite's metric that at least one release has, with the score of every release on the same content, in the
-    order of the release that has the most."""
+    """Each metric of a suite for which at least one release has a score, with the scores of all releases on the same
+    content, in the order of the release with the most scores."""
     by_key = [{(score.suite_digest, score.metric): score for score in release.scores} for release in shown]
     most_first = sorted(by_key, key=len, reverse=True)
     names = {key: f"{score.suite}.{score.metric}" for column in most_first for key, score in column.items()}
@@ -121,7 +122,7 @@ def _measured(score: ScoreOut | None, first: ScoreOut | None) -> ComparedScore |
 
 
 def _facts(release: ReleaseOut) -> dict[str, Any]:
-    """The facts of a release, by the names that its page uses."""
+    """The facts of a release, under the names that its page uses."""
     facts, adapter, stated = release.adapter or release.model, release.adapter, release.provenance
     spectrum = adapter.spectrum if adapter else None
     listed: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""A release: can it be promoted, what does it change, where does it come from, where is it served."""
+"""A release: whether it can be promoted, what it changes, where it comes from and where it is served."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -47,7 +47,7 @@ ChannelQuery = Annotated[str | None, Query(max_length=64, description="The chann
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReleasePage:
-    """A release and what its page puts beside it. `before` is the next lower version that is not yanked."""
+    """A release and what its page compares it with. `before` is the next lower version that is not yanked."""
 
     release: ReleaseOut
     before: ReleaseOut | None
@@ -122,7 +122,7 @@ def show_commit(named: RepositoryOf, commit: str, resources: ResourcesOf, actor:
 def download_file(
     named: RepositoryOf, version: VersionOf, path: str, request: Request, resources: ResourcesOf, actor: PageReader
 ) -> Response:
-    """A file, as an attachment: no browser shows it as a page of this server."""
+    """A file, as an attachment, so that no browser shows it as a page of this server."""
     with resources.read() as session:
         file = releases.find_file(session, releases.find(session, named, version), path)
     name = quote(path.rpartition("/")[2], safe="")
@@ -144,7 +144,7 @@ def _to_release(resources: Resources, text: str) -> Response:
 def show_modules(
     named: RepositoryOf, version: VersionOf, request: Request, resources: ResourcesOf, actor: PageReader
 ) -> Response:
-    """The table of all modules, where there are too many for the release's page."""
+    """The table of all modules, for a release with too many for its page."""
     with resources.snapshot() as session:
         row = releases.find(session, named, version)
         spectrum = releases.spectrum_of(session, named, version, Kind.ADAPTER)
@@ -159,7 +159,7 @@ def show_modules(
 
 
 def _maps(spectrum: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """The maps of a release: how large its change is, and how much of its rank that uses."""
+    """The maps of a release: how large its change is, and how much of its rank it uses."""
     return [
         {"id": "size", "name": "Size of the change", "unit": "Frobenius norm", "cells": cells(spectrum, "norm")},
         {"id": "rank", "name": "Rank in use", "unit": "for 95 % of the energy", "cells": cells(spectrum, "rank_95")},
@@ -194,7 +194,7 @@ def _shown(session: Session, actor: Actor, named: RepositoryName, row: Release, 
 
 
 def _card_file(release: ReleaseOut) -> FileRow | None:
-    """The model card's file, if there is one of a size that a person reads. A release that was taken down has none."""
+    """The model card's file, if it is of a size that a person would read. A release that was taken down has none."""
     if release.taken_down:
         return None
     cards = (file for file in release.files if file.path == CARD and file.size_bytes <= card.MAX_BYTES)

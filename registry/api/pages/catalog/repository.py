@@ -83,7 +83,7 @@ def show_repository(
 
 
 def _changes(listed: Sequence[ReleaseOut]) -> dict[str, float]:
-    """By version, how the first score of a release differs from that of the release below it, on the same content."""
+    """How the first score of each release differs from that of the release below it on the same content, by version."""
     changes: dict[str, float] = {}
     for release, before in pairwise(listed):
         scored = {(score.suite_digest, score.metric): score.value for score in before.scores}
@@ -96,8 +96,8 @@ def _changes(listed: Sequence[ReleaseOut]) -> dict[str, float]:
 def _release_to_use(
     listed: Sequence[ReleaseOut], channels: Sequence[ChannelOut]
 ) -> tuple[ReleaseOut | None, str | None]:
-    """The listed release that the page explains how to use, and the channel that serves it: FIRST_CHOICE if it serves
-    one, else any other. Without such a channel, the newest release that is not yanked."""
+    """The listed release whose use the page explains, and the channel that serves it: FIRST_CHOICE if it serves one,
+    else any other. Without such a channel, the newest release that is not yanked."""
     for channel in sorted(channels, key=lambda channel: channel.channel != FIRST_CHOICE):
         for release in listed:
             if release.version == channel.version:

@@ -27,13 +27,13 @@ SHOWN, SUGGESTED, MOVES, COUNTED = 25, 25, 5, 100
 
 @dataclass(frozen=True, slots=True)
 class NotLoading:
-    """Releases that fit, but do not load in the requested server."""
+    """Releases that match, but that the requested server cannot load."""
 
     number: int
-    """Of the first COUNTED that fit; there may be more of them."""
+    """Their number among the first COUNTED matches; with `more`, there may be others."""
     more: bool
     query: str
-    """The search with them."""
+    """The address of the search that includes them."""
 
 
 @router.get("/")
@@ -79,7 +79,8 @@ def search(request: Request, resources: ResourcesOf, actor: PageCaller) -> Respo
 def known_adapters(
     request: Request, resources: Resources, actor: Actor, base: str | None = None
 ) -> list[tuple[str, str]]:
-    """Adapters to suggest, of a base if one is given: each repository's highest stable release, and its base."""
+    """Adapters to suggest, restricted to a base if one is given: each repository's highest stable release, and its
+    base."""
     given = [("latest", "true"), ("limit", str(SUGGESTED)), *([("base", base)] if base else [])]
     items = _read(_find(request, resources, actor, given))
     return [(release.name, release.base.name) for release in items]
@@ -105,7 +106,7 @@ def _rows(results: Results, serving: Mapping[int, list[str]]) -> dict[str, Any]:
 def _not_loading(
     request: Request, resources: Resources, actor: Actor, given: list[tuple[str, str]]
 ) -> NotLoading | None:
-    """The releases that the search leaves out because the server refuses them; None if it leaves out none."""
+    """The releases that the search omits because the server refuses them; None if it omits none."""
     if "loads_in" not in dict(given) or ("include", "refused") in given:
         return None
     asked = [*given, ("include", "refused")]

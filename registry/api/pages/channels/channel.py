@@ -1,4 +1,4 @@
-"""A channel: what it serves since when and why, what a promotion to it needs, and every move."""
+"""A channel: what it serves, since when and why, what a promotion to it needs, and all its moves."""
 
 from typing import Any
 
@@ -29,7 +29,7 @@ SHOWN, MAX_VERSIONS = 25, 50
 
 @router.get(CHANNEL)
 def show_channel(asked: ChannelRequestOf, actor: PageReader, cursor: Cursor = None) -> Response:
-    """A channel that nothing was promoted to yet has a page once it has a policy, or a promotion that waits."""
+    """A channel to which nothing has been promoted has a page once it has a policy or a waiting promotion."""
     named, channel = asked.named, asked.channel
     settle_overdue(asked.resources, named, None, channel)
     releaser = holds(actor, Role.RELEASER, str(named))
@@ -71,14 +71,14 @@ def _awaited(actor: Actor, named: RepositoryName, needed: ChannelPolicy, waiting
 
 
 def _promotable(session: Session, repository: Repository, serving: ChannelOut | None) -> list[str]:
-    """The highest versions that may be promoted to the channel, but for the one that it serves."""
+    """The highest versions that may be promoted to the channel, except the one that it serves."""
     served = serving.version if serving else None
     highest = releases.list_page(session, repository, before="", limit=MAX_VERSIONS)
     return [release.version for release in highest if not release.yanked and release.version != served]
 
 
 _EMPTY: dict[str, Any] = {"serving": None, "move": None, "since": None, "timeline": [], "more": None, "rollout": None}
-"""What `_moved` has of a channel without moves."""
+"""The values of `_moved` for a channel without moves."""
 
 
 def _moved(session: Session, actor: Actor, repository: Repository, channel: str, cursor: str | None) -> dict[str, Any]:

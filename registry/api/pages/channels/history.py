@@ -19,9 +19,9 @@ from registry.formats.references import nearest
 router = APIRouter(route_class=PageRoute)
 
 SHOWN = 400
-"""Versions, of 60 kB."""
+"""The maximum number of versions on a page, 60 kB."""
 MAX_DRAWN = 30
-"""More versions are plotted by a script, which can zoom."""
+"""Above this number, a script that can zoom plots the versions."""
 MetricQuery = Annotated[str | None, Query(max_length=150, description="SUITE.METRIC; the first one if not given.")]
 
 
@@ -60,7 +60,7 @@ def _metrics(session: Session, repository: Repository) -> dict[str, Score]:
 
 
 def _chosen(known: dict[str, Score], metric: str | None) -> str:
-    """The name of the metric to show, empty if there is none."""
+    """The name of the metric to show; empty if there is none."""
     if metric is None:
         return next(iter(known), "")
     if metric not in known:

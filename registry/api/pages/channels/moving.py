@@ -1,7 +1,8 @@
-"""Forms that move a channel: promotion, with its gates judged before, and rollback.
+"""Forms that move a channel: promotion, with its gates judged beforehand, and rollback.
 
 Each form carries the move that its page showed. If the channel has moved since, nothing happens, and the page shows
-what it serves now."""
+what it serves now.
+"""
 
 from fastapi import APIRouter, Response
 
@@ -23,18 +24,18 @@ from registry.wire.quality import PromoteIn, RollbackIn
 router = APIRouter(route_class=PageRoute)
 
 SHOWN = 200
-"""The most versions that a rollback may choose from."""
+"""The maximum number of versions that the rollback form offers."""
 
 
 @router.get(CHANNEL + "/promote")
 def show_promotion(asked: ChannelRequestOf, version: VersionOf, actor: PageReleaser) -> Response:
-    """The outcome of the promotion, judged now, and the form that makes it."""
+    """The outcome of a promotion, judged now, and the form that requests it."""
     return _promotion_page(asked, actor, PromotionRequest(asked.named, version, asked.channel))
 
 
 @router.post(CHANNEL + "/promote")
 def promote(asked: ChannelRequestOf, actor: PageReleaser, form: FormOf) -> Response:
-    """Promotes as REST does, and goes on to the channel's page."""
+    """Promotes as REST does, then redirects to the channel's page."""
     force, reason = form.get("force") == "yes", form.get("reason", "").strip()
     body: PromoteIn = validated(PromoteIn, {"version": form.get("version", ""), "reason": reason, "force": force})
     wanted = PromotionRequest(
@@ -63,7 +64,7 @@ def show_rollback(asked: ChannelRequestOf, actor: PageReleaser) -> Response:
 
 @router.post(CHANNEL + "/rollback")
 def roll_back(asked: ChannelRequestOf, actor: PageReleaser, form: FormOf) -> Response:
-    """Rolls back as REST does, and goes on to the channel's page."""
+    """Rolls back as REST does, then redirects to the channel's page."""
     reason = form.get("reason", "").strip()
     body: RollbackIn = validated(RollbackIn, {"to": form.get("to") or None, "reason": reason})
     to, expected = parse_version(body.to) if body.to else None, Expected(number_shown(form, "expected"))

@@ -68,7 +68,7 @@ router = APIRouter(route_class=PageRoute)
 
 @router.get(CHANNEL + "/policy")
 def show_policy_form(asked: ChannelRequestOf, actor: PageAdmin) -> Response:
-    """The policy that is set, to change."""
+    """The current policy, in a form that changes it."""
     with asked.resources.read() as session:
         policy, revision = policies.find(session, repositories.find(session, asked.named), asked.channel)
     return _page(asked, yaml.safe_dump(policy.to_json(), sort_keys=False, allow_unicode=True), revision)
@@ -76,7 +76,8 @@ def show_policy_form(asked: ChannelRequestOf, actor: PageAdmin) -> Response:
 
 @router.post(CHANNEL + "/policy")
 def set_policy(asked: ChannelRequestOf, actor: PageAdmin, form: FormOf) -> Response:
-    """Replaces the policy as REST does, and goes on to the channel's page. Raises Stale if it has changed since."""
+    """Replaces the policy as REST does, then redirects to the channel's page. Raises Stale if the policy has changed
+    since."""
     text, revision = form.get("policy", ""), number_shown(form, "revision")
     try:
         policy = parse_policy(text, "policy")

@@ -1,4 +1,4 @@
-"""Forms about the promotion that a channel waits for: one approves it, one cancels it.
+"""Forms that approve or cancel the waiting promotion of a channel.
 
 Each form carries the promotion that its page showed. If that one has ended, nothing happens, and the page shows it.
 """
@@ -37,7 +37,7 @@ def show_approval(asked: ChannelRequestOf, actor: PagePublisher) -> Response:
 
 @router.post(CHANNEL + "/approve")
 def approve(asked: ChannelRequestOf, actor: PagePublisher, form: FormOf) -> Response:
-    """Approves as REST does, with the role that the policy requires, and goes on to the channel's page."""
+    """Approves as REST does, with the role that the policy requires, then redirects to the channel's page."""
     try:
         with asked.resources.write() as session:
             promotion = _shown(session, asked, form)
@@ -59,7 +59,7 @@ def show_cancellation(asked: ChannelRequestOf, actor: PageReleaser) -> Response:
 
 @router.post(CHANNEL + "/cancel")
 def cancel(asked: ChannelRequestOf, actor: PageReleaser, form: FormOf) -> Response:
-    """Cancels as REST does, and goes on to the channel's page."""
+    """Cancels as REST does, then redirects to the channel's page."""
     try:
         with asked.resources.write() as session:
             promotions.cancel(session, actor, _shown(session, asked, form))
@@ -69,7 +69,7 @@ def cancel(asked: ChannelRequestOf, actor: PageReleaser, form: FormOf) -> Respon
 
 
 def _shown(session: Session, asked: ChannelRequest, form: Form) -> Promotion:
-    """The promotion that the form's page showed, which still waits."""
+    """Returns the promotion that the form's page showed, if it still waits."""
     repository = repositories.find(session, asked.named)
     promotion = pending.find(session, repository, asked.channel, number_shown(form, "promotion"))
     pending.refuse_ended(promotion)

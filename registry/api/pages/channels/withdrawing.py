@@ -1,4 +1,5 @@
-"""Forms that withdraw a release: a yank, which channels and ranges skip, and a deprecation, which blocks nothing."""
+"""Forms that withdraw a release: a yank, after which channels and ranges skip it, and a deprecation, which blocks
+nothing."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -53,25 +54,25 @@ Change = Callable[[Session, Actor, Release, Form], None]
 
 @router.get(RELEASE + "/yank")
 def show_yank(asked: WithdrawalOf) -> Response:
-    """Explains a yank, with the form for it; of a yanked release, the form that undoes it."""
+    """Explains a yank, and shows its form; for a yanked release, the form that undoes it."""
     return _page(asked, YANK_FORM)
 
 
 @router.post(RELEASE + "/yank")
 def yank(asked: WithdrawalOf, form: FormOf) -> Response:
-    """Yanks as REST does, or undoes it, and goes on to the release's page."""
+    """Yanks as REST does, or undoes a yank, then redirects to the release's page."""
     return _withdraw(asked, form, YANK_FORM, _yank)
 
 
 @router.get(RELEASE + "/deprecate")
 def show_deprecation(asked: WithdrawalOf) -> Response:
-    """Explains a deprecation, with the form for it."""
+    """Explains a deprecation, and shows its form."""
     return _page(asked, "deprecate.html")
 
 
 @router.post(RELEASE + "/deprecate")
 def deprecate(asked: WithdrawalOf, form: FormOf) -> Response:
-    """Deprecates as REST does, or undoes it, and goes on to the release's page."""
+    """Deprecates as REST does, or undoes a deprecation, then redirects to the release's page."""
     return _withdraw(asked, form, "deprecate.html", _deprecate)
 
 
@@ -89,7 +90,7 @@ def _deprecate(session: Session, actor: Actor, release: Release, form: Form) -> 
 
 
 def _withdraw(asked: Withdrawal, form: Form, template: str, change: Change) -> Response:
-    """Does it and goes on to the release's page; if it is refused, shows the form again with the reason."""
+    """Runs the action and redirects to the release's page; if it is refused, shows the form again with the reason."""
     try:
         with asked.resources.write() as session:
             change(session, asked.actor, releases.find(session, asked.named, asked.version), form)
@@ -112,7 +113,7 @@ def _preview(asked: Withdrawal) -> list[ServedChange] | None:
 
 
 def _page(asked: Withdrawal, template: str, error: RegistryError | None = None) -> Response:
-    """The form; for a yank, with the release that each channel would serve."""
+    """The form; for a yank, it shows the release that each channel would serve."""
     changes = _preview(asked) if template == YANK_FORM else None
     with asked.resources.snapshot() as session:
         row = releases.find(session, asked.named, asked.version)

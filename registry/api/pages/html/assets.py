@@ -1,4 +1,4 @@
-"""Style sheets and scripts, each at an address with its digest, so that browsers may keep it for good."""
+"""Style sheets and scripts. Their addresses contain their digests, so browsers may cache them for good."""
 
 import hashlib
 from functools import cache
@@ -14,7 +14,7 @@ router = APIRouter()
 
 @cache
 def address(name: str) -> str:
-    """The address of an asset with its present content."""
+    """The address of an asset with its current content."""
     digest = hashlib.sha256((DIRECTORY / name).read_bytes()).hexdigest()[:16]
     return f"/static/{digest}/{name}"
 

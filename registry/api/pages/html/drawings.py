@@ -1,6 +1,6 @@
-"""Drawings as SVG, coloured by classes alone: the content security policy forbids styles in attributes.
+"""Drawings as SVG, coloured by classes alone, because the content security policy forbids styles in attributes.
 
-Each has a title that describes it, and a size, so that nothing moves while a page loads.
+Each has a title that describes it, and a size, so that the page does not shift while it loads.
 """
 
 import re
@@ -17,14 +17,14 @@ from registry.database.tables import Base
 from registry.domain.catalog import bases
 
 _STEPS = 7
-"""Strengths of a colour, the first next to none."""
+"""The number of strengths of a colour; the first is barely visible."""
 _LABELS_PX, _ROW_GAP_PX = 72, 1
 MAX_HOVER = 300
-"""Cells that can be asked for their values, of 28 kB."""
+"""The most cells that show their values on hover, which takes 28 kB."""
 _MODEL_ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""Kinds of module as a layer runs them; a map has other kinds below these, by name."""
+"""Kinds of module in the order in which a layer runs them; a map lists other kinds below these, by name."""
 Cell = tuple[str, int]
-"""Kind of module and layer."""
+"""The kind of a module, and its layer."""
 _MARKS = {
     "ok": "M3 9.5 7.5 14 15 4.5",
     "bad": "M4 4 14 14M14 4 4 14",
@@ -35,7 +35,7 @@ _MARKS = {
 
 
 def mark(kind: str) -> Markup:
-    """A small sign beside a word: `ok`, `bad`, `warn`, `none` or `copy`."""
+    """The icon beside a word: `ok`, `bad`, `warn`, `none` or `copy`."""
     return Markup('<svg class="mark" viewBox="0 0 18 18" aria-hidden="true"><path d="{}"/></svg>').format(_MARKS[kind])
 
 
@@ -148,13 +148,13 @@ def layer_map(
     hover: bool = True,
     signed: bool = False,
 ) -> Markup:
-    """Kinds of module by layers, the stronger the larger the value, the strongest colour at `top` or the largest value
-    if that is more. Cells without a value show a point. Where `signed`, zero has no colour, and values below it have
-    others than those above.
+    """A map of kinds of module by layers: the larger the value, the stronger the colour. The strongest colour stands
+    for `top`, or for the largest value if that is larger. Cells without a value show a point. If `signed`, zero has no
+    colour, and negative values have a different colour from positive ones.
 
-    `frame` are cells whose rows and columns the map has too: maps side by side have the same ones, and the same `top`.
-    Each cell says its value on `hover`: for one map a page of at most MAX_HOVER cells, since that takes a hundred bytes
-    a cell, and others a tenth.
+    `frame` are cells whose rows and columns the map also includes, so that maps side by side share them, as they share
+    `top`. With `hover`, each cell shows its value. Use it for one map on a page, of at most MAX_HOVER cells: it takes a
+    hundred bytes for each cell instead of ten.
     """
     if not cells:
         return Markup("")
@@ -198,7 +198,7 @@ def _hovering(
 
 
 def _in_paths(colours: Mapping[Cell, str], kinds: Sequence[str], side: int) -> Iterator[str]:
-    """A path for each colour."""
+    """The cells, in one path for each colour."""
     drawn: dict[str, list[str]] = {}
     for (kind, layer), colour in colours.items():
         x, y = _at(kinds.index(kind), layer, side)
@@ -224,14 +224,14 @@ def _at(row: int, layer: int, side: int) -> tuple[int, int]:
 
 
 def key(top: float, unit: str = "") -> Markup:
-    """The colours of a map from zero to `top`."""
+    """The key of a map with values from zero to `top`."""
     parts = [f'<rect class="c{step}" x="{18 * step - 18}" y="0" width="18" height="12"/>' for step in range(1, 8)]
     parts.append(f'<text x="0" y="25">0</text><text x="126" y="25" text-anchor="end">{top:.3g}{escape(unit)}</text>')
     return _svg(f"Key: no colour is 0, the strongest {top:.3g}{unit}", 128, 28, "".join(parts), "key")
 
 
 def signed_key(top: float) -> Markup:
-    """The colours of a map from -`top` to `top`."""
+    """The key of a map with values from -`top` to `top`."""
     steps = [*(f"c{step}" for step in range(_STEPS, 0, -1)), "z", *(f"h{step}" for step in range(1, _STEPS + 1))]
     parts = [
         f'<rect class="{step}" x="{14 * number}" y="0" width="14" height="12"/>' for number, step in enumerate(steps)
@@ -244,7 +244,7 @@ def signed_key(top: float) -> Markup:
 
 
 def loss(row: LossLine, axis: tuple[float, float]) -> Markup:
-    """A loss with its interval, cut at the ends of the axis, beside zero and what is tolerated, a dashed line."""
+    """A loss with its interval, clipped to the axis, beside zero and the tolerated loss, a dashed line."""
     left, right, height, (low, high) = 6.0, 164.0, 18, axis
     kind = {"warn": "loss", "undecided": "open"}.get(row.verdict, "now")
     start, end = (row.loss if bound is None else bound for bound in (row.low, row.high))
@@ -271,7 +271,7 @@ def _bars(rows: Sequence[Interval], x: Callable[[float], float]) -> Iterator[str
 
 
 def axis_end(values: Sequence[float]) -> float:
-    """The end of an axis from 0 that holds all values: a number of two digits."""
+    """The end of an axis that begins at 0 and includes all values, rounded up to two digits."""
     largest = max((abs(value) for value in values), default=0.0)
     if largest <= 0:
         return 1.0
@@ -280,7 +280,7 @@ def axis_end(values: Sequence[float]) -> float:
 
 
 def _colour(value: float, top: float, *, signed: bool) -> str:
-    """A class: `z` without colour, or a strength of one of two colours."""
+    """The CSS class of a value: `z` for no colour, else a strength of one of two colours."""
     if not signed:
         return f"c{max(1, min(_STEPS, round(_STEPS * value / top)))}" if value > 0 else "z"
     step = min(_STEPS, round(_STEPS * abs(value) / top)) if top else 0
@@ -297,14 +297,14 @@ def _svg(title: str, width: float, height: float, content: str, kind: str = "") 
 
 
 MAX_ROWS = 256
-"""Modules in the table of a release's page, of 40 kB; more have a page of their own."""
+"""The most modules in the table on a release's page, 40 kB; a longer table has its own page."""
 MAX_TENSORS, MAX_KINDS = 5_000, 40
-"""Of a base whose modules a map shows whether they are adapted or not: one of many experts has more."""
+"""The most modules of a base for which a map shows which ones are adapted: a base with many experts has more."""
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.(.+)")
 
 
 def cells(spectrum: Mapping[str, Any] | None, measure: str) -> dict[Cell, float]:
-    """A measure of the modules by kind and layer; modules outside of layers are left to the table."""
+    """A measure of the modules by kind and layer, without modules outside of layers, which only the table shows."""
     cells: dict[Cell, float] = {}
     for module in spectrum["modules"] if spectrum else ():
         if cell := cell_of(module["module"]):
@@ -313,7 +313,7 @@ def cells(spectrum: Mapping[str, Any] | None, measure: str) -> dict[Cell, float]
 
 
 def frame_of(session: Session, base: Base) -> set[Cell]:
-    """The matrices of a base's layers, which an adapter could change; empty for a base with more than a map shows."""
+    """The matrices in a base's layers that an adapter could change; empty if there are more than a map shows."""
     if base.tensor_count > MAX_TENSORS:
         return set()
     tensors = bases.architecture(session, base.digest).tensors

@@ -1,4 +1,5 @@
-"""The cookie of a session, and forms: only those of this server's own pages, and of the session that loaded them.
+"""The cookie of a session, and the check that forms come from this server's own pages and from the session that loaded
+them.
 
 `PageRoute` checks every request that changes something. Templates put `parts.csrf()` into each form that is posted.
 """
@@ -20,11 +21,11 @@ from registry.api.http.rules import callers_of
 from registry.errors import Invalid, NotAllowed
 
 COOKIE = "__Host-adaptory"
-"""Browsers send it only by https, to this host alone, and no script reads it."""
+"""Browsers send it only over https and to this host alone, and no script can read it."""
 FORM_TOKEN = "form_token"  # noqa: S105  (the name of a field)
 MAX_FORM_BYTES = 64 << 10
 MAX_FIELDS = 400
-"""A recipe of 64 inputs has three for each."""
+"""A recipe of 64 inputs has three fields for each."""
 MAX_NEXT = 2000
 
 _OWN_PATH = re.compile(r"/(?![/\\])[\x21-\x5b\x5d-\x7e]*")
@@ -34,12 +35,12 @@ Form = ImmutableMultiDict[str, str]
 
 
 def session_of(request: Request) -> str:
-    """The secret in the cookie; empty for a stranger."""
+    """The secret in the cookie; empty without a session."""
     return request.cookies.get(COOKIE, "")
 
 
 def keep_session(response: Response, secret: str, expires_at: datetime | None, now: datetime) -> None:
-    """Gives the browser the cookie of a session, for as long as that lasts."""
+    """Sets the cookie of a session in the browser, for as long as the session lasts."""
     lasts_s = int((expires_at - now).total_seconds()) if expires_at is not None else None
     set_cookie(response, COOKIE, secret, lasts_s)
 
@@ -49,13 +50,13 @@ def drop_session(response: Response) -> None:
 
 
 def set_cookie(response: Response, name: str, value: str, lasts_s: int | None) -> None:
-    """A cookie for this host alone, by https, that no script reads."""
+    """Sets a cookie for this host alone, sent over https, that no script can read."""
     response.set_cookie(name, value, max_age=lasts_s, path="/", secure=True, httponly=True, samesite="lax")
 
 
 def number_shown(form: Form, field: str) -> int:
-    """The number of the move or revision that the form's page showed, 0 if there was none. Raises Invalid if the field
-    has no number."""
+    """The number of the move or revision that the form's page showed; 0 if there was none. Raises Invalid if the field
+    does not contain a number."""
     text = form.get(field, "")
     if not text.isascii() or not text.isdecimal() or len(text) > 18:
         raise Invalid("bad_request", "The form does not say what its page showed.", next_step="Load the page again.")
@@ -63,14 +64,14 @@ def number_shown(form: Form, field: str) -> int:
 
 
 def is_private(request: Request) -> bool:
-    """Whether a browser keeps the cookie, and nobody on the way reads the secret: by https, or within this machine.
-    `ADAPTORY_TRUSTED_PROXIES` names the proxies that are believed about the scheme."""
+    """Whether browsers keep the cookie and nobody on the way can read its secret: over https, or within this machine.
+    `ADAPTORY_TRUSTED_PROXIES` names the proxies whose statement about the scheme counts."""
     return request.url.scheme == "https" or is_loopback(request.url.hostname or "")
 
 
 def form_token(request: Request) -> str:
-    """The token that a posted form has to carry: bound to the session's secret, and for the only user of a server to
-    one of its processes. A stranger has nothing to protect, and an empty one."""
+    """The token that a posted form must contain. It is bound to the session's secret, or, on a single-user server, to
+    one of its processes. Without a session there is nothing to protect, and the token is empty."""
     if callers_of(request).single_user:
         secret = bytes(multiprocessing.current_process().authkey)  # random, and the same in processes started by one
     else:
@@ -79,7 +80,8 @@ def form_token(request: Request) -> str:
 
 
 async def read_form(request: Request) -> Form:
-    """The fields of a form of this server's own pages. Raises NotAllowed for one of another site or session."""
+    """Reads the fields of a form from one of this server's own pages. Raises NotAllowed for a form of another site or
+    session."""
     refuse_longer(request, "form", MAX_FORM_BYTES, "Send less; the command line has no such limit.")
     form = _parsed(request, await document(request))
     if not hmac.compare_digest(form.get(FORM_TOKEN, "").encode(), form_token(request).encode()):
@@ -88,7 +90,7 @@ async def read_form(request: Request) -> Form:
 
 
 def refuse_other_site(request: Request) -> None:
-    """Raises NotAllowed unless a page of this server sent the request: every browser states it in one of two
+    """Raises NotAllowed unless a page of this server sent the request, which every browser states in one of two
     headers."""
     site, origin = request.headers.get("sec-fetch-site"), request.headers.get("origin")
     own = f"{request.url.scheme}://{request.headers.get('host', '')}"
@@ -104,7 +106,7 @@ def refuse_other_site(request: Request) -> None:
 
 
 def own_path(text: str) -> str:
-    """The path where somebody goes on after signing in: of this server, or else the first page."""
+    """The path to return to after signing in, if it is one of this server; else the first page."""
     return text if len(text) <= MAX_NEXT and _OWN_PATH.fullmatch(text) else "/"
 
 

@@ -1,4 +1,4 @@
-"""Reports of gates as pages show them: each rule with its mark, and where the value lies beside the limit."""
+"""Prepares reports of gates for pages: each rule with its mark, and its value relative to the limit."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,8 +13,8 @@ from registry.wire.quality import GateResultOut, PromotionGateOut
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GateLine:
-    """A rule's result. `kind` is that of its mark; value, limit and drawing are None where there is only
-    the sentence `detail`: of a rule without a score, or of a move from before results had numbers."""
+    """A rule's result. `kind` selects its mark. Value, limit and drawing are None if there is only the sentence
+    `detail`: for a rule without a score, and for a move from before results contained numbers."""
 
     rule: str
     kind: str

@@ -1,4 +1,4 @@
-"""Renders templates into answers, with the headers that protect them."""
+"""Renders templates into responses, with the headers that protect them."""
 
 import re
 from datetime import UTC, datetime
@@ -34,7 +34,7 @@ HEADERS = {
     "Cache-Control": "private, no-store",
     "Vary": "Cookie, Accept",
 }
-"""Of every answer of a page: `PageRoute` adds them."""
+"""The headers of every page; `PageRoute` adds them."""
 _METHODS = frozenset(dir(dict))
 _CODE = re.compile("`([^`]+)`")
 _MINUS = "\N{MINUS SIGN}"
@@ -78,19 +78,20 @@ def page_about(
 
 
 def redirect(address: str, status: int = 303) -> Response:
-    """A redirect; with 303, the default, the browser loads a page after a form, and a reload does not post again."""
+    """A redirect. After the default, 303, the browser loads a page, and reloading it does not post the form again."""
     return RedirectResponse(address, status)
 
 
 def _sign_in(request: Request) -> str:
-    """The address of the login page, which leads back to this one."""
+    """The address of the login page, which returns to this page."""
     here = request.url.path + (f"?{request.url.query}" if request.url.query else "")
     returns = request.method in SAFE_METHODS and here != "/" and not here.startswith(("/login", "/logout"))
     return f"/login?{urlencode({'next': here})}" if returns else "/login"
 
 
 class _Environment(Environment):
-    """Looks names up in a document first. An attribute that a dict lacks raises: that took a quarter of the time."""
+    """Looks names up in a document before its attributes: raising for each missing attribute of a dict took a quarter
+    of the time."""
 
     def getattr(self, obj: Any, attribute: str) -> Any:
         if type(obj) is dict and attribute in obj and attribute not in _METHODS:
@@ -132,7 +133,7 @@ def moment(at: datetime | str) -> str:
 
 
 def day(at: datetime | str) -> str:
-    """The day of a time, in UTC, for tables of many: `28 Nov 2026`."""
+    """The day of a time, in UTC, for long tables: `28 Nov 2026`."""
     return f"{_parsed(at):%-d %b %Y}"
 
 
@@ -165,7 +166,7 @@ def change(value: float, digits: int = 3) -> str:
 
 
 def coded(message: str) -> Markup:
-    """A message with what it has between backticks, for terminals, as code."""
+    """A message in which text between backticks, for terminals, becomes code."""
     parts = _CODE.split(message)
     return Markup("").join(
         Markup("<code>{}</code>").format(part) if at % 2 else escape(part) for at, part in enumerate(parts)
@@ -173,7 +174,7 @@ def coded(message: str) -> Markup:
 
 
 def vllm_rank(rank: int) -> int:
-    """The lowest `--max-lora-rank` of vLLM for a rank: it knows a few values."""
+    """The lowest `--max-lora-rank` of vLLM that fits a rank: vLLM accepts only a few values."""
     return next((known for known in VLLM_RANKS if known >= rank), rank)
 
 

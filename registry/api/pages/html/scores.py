@@ -19,9 +19,9 @@ from registry.wire.quality import ScoreOut
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreLine:
-    """A suite's metric: values, and whether this release is `better` or `worse` than the one before, `none shown` if
-    the difference is within its error, empty without one before. `cost` compares a guard with the base, in
-    words."""
+    """A metric of a suite: its values, and whether this release is `better` or `worse` than the previous one, `none
+    shown` if the difference is within its error, or empty without a previous one. `cost` states in words how a guard
+    compares with the base."""
 
     name: str
     n: int
@@ -39,7 +39,8 @@ class ScoreLine:
 
 
 VERSIONS, POINTS = 30, 150
-"""Of a release's history: the newest versions; and of all metrics together, 20 kB. Others are on the history's page."""
+"""The most versions in the history of a metric, the newest ones, and in that of all metrics, 20 kB. The history's own
+page has the others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,7 @@ def interval(score: ScoreOut | Value) -> tuple[float, float]:
 
 
 def axis(metric: str, rows: Sequence[Interval]) -> tuple[float, float]:
-    """The ends of an axis that holds all rows: 0 to 1 for a share of examples."""
+    """The ends of an axis that contains all rows: 0 to 1 for a share of examples."""
     if metric == "accuracy":
         return 0.0, 1.0
     return min(0.0, *(row.low for row in rows)), drawings.axis_end([row.high for row in rows])
@@ -82,13 +83,14 @@ def compare(now: ScoreOut, before: ScoreOut) -> str:
 
 
 def lines(now: Sequence[ScoreOut], before: Sequence[ScoreOut], base: Sequence[ScoreOut]) -> list[ScoreLine]:
-    """A line for each score of this release, in the order of suites; others are compared on the same content only."""
+    """A line for each score of this release, in the order of suites; other scores count only if measured on the same
+    content."""
     earlier, of_base = _by_key(before), _by_key(base)
     return [_line(score, earlier.get(_key(score)), of_base.get(_key(score))) for score in now]
 
 
 def histories(session: Session, release: Release) -> list[History]:
-    """The history of each metric over the versions of the repository, where others have it too."""
+    """The history of each metric over the versions of the repository, if others have it too."""
     series: dict[str, list[Value]] = {}
     for score in stored.of_release(session, release, limit=VERSIONS):
         series.setdefault(f"{score.suite}.{score.metric}", []).append(score)

@@ -24,14 +24,14 @@ from registry.transfer.resources import Resources
 
 @dataclass(frozen=True, slots=True)
 class PageRule(Rule):
-    """A rule for a page: only the cookie identifies the caller. Tokens are for REST."""
+    """The rule of a page. Only the cookie identifies the caller; tokens are for REST."""
 
     def credentials(self, request: Request) -> Credentials:
         return replace(Rule.credentials(self, request), authorization="", session=session_of(request))
 
 
 ERRORS = (RegistryError, ComposerError, RequestValidationError)
-"""What a page may raise: shown as a page, or beside the form that led to it."""
+"""Errors that a page may raise: shown as a page, or beside the form that caused them."""
 PageReader = Annotated[Actor, Depends(PageRule(Where.NAMESPACE, Role.READER))]
 PagePublisher = Annotated[Actor, Depends(PageRule(Where.NAMESPACE, Role.PUBLISHER))]
 PageReleaser = Annotated[Actor, Depends(PageRule(Where.NAMESPACE, Role.RELEASER))]
@@ -41,8 +41,8 @@ PageCaller = Annotated[Actor, Depends(PageRule(Where.INSIDE))]
 
 
 class PageRoute(Route):
-    """Shows errors as pages, to those who ask for pages. Takes a form only from a page of this server and of the
-    caller's own session (`forms`), and reads it only for callers whom the route's rule lets in."""
+    """Shows errors as pages to browsers. Accepts a form only from a page of this server and of the caller's own session
+    (`forms`), and reads it only after the route's rule has admitted the caller."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         methods = set(options.pop("methods", None) or {"GET"})
@@ -76,12 +76,12 @@ class PageRoute(Route):
 
 
 def parses(*names: str) -> dict[str, Any]:
-    """`openapi_extra` of a page that reads these parameters from the query by itself: any other one is refused."""
+    """The `openapi_extra` of a page that reads these query parameters itself; all others are refused."""
     return {"parameters": [{"name": name, "in": "query"} for name in names]}
 
 
 def error_page(request: Request, error: RegistryError, status: int | None = None) -> Response:
-    """The page of an error. What a caller may not see is a 404, like what does not exist."""
+    """The page of an error. What a caller may not see is a 404, as if it did not exist."""
     response = page(request, "error.html", status=status or error.status, error=error)
     for name, value in HEADERS.items():
         response.headers[name] = value

@@ -9,12 +9,12 @@ from urllib.parse import urlencode
 
 DEFAULT_METHOD = "stack"
 Fields = Sequence[tuple[str, str]]
-"""Names and values of an address or a form, in order."""
+"""The names and values of a query or a form, in order."""
 
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """`members` are references with their weights, and `settings` NAME=VALUE, all as they were written."""
+    """`members` are references with their weights, and `settings` are NAME=VALUE, both as they were written."""
 
     members: tuple[tuple[str, str], ...] = ()
     method: str = DEFAULT_METHOD
@@ -31,8 +31,8 @@ class Chosen:
 
     @classmethod
     def of_form(cls, fields: Fields) -> Self:
-        """From `adapter` and `weight` for each row, and `settings` between spaces. A row without an adapter is left
-        out, and so is the one that `drop` numbers."""
+        """Reads `adapter` and `weight` of each row, and `settings` separated by spaces. Omits rows without an adapter,
+        and the row with the number `drop`."""
         given = dict(fields)
         rows = zip(values_of(fields, "adapter"), values_of(fields, "weight"), strict=False)
         return cls(
@@ -46,7 +46,7 @@ class Chosen:
         )
 
     def document(self) -> dict[str, object]:
-        """The body of REST's conflict check. A weight that is not a number stays text, which REST refuses."""
+        """The body of a conflict check of REST. A weight that is not a number stays text, which REST refuses."""
         settings = {name: value for name, _, value in (setting.partition("=") for setting in self.settings)}
         inputs = [{"adapter": adapter, "weight": _number(weight)} for adapter, weight in self.members]
         return {"inputs": inputs, "method": self.method, "settings": settings}
@@ -61,11 +61,11 @@ class Chosen:
         return f"{path}?{urlencode(parameters, safe='/:@*=,^')}" if parameters else path
 
     def with_method(self, method: str) -> Self:
-        """Another method, without the settings of this one."""
+        """This choice with another method, without the settings of the current one."""
         return replace(self, method=method, settings=())
 
     def with_setting(self, setting: str) -> Self:
-        """With NAME=VALUE, in the place of another value."""
+        """This choice with the setting NAME=VALUE, which replaces any other value of NAME."""
         others = [other for other in self.settings if other.partition("=")[0] != setting.partition("=")[0]]
         return replace(self, settings=(*others, setting))
 

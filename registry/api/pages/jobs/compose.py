@@ -27,14 +27,15 @@ from registry.transfer.resources import Resources
 router = APIRouter(route_class=PageRoute)
 
 FIRST_METHOD = "mean"
-"""Of an empty form: of all methods that need no examples, it keeps most of the worst member."""
+"""The method of an empty form: among those that need no examples, it preserves most of the worst member."""
 SPARE_ROWS, MORE_ROWS, MAX_SUITES = 2, 6, 60
 
 
 @router.get("/compose", openapi_extra=parses("with", "method", "set", "probe", "optimize", "composition"))
 @in_search_threads
 def show_compose(request: Request, resources: ResourcesOf, actor: PageContributor) -> Response:
-    """A recipe for the adapters of the address, or the recipe of a composition, with the options of the address."""
+    """A form with a recipe for the adapters in the address, or with the recipe of a composition and the options in the
+    address."""
     given = parse_qsl(request.url.query)
     form = RecipeForm.of_document(_document(resources, actor, given))
     return _page(request, resources, actor, form)
@@ -42,8 +43,8 @@ def show_compose(request: Request, resources: ResourcesOf, actor: PageContributo
 
 @router.post("/compose")
 def compose(request: Request, resources: ResourcesOf, actor: PageContributor, form: FormOf) -> Response:
-    """Plan or compose as REST does, and go on to the composition's page. Without either word, show the form again: with
-    more rows, with the settings of another method, or as text."""
+    """Plan or compose as REST does, then redirect to the composition's page. Any other button shows the form again:
+    with more rows, with the settings of another method, or as text."""
     filled, do = RecipeForm.of_fields(form.multi_items()), form.get("do", "")
     if do not in ("plan", "compose"):
         shown = replace(filled, recipe=as_yaml(filled.document())) if do == "text" else filled
@@ -56,7 +57,7 @@ def compose(request: Request, resources: ResourcesOf, actor: PageContributor, fo
 
 
 def _document(resources: Resources, actor: Actor, given: Fields) -> dict[str, Any]:
-    """The recipe to begin with."""
+    """The recipe that the form shows first."""
     options, chosen = dict(given), Chosen.of_address(given)
     if source := options.get("composition"):
         document = _recipe_of(resources, actor, source)

@@ -1,4 +1,4 @@
-"""Will these adapters fight? Some of one base are chosen in the address, and their conflict report is shown."""
+"""Conflict reports of adapters on one base, which the address names."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -29,9 +29,9 @@ from registry.wire.work import MAX_CHECKED, ConflictsIn, ConflictsOut
 router = APIRouter(route_class=PageRoute)
 
 WAIT = "wait"
-"""Asked by the page itself, while a report is computed."""
+"""The parameter of the page's own requests while a report is computed."""
 FIELDS = ("adapter", "weight")
-"""Of the form, whose address a redirect makes short."""
+"""The parameters of the form; a redirect shortens the address that they make."""
 
 
 @router.get("/conflicts", openapi_extra=parses("with", "method", "set", "show", WAIT, *FIELDS, "settings", "drop"))
@@ -47,7 +47,7 @@ def show_conflicts(request: Request, resources: ResourcesOf, actor: PageCaller) 
 
 @router.post("/conflicts")
 def request_conflicts(request: Request, resources: ResourcesOf, actor: PageCaller, form: FormOf) -> Response:
-    """Request the check as REST does, and go on to its page."""
+    """Request the check as REST does, then redirect to its page."""
     chosen = Chosen.of_form(form.multi_items())
     try:
         lock, _ = last_check(resources, actor, validated(ConflictsIn, chosen.document()))
@@ -95,14 +95,14 @@ def _page(
 
 
 def _beside_form(error: Exception) -> RegistryError:
-    """An error that the form can mend. Raises the one that signing in mends."""
+    """Returns an error that the form can fix. Raises one that signing in fixes."""
     if isinstance(error, Unauthenticated):
         raise error
     return as_registry_error(error)
 
 
 def _recipe(chosen: Chosen) -> str:
-    """A recipe in YAML that combines them so."""
+    """A recipe in YAML for this combination."""
     document: Mapping[str, Any] = chosen.document()
     return yaml.safe_dump({name: value for name, value in document.items() if value}, sort_keys=False)
 

@@ -1,4 +1,4 @@
-"""Jobs, and compositions: how far they are, why they ended, and what came out beside the inputs."""
+"""Jobs and compositions: their progress, why they ended, and their results beside the inputs."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,12 +28,12 @@ router = APIRouter(route_class=PageRoute)
 
 SHOWN = 25
 COMPOSITION = "composition"
-"""The kind of job that has the composition's page; others show their steps."""
+"""The kind of job for which the composition's page is shown; the page of other jobs shows their steps."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ComparedRow:
-    """A score of a composition's candidate, or below it one of an input or of the base on the same examples."""
+    """A score of a composition's candidate; below it, an input's or the base's on the same examples."""
 
     name: str
     subject: str
@@ -45,7 +45,7 @@ class ComparedRow:
 
 @router.get("/jobs")
 def list_jobs(request: Request, resources: ResourcesOf, actor: PageContributor, cursor: Cursor = None) -> Response:
-    """Those that REST lists, newest first."""
+    """The jobs that REST lists, newest first."""
     with resources.read() as session:
         rows = compositions.list_jobs(session, actor, before=decode_number(cursor), limit=SHOWN + 1)
         listed, more = first_rows(rows, SHOWN, lambda row: row.id)
@@ -55,7 +55,7 @@ def list_jobs(request: Request, resources: ResourcesOf, actor: PageContributor, 
 
 @router.get("/jobs/{job_id}")
 def show_job(job_id: RowId, request: Request, resources: ResourcesOf, actor: PageCaller) -> Response:
-    """A job; that of a composition has the composition's page."""
+    """A job; for a composition, redirects to its page."""
     with resources.read() as session:
         row = queue.find(session, job_id)
         compositions.permit_job(session, actor, row)
@@ -68,7 +68,7 @@ def show_job(job_id: RowId, request: Request, resources: ResourcesOf, actor: Pag
 
 @router.post("/jobs/{job_id}/cancel")
 def cancel_job(job_id: RowId, resources: ResourcesOf, actor: PageCaller, form: FormOf) -> Response:
-    """Cancel as REST does, and go on to the job's page."""
+    """Cancel as REST does, then redirect to the job's page."""
     with resources.write() as session:
         row = queue.find(session, job_id)
         compositions.permit_job(session, actor, row)
@@ -110,7 +110,7 @@ def show_conflicts_of_composition(
     actor: PageCaller,
     show: Annotated[str, Query(max_length=40)] = DEFAULT_MEASURE,
 ) -> Response:
-    """All of the conflict report of a composition: losses, pairs, maps and findings."""
+    """The complete conflict report of a composition: losses, pairs, maps and findings."""
     with resources.read() as session:
         pair = compositions.find(session, composition_id)
         compositions.permit_look(actor, *pair, hidden=compositions.unknown(composition_id))

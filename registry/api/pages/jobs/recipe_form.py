@@ -1,4 +1,5 @@
-"""A recipe as the fields of a form, and back. What has no field, such as rules for layers, is kept as text in YAML."""
+"""Converts a recipe to the fields of a form, and back. Parts without a field, such as rules for layers, stay text in
+YAML."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,17 +15,17 @@ from registry.api.pages.jobs.chosen import Fields, values_of
 Json = Mapping[str, Any]
 
 SETTING = "setting."
-"""What the names of fields for a method's settings begin with."""
+"""The prefix of the fields for a method's settings."""
 _TEXTS = ("adapter", "model", "dtype", "notes")
 _SEARCH = ("search", "confirm", "minutes")
 _OF_INPUTS = {"adapter", "weight", "suite"}
 _OF_RECIPES = {"base", "inputs", "method", "settings", *_TEXTS, "probe", "evaluate", "gates", "optimize"}
-"""What has fields. The base need not be said: it is that of the inputs."""
+"""The keys that have fields. The base is not one of them, since the inputs determine it."""
 
 
 @dataclass(frozen=True, slots=True)
 class InputRow:
-    """An input, as it was written."""
+    """An input, as written."""
 
     adapter: str = ""
     weight: str = "1"
@@ -33,7 +34,8 @@ class InputRow:
 
 @dataclass(frozen=True, slots=True)
 class SettingField:
-    """A setting of the method. `value` is empty for its default; one of `choices`, if there are any."""
+    """A setting of the method. `value` is empty for its default; `choices` is empty unless the allowed values are
+    listed."""
 
     name: str
     description: str
@@ -44,8 +46,8 @@ class SettingField:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecipeForm:
-    """`texts` are outputs, precision and notes; `numbers` those of the probe and the search. All values are texts.
-    Where `recipe` is not empty, it is the recipe in YAML, and the other fields are ignored."""
+    """`texts` are outputs, precision and notes; `numbers` are those of the probe and the search. All values are texts.
+    If `recipe` is not empty, it is the recipe in YAML, and the other fields are ignored."""
 
     rows: tuple[InputRow, ...] = ()
     method: str = ""
@@ -61,7 +63,7 @@ class RecipeForm:
 
     @classmethod
     def of_fields(cls, fields: Fields) -> Self:
-        """From a posted form. Rows without an adapter, and the one that `drop` numbers, are left out."""
+        """Reads a posted form. Omits rows without an adapter, and the row with the number `drop`."""
         given = {name: value.strip() for name, value in fields}
         columns = [values_of(fields, name) for name in ("input", "weight", "suite")]
         rows = [InputRow(*(part.strip() for part in row)) for row in zip(*columns, strict=False)]
@@ -83,7 +85,7 @@ class RecipeForm:
 
     @classmethod
     def of_document(cls, document: Json) -> Self:
-        """From a recipe's JSON: as text if there is something that has no field."""
+        """Reads a recipe's JSON: as text if any part has no field."""
         optimize: Json = document.get("optimize") or {}
         others = {name for name, value in document.items() if value} - _OF_RECIPES
         others |= {name for row in document["inputs"] for name, value in row.items() if value} - _OF_INPUTS
@@ -112,7 +114,7 @@ class RecipeForm:
         return load_recipe(self.recipe) if self.recipe else parse_recipe(self.document())
 
     def document(self) -> dict[str, Any]:
-        """The recipe. Text in place of a number stays text, which the recipe's parser refuses."""
+        """Returns the recipe. Text in place of a number stays text, which the recipe's parser refuses."""
         inputs = [
             {"adapter": row.adapter, "weight": number(row.weight), **({"suite": row.suite} if row.suite else {})}
             for row in self.rows
@@ -136,7 +138,7 @@ class RecipeForm:
 
     @property
     def setting_fields(self) -> list[SettingField]:
-        """Those of the method, its own before those that it shares with the plain mean."""
+        """The settings of the method, its own before those that it shares with the plain mean."""
         if self.method not in PIPELINES:
             return []
         properties = _properties(self.method)
@@ -146,7 +148,7 @@ class RecipeForm:
 
 
 def as_yaml(document: Json) -> str:
-    """A recipe for people, without what is empty."""
+    """A recipe for people, without empty parts."""
     gates: Json = {"gates": []} if document.get("gates") == [] else {}  # which is not the same as none
     inputs = [_stated(row) for row in document["inputs"]]
     stated = {**_stated(document), "inputs": inputs, **gates}
@@ -158,7 +160,7 @@ def _stated(document: Json) -> dict[str, Any]:
 
 
 def number(text: str) -> float | int | str:
-    """A number as a document has it, or the text."""
+    """A number as it appears in a document, or the text."""
     for kind in (int, float):
         try:
             return kind(text)

@@ -1,4 +1,4 @@
-"""A conflict report as pages draw it: the composer's view, within the limits of a page, with links in its advice."""
+"""Prepares a conflict report for pages: the composer's view, within the limits of a page, with links in its advice."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -13,15 +13,16 @@ from registry.api.pages.jobs.chosen import Chosen
 
 Json = Mapping[str, Any]
 OptionAddress = Callable[[str, str], str | None]
-"""Where an option leads to, by its name and its value; None for one that pages do not have."""
+"""The address that an option leads to, by its name and value; None for an option that pages do not have."""
 
 MAX_CELLS, MAX_PAIRS, MAX_FINDINGS, MAX_LISTED = 2_000, 30, 40, 10
-"""Of all maps on a page, of 40 kB; of the table of pairs, the worst ones first; of findings; of modules below a map."""
+"""The limits of all maps on a page (40 kB), of the table of pairs (worst first), of findings, and of modules below a
+map."""
 _OPTION = re.compile(r"--(?:(optimize)(?![\w-])|([a-z-]+) ([\w.:=/*-]*\w))")
 
 
 def shown(report: Json | None, address: OptionAddress, measure: str, path: Callable[[str], str]) -> dict[str, Any]:
-    """The contents of a report's templates. `path` leads to the page with another measure."""
+    """The contents of a report's templates. `path` leads to the page for another measure."""
     measure = measure if measure in view.MEASURES else view.DEFAULT_MEASURE
     return {
         "report": read(report, address) if report else None,
@@ -34,13 +35,13 @@ def shown(report: Json | None, address: OptionAddress, measure: str, path: Calla
 
 
 def read(report: Json, address: OptionAddress) -> view.Report:
-    """The view of a report. `address` makes links of the options that its advice names."""
+    """The view of a report. `address` turns the options that its advice names into links."""
     read = view.read(report, MAX_PAIRS, MAX_FINDINGS)
     return replace(read, advice=[_linked(text, address) for text in read.advice])
 
 
 def maps(report: Json, measure: str) -> view.Maps:
-    """The maps of a measure that there is room for. All have the rows and columns of all adapters."""
+    """The maps of a measure that fit the limits. All have the rows and columns of all adapters."""
     drawn = view.maps(report, measure)
     frame = [cell for cell in drawn.frame if cell[1] is not None]
     room = MAX_CELLS // max(1, len(frame))
@@ -48,7 +49,7 @@ def maps(report: Json, measure: str) -> view.Maps:
 
 
 def _linked(advice: str, address: OptionAddress) -> Markup:
-    """Advice with its options as code, and as links where a page has them."""
+    """Advice with its options as code, and as links if a page has them."""
     parts, end = Markup(), 0
     for option in _OPTION.finditer(advice):
         target = address(option[1] or option[2], option[3] or "")
@@ -60,7 +61,7 @@ def _linked(advice: str, address: OptionAddress) -> Markup:
 
 
 def options_of(chosen: Chosen) -> OptionAddress:
-    """Links of the options in an advice: to a recipe for the chosen adapters that has them."""
+    """The links of the options in an advice, to a recipe for the chosen adapters with these options."""
 
     def address(name: str, value: str) -> str | None:
         if name == "method":
@@ -74,7 +75,7 @@ def options_of(chosen: Chosen) -> OptionAddress:
 
 
 def options_for(composition_id: int) -> OptionAddress:
-    """The recipe of a composition, with the option."""
+    """The address of a composition's recipe with the option."""
 
     def address(name: str, value: str) -> str | None:
         known = name in ("method", "set", "probe", "optimize")
