@@ -29,9 +29,9 @@ from composer.formats.checkpoints.hashing import hash_checkpoint, hash_file
 from composer.formats.recipes.suite import parse_suite
 from composer.optimize.optimize import optimize
 from composer.optimize.problem import SearchEffort, SearchMember, SearchProblem
+from registry.environment.settings import EngineSettings, LocalStorage, Settings
 from registry.formats.manifest import ManifestFile
 from registry.formats.references import Digest
-from registry.settings import EngineSettings, LocalStorage, Settings
 from registry.transfer.resources import open_store
 from registry.worker.engine.opened import WorkerEngine
 from registry.worker.engine.protocol import Needs

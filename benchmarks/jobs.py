@@ -86,7 +86,7 @@ def _seconds(base: Path, cases: Sequence[str]) -> dict[str, float]:
         import composer.evaluation.model
         import composer.optimize.optimize
         from registry.cli.console.connect import connected
-        from registry.settings import Settings
+        from registry.environment.settings import Settings
         from registry.transfer.resources import open_resources
         from registry.worker.engine.opened import WorkerEngine
         from registry.worker.runner import run_one

@@ -20,9 +20,9 @@ from composer.merge.chunks import Rewriter
 from composer.merge.plan import plan_merge
 from composer.merge.run import run_merge
 from composer.merge.stream import Origin, stream_shard
+from registry.environment.settings import S3Storage
+from registry.formats.addresses import S3Address
 from registry.formats.references import Digest
-from registry.formats.s3_address import S3Address
-from registry.settings import S3Storage
 from registry.storage.s3 import checkpoint as remote
 from registry.storage.s3.store import S3Store
 from registry.worker.engine.stores import HashingWriter

@@ -10,8 +10,7 @@ storage/    blobs in a directory or in S3; client/ speaks to a server, for the t
 hub_client/ speaks to a Hugging Face Hub, for imports, exports and bases
 database/   engine, tables, locks, migrations
 wire/       the documents of the API, as types
-formats/    parses references, manifests and signatures
-home        the home directory, closed to other users, with the secrets of servers for one user
-errors/     an exit code a family, the codes of each; how errors of others become ours; settings;
-            addresses of registries and hosts; composer_name refuses another package of that name
+environment/  settings; the home directory, closed to other users; refuses another package named composer
+formats/    parses references, addresses, manifests and signatures
+errors/     an exit code for each family, and its codes; translates errors of other libraries into ours
 """

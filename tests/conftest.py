@@ -30,7 +30,7 @@ import registry.transfer.resources
 import registry.worker.engine.template
 from registry.cli.start import OBJECTS_TO_COLLECT
 from registry.database.engine import Database
-from registry.settings import S3Storage
+from registry.environment.settings import S3Storage
 from registry.storage.s3.bucket import Bucket, open_bucket
 from tests import forked, s3_server, second_device, services
 from tests.s3_server import S3Server

@@ -25,7 +25,7 @@ from psycopg import sql
 
 from registry.database.engine import Database
 from registry.database.migrate import ensure_schema, migrate
-from registry.settings import Settings
+from registry.environment.settings import Settings
 from registry.transfer.resources import open_resources
 from registry.transfer.store_facts import probe_if_unknown
 from tests import s3_server

@@ -39,7 +39,7 @@ def main() -> None:
 
 def _refuse_other_composer() -> None:
     """Ends with one sentence if another package has the name that everything below imports from."""
-    from registry.composer_name import refuse_other_composer
+    from registry.environment.composer_name import refuse_other_composer
     from registry.errors import Unavailable
 
     try:

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from composer.formats.checkpoints.hashing import hash_file
+from registry.environment.home import close_directory
 from registry.errors import NO_SPACE
 from registry.formats.references import parse_digest
-from registry.home import close_directory
 
 
 @dataclass(frozen=True, slots=True)

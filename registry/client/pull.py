@@ -23,10 +23,10 @@ from registry.client.api import Api, untrusted
 from registry.client.cache import BlobCache, is_regular
 from registry.client.partial_files import PartialFile
 from registry.client.retries import Progress, map_in_threads, pauses
+from registry.environment.home import close_directory
 from registry.errors import NO_SPACE, Conflict, RegistryError, Unavailable
 from registry.formats.manifest import ManifestFile, canonical_manifest, commit_id, refuse_hidden
 from registry.formats.references import RepositoryName, Version, parse_digest, parse_repository, parse_version
-from registry.home import close_directory
 from registry.wire.search import AnyRelease
 
 _SIGNS_OF_A_RELEASE = ("adapter_config.json", "config.json")

@@ -12,7 +12,7 @@ from composer.formats.checkpoints.checkpoint import local_directory, open_checkp
 from composer.formats.checkpoints.header import CONVERT, PICKLE_SUFFIXES
 from composer.formats.checkpoints.staging import ADAPTER_FILE
 from registry.errors import Invalid, RegistryError
-from registry.hub_client.address import SCHEME, HubAddress, parse_hub_address
+from registry.formats.addresses import HUB_SCHEME, HubAddress, parse_hub_address
 from registry.hub_client.remote import Hub, Snapshot
 
 _TEXTS = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".md")
@@ -57,7 +57,7 @@ def find_base(
     trusted = False
     outage: RegistryError | None = None
     for url in locations:
-        if not url.startswith(SCHEME):
+        if not url.startswith(HUB_SCHEME):
             continue
         try:
             address = parse_hub_address(url)
@@ -80,7 +80,7 @@ def may_find_base(locations: Sequence[str]) -> bool:
     Contacts no server."""
     if local_directory(locations):
         return True
-    addresses = [url for url in locations if url.startswith(SCHEME)]
+    addresses = [url for url in locations if url.startswith(HUB_SCHEME)]
     if not addresses or importlib.util.find_spec("huggingface_hub") is None:
         return False
     from huggingface_hub.constants import HF_HUB_OFFLINE

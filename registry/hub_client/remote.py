@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from composer.formats.checkpoints.hashing import hash_file
 from registry.errors import Conflict, Invalid, NotAllowed, Unavailable, Usage
-from registry.hub_client.address import HubAddress
+from registry.formats.addresses import HubAddress
 from registry.hub_client.errors import printed, translate_hub_errors
 from registry.hub_client.limits import limited
 

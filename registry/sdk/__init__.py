@@ -7,7 +7,7 @@ needs transformers.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from registry.composer_name import refuse_other_composer
+from registry.environment.composer_name import refuse_other_composer
 
 if TYPE_CHECKING:
     from registry.sdk.registry import Registry

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from registry.environment.home import with_secret
 from registry.errors import Unavailable, Usage
-from registry.home import with_secret
 from registry.sdk.profile_file import LOCAL, Profiles
 
 if TYPE_CHECKING:
     from registry.client.api import Api
-    from registry.settings import Settings
+    from registry.environment.settings import Settings
     from registry.transfer.resources import Resources
 
 EMBEDDED_URL = "http://localhost"
@@ -62,7 +62,7 @@ def load_settings(**given: str | None) -> "Settings":
     from pydantic import ValidationError
     from pydantic_settings import SettingsError
 
-    from registry.settings import Settings
+    from registry.environment.settings import Settings
 
     _refuse_misspelt(Settings.variables())
     try:

@@ -14,8 +14,8 @@ import yaml
 from composer.errors import InvalidFile
 from composer.formats.checkpoints.card import CARD_FILE, front_matter
 from composer.formats.checkpoints.reported import DIRECTORY
+from registry.formats.addresses import HUB_SCHEME
 from registry.formats.licenses import spdx
-from registry.hub_client.address import SCHEME
 from registry.wire.catalog import BaseOut, ReleaseOut
 from registry.wire.quality import ScoreOut
 
@@ -85,7 +85,7 @@ def _stated(release: ReleaseOut, base: BaseOut) -> Json:
 def _base_name(base: BaseOut) -> str:
     """The base's name on a hub: an alias of that form, or the repository that it was registered from; its name here if
     it has neither."""
-    hubs = [url.removeprefix(SCHEME).partition("@")[0] for url in base.locations if url.startswith(SCHEME)]
+    hubs = [url.removeprefix(HUB_SCHEME).partition("@")[0] for url in base.locations if url.startswith(HUB_SCHEME)]
     named = [name for name in (*hubs, *base.aliases) if _HUB_NAME.fullmatch(name)]
     return named[0] if named else base.name
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from composer.errors import InvalidFile
 from composer.formats.checkpoints.card import CARD_FILE
 from registry.errors import Conflict, Usage
+from registry.formats.addresses import HubAddress
 from registry.formats.signatures import SIGNATURE_FILE
-from registry.hub_client.address import HubAddress
 from registry.hub_client.remote import Content, Hub, HubFile
 from registry.sdk.connection import Connection
 from registry.sdk.display import Display

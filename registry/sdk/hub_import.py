@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 from registry.client.selection import Selection, is_included, select_files
 from registry.client.signing import Publication
 from registry.errors import Invalid, NotFound, RegistryError
+from registry.formats.addresses import HubAddress
 from registry.formats.manifest import check_paths, refuse_hidden
 from registry.formats.pickles import refuse_pickle_name
 from registry.formats.references import Reference
 from registry.formats.signatures import SIGNATURE_FILE
-from registry.hub_client.address import HubAddress
 from registry.hub_client.remote import Hub, Snapshot
 from registry.sdk.connection import Connection
 from registry.sdk.display import Display

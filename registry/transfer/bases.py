@@ -6,10 +6,10 @@ from pathlib import Path
 from composer.errors import Mismatch
 from composer.formats.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from composer.formats.checkpoints.hashing import verify_checkpoint
+from registry.environment.settings import Settings
 from registry.errors import Invalid, NotFound, Unavailable
-from registry.formats.s3_address import SCHEME, parse_s3_address
+from registry.formats.addresses import S3_SCHEME, parse_s3_address
 from registry.hub_client import bases as hub_bases
-from registry.settings import Settings
 from registry.storage.base_cache import BaseCache
 
 
@@ -91,4 +91,4 @@ class Bases:
 
 def in_buckets(locations: Sequence[str]) -> list[str]:
     """The locations that are in a bucket."""
-    return [url for url in locations if url.startswith(SCHEME)]
+    return [url for url in locations if url.startswith(S3_SCHEME)]

@@ -27,9 +27,9 @@ from registry.domain.access.audit import Act
 from registry.domain.catalog import commits
 from registry.domain.channels import fleet, withdrawals
 from registry.domain.compositions import checks, retention
+from registry.environment.settings import Settings
 from registry.errors import Conflict
 from registry.formats.references import Digest
-from registry.settings import Settings
 from registry.storage.blobs import BlobStat
 from registry.storage.local import remove_stale
 from registry.transfer.resources import Resources

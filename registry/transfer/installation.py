@@ -22,10 +22,10 @@ from registry.domain.access import publishers
 from registry.domain.catalog import bases
 from registry.domain.channels import policies
 from registry.domain.jobs import queue
+from registry.environment.home import close_directory
+from registry.environment.settings import LocalStorage, S3Storage, Settings
 from registry.errors import RegistryError
 from registry.formats.references import ABSENT
-from registry.home import close_directory
-from registry.settings import LocalStorage, S3Storage, Settings
 from registry.transfer import fsck
 from registry.transfer.resources import Resources, open_resources
 from registry.transfer.store_facts import probe_of

@@ -17,10 +17,10 @@ from urllib.parse import urlencode
 
 from registry.domain.access.people import Person
 from registry.domain.access.roles import Role, max_role
+from registry.environment.settings import SignInSettings
 from registry.errors import Unauthenticated
 from registry.formats import id_tokens
 from registry.formats.id_tokens import shown
-from registry.settings import SignInSettings
 from registry.transfer.issuer_keys import (
     FETCH_ERRORS,
     FETCH_S,

@@ -11,8 +11,8 @@ from sqlalchemy.orm import Session
 from registry.database.engine import Database, DatabaseTimeouts
 from registry.database.migrate import SchemaWatch, ensure_schema
 from registry.domain.access.namespaces import NEW_NAMESPACE_BYTES
-from registry.home import close_directory, close_file
-from registry.settings import DATABASE_FILE, LocalStorage, S3Storage, Settings
+from registry.environment.home import close_directory, close_file
+from registry.environment.settings import DATABASE_FILE, LocalStorage, S3Storage, Settings
 from registry.storage.blobs import BlobStore
 from registry.storage.local import LocalStore
 from registry.storage.recent import RecentStats

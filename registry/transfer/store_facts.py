@@ -9,8 +9,8 @@ from datetime import datetime
 from registry.database.engine import Database
 from registry.database.locks import exclusive_probe
 from registry.database.tables import StoreFactsRow
+from registry.environment.settings import S3Storage
 from registry.errors import Unavailable
-from registry.settings import S3Storage
 from registry.storage.blobs import BlobStore
 from registry.storage.s3.probe import VERSION, StoreFacts, StoreProbe
 from registry.storage.s3.store import S3Store

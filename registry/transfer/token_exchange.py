@@ -16,11 +16,11 @@ from registry.domain.access.publishers import (
     job_name,
 )
 from registry.domain.access.roles import ANONYMOUS
+from registry.environment.settings import Claims, Settings
 from registry.errors import Invalid, NotAllowed, Refused, Unauthenticated
 from registry.formats import id_tokens
 from registry.formats.id_tokens import CiJob, shown
 from registry.formats.references import RepositoryName
-from registry.settings import Claims, Settings
 from registry.transfer.issuer_keys import IssuerKeys
 from registry.transfer.refusals import RefusalBudget
 from registry.transfer.resources import Resources

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from composer.formats.checkpoints.checkpoint import Checkpoint
+from registry.formats.addresses import HUB_SCHEME, S3_SCHEME
 from registry.worker.engine.protocol import Needs
 from registry.worker.engine.units import Node
 from registry.worker.node_files import Row
@@ -15,7 +16,7 @@ PROCESS_BYTES = 1 << 30
 """A unit's memory besides the model: torch, read-ahead, parts in transit and the factors of a few tensors."""
 _LOAD_SHARE = 1.25
 """Memory of a loaded model and its passes, as a multiple of its tensors."""
-_REMOTE = ("hf://", "s3://")
+_REMOTE = (HUB_SCHEME, S3_SCHEME)
 
 
 WITHOUT_MODEL = Needs(memory_bytes=PROCESS_BYTES)

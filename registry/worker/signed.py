@@ -11,8 +11,8 @@ from registry.domain.access.audit import Actor
 from registry.domain.catalog import commits, releases, signatures
 from registry.domain.catalog.releases import NewRelease
 from registry.domain.catalog.signatures import SignedAs
+from registry.environment.settings import Settings
 from registry.formats.signatures import is_key_of, open_signature, own_fingerprint, read_key, sign
-from registry.settings import Settings
 
 
 def publish_signed(

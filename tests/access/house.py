@@ -30,9 +30,9 @@ from registry.domain.channels import promotions
 from registry.domain.channels.moves import PromotionRequest
 from registry.domain.compositions import checks, compositions, locking
 from registry.domain.jobs import queue
+from registry.environment.settings import Settings
 from registry.formats.manifest import ManifestFile
 from registry.formats.references import Digest, RepositoryName, Version
-from registry.settings import Settings
 from registry.transfer.resources import Resources, open_resources
 from tests import services
 from tests.scenarios.world import environment

@@ -18,7 +18,7 @@ from registry.api.http.threads import UPLOAD_THREADS
 from registry.client.inprocess import InProcessTransport
 from registry.domain.access import namespaces, tokens
 from registry.domain.access.roles import Role
-from registry.settings import Settings
+from registry.environment.settings import Settings
 from registry.transfer.resources import open_resources
 from tests import services
 from tests.access.house import HOST, House, build_house, entered, new_environment

@@ -18,7 +18,7 @@ from registry.database.tables import AuditRow, Member, ProviderUser, Token
 from registry.domain.access import namespaces, people
 from registry.domain.access.people import Person
 from registry.domain.access.roles import Role
-from registry.settings import SignInSettings
+from registry.environment.settings import SignInSettings
 from registry.transfer import issuer_keys
 from tests import services
 from tests.access.browser import Browser

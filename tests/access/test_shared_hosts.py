@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from registry import home
+from registry.environment import home
 from registry.sdk.connection import load_settings, open_registry
 from tests import services
 from tests.eventually import eventually

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from registry.settings import Settings
+from registry.environment.settings import Settings
 from tests import services
 from tests.deploy.stack import DEPLOY, program
 from tests.scenarios.world import Cli

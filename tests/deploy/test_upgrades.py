@@ -23,8 +23,8 @@ from sqlalchemy import Column, MetaData, UniqueConstraint, text
 
 from registry.database.engine import Database
 from registry.database.migrate import LOOK_S, head_revision, migrate, migrations_directory
+from registry.environment.settings import Settings
 from registry.errors import Unavailable
-from registry.settings import Settings
 from registry.transfer.resources import open_resources
 from tests import services
 from tests.deploy.stack import Stack, wait_until_ready

@@ -7,7 +7,7 @@ from tempfile import mkdtemp
 
 import pytest
 
-from registry.settings import Settings
+from registry.environment.settings import Settings
 from registry.transfer.fsck import check
 from registry.transfer.resources import Resources, open_resources
 from tests import services

@@ -16,9 +16,9 @@ from typing import Any
 
 from registry.client.api import Api, line_path
 from registry.client.push import push
+from registry.environment.settings import Settings
 from registry.errors import Conflict, NotFound, Refused, Stale, TooMany, Unavailable
 from registry.formats.references import RepositoryName
-from registry.settings import Settings
 from registry.transfer.collect import collect as collect_garbage
 from registry.transfer.resources import Resources, open_resources
 from tests.durability.small import adapter_files

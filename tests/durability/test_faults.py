@@ -21,9 +21,9 @@ from registry.api.http.file_origin import FILES_PATH
 from registry.client.api import Api, Json, line_path
 from registry.client.pull import pull
 from registry.client.push import push, send
+from registry.environment.settings import S3Storage
 from registry.errors import Unavailable
 from registry.formats.references import Digest
-from registry.settings import S3Storage
 from registry.storage.s3.store import S3Store
 from registry.transfer import collect
 from registry.wire.catalog import ReleaseOut

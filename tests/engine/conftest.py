@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from registry.settings import Settings
+from registry.environment.settings import Settings
 from registry.worker.engine.ray import RayEngine, base_resource
 from registry.worker.engine.units import open_node
 from tests import services

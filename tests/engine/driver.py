@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from registry.settings import Settings
+from registry.environment.settings import Settings
 from registry.transfer.resources import open_store
 from registry.worker.engine.opened import WorkerEngine
 from registry.worker.engine.protocol import Needs

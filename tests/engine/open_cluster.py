@@ -4,8 +4,8 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from registry.environment.settings import Settings
 from registry.errors import RegistryError
-from registry.settings import Settings
 from registry.worker.engine.opened import open_engine
 from registry.worker.engine.units import open_node
 from tests.engine.cluster import others_environ

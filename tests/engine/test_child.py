@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
+from registry.environment.settings import EngineSettings, S3Storage, Settings
 from registry.errors import Invalid, NotAllowed, Unavailable
 from registry.formats.references import Digest
-from registry.settings import EngineSettings, S3Storage, Settings
 from registry.worker.engine import template
 from registry.worker.engine.local import LocalEngine
 from registry.worker.engine.protocol import MAX_DEATHS, Needs
@@ -189,7 +189,7 @@ def test_a_cancelled_job_ends_it_inside_one_long_operation(engine: LocalEngine, 
 WORKER = """
 import sys
 from pathlib import Path
-from registry.settings import Settings
+from registry.environment.settings import Settings
 from registry.worker.engine.local import LocalEngine
 from registry.worker.engine.protocol import Needs
 from registry.worker.engine.units import Unit, open_node

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from registry.settings import Settings
+from registry.environment.settings import Settings
 from registry.worker.engine.units import HostNode, Unit, open_node
 from tests.engine import counted
 from tests.engine.cluster import REPOSITORY, RayCluster

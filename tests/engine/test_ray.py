@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from registry.environment.settings import EngineSettings, Settings
 from registry.errors import Invalid, RegistryError, Unavailable
-from registry.settings import EngineSettings, Settings
 from registry.storage.s3.store import S3Results
 from registry.worker.engine.answers import LOG_LINES
 from registry.worker.engine.local import LocalEngine

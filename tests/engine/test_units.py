@@ -9,10 +9,10 @@ import pytest
 
 from composer.evaluation.scorers.scorer import package_of
 from composer.formats.recipes.tasks import ScorerChoice
+from registry.environment.settings import Settings
 from registry.errors import Invalid
 from registry.formats.manifest import ManifestFile
 from registry.formats.references import Digest
-from registry.settings import Settings
 from registry.worker.engine import units
 from registry.worker.engine.ray_runner import UnitRunner
 from registry.worker.engine.units import Unit, finished, open_node, run_unit

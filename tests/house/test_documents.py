@@ -8,7 +8,7 @@ from pathlib import Path
 import typer
 
 from registry.cli.main import root
-from registry.settings import Settings
+from registry.environment.settings import Settings
 
 ROOT = Path(__file__).parents[2]
 UNIT = ROOT / "deploy" / "adaptory.service"

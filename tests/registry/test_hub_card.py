@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 from composer.errors import InvalidFile
 from composer.formats.checkpoints.card import front_matter
 from composer.formats.checkpoints.reported import reported_scores
-from registry.hub_client.address import parse_hub_address
+from registry.formats.addresses import parse_hub_address
 from registry.sdk.hub_card import exported_card, results_file
 from registry.wire.catalog import BaseOut, ReleaseOut
 

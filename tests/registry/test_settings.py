@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from registry.settings import LocalStorage, S3Storage, Settings
+from registry.environment.settings import LocalStorage, S3Storage, Settings
 from tests.scenarios.test_bad_input import refused
 from tests.scenarios.world import Cli
 

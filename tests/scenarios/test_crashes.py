@@ -18,7 +18,7 @@ import yaml
 
 from registry.database.tables import Job
 from registry.domain.compositions import compositions
-from registry.settings import Settings
+from registry.environment.settings import Settings
 from registry.transfer.resources import Resources, open_resources
 from registry.worker import combine_units
 from registry.worker.combine_units import COMBINE

@@ -14,8 +14,8 @@ import pytest
 
 from composer.errors import Interrupted
 from registry.errors import RegistryError
+from registry.formats.addresses import parse_hub_address
 from registry.hub_client import limits
-from registry.hub_client.address import parse_hub_address
 from registry.hub_client.bases import find_base
 from registry.hub_client.remote import Hub
 from tests.scenarios.small_hub import SmallHub, small_hub

@@ -22,8 +22,8 @@ from registry.domain.access import namespaces, tokens
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import EVERYWHERE, Role
 from registry.domain.access.tokens import NewToken
+from registry.environment.settings import Settings
 from registry.errors import NotAllowed
-from registry.settings import Settings
 from registry.transfer.bases import Bases
 from registry.transfer.resources import Resources
 from registry.worker import merging

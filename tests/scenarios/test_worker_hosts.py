@@ -16,8 +16,8 @@ from composer.errors import RefusedOutput
 from registry.database.engine import database_now
 from registry.database.tables import Job, JobNeed
 from registry.domain.jobs import needs
+from registry.environment.settings import EngineSettings
 from registry.errors import Unavailable
-from registry.settings import EngineSettings
 from registry.transfer.collect import collect
 from registry.transfer.resources import Resources
 from registry.worker.host import Host

@@ -12,7 +12,7 @@ import boto3
 
 from registry.cli.console.connect import connected
 from registry.client.api import Api
-from registry.settings import Settings
+from registry.environment.settings import Settings
 from registry.storage.s3.probe import PROBE
 from registry.storage.unit_results import WORK
 from registry.transfer.resources import Resources, open_resources

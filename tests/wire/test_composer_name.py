@@ -37,15 +37,16 @@ def test_a_package_of_that_name_installed_over_ours_is_refused(tmp_path: Path) -
     ours = Path(registry.__file__).parent
     for name in (
         "__init__.py",
-        "composer_name.py",
+        "environment/__init__.py",
+        "environment/composer_name.py",
         "errors/__init__.py",
         *(f"errors/{name}.py" for name in ("families", "codes", "input_codes")),
     ):
-        (tmp_path / "registry" / "errors").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "registry" / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ours / name, tmp_path / "registry" / name)
     shutil.copytree(ours.parent / "composer" / "formats", tmp_path / "composer" / "formats")
     (tmp_path / "composer" / "__init__.py").touch()
-    check = "from registry.composer_name import refuse_other_composer; refuse_other_composer()"
+    check = "from registry.environment.composer_name import refuse_other_composer; refuse_other_composer()"
     assert ran(tmp_path, check).returncode == 0
     (tmp_path / "composer" / "trainer").mkdir()
     assert SENTENCE in ran(tmp_path, check).stderr

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from registry.api.app import create_app
-from registry.settings import Settings
+from registry.environment.settings import Settings
 from registry.transfer.resources import open_resources
 from tests.wire import snapshots
 from tests.wire.outline import kind, outline

@@ -4,7 +4,7 @@ is a line in a diff of the page that people read."""
 from pathlib import Path
 
 from registry.api.app import create_app
-from registry.settings import STORAGES, EngineSettings, Settings, SignInSettings
+from registry.environment.settings import STORAGES, EngineSettings, Settings, SignInSettings
 from registry.transfer.resources import open_resources
 from tests.wire import snapshots
 from tests.wire.reference import cli, python, rest, schemas, settings

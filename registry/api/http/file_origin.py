@@ -8,9 +8,9 @@ import time
 from dataclasses import dataclass
 from urllib.parse import urlencode, urlsplit
 
+from registry.environment.settings import Settings
 from registry.errors import NotFound
 from registry.formats.references import Digest
-from registry.settings import Settings
 
 FILES_PATH = "/v1/files/"
 

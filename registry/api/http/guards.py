@@ -9,12 +9,12 @@ from urllib.parse import urlsplit
 from starlette.concurrency import run_in_threadpool
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from registry.addresses import is_loopback
 from registry.api.http.callers import ActorCache, Credentials, credentials_of
 from registry.api.http.file_origin import FILES_PATH
 from registry.api.http.problems import error_response
 from registry.api.http.request import MAX_DIGITS
 from registry.errors import NotAllowed, RegistryError, TooLarge, TooMany, Unauthenticated, Usage
+from registry.formats.addresses import is_loopback
 
 if TYPE_CHECKING:
     from limits import RateLimitItem

@@ -9,10 +9,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from registry import home
 from registry.api.http.guards import HEALTH_PATHS, SIGN_IN_PATH
 from registry.api.http.problems import error_response, header_text
 from registry.api.http.request import SAFE_METHODS
+from registry.environment import home
 from registry.errors import Unauthenticated
 
 _OPEN = re.compile(rf"(?:{'|'.join(HEALTH_PATHS)}|{SIGN_IN_PATH})\Z|/static/|/xet/|/api/lfs/")

@@ -15,8 +15,8 @@ from registry.domain.access.audit import Actor
 from registry.domain.access.roles import permit
 from registry.domain.compositions import compositions
 from registry.domain.jobs.queue import PLAIN, Wish
+from registry.environment.settings import Settings
 from registry.formats.signatures import own_fingerprint
-from registry.settings import Settings
 from registry.transfer.resources import Resources
 from registry.wire.work import CompositionIn, CompositionOut
 

@@ -12,7 +12,7 @@ from registry.sdk.connection import Connection, load_settings, open_registry
 
 if TYPE_CHECKING:
     from composer.formats.checkpoints.checkpoint import Checkpoint
-    from registry.settings import Settings
+    from registry.environment.settings import Settings
 
 
 def own_settings() -> "Settings":

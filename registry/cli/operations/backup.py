@@ -10,15 +10,15 @@ from registry.cli.console.connect import own_settings
 from registry.cli.console.groups import root
 from registry.cli.console.render import JsonFlag
 from registry.cli.operations.maintenance import FsckResult, own_resources
+from registry.environment.home import close_directory
 from registry.errors import Usage
-from registry.home import close_directory
+from registry.formats.addresses import S3_SCHEME
 
 if TYPE_CHECKING:
-    from registry.settings import S3Storage, Settings
+    from registry.environment.settings import S3Storage, Settings
     from registry.storage.archive import Archive
     from registry.transfer.backup import Restored, Saved
 
-_S3 = "s3://"
 _MISSING_SHOWN = 10
 Target = Annotated[str, typer.Argument(metavar="DIR|s3://BUCKET/PREFIX", help="The location of the backups.")]
 Endpoint = Annotated[
@@ -148,7 +148,7 @@ def _contents(rows: int, blobs: int) -> str:
 
 
 def _archive(settings: "Settings", target: str, endpoint_url: str | None) -> "Archive":
-    if target.startswith(_S3):
+    if target.startswith(S3_SCHEME):
         from registry.storage.s3.archive import S3Archive
 
         return S3Archive(_bucket(settings, target, endpoint_url), settings.work_directory)
@@ -170,9 +170,9 @@ def _archive(settings: "Settings", target: str, endpoint_url: str | None) -> "Ar
 def _bucket(settings: "Settings", target: str, endpoint_url: str | None) -> "S3Storage":
     from pydantic import ValidationError
 
-    from registry.settings import S3Storage
+    from registry.environment.settings import S3Storage
 
-    bucket, _, prefix = target.removeprefix(_S3).partition("/")
+    bucket, _, prefix = target.removeprefix(S3_SCHEME).partition("/")
     own = settings.storage if isinstance(settings.storage, S3Storage) else None
     values = {} if own is None else own.model_dump()
     values |= {"bucket": bucket, "prefix": f"{prefix.rstrip('/')}/" if prefix.rstrip("/") else ""}

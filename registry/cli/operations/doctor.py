@@ -24,7 +24,7 @@ from registry.errors import Conflict, RegistryError, Usage
 from registry.sdk.connection import load_settings, open_registry
 
 if TYPE_CHECKING:
-    from registry.settings import Settings
+    from registry.environment.settings import Settings
     from registry.transfer.installation import Check
 
 Json = dict[str, Any]

@@ -12,16 +12,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from registry import home, wire
+from registry import wire
 from registry.cli.console import render
 from registry.cli.console.connect import connected, own_settings
 from registry.cli.console.groups import root
 from registry.cli.console.render import JsonFlag
+from registry.environment import home
 from registry.errors import NotAllowed, Unavailable, Usage
 from registry.formats.signatures import fingerprint
 
 if TYPE_CHECKING:
-    from registry.settings import Settings
+    from registry.environment.settings import Settings
     from registry.transfer.resources import Resources
     from registry.worker.runner import Observe
 
@@ -48,8 +49,8 @@ def serve(
     ] = 1,
 ) -> None:
     """Serve the REST API and run a worker: for one user on loopback, or with ADAPTORY_ACCESS=tokens for many."""
-    from registry.addresses import is_loopback
     from registry.cli.operations.server import with_secret
+    from registry.formats.addresses import is_loopback
 
     settings = own_settings()
     with_tokens = settings.access == "tokens"
@@ -98,7 +99,7 @@ def _serve(
 
 
 def _probe_store(resources: "Resources") -> None:
-    from registry.settings import S3Storage
+    from registry.environment.settings import S3Storage
 
     if isinstance(resources.settings.storage, S3Storage):
         from registry.transfer.store_facts import probe_if_unknown
@@ -193,8 +194,8 @@ def _traced(*, begin: bool) -> "Observe":
 @contextmanager
 def _metrics_served(resources: "Resources", address: str) -> "Generator[Observe]":
     """Serves the worker's metrics from a thread, with the rules of the server's own. Yields what counts."""
-    from registry.addresses import is_loopback
     from registry.cli.operations.server import serve_worker, with_secret
+    from registry.formats.addresses import is_loopback
     from registry.worker.metrics import WorkerMetrics
 
     host, _, port = address.rpartition(":")
@@ -228,7 +229,7 @@ def migrate(json: JsonFlag = False) -> None:
     from registry.database.migrate import connected as connected_to
     from registry.database.migrate import head_revision, schema_revision, works_with
     from registry.database.migrate import migrate as run_migrations
-    from registry.settings import DATABASE_FILE
+    from registry.environment.settings import DATABASE_FILE
 
     settings = own_settings()
     if settings.database_url is None:

@@ -34,9 +34,9 @@ def login(
 
     Prompts for the token, or reads it from stdin if that is not a terminal.
     """
-    from registry.addresses import registry_url
     from registry.client.api import Api
-    from registry.home import with_secret
+    from registry.environment.home import with_secret
+    from registry.formats.addresses import registry_url
     from registry.sdk.connection import load_settings
 
     try:
@@ -140,7 +140,7 @@ def _profile_name(given: str | None, address: str) -> str:
 
 def _read_token() -> str | None:
     """Reads the token from a prompt or stdin; arguments are visible to others and kept in shell histories."""
-    from registry.settings import stripped_token
+    from registry.environment.settings import stripped_token
 
     text = ""
     if sys.stdin and sys.stdin.isatty():

@@ -17,8 +17,8 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from registry import home
 from registry.cli.console import render
+from registry.environment import home
 from registry.errors import RegistryError, Unavailable
 from registry.sdk.connection import load_settings
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from uvicorn import Config
     from uvicorn.supervisors import Multiprocess
 
-    from registry.settings import Settings
+    from registry.environment.settings import Settings
     from registry.transfer.resources import Resources
     from registry.worker.metrics import WorkerMetrics
 

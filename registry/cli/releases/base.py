@@ -86,15 +86,14 @@ def _checkpoint_of(source: str, texts: Path) -> tuple["Checkpoint", str, str | N
     """The checkpoint, its location, and its name on the hub if it is from there. `texts` is an empty directory, for the
     small files of one in a bucket."""
     from composer.formats.checkpoints.checkpoint import open_checkpoint
-    from registry.formats import s3_address
-    from registry.hub_client.address import SCHEME, parse_hub_address
+    from registry.formats.addresses import HUB_SCHEME, S3_SCHEME, parse_hub_address, parse_s3_address
     from registry.hub_client.bases import download_base
 
-    if source.startswith(s3_address.SCHEME):
+    if source.startswith(S3_SCHEME):
         from registry.transfer.bases import Bases
 
-        return Bases(load_settings()).open_in_bucket(source, texts), str(s3_address.parse_s3_address(source)), None
-    if not source.startswith(SCHEME):
+        return Bases(load_settings()).open_in_bucket(source, texts), str(parse_s3_address(source)), None
+    if not source.startswith(HUB_SCHEME):
         directory = Path(source)
         return open_checkpoint(directory), directory.resolve().as_uri(), None
     address = parse_hub_address(source)

@@ -43,7 +43,7 @@ def import_(  # noqa: PLR0913
     recorded as reported.
     """
     from registry.client.selection import Selection
-    from registry.hub_client.address import parse_hub_address
+    from registry.formats.addresses import parse_hub_address
     from registry.sdk.hub_import import Import, import_release
 
     reference = single_version(target, bump)
@@ -82,7 +82,7 @@ def export(
 
     Adds base, library, licence and measured scores to the model card. The same release again changes nothing.
     """
-    from registry.hub_client.address import parse_hub_address
+    from registry.formats.addresses import parse_hub_address
     from registry.sdk.hub_export import export_release
 
     address = parse_hub_address(target)

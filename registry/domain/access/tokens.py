@@ -25,9 +25,9 @@ from registry.database.tables import Token, TrustedPublisher
 from registry.domain.access import audit, namespaces
 from registry.domain.access.audit import Act, Actor
 from registry.domain.access.roles import EVERYWHERE, UNRESTRICTED, Role, holds, limited, max_role, refuse_reserved
+from registry.environment.settings import Settings
 from registry.errors import Invalid, NotAllowed, NotFound, Unauthenticated
 from registry.formats.references import parse_name
-from registry.settings import Settings
 
 FULL_SCOPE = {EVERYWHERE: Role.ADMIN.value}
 """The scope of a token that may do everything its user may."""

@@ -19,10 +19,9 @@ from registry.domain.access.audit import Act, Actor
 from registry.domain.access.roles import Role, holds, permit, readable, refuse_other_owner
 from registry.domain.catalog.repositories import Kind
 from registry.errors import Conflict, Invalid, NotFound, Usage
+from registry.formats.addresses import HUB_SCHEME, S3_SCHEME, parse_s3_address
 from registry.formats.licenses import spdx
 from registry.formats.references import MAX_NEAR, Digest, nearest, parse_name
-from registry.formats.s3_address import SCHEME as S3
-from registry.formats.s3_address import parse_s3_address
 
 RELATIONS = ("quantized", "cast", "finetuned", "merged")
 SAME_MODEL = ("cast", "quantized")
@@ -34,7 +33,7 @@ MAX_PARAMETERS = 1 << 59
 _ALIAS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,198}")
 _DIGEST_LIKE = re.compile(r"[0-9a-f]{12,64}")
 _FILE = "file://"
-_SCHEMES = (_FILE, "hf://", S3)
+_SCHEMES = (_FILE, HUB_SCHEME, S3_SCHEME)
 
 _base, _alias = Base.__table__.c, BaseAlias.__table__.c
 
@@ -362,11 +361,11 @@ def _add_locations(session: Session, actor: Actor, base: Base, wanted: Sequence[
                 subject=url[:120],
                 next_step=f"Begin it with one of {', '.join(_SCHEMES)}.",
             )
-        if url.startswith(S3):
+        if url.startswith(S3_SCHEME):
             parse_s3_address(url)
         if session.get(BaseLocation, (base.digest, url)) is None:
             _refuse_stranger(actor, base)
-            if url.startswith((_FILE, S3)):
+            if url.startswith((_FILE, S3_SCHEME)):
                 permit(actor, Role.ADMIN)  # workers read from there with their own rights and credentials
             session.add(BaseLocation(base_digest=base.digest, url=url))
             session.flush()

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from registry.environment.settings import S3Storage
 from registry.errors import NotFound
-from registry.settings import S3Storage
 from registry.storage.archive import DOCUMENTS, unknown_document
 from registry.storage.blobs import Reader
 from registry.storage.s3.bucket import open_bucket, translate_store_errors

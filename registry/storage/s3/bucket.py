@@ -13,10 +13,10 @@ from boto3.exceptions import S3UploadFailedError  # pyright: ignore[reportMissin
 from botocore.config import Config  # pyright: ignore[reportMissingTypeStubs]
 from botocore.exceptions import BotoCoreError, ClientError  # pyright: ignore[reportMissingTypeStubs]
 
+from registry.environment.settings import S3Storage
 from registry.errors import Unavailable
 from registry.errors.outages import OutageLog
 from registry.formats.references import Digest
-from registry.settings import S3Storage
 from registry.storage.blobs import blob_key, blob_missing
 
 outages = OutageLog(logging.getLogger(__name__))

@@ -12,9 +12,9 @@ from composer.errors import InvalidFile, RefusedOutput
 from composer.formats.checkpoints.checkpoint import INDEX_FILE, MAX_JSON_BYTES, SINGLE_FILE, Checkpoint, open_checkpoint
 from composer.formats.checkpoints.files import read_range
 from composer.formats.checkpoints.staging import is_side_file, staged_directory
+from registry.environment.settings import S3Storage, Storage
 from registry.errors import Invalid
-from registry.formats.s3_address import S3Address
-from registry.settings import S3Storage, Storage
+from registry.formats.addresses import S3Address
 from registry.storage.base_cache import BaseCache, remove_unused
 from registry.storage.s3.bucket import Bucket, open_bucket
 from registry.storage.s3.objects import S3File, list_files, open_file

@@ -14,9 +14,9 @@ from typing import Any, Protocol
 import httpx2
 from botocore.exceptions import ClientError  # pyright: ignore[reportMissingTypeStubs]
 
+from registry.environment.settings import S3Storage
 from registry.errors import NotFound, Unavailable
 from registry.formats.references import Digest
-from registry.settings import S3Storage
 from registry.storage.blobs import IncomingUpload, Put
 from registry.storage.s3.bucket import Bucket, code_of, translate_store_errors
 from registry.storage.s3.multipart import Parts

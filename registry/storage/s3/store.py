@@ -7,9 +7,9 @@ from typing import Any
 
 from botocore.exceptions import ClientError  # pyright: ignore[reportMissingTypeStubs]
 
+from registry.environment.settings import S3Storage
 from registry.errors import Unavailable
 from registry.formats.references import Digest
-from registry.settings import S3Storage
 from registry.storage.blobs import BlobStat, Reader
 from registry.storage.s3.bucket import MISSING, Bucket, code_of, open_bucket, translate_store_errors
 from registry.storage.s3.probe import FactsRecord

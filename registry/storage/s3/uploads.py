@@ -5,9 +5,9 @@ from collections.abc import Callable, Collection, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from registry.environment.settings import S3Storage
 from registry.errors import Conflict, Invalid, Unavailable
 from registry.formats.references import Digest
-from registry.settings import S3Storage
 from registry.storage.blobs import BlobStat, IncomingUpload, Part, Put
 from registry.storage.s3.bucket import NO_HEADERS, Bucket, translate_store_errors
 from registry.storage.s3.multipart import Parts, checksum

@@ -32,7 +32,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-from registry.settings import Settings
+from registry.environment.settings import Settings
 from registry.worker.engine import answers
 from registry.worker.engine.answers import answer_of
 from registry.worker.engine.frames import Frame, Wire

@@ -6,8 +6,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from composer.evaluation.memory import host_bytes
+from registry.environment.settings import EngineSettings
 from registry.errors import Unavailable
-from registry.settings import EngineSettings
 from registry.worker.engine.child import descendants
 
 _SECONDS, _BYTES = "ADAPTORY_ENGINE__JOB_SECONDS", "ADAPTORY_ENGINE__JOB_MEMORY_BYTES"

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 from datetime import datetime, timedelta
 from functools import cached_property
 
+from registry.environment.settings import Settings
 from registry.errors import Unavailable
-from registry.settings import Settings
 from registry.storage.blobs import BlobStore
 from registry.worker.engine.local import LocalEngine
 from registry.worker.engine.protocol import Engine, Needs

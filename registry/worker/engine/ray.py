@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any, cast
 
+from registry.environment.settings import EngineSettings
 from registry.errors import NotAllowed, RegistryError, Unavailable
-from registry.settings import EngineSettings
 from registry.worker.engine.answers import error_of
 from registry.worker.engine.protocol import MAX_DEATHS, Needs
 from registry.worker.engine.ray_runner import UnitRunner

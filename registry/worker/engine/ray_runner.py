@@ -10,8 +10,8 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_settings import SettingsError
 
+from registry.environment.settings import Settings
 from registry.errors import RegistryError
-from registry.settings import Settings
 from registry.worker.engine.answers import answer_of
 from registry.worker.engine.units import HostNode, Task, Unit, open_node, run_unit
 

@@ -15,9 +15,9 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any, TypeVar
 
+from registry.environment.home import close_directory
+from registry.environment.settings import Settings
 from registry.errors import Invalid, Unavailable
-from registry.home import close_directory
-from registry.settings import Settings
 from registry.storage.blobs import BlobStore
 from registry.storage.unit_results import MAX_RESULT_BYTES, UnitResults
 from registry.transfer.bases import Bases

@@ -32,8 +32,8 @@ from registry.database.migrate import (
 )
 from registry.domain.channels.requirements import unspent_approvals
 from registry.domain.channels.serving import CHANGES
+from registry.environment.settings import Settings
 from registry.errors import Unavailable
-from registry.settings import Settings
 from registry.transfer.resources import open_resources
 from tests import services
 from tests.durability.small import write_adapter, write_base

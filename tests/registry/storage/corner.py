@@ -13,8 +13,8 @@ from urllib.parse import urlsplit
 
 import httpx2
 
+from registry.environment.settings import S3Storage
 from registry.formats.references import Digest
-from registry.settings import S3Storage
 from registry.storage.blobs import IncomingUpload, Part, Put
 from registry.storage.s3.bucket import open_bucket
 from registry.storage.s3.store import S3Store

@@ -11,9 +11,9 @@ from pathlib import Path
 import httpx2
 import pytest
 
+from registry.environment.settings import S3Storage
 from registry.errors import NotFound, Unavailable
 from registry.formats.references import Digest
-from registry.settings import S3Storage
 from registry.storage.blobs import BlobStore, blob_key
 from registry.storage.local import LocalStore, unwritable
 from registry.storage.s3.store import S3Store

@@ -13,9 +13,9 @@ from urllib.parse import urlsplit
 import httpx2
 import pytest
 
+from registry.environment.settings import S3Storage
 from registry.errors import Unavailable
 from registry.formats.references import Digest
-from registry.settings import S3Storage
 from registry.storage.blobs import IncomingUpload, Put
 from registry.storage.s3.bucket import open_bucket
 from registry.storage.s3.probe import NEVER, PROBE, STALE_S

@@ -10,8 +10,8 @@ from pydantic import BaseModel, SecretStr
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from registry import settings
-from registry.settings import STORAGES, EngineSettings, Settings, SignInSettings
+from registry.environment import settings
+from registry.environment.settings import STORAGES, EngineSettings, Settings, SignInSettings
 from tests.wire.reference.markdown import code, joined, table
 
 HEAD = """# Settings
@@ -20,7 +20,7 @@ Settings are environment variables. Two underscores join the names of nested one
 suggests the right one, and so is any unknown name with two underscores. Other unknown `ADAPTORY_` names are ignored,
 since container runtimes add some of their own (a service's host and port).
 
-This page is made from `registry/settings.py`: `make snapshots` writes it.
+This page is made from `registry/environment/settings.py`: `make snapshots` writes it.
 
 """
 SECTIONS: tuple[tuple[str, str, type[BaseModel]], ...] = (
@@ -49,7 +49,7 @@ def _section(title: str, prefix: str, model: type[BaseModel]) -> str:
 
 
 def texts_of(model: type[BaseModel]) -> dict[str, str]:
-    """The string below each field of a class of registry/settings.py."""
+    """The string below each field of a class of registry/environment/settings.py."""
     tree = ast.parse(Path(settings.__file__).read_text(encoding="utf-8"))
     (body,) = [node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == model.__name__]
     return {

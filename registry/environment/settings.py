@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from registry.addresses import is_loopback, registry_url
+from registry.formats.addresses import is_loopback, registry_url
 
 if TYPE_CHECKING:
     from composer.evaluation.scorers.scorer import PythonScorers

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from registry.errors import Unavailable
 
-_OURS = Path(__file__).parents[1] / "composer"
+_OURS = Path(__file__).parents[2] / "composer"
 _THEIRS = "trainer"
 """A folder of MosaicML's package that no version of ours has."""
 

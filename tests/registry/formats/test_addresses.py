@@ -3,7 +3,7 @@
 import pytest
 
 from registry.errors import Usage
-from registry.formats.s3_address import S3Address, parse_s3_address
+from registry.formats.addresses import S3Address, parse_s3_address
 
 
 @pytest.mark.parametrize(

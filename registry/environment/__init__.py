@@ -1,0 +1,1 @@
+"""The environment of a process: its settings, its home directory, and which package `composer` is."""
