@@ -18,7 +18,7 @@ from composer.deltas.delta import Delta, Layout, LowRank, Replacement, spilled
 from composer.deltas.stored import Factor, MappedFile, SpillFile, read_into
 from composer.deltas.tensors import torch_device
 from composer.errors import InvalidFile, Mismatch, NotSupported
-from composer.evaluation.modules import modules_bounded
+from composer.evaluation.model import modules_bounded
 from composer.export.peft import peft_form, write_adapter
 from composer.findings import Finding, Severity
 from composer.formats.adapters.placement.naming import TIED_HEAD, Target, find_weight, is_head

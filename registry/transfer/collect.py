@@ -26,7 +26,8 @@ from registry.domain.access import audit
 from registry.domain.access.audit import Act
 from registry.domain.catalog import commits
 from registry.domain.channels import fleet, withdrawals
-from registry.domain.compositions import checks, retention
+from registry.domain.compositions import checks
+from registry.domain.jobs import queue
 from registry.environment.settings import Settings
 from registry.errors import Conflict
 from registry.formats.references import Digest
@@ -75,7 +76,7 @@ def collect(resources: Resources, *, grace: timedelta, dry_run: bool = False) ->
     if dry_run:
         with resources.read() as session:
             forgotten = commits.forgettable(followed_before)
-            jobs = retention.expired(ended_before).subquery()
+            jobs = queue.expired(ended_before).subquery()
             collected.jobs = session.scalar(select(func.count()).select_from(jobs)) or 0
             collected.releases = len(withdrawals.expired(session, now, limit=None))
             collected.commits = session.scalar(select(func.count()).select_from(forgotten.subquery())) or 0
@@ -91,7 +92,7 @@ def collect(resources: Resources, *, grace: timedelta, dry_run: bool = False) ->
         swept = sweep(resources, now)
         collected.unfinished, collected.leftovers = swept.uploads, swept.leftovers
         collected.releases = _take_down_expired(resources, now)
-        while count := _forget(resources, retention.forget, ended_before):
+        while count := _forget(resources, queue.forget, ended_before):
             collected.jobs += count
         while count := _forget(resources, commits.forget, followed_before):
             collected.commits += count

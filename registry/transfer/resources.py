@@ -13,9 +13,8 @@ from registry.database.migrate import SchemaWatch, ensure_schema
 from registry.domain.access.namespaces import NEW_NAMESPACE_BYTES
 from registry.environment.home import close_directory, close_file
 from registry.environment.settings import DATABASE_FILE, LocalStorage, S3Storage, Settings
-from registry.storage.blobs import BlobStore
+from registry.storage.blobs import BlobStore, RecentStats
 from registry.storage.local import LocalStore
-from registry.storage.recent import RecentStats
 
 
 def utc_now() -> datetime:

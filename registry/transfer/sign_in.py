@@ -8,11 +8,10 @@ from sqlalchemy.orm import Session
 
 from registry.database.tables import Token
 from registry.domain.access import audit, sessions, tokens
-from registry.domain.access.audit import Act, Actor
+from registry.domain.access.audit import Act, Actor, RefusalBudget
 from registry.domain.access.roles import ANONYMOUS
 from registry.errors import RegistryError
 from registry.transfer.openid import Attempt, OpenIdProvider
-from registry.transfer.refusals import RefusalBudget
 from registry.transfer.resources import Resources
 
 

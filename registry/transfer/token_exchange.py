@@ -6,7 +6,7 @@ from datetime import datetime
 from typing import Any
 
 from registry.domain.access import audit, publishers
-from registry.domain.access.audit import Act, Actor
+from registry.domain.access.audit import Act, Actor, RefusalBudget
 from registry.domain.access.publishers import (
     LIFETIME,
     MAX_USER,
@@ -22,7 +22,6 @@ from registry.formats import id_tokens
 from registry.formats.id_tokens import CiJob, shown
 from registry.formats.references import RepositoryName
 from registry.transfer.issuer_keys import IssuerKeys
-from registry.transfer.refusals import RefusalBudget
 from registry.transfer.resources import Resources
 
 

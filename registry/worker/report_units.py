@@ -11,16 +11,20 @@ from composer.errors import ComposerError
 from composer.formats.adapters.tokenizers import chosen_tokenizer
 from composer.formats.recipes.methods import parse_settings
 from composer.formats.recipes.policy import read_policy
+from composer.formats.recipes.recipe import Lock
 from composer.formats.recipes.suite import Suite
 from composer.formats.recipes.weights import parse_weight
+from registry.domain.catalog import bases
+from registry.domain.compositions import checks, compositions
 from registry.errors.translation import of_composer
+from registry.transfer import publishing
 from registry.worker.combine_units import calibration_of, calibration_sets
 from registry.worker.composition import ProgressCount
 from registry.worker.engine.units import Count, Node, Result, Task, Unit, always_intact
-from registry.worker.node_files import Row, loaded_adapter, shared_architecture
+from registry.worker.node_files import Row, loaded_adapter, share_architecture, shared_architecture, to_rows
 from registry.worker.node_models import WITHOUT_MODEL
 from registry.worker.pass_units import Named, Passes, measured_of, named
-from registry.worker.runner import JobRun
+from registry.worker.runner import JobKind, JobLost, JobRun
 
 if TYPE_CHECKING:
     from composer.conflicts.evidence.bench import Pass
@@ -147,3 +151,35 @@ def _no_base() -> NoReturn:
 
 
 REPORT = Task(name="conflict report", version=1, run=_report, intact=always_intact)
+
+
+# The step of a conflict check: the report from the adapters' weights.
+
+
+def check(held: JobRun) -> None:
+    """Computes and stores the report. Hard conflicts do not fail the job: they make the report's verdict `refuse`."""
+    with held.resources.read() as session:
+        row = checks.find_by_job(session, held.job_id)
+        if row is None:
+            raise JobLost
+        lock = Lock.from_json(row.lock)
+        architecture = bases.architecture(session, lock.base)
+        inputs = compositions.inputs_of(session, lock)
+        files = [publishing.manifest_files(session, release) for release in inputs]
+    members = [
+        {
+            "name": f"{locked.repository}:{locked.version}",
+            "weight": locked.weighted.to_json(),
+            "files": to_rows(listed),
+        }
+        for locked, listed in zip(lock.inputs, files, strict=True)
+    ]
+    key = share_architecture(held.engine.node, architecture)
+    how = {"method": lock.method, "settings": lock.settings}
+    made = conflict_report(held, {"architecture": key, "members": members, **how})
+    held.check()
+    with held.resources.write() as session:
+        checks.keep(session, held.job_id, made["report"])
+
+
+KIND = JobKind(steps={"check": check})

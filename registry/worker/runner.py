@@ -15,7 +15,7 @@ from typing import Any
 from composer.errors import ComposerError, Interrupted
 from registry.database.engine import database_now
 from registry.database.tables import Job
-from registry.domain.compositions.job_needs import declare_missing
+from registry.domain.compositions.compositions import declare_missing
 from registry.domain.jobs import needs, queue
 from registry.domain.jobs.queue import Amount
 from registry.errors import RegistryError, Unavailable

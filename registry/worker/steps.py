@@ -12,27 +12,33 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from sqlalchemy.orm import Session
+
 from composer.findings import Finding, Severity, Verdict
 from composer.formats.recipes.calibration_sets import used_in
 from composer.formats.recipes.policy import read_policy
 from composer.formats.recipes.suite import Example, Suite
-from registry.database.tables import Base, Release
+from registry.database.tables import Base, Namespace, Release
+from registry.domain.access import namespaces
 from registry.domain.access.audit import Actor
-from registry.domain.catalog import suites
-from registry.domain.catalog.releases import Input
+from registry.domain.catalog import commits, releases, signatures, suites
+from registry.domain.catalog.releases import Input, NewRelease
 from registry.domain.catalog.repositories import Kind
+from registry.domain.catalog.signatures import SignedAs
 from registry.domain.catalog.suites import Measurement
 from registry.domain.channels import gates
 from registry.domain.compositions import checks, compositions
 from registry.domain.jobs import evaluations
+from registry.environment.settings import Settings
 from registry.errors import Refused, Unavailable
 from registry.errors.translation import of_row, refuse_errors
 from registry.formats.manifest import ManifestFile
 from registry.formats.references import parse_reference
+from registry.formats.signatures import is_key_of, open_signature, own_fingerprint, read_key, sign
 from registry.transfer import publishing, results
 from registry.transfer.collect import discard
 from registry.transfer.publishing import Push
-from registry.worker import checking, evaluating
+from registry.worker import evaluating, report_units
 from registry.worker.combine_units import calibration_rows, combined_adapter, member_rows
 from registry.worker.composition import (
     CompositionRun,
@@ -53,7 +59,6 @@ from registry.worker.optimizing import optimize
 from registry.worker.pass_units import probe_passes
 from registry.worker.report_units import conflict_report
 from registry.worker.runner import JobKind, JobRun
-from registry.worker.signed import publish_signed
 from registry.worker.workspace import work_of
 
 if TYPE_CHECKING:
@@ -265,7 +270,7 @@ KINDS = {
         },
         clean=clean,
     ),
-    checks.KIND: checking.KIND,
+    checks.KIND: report_units.KIND,
     evaluations.KIND: evaluating.KIND,
 }
 
@@ -301,3 +306,31 @@ def _measured(held: JobRun, actor: Actor, work: CompositionRun) -> list[Measurem
     namespace = parse_reference(work.recipe.adapter).repository.namespace
     rows = {digest: results.ExampleResults(examples) for digest, examples in kept["results"].items()}
     return results.store(held.resources, actor, namespace, measured, rows)
+
+
+# Publishes a worker's outputs, signed with its key (`ADAPTORY_SIGNING_KEY`).
+def publish_signed(
+    settings: Settings, session: Session, actor: Actor, new: NewRelease, inputs: Sequence[Release]
+) -> Release:
+    """Publishes the composition of `inputs`. Signs it with the worker's key if the namespace trusts that key and one of
+    its keys signed each input. Raises Refused for unsigned inputs where signatures are required."""
+    namespace, path = _locked(session, new.repository.namespace), settings.signing_key
+    if path is None or namespace is None or not is_key_of(namespace.signing_keys, own_fingerprint(path)):
+        return commits.publish(session, actor, new)[0]
+    if namespace.require_signature:  # keys may have been removed since the composition began
+        signatures.refuse_unsigned_inputs(session, namespace.name, namespace.signing_keys, inputs)
+    elif signatures.unsigned_input(session, namespace.signing_keys, inputs) is not None:
+        return commits.publish(session, actor, new)[0]
+    bound = releases.signable(str(new.repository), str(new.version), new.base_digest, new.files)
+    bundle = sign(read_key(path), bound, {file.path: file.sha256 for file in new.files})
+    signed = open_signature(bundle, namespace.signing_keys)
+    own = replace(new, signed=signed, signed_by=signed.fingerprint, signed_as=SignedAs.WORKER)
+    release, created = commits.publish(session, actor, own)
+    if created:
+        signatures.keep(session, actor, release, signed.fingerprint, SignedAs.WORKER, bundle)
+    return release
+
+
+def _locked(session: Session, name: str) -> Namespace | None:
+    """Locks the namespace against changes and returns it; None if it does not exist yet."""
+    return namespaces.find_for_share(session, name) if session.get(Namespace, name) else None

@@ -14,8 +14,8 @@ from registry.api.pages.html.forms import COOKIE, own_path
 from registry.database.engine import Row
 from registry.database.tables import AuditRow, Token
 from registry.domain.access import tokens
+from registry.domain.access.audit import MAX_REFUSALS
 from registry.domain.access.sessions import LIFETIME
-from registry.transfer.refusals import MAX_REFUSALS
 from tests import services
 from tests.access.browser import HTML, ORIGIN, Browser
 from tests.access.house import OTHER, PRIVATE, PUBLIC, House, build_house, copy_of, entered, new_environment

@@ -17,10 +17,10 @@ from sqlalchemy import select, update
 
 from registry.api.http.threads import EXCHANGE_THREADS
 from registry.database.tables import AuditRow, Token, TrustedPublisher, UsedIdToken
+from registry.domain.access.audit import MAX_REFUSALS
 from registry.errors import Unauthenticated, Unavailable
 from registry.transfer.installation import check_installation
 from registry.transfer.issuer_keys import MAX_AGE_S, MIN_INTERVAL_S, RETRY_S, IssuerKeys
-from registry.transfer.refusals import MAX_REFUSALS
 from tests import services
 from tests.access.house import OTHER, PRIVATE, House, build_house, entered, new_environment
 from tests.access.issuer import AUDIENCE, GITHUB_JOB, Issuer, issuer, key_of, signed

@@ -6,13 +6,13 @@ from urllib.parse import urlencode
 
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel, Field
 
 from registry.api.http.problems import header_text
 from registry.api.http.request import ResourcesOf, body_chunks, content_length, receive_body, refuse_longer
 from registry.api.http.rules import PUBLISHES, Caller, Publisher, Reader, Releaser
 from registry.api.http.threads import in_store_threads
 from registry.api.hub.models import MODEL
-from registry.api.hub.schemas import BatchIn, BranchIn, MoveIn, PlanIn, RepositoryIn, TagIn
 from registry.api.hub.wire import CREATE, HubRoute, with_findings
 from registry.client.selection import is_trainer_file
 from registry.database.tables import Promotion
@@ -22,11 +22,53 @@ from registry.domain.catalog import commits, repositories
 from registry.domain.channels import moves, promotions, revisions
 from registry.domain.channels.revisions import MAIN
 from registry.errors import Conflict, NotAllowed, NotFound, Stale, Usage
-from registry.formats.manifest import ManifestFile, parse_manifest
+from registry.formats.manifest import MAX_FILES, ManifestFile, parse_manifest
 from registry.formats.references import RepositoryName, parse_digest, parse_name, parse_repository, parse_version
 from registry.formats.xet import has_lz4
 from registry.transfer import lfs, uploads
 from registry.transfer.resources import Resources
+
+
+# The requests of the client; it adds fields that are not used here.
+class RepositoryIn(BaseModel):
+    name: str
+    organization: str | None = None
+    type: str | None = None
+    private: bool | None = None
+    visibility: str | None = None
+
+
+class MoveIn(BaseModel):
+    fromRepo: str  # noqa: N815
+
+
+class PlannedFile(BaseModel):
+    path: str
+    size: int = Field(ge=0)
+
+
+class PlanIn(BaseModel):
+    files: list[PlannedFile] = Field(default=[], max_length=MAX_FILES)
+
+
+class LfsObject(BaseModel):
+    oid: str
+    size: int = Field(ge=0)
+
+
+class BatchIn(BaseModel):
+    objects: list[LfsObject] = Field(default=[], max_length=MAX_FILES)
+    transfers: list[str] = ["basic"]
+
+
+class TagIn(BaseModel):
+    tag: str
+    message: str | None = None
+
+
+class BranchIn(BaseModel):
+    startingPoint: str | None = None  # noqa: N815
+
 
 router = APIRouter(route_class=HubRoute)
 INLINE_BYTES = 1 << 20

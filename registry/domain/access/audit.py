@@ -1,9 +1,12 @@
 """The audit log: typed acts and their records."""
 
+import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from datetime import datetime
 from enum import StrEnum
+from threading import Lock
 from typing import Any, cast
 
 from sqlalchemy import ColumnElement, Select, Table, insert, select, true
@@ -179,3 +182,29 @@ def _filtered(statement: Select[AuditRow], query: EventQuery) -> Select[AuditRow
     if query.until is not None:
         statement = statement.where(AuditRow.at < query.until)
     return statement
+
+
+# Limits the audit rows for refusals of unauthenticated callers, who can cause any number of them.
+
+MAX_REFUSALS = 60
+"""Audit rows per minute, of one kind and in one process."""
+_MINUTE_S = 60
+
+
+@dataclass(slots=True)
+class RefusalBudget:
+    """The rows written in the last minute."""
+
+    _recorded: deque[float] = field(default_factory=deque[float])
+    _lock: Lock = field(default_factory=Lock)
+
+    def spend(self) -> bool:
+        """Whether one more row may be written; counts it if so."""
+        now = time.monotonic()
+        with self._lock:
+            while self._recorded and now - self._recorded[0] >= _MINUTE_S:
+                self._recorded.popleft()
+            if len(self._recorded) >= MAX_REFUSALS:
+                return False
+            self._recorded.append(now)
+            return True

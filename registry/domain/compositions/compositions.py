@@ -8,8 +8,9 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from composer.formats.recipes.methods import parse_settings
 from composer.formats.recipes.recipe import Lock, Recipe, parse_recipe
-from registry.database.tables import Base, Composition, Job, Namespace, Release, ReleaseInput
+from registry.database.tables import Base, Composition, Evaluation, Job, Namespace, Release, ReleaseInput
 from registry.domain.access import audit, tokens
 from registry.domain.access.audit import Act, Actor, EventQuery
 from registry.domain.access.roles import EVERYWHERE, Role, granted, holds, may, may_read, permit, unknown_namespace
@@ -17,10 +18,12 @@ from registry.domain.catalog import metrics, releases, repositories, signatures,
 from registry.domain.catalog.releases import full_name
 from registry.domain.catalog.repositories import Kind
 from registry.domain.channels import gates
-from registry.domain.compositions import checks, job_needs, locking
-from registry.domain.jobs import evaluations, queue
+from registry.domain.compositions import checks, locking
+from registry.domain.jobs import evaluations, needs, queue
+from registry.domain.jobs.evaluations import WantedScore
+from registry.domain.jobs.needs import EVOLUTION, WorkerNeeds, base_need
 from registry.domain.jobs.queue import PLAIN, Wish
-from registry.errors import Conflict, Invalid, NotAllowed, NotFound, Refused, Usage
+from registry.errors import Conflict, Invalid, NotAllowed, NotFound, Refused, RegistryError, Usage
 from registry.formats.references import RepositoryName, Version, nearest, parse_reference
 from registry.formats.signatures import fingerprint
 
@@ -67,7 +70,7 @@ def create(  # noqa: PLR0913
     if recipe.optimize:
         wanted = ("optimize", *wanted)
     job = queue.enqueue(session, actor, "composition", wanted, owner(recipe), wish)
-    queue.declare(session, job, job_needs.needs_of(session, recipe, lock, plan_only=plan_only), wish)
+    queue.declare(session, job, needs_of(session, recipe, lock, plan_only=plan_only), wish)
     composition = Composition(
         job_id=job.id,
         plan_only=plan_only,
@@ -373,3 +376,43 @@ def result_rows(releases_made: Sequence[Release]) -> list[dict[str, Any]]:
         }
         for release in releases_made
     ]
+
+
+# The needs of compositions' jobs, and of jobs that an older version queued.
+
+
+def needs_of(session: Session, recipe: Recipe, lock: Lock, *, plan_only: bool) -> WorkerNeeds:
+    """The needs of a composition. A search, a probe, a fit and an evaluation load the base; a merge only reads it;
+    combining adapters alone does not need it."""
+    own = locking.member_suites(session, recipe, [locking.release_of(session, source) for source in lock.inputs])
+    measured = [] if plan_only else locking.evaluated(recipe, lock, own)
+    fitted = parse_settings(lock.method, lock.settings).pipeline.fitted
+    loads = bool(recipe.optimize or fitted or measured or (recipe.probe and all(own)))
+    names = {need for name in measured for need in evaluations.suite_needs(suites.find(session, name))}
+    if loads or (recipe.model and not plan_only):
+        names.add(base_need(lock.base))
+    if recipe.optimize and recipe.optimize.evolve:
+        names.add(EVOLUTION)
+    return WorkerNeeds(frozenset(names), memory_bytes=session.get_one(Base, lock.base).size_bytes if loads else 0)
+
+
+def declare_missing(session: Session) -> None:
+    """Declares the needs of some jobs that an older version queued. A job whose needs can no longer be determined,
+    since its subjects have changed, gets none: its worker reports why it fails."""
+    for job in needs.undeclared(session):
+        try:
+            needed = _needs_of_job(session, job)
+        except RegistryError:
+            needed = WorkerNeeds()
+        queue.declare(session, job, needed)
+
+
+def _needs_of_job(session: Session, job: Job) -> WorkerNeeds:
+    if job.kind == evaluations.KIND:
+        row = session.get_one(Evaluation, job.id)
+        return evaluations.needs_of(session, [WantedScore(**subject) for subject in row.wanted])
+    composition = session.scalar(select(Composition).where(Composition.job_id == job.id))
+    if composition is None:  # a conflict check, which reads weights of adapters alone
+        return WorkerNeeds()
+    recipe, lock = parse_recipe(composition.recipe), Lock.from_json(composition.lock)
+    return needs_of(session, recipe, lock, plan_only=composition.plan_only)

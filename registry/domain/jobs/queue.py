@@ -15,11 +15,11 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, and_, case, func, or_, select, update
+from sqlalchemy import ColumnElement, Select, and_, case, delete, exists, func, or_, select, update
 from sqlalchemy.orm import Session, aliased
 
 from registry.database.engine import database_now
-from registry.database.tables import Job
+from registry.database.tables import Composition, ConflictCheck, Evaluation, Job, Promotion, ReleaseInput
 from registry.domain.access import audit
 from registry.domain.access.audit import Act, Actor
 from registry.domain.access.roles import EVERYWHERE, Reach, Role, permit
@@ -317,3 +317,30 @@ def _locked(session: Session, job_id: int) -> Job:
     """The row, locked until this transaction ends."""
     find(session, job_id)
     return session.get_one(Job, job_id, with_for_update=True, populate_existing=True)
+
+
+# Retention: finished jobs are removed after a time, unless something that stays refers to them.
+
+
+def expired(ended_before: datetime) -> Select[int]:
+    """The jobs that ended before then, except those that a release was composed by (its lineage), that a promotion
+    waited for, or whose conflict report is kept."""
+    made = exists().where(ReleaseInput.composition_id == Composition.id, Composition.job_id == Job.id)
+    awaited = exists().where(Promotion.job_id == Job.id)
+    checked = exists().where(ConflictCheck.job_id == Job.id)
+    return select(Job.id).where(Job.state.in_(FINISHED), Job.finished_at < ended_before, ~made, ~awaited, ~checked)
+
+
+def forget(session: Session, operator: Actor, ended_before: datetime, limit: int) -> int:
+    """Removes some expired jobs with their compositions and evaluations, and returns their number. The audit log keeps
+    their acts, and releases keep the scores that they measured."""
+    query = select(Job).where(Job.id.in_(expired(ended_before).limit(limit))).with_for_update(skip_locked=True)
+    jobs: Sequence[Job] = list(session.scalars(query))
+    ids = [job.id for job in jobs]
+    for table in (Composition, Evaluation):
+        session.execute(delete(table).where(table.job_id.in_(ids)))
+    for job in jobs:
+        was = {"kind": job.kind, "state": job.state, "created_by": job.created_by}
+        audit.record(session, operator, Act.JOB_EXPIRE, f"job/{job.id}", namespace=job.namespace, before=was)
+    session.execute(delete(Job).where(Job.id.in_(ids)))
+    return len(ids)

@@ -6,9 +6,8 @@ from threading import Event
 
 from composer.formats.checkpoints.hashing import hash_file
 from registry.formats.references import Digest, parse_digest
-from registry.storage.blobs import BlobStat
+from registry.storage.blobs import REMEMBERED_S, BlobStat, RecentStats
 from registry.storage.local import LocalStore
-from registry.storage.recent import REMEMBERED_S, RecentStats
 
 
 def test_that_a_blob_is_there_is_remembered_for_a_while_and_that_it_is_not_never(tmp_path: Path) -> None:
