@@ -152,7 +152,8 @@ def load_tasks(names: Sequence[str], directory: Path | None = None, asked: Asked
                 subject=name,
                 next_step=f"{where}.",
             )
-        loaded = _loaded(manager, name)
+        with redirect_stdout(sys.stderr), _translated(name, "load"):
+            loaded = manager.load([name])
         for own, task in loaded["tasks"].items():
             if own not in tasks:
                 tasks[own] = _task(own, task, asked)
@@ -225,11 +226,6 @@ def _translated(name: str, verb: str) -> Generator[None]:
             f"{HARNESS} cannot {verb} {name}: {type(error).__name__}: {str(error)[:500]}",
             subject=name,
         ) from error
-
-
-def _loaded(manager: Any, name: str) -> Any:
-    with redirect_stdout(sys.stderr), _translated(name, "load"):
-        return manager.load([name])
 
 
 def _task(name: str, task: Any, asked: Asked) -> LoadedTask:

@@ -55,7 +55,9 @@ def convert(path: Path, out_dir: Path, architecture: Architecture) -> ConvertRep
     Raises what `read_foreign` and `write_adapter` raise, and InvalidFile for factors that do not fit the base.
     """
     foreign = read_foreign(path, architecture)
-    note = {"made": "convert", "source": _source(foreign)}
+    weights = foreign.weights_path
+    source = {"layout": foreign.layout, "file": weights.name, "digest": hash_file(weights)}
+    note = {"made": "convert", "source": source}
     if any(part in KRONECKER for module in foreign.modules for part in module.parts):
         return _convert_kronecker(foreign, architecture, out_dir, note)
     deltas = [delta for module in foreign.modules for delta in _deltas(foreign, module, architecture)]
@@ -88,11 +90,6 @@ def convert_rebased(path: Path, out_dir: Path, architecture: Architecture) -> Co
     size = write_files(tensors, {**written, "init_lora_weights": True}, out_dir, {"made": "convert", "source": source})
     rank = max((module.rank for module in placed.adapted), default=0)
     return ConvertReport(init, len(placed.adapted), rank, str(out_dir), size)
-
-
-def _source(foreign: Foreign) -> dict[str, str]:
-    path = foreign.weights_path
-    return {"layout": foreign.layout, "file": path.name, "digest": hash_file(path)}
 
 
 def _convert_kronecker(

@@ -39,7 +39,8 @@ def proposed(
     count = len(base)
     if count > MOST_MEMBERS:
         return None
-    grid = _grid(count)
+    axis = np.arange(GRID_STEP, LARGEST + GRID_STEP / 2, GRID_STEP)
+    grid = np.stack(np.meshgrid(*[axis] * count, indexing="ij"), axis=-1).reshape(-1, count)
     kept, allowed = np.full(len(grid), np.inf), np.ones(len(grid), dtype=bool)
     for member in range(count):
         known = [(point.weights, nats) for point in points if (nats := point.nats[member]) is not None]
@@ -60,12 +61,6 @@ def proposed(
         return None
     best = grid[int(np.argmax(np.where(allowed, kept, -np.inf)))]
     return tuple(round(float(weight), 4) for weight in best)
-
-
-def _grid(count: int) -> np.ndarray:
-    """All weights from GRID_STEP to LARGEST: none is left out."""
-    axis = np.arange(GRID_STEP, LARGEST + GRID_STEP / 2, GRID_STEP)
-    return np.stack(np.meshgrid(*[axis] * count, indexing="ij"), axis=-1).reshape(-1, count)
 
 
 def _terms(weights_PT: np.ndarray) -> np.ndarray:

@@ -249,14 +249,15 @@ class _Pull:
 
     def _fetch(self, piece: tuple[int, PartialFile]) -> None:
         number, file = piece
-        start, length = file.span(number)
+        path, (start, length) = file.wanted.path, file.span(number)
         got, left = 0, pauses()
         with file.opened() as descriptor:
             while got < length:
                 before = got
                 try:
-                    with self._api.stream(self._url(file), start + got, length - got) as stream:
-                        self._urls[file.wanted.path] = stream.url
+                    url = self._urls.get(path, f"{self._release.path}/files/{quote(path)}")
+                    with self._api.stream(url, start + got, length - got) as stream:
+                        self._urls[path] = stream.url
                         for block in stream.chunks:
                             taken = block[: length - got]
                             os.pwrite(descriptor, taken, start + got)
@@ -278,9 +279,6 @@ class _Pull:
                     time.sleep(pause)
             os.fdatasync(descriptor)  # other threads continue meanwhile; recorded pieces survive a power cut
         self._judge(file, file.arrived(number))
-
-    def _url(self, file: PartialFile) -> str:
-        return self._urls.get(file.wanted.path, f"{self._release.path}/files/{quote(file.wanted.path)}")
 
     @property
     def _name(self) -> str:

@@ -124,7 +124,8 @@ def load(session: Session, lines: Iterable[bytes], leave_out: Collection[str] = 
     table. Raises Invalid for lines that are not a dump of this schema.
     """
     loader = _load_sqlite if session.get_bind().dialect.name == "sqlite" else _load_postgresql
-    known = {name: {row["name"] for row in columns} for name, columns in _columns(session).items()}
+    described = inspect(session.connection()).get_multi_columns()
+    known = {name: {column["name"] for column in columns} for (_, name), columns in described.items()}
     counts: dict[str, int] = {}
     if loader is _load_sqlite:
         session.execute(text("PRAGMA defer_foreign_keys=ON"))
@@ -144,11 +145,6 @@ def load(session: Session, lines: Iterable[bytes], leave_out: Collection[str] = 
 
 Columns = tuple[tuple[str, str], ...]
 Head = tuple[str, Columns]
-
-
-def _columns(session: Session) -> dict[str, list[Any]]:
-    described = inspect(session.connection()).get_multi_columns()
-    return {name: cast("list[Any]", columns) for (_, name), columns in described.items()}
 
 
 def _sections(lines: Iterable[bytes]) -> Iterator[tuple[Head, list[Any]]]:

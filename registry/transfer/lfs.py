@@ -13,7 +13,6 @@ from datetime import timedelta
 from enum import StrEnum
 
 from sqlalchemy import select, update
-from sqlalchemy.orm import Session
 
 from registry.database.tables import Upload
 from registry.domain.access.audit import Actor
@@ -157,7 +156,8 @@ def permitted(resources: Resources, permit: LfsPermit) -> Permitted:
     """The act that the permit allows. Raises NotFound if it is not valid."""
     now = resources.clock()
     with resources.read() as session:
-        row = _find(session, permit)
+        query = select(Upload).where(Upload.namespace == permit.namespace, Upload.sha256 == permit.sha256)
+        row = session.scalar(query)
         actor = row and uploads.sender_now(session, row.created_by, row.namespace, permit.token_id or None, now)
     late = row is None or row.expires_at < now or permit.expires < now.timestamp()
     if (
@@ -174,8 +174,3 @@ def permitted(resources: Resources, permit: LfsPermit) -> Permitted:
         )
     permit_uploads(actor, row.namespace)
     return Permitted(row, actor)
-
-
-def _find(session: Session, permit: LfsPermit) -> Upload | None:
-    query = select(Upload).where(Upload.namespace == permit.namespace, Upload.sha256 == permit.sha256)
-    return session.scalar(query)

@@ -186,7 +186,8 @@ class OpenIdProvider:
 
     def _roles(self, claims: id_tokens.Claims) -> dict[str, Role]:
         given: Any = claims.get(self.settings.groups_claim)
-        groups = {given} if isinstance(given, str) else _texts(given)
+        rows = cast("list[object]", given)[:_MAX_GROUPS] if isinstance(given, list) else []
+        groups = {given} if isinstance(given, str) else {text for text in rows if isinstance(text, str)}
         roles: dict[str, Role] = {}
         for group, namespace, role in self.settings.group_roles:
             if group in groups:
@@ -209,12 +210,6 @@ def _subject(claims: id_tokens.Claims) -> str:
     if not isinstance(subject, str) or not 0 < len(subject) <= MAX_SUBJECT or not subject.isprintable():
         raise refused("its ID token does not identify the user (sub)")
     return subject
-
-
-def _texts(given: object) -> set[str]:
-    """The texts in a claim that is a list."""
-    rows = cast("list[object]", given)[:_MAX_GROUPS] if isinstance(given, list) else []
-    return {text for text in rows if isinstance(text, str)}
 
 
 def _base64(content: bytes) -> str:

@@ -35,9 +35,10 @@ def measure(held: JobRun) -> None:
 
     A failed measurement does not stop the others; its error is raised at the end.
     """
-    rows, done = _rows(held)
-    left = [wanted for wanted in rows if wanted not in done]
     with held.resources.read() as session:
+        row = evaluations.find(session, held.job_id)
+        done = {WantedScore.of(result) for result in row.results}
+        left = [wanted for wanted in (WantedScore(**stated) for stated in row.wanted) if wanted not in done]
         digests = {wanted.suite for wanted in left}
         contents = {digest: parse_content(suites.find(session, digest).content) for digest in digests}
     count = ProgressCount(held, "examples", sum(contents[wanted.suite].count for wanted in left))
@@ -110,14 +111,6 @@ def _refuse_failed(held: JobRun) -> None:
 
 
 KIND = JobKind(steps={"measure": measure})
-
-
-def _rows(held: JobRun) -> tuple[list[WantedScore], set[WantedScore]]:
-    """Returns all requested measurements and the set of those already made."""
-    with held.resources.read() as session:
-        row = evaluations.find(session, held.job_id)
-        done = {WantedScore.of(result) for result in row.results}
-        return [WantedScore(**wanted) for wanted in row.wanted], done
 
 
 def _measured(

@@ -314,7 +314,8 @@ def publish_signed(
 ) -> Release:
     """Publishes the composition of `inputs`. Signs it with the worker's key if the namespace trusts that key and one of
     its keys signed each input. Raises Refused for unsigned inputs where signatures are required."""
-    namespace, path = _locked(session, new.repository.namespace), settings.signing_key
+    name, path = new.repository.namespace, settings.signing_key
+    namespace = namespaces.find_for_share(session, name) if session.get(Namespace, name) else None
     if path is None or namespace is None or not is_key_of(namespace.signing_keys, own_fingerprint(path)):
         return commits.publish(session, actor, new)[0]
     if namespace.require_signature:  # keys may have been removed since the composition began
@@ -329,8 +330,3 @@ def publish_signed(
     if created:
         signatures.keep(session, actor, release, signed.fingerprint, SignedAs.WORKER, bundle)
     return release
-
-
-def _locked(session: Session, name: str) -> Namespace | None:
-    """Locks the namespace against changes and returns it; None if it does not exist yet."""
-    return namespaces.find_for_share(session, name) if session.get(Namespace, name) else None

@@ -89,7 +89,8 @@ def bias(module: ModuleParts) -> list[Delta]:
 def tokens(module: ModuleParts) -> list[Delta]:
     """Replaces W[ids] by the trained rows, despite the part's name. `ids` are in the config's order."""
     placed, new_TN = module.placed, module[TOKENS]
-    ids_T = torch.tensor(module.config.tokens_of(_embedding(module)), dtype=torch.long)
+    # The embedding's name is in the key, since a tied head's rows are the embedding's.
+    ids_T = torch.tensor(module.config.tokens_of(split_key(module.placed.parts[TOKENS]).module), dtype=torch.long)
 
     def rows(W_MN: torch.Tensor, begin: int) -> torch.Tensor:
         inside = (ids_T >= begin) & (ids_T < begin + len(W_MN))
@@ -103,8 +104,3 @@ def tokens(module: ModuleParts) -> list[Delta]:
         tied=placed.tied, layout=Layout.EMBEDDING, twin=placed.twin, sets_rows=frozenset(ids_T.tolist()),
     )  # fmt: skip
     return [changed]
-
-
-def _embedding(module: ModuleParts) -> str:
-    """The embedding's name, from the key: a tied head's rows are the embedding's."""
-    return split_key(module.placed.parts[TOKENS]).module

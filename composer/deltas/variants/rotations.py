@@ -48,7 +48,8 @@ def hra(module: ModuleParts) -> list[Delta]:
 
     def rows(W_OI: torch.Tensor, begin: int) -> torch.Tensor:
         own_IR = u_IR.to(W_OI)
-        own_IR = _gram_schmidt(own_IR) if orthogonal else own_IR / torch.linalg.vector_norm(own_IR, dim=0)
+        # Gram-Schmidt; the signs are QR's, which do not matter for reflections.
+        own_IR = torch.linalg.qr(own_IR).Q if orthogonal else own_IR / torch.linalg.vector_norm(own_IR, dim=0)
         turned_OI = W_OI
         for u_I in own_IR.T:
             turned_OI = turned_OI - 2 * torch.outer(turned_OI @ u_I, u_I)
@@ -111,11 +112,6 @@ def _within(Q_KBB: torch.Tensor, eps: float) -> torch.Tensor:
     most = eps / len(Q_KBB) ** 0.5
     norm_K11 = torch.linalg.matrix_norm(Q_KBB, keepdim=True)
     return torch.where(norm_K11 <= most, Q_KBB, Q_KBB * (most / norm_K11))
-
-
-def _gram_schmidt(u_IR: torch.Tensor) -> torch.Tensor:
-    """Orthonormal columns with the same successive spans; the signs are QR's, which do not matter for reflections."""
-    return torch.linalg.qr(u_IR).Q
 
 
 READERS: dict[str, Read] = {

@@ -33,14 +33,10 @@ class JsonMatch:
         except ValueError as error:
             raise ValueError(f"the completion {example.completion[:60]!r} is not JSON") from error
         try:
-            return float(parsed(_unfenced(answer)) == wanted)
+            fenced = _FENCED.fullmatch(answer) if len(answer) <= MAX_CHARS else None
+            return float(parsed(fenced.group(1) if fenced else answer) == wanted)
         except ValueError:
             return 0.0
-
-
-def _unfenced(text: str) -> str:
-    fenced = _FENCED.fullmatch(text) if len(text) <= MAX_CHARS else None
-    return fenced.group(1) if fenced else text
 
 
 def parsed(text: str) -> object:

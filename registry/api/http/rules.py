@@ -5,7 +5,7 @@ def list_bases(actor: Member, ...)                    anyone with a role in any 
 def show_job(actor: Caller, ...)                      the route loads the row first, then calls `permit`
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated, cast
@@ -56,7 +56,8 @@ class Rule:
         if (exchange := current.get()) is not None:
             exchange.actor = actor.name
         if self.where is Where.NAMESPACE:
-            permit(actor, self.role, _resource(request.path_params))
+            parts = [request.path_params.get(part) for part in ("namespace", "name")]
+            permit(actor, self.role, "/".join(filter(None, parts)))
         elif self.where is Where.ANYWHERE:
             permit_somewhere(actor, self.role)
         elif self.where is Where.REGISTRY:
@@ -88,11 +89,6 @@ def rules_of(dependant: Dependant) -> list[Rule]:
     """All rules among a route's dependencies, at any depth."""
     own = [child.call for child in dependant.dependencies if isinstance(child.call, Rule)]
     return own + [rule for child in dependant.dependencies for rule in rules_of(child)]
-
-
-def _resource(path_params: Mapping[str, str]) -> str:
-    """The repository that a path names, or the namespace."""
-    return "/".join(path_params[part] for part in ("namespace", "name") if part in path_params)
 
 
 def callers_of(request: Request) -> ActorCache:

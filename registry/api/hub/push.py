@@ -123,7 +123,8 @@ def plan_commit(
         repository = parse_repository(f"{namespace}/{name}")
         revisions.refuse_no_branch(session, repository, revision)
         located = revisions.start_of_commit(session, repository)
-    left_out = [file.path for file in body.files if _is_left_out(file.path)]
+    kept_here = (".gitattributes", ".gitignore")  # trainers and git keep these files for themselves
+    left_out = [file.path for file in body.files if is_trainer_file(file.path) or file.path in kept_here]
     for file in body.files:
         if file.path not in left_out:
             commits.refuse_name(file.path)
@@ -332,11 +333,6 @@ def _not_a_model(kind: str) -> NotFound:
         subject=kind[:80],
         next_step="Leave the type out: adapters are models too.",
     )
-
-
-def _is_left_out(path: str) -> bool:
-    """Recognizes files that trainers and git keep for themselves; a push leaves them out."""
-    return is_trainer_file(path) or path in (".gitattributes", ".gitignore")
 
 
 def _oids(resources: Resources, held: list[ManifestFile]) -> dict[str, str]:

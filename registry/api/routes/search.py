@@ -35,7 +35,7 @@ from registry.domain.catalog import suites
 from registry.domain.channels import resolve
 from registry.domain.channels.resolve import ResolvedRow
 from registry.domain.search import facets, search
-from registry.domain.search.ordering import NEWEST, RANK, SIZE, VERSION, Hit, Order, Position
+from registry.domain.search.ordering import NEWEST, RANK, SIZE, VERSION, Order, Position
 from registry.domain.search.search import SearchResult
 from registry.errors import Usage
 from registry.formats.references import parse_reference
@@ -108,7 +108,10 @@ def find_releases(resources: Resources, actor: Actor, asked: bytes, documents: R
             result = _search(session, actor, query, wanted, order)
             rendered = _render(session, actor, documents, result, query.limit)
     matching = [release.with_remarks(_remarks(release, result, wanted.loads_in)) for release in rendered]
-    following = _cursor(query, result.hits[len(rendered) - 1]) if len(result.hits) > len(rendered) else None
+    following = None
+    if len(result.hits) > len(rendered):
+        last = result.hits[len(rendered) - 1]
+        following = encode_cursor(json.dumps([_fingerprint(query), last.key, last.release_id]))
     counted: Json = {}
     if query.facets:
         with resources.read() as session:
@@ -175,10 +178,6 @@ def _fingerprint(query: SearchIn) -> str:
     """A digest of everything that determines the results and their order; a cursor is valid only for that."""
     asked = query.model_dump_json(exclude={"limit", "cursor", "facets"}, exclude_defaults=True)
     return hashlib.sha256(asked.encode()).hexdigest()[:12]
-
-
-def _cursor(query: SearchIn, last: Hit) -> str:
-    return encode_cursor(json.dumps([_fingerprint(query), last.key, last.release_id]))
 
 
 def _position(query: SearchIn) -> Position | None:

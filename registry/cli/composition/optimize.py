@@ -125,8 +125,9 @@ def show(report: Json) -> None:
     for best in report["best"]:
         render.out(f"{best['name']}: {best['verdict']} on {best['examples']} unseen examples a suite")
         for member in best["members"]:
-            loss = _spread(member["loss"], member["loss_interval"])
-            render.out(_line(member["member"], _answers(member), f"{member['kept_share']:.0%}", loss))
+            name, loss = cut(member["member"], 30), _spread(member["loss"], member["loss_interval"])
+            answers = f"{member['still_answered']} of {member['answered']}" if member["answered"] else "none alone"
+            render.out(f"  {name:<30}  {answers:<10}  {member['kept_share']:>4.0%}  {loss}")
         for guard in best["guards"]:
             render.out(f"  {cut(guard['suite'], 30):<30}  {guard_cost(guard['combined'], guard['base'])}")
     if report["tried"]:
@@ -138,14 +139,6 @@ def show(report: Json) -> None:
             render.out(f"resumed: {before} of {report['passes']} examples were measured by an earlier run.")
     if report["choice"] is None:
         render.out("fix: Serve them separately, and route each request to its adapter.")
-
-
-def _line(name: str, answers: str, kept: str, loss: str) -> str:
-    return f"  {cut(name, 30):<30}  {answers:<10}  {kept:>4}  {loss}"
-
-
-def _answers(member: Json) -> str:
-    return f"{member['still_answered']} of {member['answered']}" if member["answered"] else "none alone"
 
 
 def _spread(value: float, sure: Json | None) -> str:

@@ -57,7 +57,11 @@ def serve(
     if not with_tokens and not is_loopback(host):
         raise _beyond_loopback(host)
     if with_worker and settings.engine.kind == "ray":
-        raise _without_worker()
+        raise Usage(
+            "worker_beside_server",
+            "A server does not run a worker of a Ray cluster: a worker that loses its cluster ends its process.",
+            subject="--worker",
+        )
     listener = _listen(host, port)
     url = _url_of(host, listener)
     with with_secret(settings, url) as (settings, lines):
@@ -110,14 +114,6 @@ def _probe_store(resources: "Resources") -> None:
 def _beyond_loopback(host: str) -> NotAllowed:
     return NotAllowed(
         "not_loopback", f"Without tokens the registry listens on loopback only, not on {host}.", subject=host
-    )
-
-
-def _without_worker() -> Usage:
-    return Usage(
-        "worker_beside_server",
-        "A server does not run a worker of a Ray cluster: a worker that loses its cluster ends its process.",
-        subject="--worker",
     )
 
 

@@ -1,7 +1,7 @@
 """adaptory search"""
 
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -72,14 +72,10 @@ def search(  # noqa: PLR0913
         if name != "json" and value is not None
     }
     given["text"] = " ".join(text or []) or None
-    page = _matching(given)
+    with connected() as connection:
+        page = connection.api.get("/v1/releases", wire.search.FoundPage, **given)
     render.document(page, json, lambda: show_releases(page.items))
     render.more(page.next, json)
-
-
-def _matching(query: dict[str, Any]) -> "wire.search.FoundPage":
-    with connected() as connection:
-        return connection.api.get("/v1/releases", wire.search.FoundPage, **query)
 
 
 def show_releases(releases: "Sequence[wire.catalog.ReleaseOut]") -> None:

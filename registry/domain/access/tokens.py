@@ -73,7 +73,11 @@ def create(session: Session, actor: Actor, new: NewToken) -> tuple[Token, str]:
             next_step="Use a token without scope; a token for another user requires a registry admin.",
         )
     refuse_reserved(new.user)
-    row, text = add(session, actor, new, _checked_scope(new.scope))
+    scope = {
+        namespace if namespace == EVERYWHERE else parse_name(namespace, "namespace"): role.value
+        for namespace, role in new.scope.items()
+    }
+    row, text = add(session, actor, new, scope)
     after = {"user": row.user, "scope": row.scope, "expires_at": row.expires_at.isoformat() if row.expires_at else None}
     audit.record(session, actor, Act.TOKEN_CREATE, f"token/{row.id}", namespace=None, after=after)
     return row, text
@@ -320,13 +324,6 @@ def _in_reach(actor: Actor) -> ColumnElement[bool]:
     if not actor.mints:
         return or_(Token.id == actor.token_id, Token.parent_id == actor.token_id)
     return true() if holds(actor, Role.ADMIN) else Token.user == actor.name
-
-
-def _checked_scope(scope: Mapping[str, Role]) -> dict[str, str]:
-    return {
-        namespace if namespace == EVERYWHERE else parse_name(namespace, "namespace"): role.value
-        for namespace, role in scope.items()
-    }
 
 
 def _hour(now: datetime) -> datetime:

@@ -346,7 +346,9 @@ def _judge(rule: Rule, candidate: Scores, against: Baselines, needs: ScoreCondit
     if objection := needs.objection(own):
         return GateResult(text, False, f"{own}: {objection}", lacks="candidate", figures=alone)
     if isinstance(rule, Condition):
-        return GateResult(text, rule.holds(own.value), str(own), figures=_figures_of_condition(rule, own))
+        sure = intervals.is_sure(own.value, own.interval(rule.metric), rule.value)
+        figures = Figures(own, rule.value, rule.operator == ">=", sure=sure)
+        return GateResult(text, rule.holds(own.value), str(own), figures=figures)
     if rule.other == "served" and against.served is None:
         return GateResult(text, True, f"{own}; the channel serves nothing yet", figures=alone)
     if rule.other == "inputs" and against.inputs is None:
@@ -367,11 +369,6 @@ def _judge(rule: Rule, candidate: Scores, against: Baselines, needs: ScoreCondit
         detail = f"{own}; the inputs' scores are not shown, since some are private"
         return GateResult(text, passed, detail, figures=alone)
     return GateResult(text, passed, detail, figures=_figures_of_comparison(rule, own, other))
-
-
-def _figures_of_condition(rule: Condition, own: GateScore) -> Figures:
-    sure = intervals.is_sure(own.value, own.interval(rule.metric), rule.value)
-    return Figures(own, rule.value, rule.operator == ">=", sure=sure)
 
 
 def _figures_of_comparison(rule: Comparison, own: GateScore, other: GateScore) -> Figures:

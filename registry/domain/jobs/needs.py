@@ -157,7 +157,8 @@ def waiting(session: Session, jobs: Collection[Job], now: datetime) -> dict[int,
         return {}
     live = [offer for seen_at, offer in _workers(session) if seen_at >= now - LEASE]
     needs = needs_of(session, queued)
-    names = _base_names(session, {need for name in needs.values() for need in name.names})
+    digests = {base_of(need) for needed in needs.values() for need in needed.names}
+    names = dict(session.execute(select(Base.digest, Base.name).where(Base.digest.in_(digests - {None}))).all())
     return {job.id: _waits_for(job, needs[job.id], live, names, now) for job in queued}
 
 
@@ -269,8 +270,3 @@ def _workers(session: Session) -> list[tuple[datetime, Offer]]:
         )
         for row in session.scalars(select(WorkerRow))
     ]
-
-
-def _base_names(session: Session, needs: Collection[str]) -> dict[str, str]:
-    digests = [digest for digest in map(base_of, needs) if digest is not None]
-    return dict(session.execute(select(Base.digest, Base.name).where(Base.digest.in_(digests))).all())

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -132,14 +132,9 @@ def _shards(index: S3File) -> set[str] | None:
 
 def _fetch(directory: Path, file: S3File, check: Callable[[], None] = lambda: None) -> None:
     with (directory / file.name).open("wb") as copy:
-        for block in _blocks(file):
+        for begin in range(0, file.size_bytes, _BLOCK_BYTES):
             check()
-            copy.write(block)
-
-
-def _blocks(file: S3File) -> Iterator[bytearray]:
-    for begin in range(0, file.size_bytes, _BLOCK_BYTES):
-        yield read_range(file, begin, min(file.size_bytes, begin + _BLOCK_BYTES))
+            copy.write(read_range(file, begin, min(file.size_bytes, begin + _BLOCK_BYTES)))
 
 
 def _digest(*texts: str) -> str:

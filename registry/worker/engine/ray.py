@@ -269,7 +269,8 @@ class RayEngine:
             yield from self._died(state, unit, error)
             return
         if unit is None:
-            _refuse_other_node(answer)
+            if answer["problem"]:
+                raise _node_differs(answer["problem"])
             state.failed_starts = 0
         elif "error" in answer:
             raise _failed(unit, answer)
@@ -385,11 +386,6 @@ def _has(node: dict[str, Any], wanted: dict[str, float]) -> bool:
 def base_resource(digest: str) -> str:
     """The resource of the nodes that have this base in a directory: `ray start --resources='{"base:…": 1}'`."""
     return f"base:{digest[:12]}"
-
-
-def _refuse_other_node(answer: dict[str, Any]) -> None:
-    if answer["problem"]:
-        raise _node_differs(answer["problem"])
 
 
 def _node_differs(why: str) -> Unavailable:

@@ -73,6 +73,7 @@ def _page(
             error = _beside_form(refused)
     stated = check.report if check else None
     finished = check is None or stated is not None or check.state in FINISHED  # a report is kept before its job ends
+    document: Mapping[str, Any] = chosen.document()
     answer = page(
         request,
         "conflicts.html",
@@ -85,7 +86,7 @@ def _page(
         known=known_adapters(request, resources, actor, check.base.digest if check else None),
         methods=list(PIPELINES),
         most=MAX_CHECKED,
-        recipe=_recipe(chosen),
+        recipe=yaml.safe_dump({name: value for name, value in document.items() if value}, sort_keys=False),
         command=_command(chosen),
         json_address=f"/v1/conflicts/{check.id}" if check else None,
     )
@@ -99,12 +100,6 @@ def _beside_form(error: Exception) -> RegistryError:
     if isinstance(error, Unauthenticated):
         raise error
     return as_registry_error(error)
-
-
-def _recipe(chosen: Chosen) -> str:
-    """A recipe in YAML for this combination."""
-    document: Mapping[str, Any] = chosen.document()
-    return yaml.safe_dump({name: value for name, value in document.items() if value}, sort_keys=False)
 
 
 def _command(chosen: Chosen) -> str:
