@@ -39,7 +39,7 @@ def main() -> None:
         for deltas in zip(*(adapter.deltas for adapter in adapters), strict=True)
     ]
     factors = [
-        (torch.cat([one.B_OR for one in deltas], 1).double(), torch.cat([one.A_RI for one in deltas]).double())
+        (torch.cat([delta.B_OR for delta in deltas], 1).double(), torch.cat([delta.A_RI for delta in deltas]).double())
         for deltas in deltas_of_weights
     ]
     weights = [1.0] * ADAPTERS

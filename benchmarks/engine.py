@@ -201,7 +201,7 @@ def _growth(cost_s: float) -> None:
     alone = sum(shards) + plan_s
     print("| nodes | minutes | times one process | efficiency |\n|---|---|---|---|")
     for nodes in NODES:
-        wall = start_s + plan_s + _makespan([one + cost_s for one in shards], nodes)
+        wall = start_s + plan_s + _makespan([shard_s + cost_s for shard_s in shards], nodes)
         print(f"| {nodes} | {wall / 60:.1f} | {alone / wall:.2f} | {alone / wall / nodes:.0%} |")
 
 

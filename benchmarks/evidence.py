@@ -57,7 +57,10 @@ def _cases(loaded: LoadedModel, adapters: list[LoadedAdapter]) -> dict[str, Case
         "eval of an adapter": partial(evaluate, loaded, sql, adapters[0].deltas),
         "conflicts of three": partial(conflicts, adapters, [1.0] * len(adapters)),
         "activations of three on 8 prompts": partial(
-            activations, loaded, {one.name: one.deltas for one in adapters}, [one.prompt for one in sql.sample(8)]
+            activations,
+            loaded,
+            {adapter.name: adapter.deltas for adapter in adapters},
+            [example.prompt for example in sql.sample(8)],
         ),
     }
     return {name: partial(_timed, run) for name, run in work.items()}
@@ -65,7 +68,7 @@ def _cases(loaded: LoadedModel, adapters: list[LoadedAdapter]) -> dict[str, Case
 
 def _probes(loaded: LoadedModel, adapters: list[LoadedAdapter]) -> dict[str, Case]:
     suites = {name: parse_suite(Path(f"examples/suites/{name}.yaml")) for name in (*OWN.values(), GUARD)}
-    members = [Probed(one.name, one.deltas, 1.0, suites[OWN[one.name]]) for one in adapters]
+    members = [Probed(adapter.name, adapter.deltas, 1.0, suites[OWN[adapter.name]]) for adapter in adapters]
     efforts = {SUITES: 32, "probe, K = 4": 4, "probe, K = 2": 2, "probe, K = 2 to 16": Effort(2, 16)}
     return {
         name: partial(_timed, partial(probe, loaded, members, [suites[GUARD]], effort))
@@ -82,7 +85,7 @@ def _timed(run: Callable[[], Any]) -> Sample:
 @torch.inference_mode()
 def _forward(loaded: LoadedModel, suite: Suite) -> None:
     """Runs the examples ordered by length and right-padded, in batches of the evaluation's size."""
-    encoded = sorted((encode(loaded, one, suite.chat).ids for one in suite.examples), key=len, reverse=True)
+    encoded = sorted((encode(loaded, example, suite.chat).ids for example in suite.examples), key=len, reverse=True)
     while encoded:
         size = max(1, 1024 // len(encoded[0]))
         batch, encoded = encoded[:size], encoded[size:]

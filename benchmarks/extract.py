@@ -85,7 +85,7 @@ def _error(base: Path, finetuned: Path, adapter: Path) -> float:
     missed = total = 0.0
     for delta in load_deltas(adapter, checkpoint.architecture).deltas:
         assert isinstance(delta, LowRank)
-        W, changed = (stored_tensor(*one.locate(delta.weight)).float() for one in (checkpoint, other))
+        W, changed = (stored_tensor(*side.locate(delta.weight)).float() for side in (checkpoint, other))
         made = delta.scale * (delta.B_OR.float() @ delta.A_RI.float())
         missed += float(torch.square(changed - W - made).sum())
         total += float(torch.square(changed - W).sum())

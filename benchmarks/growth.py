@@ -43,8 +43,8 @@ def main() -> None:
         rows = [[title, "merge, s", "times cp + fsync", "peak RSS, MB"]]
         for x, merges, copies in points:
             ratios = [one.inside_s / other.seconds for one, other in zip(merges, copies, strict=True) if one.inside_s]
-            memory = [(one.peak_rss_bytes or 0) / harness.MB for one in merges]
-            seconds = [one.inside_s or 0.0 for one in merges]
+            memory = [(merge.peak_rss_bytes or 0) / harness.MB for merge in merges]
+            seconds = [merge.inside_s or 0.0 for merge in merges]
             rows.append([f"{x:g}", harness.spread(seconds), harness.spread(ratios), harness.spread(memory)])
         harness.table(f"By {title} ({chosen.rounds} rounds)", rows)
     if not chosen.quick:
@@ -110,8 +110,8 @@ def plot(series: Mapping[str, Sequence[Point]]) -> str:
     for panel, (title, points) in enumerate(series.items()):
         left, bottom = gap + panel * (width + gap), height + 20
         lines = {
-            "#2f7fd1": [(x, median(one.inside_s or 0.0 for one in merges)) for x, merges, _ in points],
-            "#7a869a": [(x, median(one.seconds for one in copies)) for x, _, copies in points],
+            "#2f7fd1": [(x, median(merge.inside_s or 0.0 for merge in merges)) for x, merges, _ in points],
+            "#7a869a": [(x, median(copy.seconds for copy in copies)) for x, _, copies in points],
         }
         most_x = max(x for x, _, _ in points)
         most_y = max(y for line in lines.values() for _, y in line)

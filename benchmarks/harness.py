@@ -133,11 +133,11 @@ def report(title: str, results: Rounds, floor: str, unit: str = "s") -> None:
     rows = [heading]
     for name, samples in results.items():
         ratios = [one.seconds / other.seconds for one, other in zip(samples, results[floor], strict=True)]
-        row = [name, spread([one.seconds * scale for one in samples]), spread(ratios)]
+        row = [name, spread([sample.seconds * scale for sample in samples]), spread(ratios)]
         if timed:
-            row.append(figure(percentile([each for one in samples for each in one.calls], 0.95) * scale))
+            row.append(figure(percentile([each for sample in samples for each in sample.calls], 0.95) * scale))
         if weighed:
-            row.append(spread([(one.peak_rss_bytes or 0) / MB for one in samples]))
+            row.append(spread([(sample.peak_rss_bytes or 0) / MB for sample in samples]))
         rows.append(row)
     table(f"{title} ({len(results[floor])} rounds)", rows)
 

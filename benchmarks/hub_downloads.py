@@ -181,7 +181,7 @@ def _memory(server: Server) -> str:
 
 def _children(process_id: int) -> Sequence[int]:
     listed = Path(f"/proc/{process_id}/task/{process_id}/children").read_text()
-    return [int(one) for one in listed.split()]
+    return [int(number) for number in listed.split()]
 
 
 def compare(directory: Path, storage: Mapping[str, str], names: Mapping[str, str], rounds: int) -> None:

@@ -66,8 +66,12 @@ def main() -> None:
         rounds.append({tree: _run(trees[tree], chosen.base.resolve(), cases) for tree in order})
     print("\n| job | " + " | ".join(f"{tree}, s" for tree in trees) + " | ratio |\n|---|" + "---|" * (len(trees) + 1))
     for case in cases:
-        medians = [f"{median(one[tree][case] for one in rounds):.2f}" for tree in trees]
-        ratio = f"{median(one['here'][case] / one['there'][case] for one in rounds):.2f}" if chosen.tool else ""
+        medians = [f"{median(measured[tree][case] for measured in rounds):.2f}" for tree in trees]
+        ratio = (
+            f"{median(measured['here'][case] / measured['there'][case] for measured in rounds):.2f}"
+            if chosen.tool
+            else ""
+        )
         print(f"| {case} | {' | '.join(medians)} | {ratio} |")
 
 
@@ -118,14 +122,14 @@ def _fill(base: Path) -> None:
     words = [["base", "add", base, "--name", "smol"]]
     words += [["suite", "add", EXAMPLES / "suites" / f"{name}.yaml"] for name in EVALUATED]
     words += [["push", EXAMPLES / "adapters" / name, f"acme/{name}:1.0.0", "--base", "smol"] for name in NAMES]
-    for one in words:
-        subprocess.run([*adaptory, *map(str, one)], stdout=subprocess.DEVNULL, check=True)
+    for arguments in words:
+        subprocess.run([*adaptory, *map(str, arguments)], stdout=subprocess.DEVNULL, check=True)
 
 
 def _begin(api: Any, case: str) -> None:
     releases = [f"acme/{name}:1.0.0" for name in NAMES]
     if case == "conflicts":
-        api.post("/v1/conflicts", {"inputs": [{"adapter": one} for one in releases]})
+        api.post("/v1/conflicts", {"inputs": [{"adapter": release} for release in releases]})
     elif case == "evaluation":
         api.post("/v1/evaluations", {"releases": releases, "suites": EVALUATED})
     else:

@@ -21,7 +21,7 @@ FITTED, MEASURED = 4, 16
 
 def run(loaded: LoadedModel, suite: Suite, deltas: Sequence[object] = ()) -> list[Measured]:
     unseen = suite.sample(MEASURED, frozenset(suite.sample(FITTED)))
-    encoded = [encode(loaded, one, suite.chat, suite.ends) for one in unseen]
+    encoded = [encode(loaded, example, suite.chat, suite.ends) for example in unseen]
     return measure(loaded, encoded, deltas)  # pyright: ignore[reportArgumentType]
 
 
@@ -39,8 +39,11 @@ def main() -> None:
             effect_of((adapter.name, suite.name), before[index], alone[index], run(merged, suite), 1)
             for index, (adapter, suite) in enumerate(members)
         ]
-        kept = [round(kept_share(one), 4) for one in effects]
-        print(json.dumps({"kept": kept, "exact": [[one.still_answered, one.answered] for one in effects]}), flush=True)
+        kept = [round(kept_share(effect), 4) for effect in effects]
+        print(
+            json.dumps({"kept": kept, "exact": [[effect.still_answered, effect.answered] for effect in effects]}),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

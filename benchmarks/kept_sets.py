@@ -19,7 +19,9 @@ def main() -> None:
     sets = [names.split("+") for names in wanted] or SETS
     made = [[adapter_and_task(Path(directory), name) for name in names] for names in sets]
     print(
-        json.dumps([[[str(path.resolve(strict=True)), suite_of(task).to_json()] for path, task in one] for one in made])
+        json.dumps(
+            [[[str(path.resolve(strict=True)), suite_of(task).to_json()] for path, task in tasks] for tasks in made]
+        )
     )
 
 

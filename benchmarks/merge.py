@@ -91,7 +91,7 @@ def _report(title: str, base: Path, results: Rounds) -> None:
         floor = [replace(sample, peak_rss_bytes=None) for sample in results[FLOOR]]
         harness.report("The same, without the time of imports", {FLOOR: floor, **inside}, FLOOR)
         speeds = [
-            [name, harness.spread([size / harness.MB / one.seconds for one in samples])]
+            [name, harness.spread([size / harness.MB / sample.seconds for sample in samples])]
             for name, samples in ({FLOOR: floor} | inside).items()
         ]
         harness.table("Weights a second, without imports", [["case", "MB/s (min..max)"], *speeds])

@@ -115,6 +115,6 @@ def _peft(
 
 
 if __name__ == "__main__":
-    how = {one.__name__: one for one in (composer, device_copy, imports, peft_in_turn, peft_mean, peft_ties, peft_cat)}
+    how = {way.__name__: way for way in (composer, device_copy, imports, peft_in_turn, peft_mean, peft_ties, peft_cat)}
     _, chosen, on, given_base, given_out, *given_adapters = sys.argv
     print(how[chosen](on, Path(given_base), Path(given_out), [Path(adapter) for adapter in given_adapters]))

@@ -61,7 +61,7 @@ def _table(layer: list[WeightSlot], rounds: int) -> None:
     rows = [["method", "one layer, s", f"{LAYERS} layers, s"]]
     for name, samples in results.items():
         seconds = [sample.seconds for sample in samples]
-        rows.append([name, harness.spread(seconds), harness.spread([LAYERS * one for one in seconds])])
+        rows.append([name, harness.spread(seconds), harness.spread([LAYERS * second for second in seconds])])
     shown = f"{len(layer)} of {len(SHAPES)} weights a layer"
     harness.table(f"{ADAPTERS} adapters, {shown} ({rounds} rounds, {LAYERS} layers computed)", rows)
 

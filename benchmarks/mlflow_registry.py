@@ -97,7 +97,7 @@ def _mlflow(python: Path, home: Path, postgres: str | None, kind: str, releases:
 def _searches(releases: int) -> dict[str, str]:
     """Target sets: the most frequent and the rarest among versions of that base and rank."""
     tags = [tags for _, tags in stock.versions(releases)]
-    listed = Counter(one["targets"] for one in tags if (one["base"], one["rank"]) == (BASE, str(RANK))).most_common()
+    listed = Counter(tag["targets"] for tag in tags if (tag["base"], tag["rank"]) == (BASE, str(RANK))).most_common()
     return {FULL_PAGE: listed[0][0], FEW: listed[-1][0]}
 
 
@@ -198,7 +198,7 @@ def _compare(
 def _counting(requests: dict[str, dict[str, Request]], name: str) -> dict[str, Request]:
     """Each continues where the previous round ended, so that every move changes something: on one database all share a
     counter."""
-    numbers = {id(one[name]): count() for one in requests.values()}
+    numbers = {id(request[name]): count() for request in requests.values()}
 
     def following(request: Request) -> Request:
         return lambda _number: request(next(numbers[id(request)]))

@@ -148,7 +148,7 @@ def _measured(client: load.Client, paths: Paths, names: Iterator[str], rounds: i
     taken: dict[str, list[float]] = {"page": [], "own": [], "all": []}
     for number in range((rounds + 1) * CALLS):
         page, documents = paths(next(names))
-        cases = {"page": [_request(page, "text/html")], "all": [_request(one, "*/*") for one in documents]}
+        cases = {"page": [_request(page, "text/html")], "all": [_request(document, "*/*") for document in documents]}
         times = {case: _seconds(client, cases[case]) for case in (cases if number % 2 else reversed(cases))}
         times["own"] = _seconds(client, cases["all"][:1])
         if number >= CALLS:

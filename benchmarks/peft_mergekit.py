@@ -35,7 +35,9 @@ def main() -> None:
     harness.announce("peft_mergekit", "torch", "peft", "transformers")
     mergekit = mergekit_environment(chosen.mergekit_venv) if chosen.mergekit_venv else None
     wanted = (
-        [] if chosen.adapters and not chosen.quick else ["+".join(one) for one in SETS[: 1 if chosen.quick else None]]
+        []
+        if chosen.adapters and not chosen.quick
+        else ["+".join(names) for names in SETS[: 1 if chosen.quick else None]]
     )
     with TemporaryDirectory(dir=chosen.base.parent, prefix="bench-peft-mergekit-") as name:
         for number, members in enumerate(_sets(chosen.adapters or Path(), wanted)):
@@ -75,8 +77,8 @@ def _compare(
         if name in failed:
             rows.append([name, "fails", "", failed[name], ""])
             continue
-        seconds = harness.spread([one.seconds for one in samples])
-        memory = harness.figure(max(one.peak_rss_bytes or 0 for one in samples) / harness.MB)
+        seconds = harness.spread([sample.seconds for sample in samples])
+        memory = harness.figure(max(sample.peak_rss_bytes or 0 for sample in samples) / harness.MB)
         answers = ", ".join(f"{left} of {alone}" for left, alone in kept[name]["exact"])
         rows.append([name, seconds, memory, f"{min(kept[name]['kept']):.3f}", answers])
     harness.table(f"{' + '.join(path.name for path in suites)} ({rounds or 1} rounds)", rows)

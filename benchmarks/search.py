@@ -167,7 +167,7 @@ def _verbs(
 def _page(database: Database, actor: Actor, query: Query, order: str, limit: int) -> list[object]:
     with database.read() as session:
         hits = search.search(session, actor, query, Order(order, limit + 1)).hits[:limit]
-        return [release_document(actor, one) for one in load_details(session, [hit.release_id for hit in hits])]
+        return [release_document(actor, details) for details in load_details(session, [hit.release_id for hit in hits])]
 
 
 def _throughput(kind: str, ports: Mapping[int, int], rounds: int, seconds: float) -> None:

@@ -121,9 +121,9 @@ def _serving(kind: str, url: str, home: Path, rounds: int, seconds: float) -> No
             rows.append(
                 [
                     name,
-                    harness.spread([one.requests / one.server_s for one in several]),
-                    harness.spread([1e3 * one.server_s / one.requests for one in several]),
-                    harness.spread([1e3 * one.database_s / one.requests for one in several])
+                    harness.spread([sample.requests / sample.server_s for sample in several]),
+                    harness.spread([1e3 * sample.server_s / sample.requests for sample in several]),
+                    harness.spread([1e3 * sample.database_s / sample.requests for sample in several])
                     if kind != "SQLite"
                     else "in it",
                 ]

@@ -123,7 +123,7 @@ class Bench:
             for way in ways[number % 3 :] + ways[: number % 3]:
                 runs[way].append(self.run(way, adapter))
         files = [run.files for several in runs.values() for run in several]
-        assert all(one == files[0] for one in files), "the ways give different bytes"
+        assert all(file == files[0] for file in files), "the ways give different bytes"
         copied = runs[STREAMED][0].server_copied / harness.MB
         print(
             f"\n{self.size_bytes / harness.MB:.0f} MB in {len(files[0])} shards; load average {os.getloadavg()[0]:.1f};"

@@ -160,8 +160,8 @@ def main() -> None:
         copying = s3.environment("copied/") | {"ADAPTORY_STORAGE__DIRECT": "false"}
         copying_url, _ = serve(directory / "copying", stack, copying)
         api, copying = Api(url), Api(copying_url)
-        for one in (api, copying):
-            stack.callback(one.close)
+        for client in (api, copying):
+            stack.callback(client.close)
         bench = Bench(s3, api, world.adapters["sql"], directory, file_bytes)
         before, _ = rss_bytes(process_id)
         pushes = {

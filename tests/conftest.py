@@ -144,7 +144,8 @@ def _default_way(several: Sequence[pytest.Item]) -> int:
     if mark is None or len(several) == 1:
         return 0
     runs = [
-        way is not None and way[1].startswith(mark.args[0]) for way in map(WAY.search, (one.nodeid for one in several))
+        way is not None and way[1].startswith(mark.args[0])
+        for way in map(WAY.search, (item.nodeid for item in several))
     ]
     return runs.index(True)
 

@@ -14,7 +14,7 @@ def refuse_other_composer() -> None:
     """Raises Unavailable if `import composer` would not import our package: another one precedes it on the path, or was
     installed over it. Imports neither."""
     spec = find_spec("composer")
-    directories = [Path(one) for one in (spec and spec.submodule_search_locations) or ()]
+    directories = [Path(location) for location in (spec and spec.submodule_search_locations) or ()]
     if directories and directories[0].resolve() == _OURS.resolve() and not (_OURS / _THEIRS).exists():
         return
     advice = "Install adaptory in an environment of its own: `pipx install adaptory` or `uv tool install adaptory`."

@@ -121,8 +121,8 @@ def test_pg_dump_and_the_command_line_get_in_while_four_processes_are_loaded(url
             dump = [str(services.postgres_binaries()) + "/pg_dump", "--file", str(tmp_path / "dump"), url]
             dumped = subprocess.run(dump, check=False, capture_output=True, timeout=60)
             ended.set()
-            for one in loads:
-                one.result()
+            for load in loads:
+                load.result()
     finally:
         ended.set()
         serving.terminate()

@@ -254,7 +254,7 @@ def test_a_yank_that_changes_a_channel_is_in_its_history_and_its_audit(house: Ho
     yank(house, OLD, undo=True)
     yank(house, NEW, undo=True)
     history = ask(house, f"{path}/channels/prod/history").json()["items"]
-    assert [(one["kind"], one["from_version"], one["to_version"]) for one in history] == [
+    assert [(entry["kind"], entry["from_version"], entry["to_version"]) for entry in history] == [
         ("unyank", "1.0.0", "1.1.0"),
         ("unyank", None, "1.0.0"),
         ("yank", "1.0.0", "1.0.0"),
@@ -290,7 +290,7 @@ def test_a_policy_may_keep_a_yanked_release_until_the_next_move(house: House) ->
         assert served(next(stream)[1]) == "1.0.0", "without the policy, the channel falls back"
         house.ask("admin", "PUT", f"{path}/policy", json=policy)
         assert served(next(stream)[1]) == "1.1.0"
-    kinds = [one["kind"] for one in ask(house, f"{path}/history").json()["items"]]
+    kinds = [entry["kind"] for entry in ask(house, f"{path}/history").json()["items"]]
     assert kinds == ["policy", "policy", "promote", "promote"]
     house.ask("admin", "POST", f"/v1/adapters/{NAME}/releases/1.1.0/takedown", json={"reason": "has personal data"})
     assert ask(house, path).json()["version"] is None, "what has no files cannot be kept; 1.0.0 had the same"

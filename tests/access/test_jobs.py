@@ -63,7 +63,7 @@ def parsed(text: str) -> list[Event]:
     parts = [part for part in text.split("\n\n") if part and not part.startswith(":")]
     matched = [re.fullmatch(r"id: ([0-9a-f]{16})\ndata: (\{.*\})", part) for part in parts]
     assert all(matched), text
-    return [(one[1], json.loads(one[2])) for one in matched if one]
+    return [(match[1], json.loads(match[2])) for match in matched if match]
 
 
 @contextmanager

@@ -303,9 +303,9 @@ def test_a_rule_of_before_that_names_no_workflow_stays_valid_and_the_doctor_name
     listed = house.ask("admin", "GET", PUBLISHERS).json()["items"]
     assert [(row["workflow"], row["exchanges"]) for row in listed] == [(None, True)]
     (check,) = [
-        one
-        for one in check_installation(house.resources.settings, contents=False, progress=lambda _: None)
-        if one.name == "publishers"
+        check
+        for check in check_installation(house.resources.settings, contents=False, progress=lambda _: None)
+        if check.name == "publishers"
     ]
     assert (check.state, REPOSITORY in check.detail) == ("warning", True)
 
@@ -408,7 +408,7 @@ def test_an_issuer_that_hangs_stops_only_exchanges(
                 assert waiting.acquire(timeout=30)
             assert pool.submit(house.ask, "reader", "GET", "/v1/whoami").result(4).status_code == 200
         finally:
-            refused = next(one for one in as_completed(asked)).result()
+            refused = next(answer for answer in as_completed(asked)).result()
             go_on.set()
     assert (refused.status_code, refused.json()["code"]) == (503, "exchanges_busy"), refused.text
 

@@ -17,7 +17,7 @@ MAX_BYTES = 150_000
 WIDTH, HEIGHT, SCALE = 1360, 930, 0.8
 """CSS pixels, and pixels of a picture for each."""
 THREE = ("acme/sql-migration@prod", "acme/terraform-review@prod", "acme/support-macros@prod")
-CHOSEN = "&".join(f"with={one}" for one in THREE)
+CHOSEN = "&".join(f"with={adapter}" for adapter in THREE)
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ def test_adding_nothing_is_one_finding_in_merge_combine_and_conflicts(
     report = combine([(idle, weight)], tmp_path / "out", base.architecture, method, settings)
     compared = conflicts([load_deltas(idle, base.architecture)], [weight], method=parse_settings(method, settings))
     for findings in (plan.findings, report.findings, compared.findings):
-        (finding,) = [one for one in findings if one.code == "zero_delta"]
+        (finding,) = [finding for finding in findings if finding.code == "zero_delta"]
         assert (finding.severity, finding.subject) == (Severity.WARNING, "idle")
 
 

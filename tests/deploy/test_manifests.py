@@ -90,15 +90,17 @@ def test_what_is_deployed_does_not_show_whether_another_namespace_holds_a_file()
     servers = [service.get("environment", {}) for service in compose(**FILLED_IN)["services"].values()]
     with_bucket = [server for server in servers if "ADAPTORY_STORAGE__BUCKET" in server]
     assert with_bucket
-    assert {one["ADAPTORY_STORAGE__DIRECT"] for one in with_bucket} == {"false"}
+    assert {settings["ADAPTORY_STORAGE__DIRECT"] for settings in with_bucket} == {"false"}
     for overlay in OVERLAYS:
-        (settings,) = [one["data"] for one in rendered(overlay) if "ADAPTORY_STORAGE__DIRECT" in one.get("data", {})]
+        (settings,) = [
+            resource["data"] for resource in rendered(overlay) if "ADAPTORY_STORAGE__DIRECT" in resource.get("data", {})
+        ]
         assert settings["ADAPTORY_STORAGE__DIRECT"] == "false", overlay
 
 
 def _unknown_settings(names: Any) -> set[str]:
     ours = {name for name in names if name.startswith("ADAPTORY_")}
-    read_by_caddy = re.findall(r"\{\$([A-Z_]+)", "".join(one.read_text() for one in (DEPLOY / "caddy").iterdir()))
+    read_by_caddy = re.findall(r"\{\$([A-Z_]+)", "".join(file.read_text() for file in (DEPLOY / "caddy").iterdir()))
     return ours - Settings.variables() - set(read_by_caddy)
 
 
@@ -112,33 +114,33 @@ def rendered(overlay: str) -> list[dict[str, Any]]:
 
 def pods(overlay: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """The template of each pod, with the name of its owner."""
-    for one in rendered(overlay):
-        spec = one.get("spec", {})
+    for resource in rendered(overlay):
+        spec = resource.get("spec", {})
         template = spec.get("template") or spec.get("jobTemplate", {}).get("spec", {}).get("template")
-        groups = [spec["headGroupSpec"], *spec["workerGroupSpecs"]] if one["kind"] == "RayCluster" else []
+        groups = [spec["headGroupSpec"], *spec["workerGroupSpecs"]] if resource["kind"] == "RayCluster" else []
         for pod in [*([template] if template else []), *(group["template"] for group in groups)]:
-            yield one["metadata"]["name"], pod
+            yield resource["metadata"]["name"], pod
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_the_manifests_are_what_kubernetes_takes(overlay: str) -> None:
     import kubernetes_validate
 
-    for one in rendered(overlay):
-        if one["kind"] not in WITHOUT_SCHEMA:
-            kubernetes_validate.validate(one, KUBERNETES, strict=True)
+    for resource in rendered(overlay):
+        if resource["kind"] not in WITHOUT_SCHEMA:
+            kubernetes_validate.validate(resource, KUBERNETES, strict=True)
     for name, template in pods(overlay):
         pod = {"apiVersion": "v1", "kind": "Pod", **template, "metadata": {**template["metadata"], "name": name}}
         kubernetes_validate.validate(pod, KUBERNETES, strict=True)
-    names = [(one["kind"], one["metadata"]["name"]) for one in rendered(overlay)]
+    names = [(resource["kind"], resource["metadata"]["name"]) for resource in rendered(overlay)]
     assert len(set(names)) == len(names)
     assert "Secret" not in {kind for kind, _ in names}, "secrets are there already"
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_pods_are_restricted_and_each_object_that_selects_pods_selects_some(overlay: str) -> None:
-    maps = {one["metadata"]["name"] for one in rendered(overlay) if one["kind"] == "ConfigMap"}
-    settings = next(one["data"] for one in rendered(overlay) if one["kind"] == "ConfigMap")
+    maps = {resource["metadata"]["name"] for resource in rendered(overlay) if resource["kind"] == "ConfigMap"}
+    settings = next(resource["data"] for resource in rendered(overlay) if resource["kind"] == "ConfigMap")
     assert _unknown_settings(settings) == set()
     for name, template in pods(overlay):
         spec = template["spec"]
@@ -152,21 +154,23 @@ def test_pods_are_restricted_and_each_object_that_selects_pods_selects_some(over
             }
             assert container["resources"]["requests"].keys() == {"cpu", "memory"}
             assert "memory" in container["resources"]["limits"]
-            assert {one["configMapRef"]["name"] for one in container["envFrom"] if "configMapRef" in one} <= maps
+            assert {
+                source["configMapRef"]["name"] for source in container["envFrom"] if "configMapRef" in source
+            } <= maps
             mounted = {volumeMount["name"] for volumeMount in container["volumeMounts"]}
             assert mounted == {volume["name"] for volume in spec["volumes"]}
     labels = [template["metadata"]["labels"] for _, template in pods(overlay)]
-    for one in rendered(overlay):
-        spec = one.get("spec", {})
+    for resource in rendered(overlay):
+        spec = resource.get("spec", {})
         selector = spec.get("podSelector", spec.get("selector", {}))
-        wanted = selector.get("matchLabels", selector if one["kind"] == "Service" else {})
+        wanted = selector.get("matchLabels", selector if resource["kind"] == "Service" else {})
         if wanted:
-            assert any(wanted.items() <= has.items() for has in labels), one["metadata"]["name"]
+            assert any(wanted.items() <= has.items() for has in labels), resource["metadata"]["name"]
 
 
 def test_a_server_drains_before_kubernetes_kills_it_and_commands_are_those_that_there_are() -> None:
     (spec,) = (template["spec"] for name, template in pods("overlays/gpu") if name == "adaptory-api")
-    settings = next(one["data"] for one in rendered("overlays/gpu") if one["kind"] == "ConfigMap")
+    settings = next(resource["data"] for resource in rendered("overlays/gpu") if resource["kind"] == "ConfigMap")
     probe = spec["containers"][0]["readinessProbe"]
     assert float(settings["ADAPTORY_DRAIN_S"]) > 2 * probe["periodSeconds"] * probe["failureThreshold"]
     assert spec["terminationGracePeriodSeconds"] > float(settings["ADAPTORY_DRAIN_S"]) + 60

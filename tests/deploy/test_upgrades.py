@@ -261,15 +261,15 @@ def test_a_migration_leaves_to_the_code_before_it_what_that_code_uses(kind: str,
         oldest = getattr(script.module, "oldest_code", None)
         assert oldest is not None, f"{script.revision} does not say which code it works with (docs/contributing.md)"
         if oldest < script.revision:
-            old, new = (schema_of(kind, tmp_path / one, one) for one in (oldest, script.revision))
+            old, new = (schema_of(kind, tmp_path / revision, revision) for revision in (oldest, script.revision))
             assert breaks(old, new) == [], script.revision
 
 
 def test_what_the_code_before_trips_over_is_seen(tmp_path: Path) -> None:
-    old, new = (schema_of("SQLite", tmp_path / one, one) for one in ("0021", "0022"))
+    old, new = (schema_of("SQLite", tmp_path / revision, revision) for revision in ("0021", "0022"))
     assert breaks(old, new) == [], "it only added"
     assert breaks(new, old) != [], "the way back takes things away"
-    first, second = (schema_of("SQLite", tmp_path / one, one) for one in ("0004", "0005"))
+    first, second = (schema_of("SQLite", tmp_path / revision, revision) for revision in ("0004", "0005"))
     second.tables["releases"].c["notes"].nullable = False
     first.tables["releases"].c["notes"].nullable = True
     second.tables["releases"].append_column(Column("mood", second.tables["releases"].c["notes"].type, nullable=False))

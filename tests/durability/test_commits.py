@@ -145,15 +145,18 @@ def test_where_main_serves_releases_commits_are_drafts_of_publishers(held: Resou
         namespaces.change(session, actor(held), NAME.namespace, namespaces.NamespaceChange(main="release"))
     reader = Actor("rita", held.clock(), {NAME.namespace: Role.READER.value})
     robot = Actor("robot", held.clock(), {str(NAME): Role.PUBLISHER.value})
-    seen = {one: [main_of(held, who, one) for who in (reader, robot)] for one in ("main", "next", first, first[:9])}
+    seen = {
+        revision: [main_of(held, who, revision) for who in (reader, robot)]
+        for revision in ("main", "next", first, first[:9])
+    }
     assert seen == {"main": [None, None], "next": [None, first], first: [None, first], first[:9]: [None, first]}
     tag(held, "1.0.0", "main")
     second = commit(held, {"notes.txt": b"more"})
     assert [main_of(held, reader), main_of(held, robot, "next"), main_of(held, reader, second)] == [first, second, None]
     with held.snapshot() as session:
         shown = [revisions.list_refs(session, who, str(NAME)) for who in (reader, robot)]
-        assert [(one.main, one.drafts) for one in shown] == [(first, None), (first, second)]
-        assert [one.commit for one in commits.list_history(session, NAME, first, drafts=False)] == [first]
+        assert [(row.main, row.drafts) for row in shown] == [(first, None), (first, second)]
+        assert [row.commit for row in commits.list_history(session, NAME, first, drafts=False)] == [first]
     tag(held, "1.1.0", "main")
     assert main_of(held, reader) == second
     yanked(held, "1.1.0")
@@ -174,8 +177,8 @@ def test_who_knows_the_digest_of_a_draft_reads_it_only_as_a_publisher(held: Reso
     reader = Actor("rita", held.clock(), {NAME.namespace: Role.READER.value})
     with held.snapshot() as session:
         released, drafts = (
-            {file.sha256 for file in parse_manifest(revisions.locate(session, actor(held), str(NAME), one).manifest)}
-            for one in (first, second)
+            {file.sha256 for file in parse_manifest(revisions.locate(session, actor(held), str(NAME), commit).manifest)}
+            for commit in (first, second)
         )
     for sha256 in drafts:
         assert uploads.readable(held, actor(held), sha256)
@@ -198,7 +201,7 @@ def test_a_commit_goes_when_its_retention_ends_unless_a_tag_or_main_names_it(hel
     removed = collect_garbage(later(held, KEPT_DAYS + 1), grace=DAY)
     assert (removed.commits, removed.blobs, removed.size_bytes) == (1, 1, len(b"only here"))
     assert (planned.commits, planned.blobs, planned.size_bytes) == (1, 1, len(b"only here"))
-    assert [is_complete(held, one) for one in (tagged, passed, head, "main", "1.0.0")] == [
+    assert [is_complete(held, revision) for revision in (tagged, passed, head, "main", "1.0.0")] == [
         True,
         False,
         True,
@@ -237,7 +240,7 @@ class History:
         followers = [*(made_on for _, made_on in self.commits[1:]), day]  # the head is followed by nothing yet
         kept = {made for (made, _), end in zip(self.commits, followers, strict=False) if end > day - KEPT_DAYS}
         self.gone |= {made for made, _ in self.commits} - kept - set(self.tags.values())
-        self.commits = [one for one in self.commits if one[0] not in self.gone]
+        self.commits = [commit for commit in self.commits if commit[0] not in self.gone]
 
 
 @pytest.mark.parametrize("pairing", services.PAIRINGS[:1], indirect=True)

@@ -160,9 +160,10 @@ def test_a_database_that_is_away_is_a_503_on_every_route_and_is_used_again_when_
 ) -> None:
     url = on_postgres.url
     requests = [
-        one
-        for one in on_postgres.stock.requests()
-        if one[:2] not in WITHOUT_DATABASE and not one[1].startswith(FILES_PATH)  # signed: they need the store alone
+        request
+        for request in on_postgres.stock.requests()
+        if request[:2] not in WITHOUT_DATABASE
+        and not request[1].startswith(FILES_PATH)  # signed: they need the store alone
     ]
     assert len(requests) > 60
     heal = harm(own_postgres)

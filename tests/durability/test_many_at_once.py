@@ -106,7 +106,7 @@ def test_sixteen_clients_move_one_channel_and_history_has_every_accepted_move_on
                         raise
                     continue
                 accepted[number].append(answer["id"])
-                if len({one for listed in accepted for one in listed}) >= enough_moves:
+                if len({move for listed in accepted for move in listed}) >= enough_moves:
                     enough.set()
 
         assert together(apis, move) == [None] * CLIENTS
@@ -120,14 +120,14 @@ def test_sixteen_clients_move_one_channel_and_history_has_every_accepted_move_on
     ids = [move["id"] for move in history]
     assert len(ids) == count >= enough_moves
     assert ids == sorted(set(ids), reverse=True)
-    assert {move for one in accepted for move in one} == set(ids)
+    assert {move for moves in accepted for move in moves} == set(ids)
     assert sorted(after["move"] for after in moves if after) == sorted(ids)
     for later, earlier in itertools.pairwise(history):
         assert later["from_version"] == earlier["to_version"]
     assert history[-1]["from_version"] is None
     assert asked.items() <= {move["id"]: move["to_version"] for move in history}.items()
-    for one in accepted:
-        assert one == sorted(one), "a client saw its moves in another order"
+    for moves in accepted:
+        assert moves == sorted(moves), "a client saw its moves in another order"
     assert broken_promises(environ) == []
 
 

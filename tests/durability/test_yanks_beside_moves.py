@@ -78,8 +78,8 @@ def two(environ: dict[str, str], tmp_path: Path) -> Generator[Two]:
     cli.ok("promote", f"{NAME}:{FIRST}", "--to", "prod")
     pair = Two(opened(environ), opened(environ))
     yield pair
-    for one in (pair.first, pair.second):
-        one.close()
+    for held in (pair.first, pair.second):
+        held.close()
 
 
 @pytest.mark.parametrize("channel", ["prod", "edge"])

@@ -44,9 +44,9 @@ class RayNode:
     def kill(self) -> None:
         """SIGKILL to all of it, as when a host loses power."""
         family = self.family
-        for one in family:
+        for member in family:
             try:
-                one.send_signal(signal.SIGKILL)
+                member.send_signal(signal.SIGKILL)
             except psutil.NoSuchProcess:
                 continue
         self.process.wait()
@@ -119,7 +119,7 @@ class RayCluster:
     @property
     def runners(self) -> list[psutil.Process]:
         """The processes of its nodes that run units."""
-        return [one for node in self.nodes for one in node.family if _title(one).startswith("ray::UnitRunner")]
+        return [member for node in self.nodes for member in node.family if _title(member).startswith("ray::UnitRunner")]
 
     def kill(self, node: RayNode) -> None:
         """Kills a node that is not the head."""

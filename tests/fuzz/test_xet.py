@@ -59,13 +59,13 @@ def test_a_xorb_has_its_chunks_in_whatever_pieces_it_comes(
 @given(FILES, st.booleans())
 def test_a_shard_says_what_was_written_into_it(files: list[tuple[list[Segment], str | None]], checks: bool) -> None:
     read = list(read_shard(io.BytesIO(shard(*files, checks=checks))))
-    assert [one.sha256 for one in read] == [sha256 for _, sha256 in files]
+    assert [file.sha256 for file in read] == [sha256 for _, sha256 in files]
     seen = [
         [Segment(segment.xorb, segment.first, segment.end, segment.size_bytes) for segment in file.segments]
         for file in read
     ]
     assert seen == [segments for segments, _ in files]
-    assert [one.size_bytes for one in read] == [sum(segment.size for segment in segments) for segments, _ in files]
+    assert [file.size_bytes for file in read] == [sum(segment.size for segment in segments) for segments, _ in files]
 
 
 def _use_xorb(content: bytes) -> None:
@@ -78,7 +78,7 @@ def _use_shard(content: bytes) -> None:
         assert file.size_bytes >= sum(1 for _ in file.segments)
 
 
-XORB = b"".join(chunk(random.Random(one).randbytes(200) + bytes(100), one) for one in (PLAIN, LZ4, GROUPED))
+XORB = b"".join(chunk(random.Random(scheme).randbytes(200) + bytes(100), scheme) for scheme in (PLAIN, LZ4, GROUPED))
 SHARD = shard(([Segment(name_of(b"a"), 0, 2, 400), Segment(name_of(b"b"), 1, 2, 7)], name_of(b"c")), ([], None))
 
 

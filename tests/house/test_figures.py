@@ -33,7 +33,7 @@ def claims(page: Path, start: str, end: str = "\\Z") -> Iterator[tuple[str, str,
 
 
 def figures(words: str) -> list[str]:
-    return [one.replace(",", "") for one in FIGURE.findall(NOT_MEASURED.sub(" ", words))]
+    return [figure.replace(",", "") for figure in FIGURE.findall(NOT_MEASURED.sub(" ", words))]
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def _measured(section: str, rows: list[str]) -> set[str]:
         lines = [line for line in text.splitlines() if line.startswith("|") and line.split("|")[1].strip() in rows]
         assert {line.split("|")[1].strip() for line in lines} == set(rows), f"{section} has no row {rows}"
         text = "\n".join(lines)
-    return {one.replace(",", "").removesuffix(".") for one in re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)}
+    return {figure.replace(",", "").removesuffix(".") for figure in re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)}
 
 
 def test_a_figure_that_was_not_measured_is_noticed() -> None:

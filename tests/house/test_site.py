@@ -104,7 +104,7 @@ def test_links_and_names_of_documents_outside_of_the_site_lead_somewhere() -> No
         if path.suffix == ".md":
             linked = re.findall(r"\]\(([^)\s#]+)(?:#[^)\s]*)?\)", text)
             named |= {path.parent / link for link in linked if "://" not in link}
-        dead += [f"{path.relative_to(ROOT)}: {one.relative_to(ROOT)}" for one in named if not one.exists()]
+        dead += [f"{path.relative_to(ROOT)}: {target.relative_to(ROOT)}" for target in named if not target.exists()]
     assert dead == []
 
 

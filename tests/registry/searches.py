@@ -39,7 +39,9 @@ TEXTS = (
 VALUES: dict[str, tuple[Any, ...]] = {
     "kind": (Kind.ADAPTER, Kind.MODEL),
     "namespace": (*NAMESPACES, "nowhere"),
-    "repository": tuple(RepositoryName(one, name) for one in NAMESPACES for name in ("adapter-0", "model-1")),
+    "repository": tuple(
+        RepositoryName(namespace, name) for namespace in NAMESPACES for name in ("adapter-0", "model-1")
+    ),
     "base": (*BASES, "Hub/plain"),
     "type": ("lora", "loha", "other"),
     "variant": ("lora", "dora"),

@@ -31,7 +31,7 @@ def error(act: Callable[[], object]) -> list[str]:
     try:
         act()
     except Exception as raised:
-        names = [one.__name__ for one in type(raised).__mro__]
+        names = [kind.__name__ for kind in type(raised).__mro__]
         return [next((name for name in FAMILIES if name in names), names[0]), str(raised)]
     return ["", ""]
 
@@ -48,9 +48,9 @@ def describe() -> dict[str, object]:
             for sibling in info.siblings
         },
         "id": [info.id, info.private, info.library_name, info.card_data.base_model],
-        "tree": {one.path: one.size for one in tree if hasattr(one, "size")},
-        "brought": {one.path: one.last_commit["title"] for one in tree},
-        "paths": [one.path for one in api.get_paths_info("acme/sql", [WEIGHTS, "absent"], revision="prod")],
+        "tree": {entry.path: entry.size for entry in tree if hasattr(entry, "size")},
+        "brought": {entry.path: entry.last_commit["title"] for entry in tree},
+        "paths": [entry.path for entry in api.get_paths_info("acme/sql", [WEIGHTS, "absent"], revision="prod")],
         "branches": {branch.name: branch.target_commit for branch in refs.branches},
         "tags": {tag.name: tag.target_commit for tag in refs.tags},
         "commits": [
@@ -63,8 +63,8 @@ def describe() -> dict[str, object]:
         ],
         "limited": len(list(api.list_models(limit=1))),
         "exists": [api.repo_exists("acme/sql"), api.repo_exists("acme/ghost"), api.repo_exists("gpt2")],
-        "revision_exists": [api.revision_exists("acme/sql", one) for one in ("prod", "v1.1.0", "ghost")],
-        "file_exists": [api.file_exists("acme/sql", one, revision="prod") for one in (CONFIG, "absent.txt")],
+        "revision_exists": [api.revision_exists("acme/sql", revision) for revision in ("prod", "v1.1.0", "ghost")],
+        "file_exists": [api.file_exists("acme/sql", path, revision="prod") for path in (CONFIG, "absent.txt")],
     }
 
 
@@ -90,7 +90,7 @@ def download(directory: Path) -> dict[str, object]:
         seen["alias_file"] = digest(hf_hub_download("acme/sql.v1.1.0", CONFIG))
     seen["directory"] = files(snapshot_download("acme/sql", revision="1.1.0", local_dir=directory / "plain"))
     system = HfFileSystem()
-    seen["listed"] = sorted(Path(one).name for one in system.ls("acme/sql@prod", detail=False))
+    seen["listed"] = sorted(Path(path).name for path in system.ls("acme/sql@prod", detail=False))
     seen["part"] = system.cat_file(f"acme/sql@prod/{WEIGHTS}", start=8, end=24).hex()
     return seen
 

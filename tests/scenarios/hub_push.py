@@ -31,7 +31,9 @@ def pushed_as_large(name: str, adapter: Path, directory: Path) -> dict[str, str]
 
 
 def uploaded(name: str) -> dict[str, str]:
-    return {one.path: one.lfs["sha256"] for one in api.list_repo_tree(name, recursive=True) if hasattr(one, "lfs")}
+    return {
+        entry.path: entry.lfs["sha256"] for entry in api.list_repo_tree(name, recursive=True) if hasattr(entry, "lfs")
+    }
 
 
 def main() -> None:

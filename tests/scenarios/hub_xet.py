@@ -15,7 +15,7 @@ def main() -> None:
     directory, pushed, name, reader = Path(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4]
     api.create_repo(name)
     first = api.upload_folder(repo_id=name, folder_path=pushed, commit_message="First").oid
-    listed = {one.path: one.lfs["sha256"] for one in api.list_repo_tree(name)}
+    listed = {entry.path: entry.lfs["sha256"] for entry in api.list_repo_tree(name)}
     pulled = files(api.snapshot_download(name, cache_dir=directory / "pulled"))
     turned = CommitOperationAdd("random.dat", str(Path(pushed) / "text.dat"))
     second = api.create_commit(name, [turned], commit_message="Another file").oid

@@ -20,7 +20,7 @@ class Company:
     home: Path
 
     def person(self, user: str, *scope: str) -> Cli:
-        arguments = [word for one in scope for word in ("--scope", one)]
+        arguments = [word for entry in scope for word in ("--scope", entry)]
         token = self.host.ok("token", "create", "--user", user, *arguments).out.strip()
         return Cli({"ADAPTORY_HOME": str(self.home / user), "ADAPTORY_URL": self.url, "ADAPTORY_TOKEN": token})
 

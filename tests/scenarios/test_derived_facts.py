@@ -121,7 +121,7 @@ def test_a_page_of_very_long_documents_ends_early_and_the_next_goes_on(
         cli.ok("push", world.adapters["sql"], f"acme/sql:1.{number}.0", "--base", "tiny")
     path = "/v1/adapters/acme/sql/releases"
     with api_of(cli) as api:
-        releases, hits = (list(api.pages(one, limit=5)) for one in (path, "/v1/releases"))
+        releases, hits = (list(api.pages(address, limit=5)) for address in (path, "/v1/releases"))
         monkeypatch.setattr(documents, "PAGE_BYTES", 1)
         for one, all_of_them in ((path, releases), ("/v1/releases", hits)):
             assert len(api.get(one, limit=5)["items"]) == 1

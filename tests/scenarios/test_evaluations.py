@@ -90,8 +90,8 @@ def test_several_releases_and_their_base_are_evaluated_on_several_suites_at_once
     command = ("eval", "acme/sql:1.0.0", "acme/sql:1.1.0", "tiny", "--suite", "spoken", "--suite", "chosen")
     together = cli.json(*command)["items"]
     assert [row["subject"] for row in together] == ["acme/sql:1.0.0", "acme/sql:1.1.0", "tiny"]
-    for one in together:
-        named = {(score["suite"], score["metric"]): score for score in one["scores"]}
+    for evaluated in together:
+        named = {(score["suite"], score["metric"]): score for score in evaluated["scores"]}
         assert {key: score["n"] for key, score in named.items()} == {
             ("spoken", "nll"): 8, ("spoken", "accuracy"): 8, ("chosen", "nll"): 3, ("chosen", "accuracy"): 3,
         }  # fmt: skip

@@ -72,7 +72,7 @@ def proxy(templates: Templates, tmp_path: Path) -> Generator[tuple[Rewriting, Cl
 def with_new_fields(value: Any) -> Any:
     """The document with a field more in each of its objects."""
     if isinstance(value, list):
-        return [with_new_fields(one) for one in value]
+        return [with_new_fields(item) for item in value]
     if not isinstance(value, dict):
         return value
     known = {
@@ -101,7 +101,7 @@ def test_every_command_ignores_the_fields_that_it_does_not_know_and_prints_them_
     )  # fmt: skip
     for command in (*changes, *reads):
         printed = cli.json(*command.split())
-        assert all(NEW in one for one in printed.get("items", [printed])), command
+        assert all(NEW in item for item in printed.get("items", [printed])), command
     for command in reads:
         cli.ok(*command.split())
     for command in ("gate acme/sql@prod", "diff acme/sql:1.0.0 acme/sql:1.1.0", "inspect acme/sql:1.0.0"):
@@ -127,8 +127,8 @@ def test_an_answer_that_lacks_a_field_is_one_error_with_its_address_and_the_fiel
     rewriting, cli = proxy
 
     def without(path: str, document: Any) -> Any:
-        for one in document.get("items", [document]):
-            one.pop(field, None)
+        for item in document.get("items", [document]):
+            item.pop(field, None)
         return document
 
     rewriting.change = without

@@ -46,7 +46,7 @@ def test_a_worker_measures_several_releases_and_their_base_on_several_suites_in_
     assert [step["name"] for step in done["steps"]] == ["measure"]
     assert [row["id"] for row in team.json("jobs")["items"]] == [done["job"], waiting["job"]], "one job for all"
     for name, subject in (("acme/sql", "acme/sql"), ("tiny", None)):
-        item = next(one for one in done["items"] if (one["repository"], one["suite"]) == (subject, "guard-exact"))
+        item = next(row for row in done["items"] if (row["repository"], row["suite"]) == (subject, "guard-exact"))
         shown = team.json("show", name) if subject else team.json("base", "show", name)
         recorded = {row["metric"]: row["value"] for row in shown["scores"] if row["suite"] == "guard-exact"}
         assert recorded == {row["metric"]: row["value"] for row in item["scores"]}
@@ -102,7 +102,10 @@ def test_an_upgrade_measures_the_new_base_for_its_owner_alone(team: Cli, world: 
             actor = Actor(name, datetime.now(UTC), {"acme": "publisher"})
             job = upgrades.begin(resources, actor, "tiny", "following", ["sql-exact"], evaluate=True)["job"]
             with resources.read() as session:
-                wanted = [one["release"] and session.get(Release, one["release"]) for one in find(session, job).wanted]
+                wanted = [
+                    wanted_score["release"] and session.get(Release, wanted_score["release"])
+                    for wanted_score in find(session, job).wanted
+                ]
                 assert {release and f"acme/{release.repository.name}" for release in wanted} == measured
 
 

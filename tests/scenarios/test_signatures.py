@@ -186,14 +186,14 @@ def test_a_signature_of_other_files_is_warned_of_where_no_policy_refuses_it(
     stocked_embedded: Cli, signed: Path
 ) -> None:
     cli = stocked_embedded
-    assert not [one for one in _warnings(cli, signed, "1.0.0") if one["subject"] == SIGNATURE_FILE]
+    assert not [row for row in _warnings(cli, signed, "1.0.0") if row["subject"] == SIGNATURE_FILE]
     (signed / "README.md").write_text("changed")
     pushed = cli.ok("push", signed, "acme/sql:1.0.1", "--base", "tiny")
     assert "warning: model.sig is not a signature of these files: 'README.md' was changed" in pushed.err
     assert "--sign KEY.pem" in pushed.err
     for version, content in (("1.0.2", b"no bundle"), ("1.0.3", b"")):
         (signed / SIGNATURE_FILE).write_bytes(content)
-        (warning,) = (one for one in _warnings(cli, signed, version) if one["code"] == "signature_stale")
+        (warning,) = (row for row in _warnings(cli, signed, version) if row["code"] == "signature_stale")
         assert "cannot be read" in warning["message"]
 
 

@@ -171,13 +171,13 @@ def test_many_downloads_from_a_store_that_hangs_do_not_hold_up_resolving_and_sea
         heal = hang(own_s3)
         try:
             downloads = [pool.submit(httpx2.get, download, timeout=60) for _ in range(clients)]
-            while not any(one.done() for one in downloads):
+            while not any(download.done() for download in downloads):
                 time.sleep(0.01)
             for path in ("/v1/resolve?ref=acme/sql:1.0.0", "/v1/releases?namespace=acme"):
                 started = time.monotonic()
                 assert httpx2.get(f"{url}{path}", timeout=60).status_code == 200, path
                 assert time.monotonic() - started < 3, "or it has waited for one of those that hang"
-            answers = [one.result() for one in downloads]
+            answers = [download.result() for download in downloads]
         finally:
             heal()
     assert {answer.status_code for answer in answers} == {503}

@@ -150,7 +150,7 @@ def test_processes_that_need_a_base_at_once_wait_for_one_download(site: Site, wo
     bases = Bases(Settings(home=home_of(site.cli)))
     with ThreadPoolExecutor(4) as pool:
         brought = [pool.submit(bases.find, [site.location], 10**9) for _ in range(4)]
-        ((directory, reasons),) = {(path, tuple(why)) for path, why in (one.result() for one in brought)}
+        ((directory, reasons),) = {(path, tuple(why)) for path, why in (download.result() for download in brought)}
     assert directory is not None
     assert {path.name for path in directory.iterdir()} == {path.name for path in world.base.iterdir()}
     assert (list(directory.parent.iterdir()), reasons) == ([directory], ())

@@ -76,7 +76,7 @@ def test_ten_steps_of_training_are_published_at_each_save_and_at_the_end(
     trainer = trainer_of(world, tmp_path / "out", callback)
     with pytest.warns(UserWarning, match="The adapter of step 5 was not published: .*1.0.0-step.5"):
         trainer.train()
-    assert [str(one) for one in callback.releases] == ["acme/sql:1.0.0-step.10", "acme/sql:1.0.0"]
+    assert [str(release) for release in callback.releases] == ["acme/sql:1.0.0-step.10", "acme/sql:1.0.0"]
     assert not (tmp_path / "out" / "adaptory").exists()
 
     with Registry() as registry:
@@ -207,7 +207,7 @@ def test_trl_publishes_every_save_of_ten_steps_with_a_bump(cli: Cli, world: Worl
     )  # fmt: skip
     with pytest.warns(UserWarning, match="The evaluation has 7 examples, sql-exact only 6"):
         trainer.train()
-    assert [str(one) for one in callback.releases] == ["acme/sql:0.1.0", "acme/sql:0.2.0"]
+    assert [str(release) for release in callback.releases] == ["acme/sql:0.1.0", "acme/sql:0.2.0"]
     with Registry() as registry:
         release, pulled = registry.resolve("acme/sql"), registry.pull("acme/sql")
     assert release.scores == ()

@@ -21,7 +21,7 @@ from registry.sdk import Move, Registry, Release
 with Registry() as registry:
     released: {} = registry.resolve("acme/sql@prod")
     report: ConflictReport = registry.conflicts("acme/sql", "acme/terraform", weights=[1.0, 0.5])
-    names: list[str] = [str(one) for one in registry.search(base="smollm2", max_rank=16)]
+    names: list[str] = [str(release) for release in registry.search(base="smollm2", max_rank=16)]
     _ = Move, Release
 """
 

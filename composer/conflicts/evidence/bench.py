@@ -176,11 +176,16 @@ class Bench:
             guards=guards,
             asked=asked,
             base=self.run(BASE, lambda: (), rows),
-            alone={one.name: own(f"{ALONE}{one.name}", lambda one=one: one.deltas, one, of_guards) for one in members},
+            alone={
+                member.name: own(f"{ALONE}{member.name}", lambda member=member: member.deltas, member, of_guards)
+                for member in members
+            },
             at_weight={
-                one.name: own(f"{WEIGHTED}{one.name}", lambda one=one: weighted(one.deltas, one.weight), one)
-                for one in members
-                if one.is_weighted
+                member.name: own(
+                    f"{WEIGHTED}{member.name}", lambda member=member: weighted(member.deltas, member.weight), member
+                )
+                for member in members
+                if member.is_weighted
             },
         )
 

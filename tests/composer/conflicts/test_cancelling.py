@@ -40,7 +40,7 @@ def summed_and_turned(adapters: list[LoadedAdapter]) -> list[Delta]:
 def test_deltas_that_cancel_are_a_warning(red: LoadedAdapter, size: float, weights: list[float]) -> None:
     report = conflicts([red, scaled(red, size, "again")], weights)
     assert report.verdict is Verdict.WARN
-    (finding,) = [one for one in report.findings if one.code == "cancelling"]
+    (finding,) = [finding for finding in report.findings if finding.code == "cancelling"]
     assert (finding.severity, finding.subject) == (Severity.WARNING, "red + again")
     assert finding.measure == pytest.approx(0.0, abs=1e-9)
     assert "0.00 times their separate energy" in finding.message
@@ -64,14 +64,14 @@ def test_those_that_cancel_only_together_are_found(red: LoadedAdapter, green: Lo
     alone = [scaled(adapter, 1 / norm, adapter.name) for adapter, norm in zip(four, norms, strict=True)]
     minus = replace(scaled(red, 1.0, "minus"), deltas=tuple(summed_and_turned(alone)))
     report = conflicts([*alone, minus], [1.0] * 5)
-    (finding,) = [one for one in report.findings if one.code == "cancelling"]
+    (finding,) = [finding for finding in report.findings if finding.code == "cancelling"]
     assert finding.subject == "red + green + blue + white + minus"
 
 
 def test_opposite_adapters_with_weights_of_different_sign_add_up(red: LoadedAdapter) -> None:
     report = conflicts([red, scaled(red, -1.0, "opposite")], [1.0, -1.0])
     assert report.together.interference == pytest.approx(2.0)
-    (finding,) = [one for one in report.findings if one.code == "near_duplicate"]
+    (finding,) = [finding for finding in report.findings if finding.code == "near_duplicate"]
     assert finding.measure == pytest.approx(1.0)
     assert "one task trained twice" in finding.message
     assert "near_duplicate" not in codes(conflicts([red, scaled(red, 1.0, "again")], [1.0, -1.0]))

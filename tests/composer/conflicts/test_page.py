@@ -242,8 +242,8 @@ def test_the_probe_and_the_activations_have_tables_of_their_own(tmp_path: Path) 
     loaded = load_model(save_llama(tmp_path / "base"), device=DEVICE)
     adapters = [adapter(tmp_path, name, seed, MODULES[:4]) for seed, name in ((1, "red"), (20, "blue"))]
     suites = [
-        Suite(name=f"{one}-exact", kind="target", chat=True, examples=(Example("hi", one), Example("you", one)))
-        for one in "ab"
+        Suite(name=f"{name}-exact", kind="target", chat=True, examples=(Example("hi", name), Example("you", name)))
+        for name in "ab"
     ]
     probed = Evidence(load=lambda: loaded, suites=suites, k=2)
     prompted = Evidence(load=lambda: loaded, prompts=["hello"])

@@ -80,8 +80,8 @@ def test_combined_factors_outlive_the_call_that_made_them(make_model: MakeModel,
     ]
     before = [delta.A_RI.clone() for delta in made]
     assert before
-    for one in made:
-        one.drop_pages()
+    for delta in made:
+        delta.drop_pages()
     assert all(torch.equal(delta.A_RI, other) for delta, other in zip(made, before, strict=True))
 
 

@@ -50,8 +50,8 @@ def test_a_streamed_base_gives_the_same_factors(loaded: LoadedModel, red: Loaded
     streamed = load_model(loaded.model.name_or_path, device="cpu", memory=60_000)
     assert streamed.streamed
     here, there = (
-        combine_deltas([red, green], [1.0, 0.5], "regmean", {}, calibration(one).observe).deltas
-        for one in (loaded, streamed)
+        combine_deltas([red, green], [1.0, 0.5], "regmean", {}, calibration(model).observe).deltas
+        for model in (loaded, streamed)
     )
     for one, other in zip(here, there, strict=True):
         torch.testing.assert_close(dense(one), dense(other), rtol=1e-3, atol=1e-5)

@@ -222,7 +222,7 @@ def test_a_pattern_for_other_modules_too_is_a_warning_and_merged(
     adapter = make_adapter(base := make_model(), alpha_pattern={"q_proj": 3, "gate_proj": 5})
     plan = plan_merge(open_checkpoint(base), [(adapter, 1.0)])
     unused = [finding for finding in plan.findings if finding.code == "pattern_unused"]
-    assert [(one.severity, one.subject) for one in unused] == [(Severity.WARNING, "gate_proj")]
+    assert [(finding.severity, finding.subject) for finding in unused] == [(Severity.WARNING, "gate_proj")]
 
 
 def test_a_raw_state_dict_and_a_save_without_prefix_are_read(make_model: MakeModel, make_adapter: MakeAdapter) -> None:

@@ -58,7 +58,7 @@ def test_all_tensors_of_a_file_share_one_mapping_that_goes_with_the_last_of_them
     mapped = [file.tensor(entries[name]) for name in names]
     assert mappings_of(path) == 1
     file.drop_pages()
-    assert [int(one[0]) for one in mapped] == list(range(50))
+    assert [int(row[0]) for row in mapped] == list(range(50))
 
     save_file({name: torch.full((100,), -1) for name in names}, tmp_path / "other.safetensors")
     (tmp_path / "other.safetensors").rename(path)
@@ -104,7 +104,7 @@ def test_a_view_of_a_mapped_matrix_is_read_as_it_is(view: str, dtype: torch.dtyp
     spill = SpillFile()
     spill.put([torch.ones(5)])
     sources: list[Factor] = [MappedFile.open(tmp_path / "file.safetensors").factor(entry), *spill.put([matrix]), matrix]
-    assert sum(isinstance(one, StoredFactor) for one in sources) == 2
+    assert sum(isinstance(source, StoredFactor) for source in sources) == 2
     for source in sources:
         expected = VIEWS[view](matrix).float()
         assert torch.equal(tensor_of(VIEWS[view](source)).float(), expected)

@@ -94,11 +94,15 @@ def test_a_conflict_report_measures_only_what_a_4_bit_base_has_in_full(
 
 def test_an_adapter_that_was_trained_on_a_4_bit_base_says_how_far_the_full_one_is_away(pair: tuple[Path, Path]) -> None:
     base, adapter = pair
-    assert not [one for one in plan_merge(open_checkpoint(base), [(adapter, 1.0)]).findings if "4_bits" in one.code]
+    assert not [
+        finding for finding in plan_merge(open_checkpoint(base), [(adapter, 1.0)]).findings if "4_bits" in finding.code
+    ]
     config = json.loads((adapter / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = "unsloth/llama-3-8b-bnb-4bit"
     (adapter / "adapter_config.json").write_text(json.dumps(config))
-    (finding,) = [one for one in plan_merge(open_checkpoint(base), [(adapter, 1.0)]).findings if "4_bits" in one.code]
+    (finding,) = [
+        finding for finding in plan_merge(open_checkpoint(base), [(adapter, 1.0)]).findings if "4_bits" in finding.code
+    ]
     assert finding.measure is not None
     assert 0.05 < finding.measure < 0.12
     assert "evaluate" in finding.message

@@ -151,7 +151,7 @@ def test_a_changed_copy_a_missing_file_and_another_config_are_named(
     (out / "config.json").write_text(json.dumps({**config, "vocab_size": 65}))
     rebuilt = again(base, adapters, out)
     assert rebuilt.verdict == "different"
-    assert {one.file: one.why for one in rebuilt.different} == {
+    assert {difference.file: difference.why for difference in rebuilt.different} == {
         copied: "has different bytes where the base was copied",
         gone: "is missing",
         "more.safetensors": "does not belong to this merge",
@@ -165,7 +165,7 @@ def test_a_side_file_that_is_gone_is_missing(base: Path, adapters: list[Path], t
     (out / "tokenizer.json").unlink()
     rebuilt = again(base, adapters, out)
     assert rebuilt.verdict == "different"
-    assert [(one.file, one.why) for one in rebuilt.different] == [("tokenizer.json", "is missing")]
+    assert [(difference.file, difference.why) for difference in rebuilt.different] == [("tokenizer.json", "is missing")]
 
 
 def test_another_base_gives_another_model(

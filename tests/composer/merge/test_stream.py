@@ -100,10 +100,10 @@ def assert_same(base: Path, adapters: Adapters, out: Path, method: str = "stack"
     plan = plan_merge(checkpoint, adapters, method, **options)  # pyright: ignore[reportArgumentType]
     files, made = streamed(plan)
     assert files == {path.name: path.read_bytes() for path in out.glob("*.safetensors")}
-    assert sum(one.copied_bytes for one in made) == report.copied_bytes
-    assert sum(one.rewritten_bytes for one in made) == report.rewritten_bytes
-    assert rounding_loss.total(loss for one in made for loss in one.survivals.values()) == report.survival
-    passed = {name: digest for one in made for name, digest in one.tensor_hashes.items()}
+    assert sum(shard.copied_bytes for shard in made) == report.copied_bytes
+    assert sum(shard.rewritten_bytes for shard in made) == report.rewritten_bytes
+    assert rounding_loss.total(loss for shard in made for loss in shard.survivals.values()) == report.survival
+    passed = {name: digest for shard in made for name, digest in shard.tensor_hashes.items()}
     identity = hash_checkpoint(open_checkpoint(base))
     assert passed == identity.tensor_hashes
     tensors = checkpoint.architecture.tensors.items()

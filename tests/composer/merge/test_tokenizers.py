@@ -71,7 +71,8 @@ def test_tokens_trained_in_padded_rows_can_be_read_and_written_after_the_merge(b
     assert rows == [SIZES["vocab_size"], SIZES["vocab_size"] + 1]
     assert tokenizer.chat_template == TEMPLATE
     before, after = (
-        LlamaForCausalLM.from_pretrained(one).get_input_embeddings().weight for one in (base, tmp_path / "out")
+        LlamaForCausalLM.from_pretrained(directory).get_input_embeddings().weight
+        for directory in (base, tmp_path / "out")
     )
     assert not torch.equal(before[rows], after[rows])
     note = json.loads((tmp_path / "out" / "adaptory.json").read_text())

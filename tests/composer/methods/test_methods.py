@@ -100,7 +100,7 @@ REFERENCES: References = {
 }
 REFERENCES |= {
     f"{name}_svd": (lambda X, pairs, exact=REFERENCES[name]: dense.truncated(exact(X, pairs), max(RANKS)))
-    for name in (one.removesuffix("_svd") for one in METHODS if one.endswith("_svd"))
+    for name in (method.removesuffix("_svd") for method in METHODS if method.endswith("_svd"))
 }
 Thinned = Callable[[list[torch.Tensor]], list[torch.Tensor]]
 

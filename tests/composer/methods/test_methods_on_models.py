@@ -240,7 +240,9 @@ def test_masks_are_the_same_with_a_checkpoint_at_hand_and_without(
     known, unknown = rows(open_checkpoint(published).architecture), rows(None)
     assert known.keys() == unknown.keys() != set()
     assert all(torch.equal(known[module], unknown[module]) for module in known)
-    assert len({tuple((one != 0).flatten().tolist()) for one in known.values()}) == len(known), "each has its own mask"
+    assert len({tuple((mask != 0).flatten().tolist()) for mask in known.values()}) == len(known), (
+        "each has its own mask"
+    )
 
 
 @pytest.mark.parametrize("method", ["svd", "ties_svd", "core_ties", "pico_stack"])

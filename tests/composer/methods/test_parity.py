@@ -95,7 +95,7 @@ def test_one_adapter_is_combined_linearly_whatever_was_asked(
         assert_close(actual[module], expected, module)
 
 
-@pytest.mark.parametrize("combination", [one for one in COMBINATIONS if one.endswith("svd")])
+@pytest.mark.parametrize("combination", [combination for combination in COMBINATIONS if combination.endswith("svd")])
 def test_a_cut_goes_to_the_highest_rank_of_any_module_and_tells_what_it_loses(
     combination: str, make_model: MakeModel, make_adapter: MakeAdapter
 ) -> None:

@@ -43,7 +43,7 @@ def moved(like: LoadedAdapter, pairs: Sequence[Pair], side: str, layout: Layout 
     """The first of the deltas, dense, off all others, which are protected."""
     protect = list(range(2, len(pairs) + 1))
     parsed = parse_settings("stack", {"protect": protect, "protect_side": side}).with_tied("shared")
-    adapters = [held(like, one, layout) for one in pairs]
+    adapters = [held(like, pair, layout) for pair in pairs]
     return dense(project_out_protected(adapters, weights_of([1.0] * len(pairs)), parsed)[0].deltas[0])
 
 
@@ -141,7 +141,7 @@ def test_noise_in_the_factors_decides_on_nothing_beside_a_protected_one(red: Loa
             )
             for B, A in pairs
         ]
-        deltas = combine_deltas([held(red, one) for one in shaken], [1.0, 0.7, -0.6], method, {"protect": [1]}).deltas
+        deltas = combine_deltas([held(red, pair) for pair in shaken], [1.0, 0.7, -0.6], method, {"protect": [1]}).deltas
         return sum((dense(delta) for delta in deltas), torch.zeros(()))
 
     exact = combined(0.0)
@@ -195,7 +195,7 @@ def norm(deltas: Sequence[Delta]) -> float:
     """The norm of their sum, over all modules."""
     own = [delta for delta in deltas if isinstance(delta, LowRank)]
     assert len(own) == len(deltas)
-    by_module = {delta.module: [one for one in own if one.module == delta.module] for delta in own}
+    by_module = {delta.module: [other for other in own if other.module == delta.module] for delta in own}
     return hypot(*(float(Grams.of(deltas).inner().sum()) ** 0.5 for deltas in by_module.values()))
 
 
@@ -217,12 +217,12 @@ def test_a_report_is_of_the_deltas_that_are_combined(
     energy = norm(combine_deltas(adapters, weights, method, settings).deltas) ** 2
     assert report.together.interference == pytest.approx(energy / sum(part**2 for part in parts))
     assert report.together.interference != pytest.approx(plain.together.interference, rel=1e-3)
-    for one in report.pairs[:2]:
-        assert one.numbers.cosine == pytest.approx(0, abs=1e-6)
-        assert one.numbers.interference == pytest.approx(1, abs=1e-6)
+    for pair in report.pairs[:2]:
+        assert pair.numbers.cosine == pytest.approx(0, abs=1e-6)
+        assert pair.numbers.interference == pytest.approx(1, abs=1e-6)
         if side != "output":
-            assert one.numbers.input_overlap == pytest.approx(0, abs=1e-6)
-    cosines = [one.pairs[2].numbers.cosine for one in (report, plain)]
+            assert pair.numbers.input_overlap == pytest.approx(0, abs=1e-6)
+    cosines = [examined.pairs[2].numbers.cosine for examined in (report, plain)]
     assert cosines[0] != pytest.approx(cosines[1], rel=1e-3), "both are off the protected one"
     assert report.members[0].retention == pytest.approx(1 / 1.2 if method == "mean" else 1.0, abs=1e-5)
 
@@ -233,7 +233,8 @@ def test_activations_are_those_of_the_deltas_that_are_combined(
     evidence = Evidence(load=lambda: loaded, prompts=["hi", "you"])
     how = parse_settings("stack", {"protect": 1})
     (pair,), (plain,) = (
-        examine([red, green], [1.0, 1.0], one, evidence=evidence).pairs for one in (how, parse_settings("stack"))
+        examine([red, green], [1.0, 1.0], settings, evidence=evidence).pairs
+        for settings in (how, parse_settings("stack"))
     )
     assert (pair.evidence, plain.evidence) == ("activations", "activations")
     assert pair.risk != pytest.approx(plain.risk)

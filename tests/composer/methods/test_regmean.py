@@ -123,7 +123,9 @@ def seeing(*seeds: int, hidden: Sequence[str] = ()) -> Callable[..., Mapping[str
 
 
 def summed(fitted: Fit, module_name: str) -> torch.Tensor:
-    parts = [d for one in fitted.adapters for d in one.deltas if isinstance(d, LowRank) and d.module == module_name]
+    parts = [
+        d for adapter in fitted.adapters for d in adapter.deltas if isinstance(d, LowRank) and d.module == module_name
+    ]
     return sum((d.scale * d.B_OR.double() @ d.A_RI.double() for d in parts), torch.zeros(OUTPUTS, INPUTS).double())
 
 
@@ -206,7 +208,9 @@ def test_fitted_weights_are_those_of_a_dense_least_squares_problem(seed: int, co
         t = sum(float((X @ D.T).square().sum()) / one for X, D, one in zip(rows, own, energies, strict=True))
         for index, path in enumerate(("a", "b")):
             scale = (energies[index] * t) ** -0.5
-            columns.append(torch.stack([(rows[index] @ alone(one, path).T).flatten() for one in members], 1) * scale)
+            columns.append(
+                torch.stack([(rows[index] @ alone(member, path).T).flatten() for member in members], 1) * scale
+            )
             wanted.append((rows[index] @ own[index].T).flatten() * scale)
     root = (0.01 * float(torch.cat(columns).square().sum()) / count) ** 0.5
     system = torch.cat([*columns, root * torch.eye(count, dtype=torch.float64)])

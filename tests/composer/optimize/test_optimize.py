@@ -62,9 +62,9 @@ def test_the_choice_is_the_best_of_the_search_that_keeps_the_limits_on_unseen_ex
     report: OptimizeReport, problem: SearchProblem
 ) -> None:
     assert report.choice is report.best[0].candidate
-    assert len({one.candidate.name for one in report.best}) == len(report.best) >= 3
-    assert {one.outcome.k for one in report.best} == {8}
-    assert "mean" in {one.candidate.name for one in report.tried}
+    assert len({standing.candidate.name for standing in report.best}) == len(report.best) >= 3
+    assert {standing.outcome.k for standing in report.best} == {8}
+    assert "mean" in {trial.candidate.name for trial in report.tried}
     assert report.passes <= expected_passes(problem) + 3 * 8 * len(problem.splits), "but for what a surface proposes"
     assert report.passes >= 0.8 * expected_passes(problem)
 
@@ -76,14 +76,14 @@ def test_the_report_is_json_and_names_the_examples_that_were_seen(
     assert said["choice"]["method"] == report.choice.method  # pyright: ignore[reportOptionalMemberAccess]
     seen = {row["suite"]: row["examples"] for row in said["searched"]}
     for suite in (*(member.suite for member in problem.members), *problem.guards):
-        assert seen[suite.name] == [example_digest(one) for one in suite.sample(4)]
+        assert seen[suite.name] == [example_digest(example) for example in suite.sample(4)]
 
 
 def test_a_fit_is_never_scored_on_an_example_that_it_has_seen(problem: SearchProblem, tmp_path: Path) -> None:
     journal = tmp_path / "search.jsonl"
     optimize(problem, journal=journal)
     halves = {
-        digest: [{example_digest(one) for one in half} for half in (split.search[:2], split.search[2:])]
+        digest: [{example_digest(example) for example in half} for half in (split.search[:2], split.search[2:])]
         for digest, split in problem.splits.items()
     }
     rows = [row for line in journal.read_text().splitlines()[1:] for row in json.loads(line)]
@@ -142,8 +142,8 @@ def test_if_nothing_fits_there_is_no_choice_and_the_best_are_shown(problem: Sear
     impossible = optimize(replace(problem, limits=Limits(loss=-100.0, answers=0.0)))
     assert impossible.choice is None
     assert impossible.best
-    assert {one.verdict for one in impossible.best} == {Verdict.WARN}
-    assert "ties_svd x 0.7" in {one.candidate.name for one in impossible.tried}, "full space is the last resort"
+    assert {standing.verdict for standing in impossible.best} == {Verdict.WARN}
+    assert "ties_svd x 0.7" in {trial.candidate.name for trial in impossible.tried}, "full space is the last resort"
     assert str(document(impossible)["headline"]).startswith("nothing fits")
 
 
@@ -158,8 +158,8 @@ def test_members_that_answer_the_same_prompts_differently_are_not_searched(probl
 
 def test_a_budget_ends_the_search_and_the_best_so_far_are_confirmed(problem: SearchProblem) -> None:
     short = optimize(replace(problem, effort=replace(EFFORT, passes=1)))
-    assert {one.k for one in short.tried} == {2}
-    assert {one.outcome.k for one in short.best} == {8}
+    assert {trial.k for trial in short.tried} == {2}
+    assert {standing.outcome.k for standing in short.best} == {8}
 
 
 def test_a_search_with_a_budget_resumes_with_the_same_choice_and_stops_where_it_would_have(
@@ -168,17 +168,17 @@ def test_a_search_with_a_budget_resumes_with_the_same_choice_and_stops_where_it_
     journal = tmp_path / "search.jsonl"
     limited = replace(problem, effort=replace(EFFORT, passes=90))
     fresh = optimize(limited, journal=journal)
-    assert {one.k for one in fresh.tried} == {2}, "the second round would have been beyond the budget"
+    assert {trial.k for trial in fresh.tried} == {2}, "the second round would have been beyond the budget"
     lines = journal.read_text().splitlines(keepends=True)
     journal.write_text("".join(lines[: len(lines) // 2]))
     assert decided(optimize(limited, journal=journal)) == decided(fresh)
 
 
 def test_weights_between_the_tried_ones_are_tried_as_a_family_of_their_own(report: OptimizeReport) -> None:
-    refined = [one.candidate for one in report.tried if one.candidate.family == "refined"]
+    refined = [trial.candidate for trial in report.tried if trial.candidate.family == "refined"]
     assert refined
-    assert all(one.method == "stack" for one in refined)
-    sums = [one.candidate.factors for one in report.tried if one.candidate.is_weighted_sum]
+    assert all(candidate.method == "stack" for candidate in refined)
+    sums = [trial.candidate.factors for trial in report.tried if trial.candidate.is_weighted_sum]
     assert len(set(sums)) == len(sums), "none is tried twice"
 
 
@@ -195,7 +195,7 @@ def test_the_members_own_weights_and_rules_are_part_of_what_is_chosen(problem: S
     reference = optimize(replace(problem, effort=effort), [plain])
 
     def kept(result: OptimizeReport, name: str) -> float:
-        return next(one.worst_kept for one in result.tried if one.candidate.name == name)
+        return next(trial.worst_kept for trial in result.tried if trial.candidate.name == name)
 
     assert kept(own, "undone") == pytest.approx(kept(reference, "sum"), abs=1e-4)
     assert kept(own, "sum") != pytest.approx(kept(reference, "sum"), abs=1e-4)
@@ -205,11 +205,10 @@ def test_a_rank_that_the_recipe_asks_for_holds_for_every_candidate(problem: Sear
     asked = {"rank": 3, "tied": "untie", "protect": [1]}
     result = optimize(replace(problem, settings=asked, effort=SearchEffort(search=2, confirm=2)))
     assert len(result.tried) > 8
-    for one in result.tried:
-        assert (one.candidate.settings["rank"], one.candidate.settings["tied"]) == (3, "untie")
-    assert {tuple(one.candidate.settings["protect"]) for one in result.tried if one.candidate.family == "protect"} == {  # pyright: ignore[reportArgumentType]
-        (1,), (2,),
-    }  # fmt: skip
+    for trial in result.tried:
+        assert (trial.candidate.settings["rank"], trial.candidate.settings["tied"]) == (3, "untie")
+    protecting = [trial.candidate.settings for trial in result.tried if trial.candidate.family == "protect"]
+    assert {tuple(settings["protect"]) for settings in protecting} == {(1,), (2,)}  # pyright: ignore[reportArgumentType]
 
 
 def test_adapters_of_a_tied_embedding_are_searched_as_they_are_merged(tmp_path: Path) -> None:
@@ -238,8 +237,8 @@ def test_adapters_of_a_tied_embedding_are_searched_as_they_are_merged(tmp_path: 
     combined = combine_parsed(adapters, result.choice.weights([Weight()] * 2), result.choice.parsed, None).deltas
     first = members[0].suite
     unseen = [example for example in first.sample(4) if example not in first.sample(2)]
-    measured = measure(loaded, [encode(loaded, one, chat=False, ends=False) for one in unseen], combined)
-    nats = sum(one.nats for one in measured) / sum(one.tokens for one in measured)
+    measured = measure(loaded, [encode(loaded, example, chat=False, ends=False) for example in unseen], combined)
+    nats = sum(example.nats for example in measured) / sum(example.tokens for example in measured)
     assert result.best[0].outcome.effects[0].combined == pytest.approx(nats, abs=1e-4)
 
 
@@ -251,7 +250,7 @@ def test_few_unseen_examples_confirm_nothing(problem: SearchProblem) -> None:
 def test_what_the_recipe_says_is_a_candidate_too(problem: SearchProblem) -> None:
     own = Candidate(name="as given", family="given", method="ctm_mean", factors=(1.0, 1.0))
     result = optimize(replace(problem, effort=SearchEffort(search=2, confirm=2)), [own])
-    assert "as given" in {one.candidate.name for one in result.tried}
+    assert "as given" in {trial.candidate.name for trial in result.tried}
 
 
 def test_a_search_needs_two_members(problem: SearchProblem) -> None:
@@ -268,7 +267,7 @@ def test_a_guard_that_is_a_members_suite_or_named_twice_counts_once(problem: Sea
     doubled = replace(
         problem, guards=[guard, problem.members[0].suite, guard], effort=SearchEffort(search=2, confirm=2)
     )
-    assert [one.suite for one in optimize(doubled).best[0].outcome.guards] == ["guard"]
+    assert [guard.suite for guard in optimize(doubled).best[0].outcome.guards] == ["guard"]
 
 
 def test_a_given_fit_is_scored_on_examples_that_it_has_not_seen_however_many_it_asks_for(
@@ -300,9 +299,9 @@ def test_evolved_weights_are_tried_when_asked_and_a_resumed_search_asks_for_the_
     evolving = replace(problem, effort=replace(EFFORT, evolve=7))
     journal = tmp_path / "search.jsonl"
     first = optimize(evolving, journal=journal)
-    evolved = [one.candidate for one in first.tried if one.candidate.family == "evolved"]
+    evolved = [trial.candidate for trial in first.tried if trial.candidate.family == "evolved"]
     assert len(evolved) >= 1
-    assert len({one.factors for one in evolved}) == len(evolved)
+    assert len({candidate.factors for candidate in evolved}) == len(evolved)
     lines = journal.read_text().splitlines(keepends=True)
     journal.write_text("".join(lines[: 3 * len(lines) // 4]))
     again = optimize(evolving, journal=journal)

@@ -72,25 +72,25 @@ def test_a_race_finds_the_planted_winner_whatever_the_order(count: int, seed: in
     generator = random.Random(seed)
     candidates = [weighted_sum(f"c{number}", "sum", [number]) for number in range(max(count, 6))]
     planted = candidates[generator.randrange(len(candidates))]
-    noise = {one.name: [generator.gauss(0, 0.05) for _ in range(8)] for one in candidates}
+    noise = {candidate.name: [generator.gauss(0, 0.05) for _ in range(8)] for candidate in candidates}
 
     def measure(candidate: Candidate, k: int) -> Standing:
         nats = 0.5 if candidate is planted else 1.2
-        return standing(candidate, [nats + one for one in noise[candidate.name][:k]])
+        return standing(candidate, [nats + error for error in noise[candidate.name][:k]])
 
     shuffled = [candidates[index] for index in order] + candidates[6:]
     last = race(shuffled, measure, 8, LIMITS)[-1]
     assert last[0].candidate is planted
-    assert [one.candidate.name for one in last] == [
-        one.candidate.name for one in race(candidates, measure, 8, LIMITS)[-1]
+    assert [ranked.candidate.name for ranked in last] == [
+        ranked.candidate.name for ranked in race(candidates, measure, 8, LIMITS)[-1]
     ]
 
 
 def test_all_candidates_of_a_rung_see_the_same_number_of_examples_and_half_of_them_leave() -> None:
     candidates = [weighted_sum(f"c{number}", "sum", [number]) for number in range(16)]
     history = race(candidates, lambda one, k: standing(one, [float(one.factors[0])] * k), 8, LIMITS)
-    assert [(one[0].outcome.k, len(one)) for one in history] == [(2, 16), (4, 8), (8, 4)]
-    assert {one.outcome.k for one in history[1]} == {4}
+    assert [(rung[0].outcome.k, len(rung)) for rung in history] == [(2, 16), (4, 8), (8, 4)]
+    assert {ranked.outcome.k for ranked in history[1]} == {4}
     assert (rungs(1), rungs(2), rungs(12)) == ([1], [2], [2, 4, 8, 12])
 
 
@@ -100,13 +100,13 @@ def test_a_race_ends_where_its_budget_does() -> None:
     history = race(
         candidates, lambda one, k: standing(one, [1.0] * k), 8, LIMITS, lambda count: not asked.append(count) and False
     )
-    assert ([one[0].outcome.k for one in history], asked) == ([2], [3 * 2])
+    assert ([rung[0].outcome.k for rung in history], asked) == ([2], [3 * 2])
 
 
 def test_nats_that_are_not_finite_never_win() -> None:
     broken, plain = weighted_sum("broken", "sum", [1]), weighted_sum("sum", "sum", [1])
     standings = [standing(broken, [float("nan")] * 4), standing(plain, [2.0] * 4)]
-    assert [one.candidate.name for one in simplest_of_the_best(standings, Limits(loss=0.1))] == ["sum", "broken"]
+    assert [ranked.candidate.name for ranked in simplest_of_the_best(standings, Limits(loss=0.1))] == ["sum", "broken"]
 
 
 def test_a_candidate_that_cannot_be_made_leaves_and_the_race_goes_on() -> None:
@@ -114,7 +114,7 @@ def test_a_candidate_that_cannot_be_made_leaves_and_the_race_goes_on() -> None:
     history = race(
         candidates, lambda one, k: None if one.name == "c0" else standing(one, [float(one.factors[0])] * k), 4, LIMITS
     )
-    assert [[one.candidate.name for one in rung] for rung in history] == [["c1", "c2", "c3"], ["c1", "c2", "c3"]]
+    assert [[ranked.candidate.name for ranked in rung] for rung in history] == [["c1", "c2", "c3"], ["c1", "c2", "c3"]]
     assert race(candidates, lambda _one, _k: None, 4, LIMITS) == []
 
 
@@ -123,7 +123,7 @@ def test_of_nearly_equal_ones_the_simplest_wins_and_any_within_the_limits_beats_
     limits = Limits(loss=0.5, answers=0.0)
     standings = [standing(simple, [0.52] * 4), standing(better, [0.5] * 4), standing(beyond, [0.1] * 4, alone=-0.6)]
     ordered = simplest_of_the_best(standings, limits)
-    assert [one.candidate.name for one in ordered] == ["simple", "better", "beyond"]
+    assert [ranked.candidate.name for ranked in ordered] == ["simple", "better", "beyond"]
     assert ordered[2].excess(limits) > 0
 
 

@@ -150,7 +150,7 @@ def test_a_recipe_needs_the_roles_that_rest_asks_for(house: House) -> None:
 
 def test_a_form_of_many_inputs_is_read(publisher: Browser) -> None:
     """Everything that a recipe may have, in one form."""
-    rows = {"input": [f"acme/sql:1.0.{one}" for one in range(64)], "weight": ["1"] * 64, "suite": ["exact"] * 64}
+    rows = {"input": [f"acme/sql:1.0.{number}" for number in range(64)], "weight": ["1"] * 64, "suite": ["exact"] * 64}
     assert len(urlencode(rows, doseq=True)) < 64 << 10
     names = set(re.findall(r'name="([a-z_.]+)"', publisher.open("/compose?method=ties&with=acme/sql:1.0.0").text))
     others: dict[str, str | list[str]] = dict.fromkeys(

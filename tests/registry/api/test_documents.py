@@ -44,7 +44,10 @@ def rendered(database: Database, documents: RenderedReleaseCache, items: list[It
     with database.read() as session:
         hits = search.search(session, HOST, Query(include_yanked=True), Order(limit=1_000)).hits
         stamps = {hit.release_id: hit.stamp for hit in hits}
-        return [one.document for one in documents.page(session, HOST, {item.id: stamps[item.id] for item in items})]
+        return [
+            rendered.document
+            for rendered in documents.page(session, HOST, {item.id: stamps[item.id] for item in items})
+        ]
 
 
 def measured(value: float) -> Change:

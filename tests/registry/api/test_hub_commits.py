@@ -382,7 +382,7 @@ def test_a_plan_leaves_out_what_trainers_keep_and_refuses_other_pickles(house: H
         return house.ask("publisher", "POST", path, json=body)
 
     answer = plan("adapter_model.safetensors", "training_args.bin", ".gitattributes")
-    assert [(one["uploadMode"], one["shouldIgnore"]) for one in answer.json()["files"]] == [
+    assert [(file["uploadMode"], file["shouldIgnore"]) for file in answer.json()["files"]] == [
         ("lfs", False), ("lfs", True), ("lfs", True),
     ]  # fmt: skip
     assert "training_args.bin, .gitattributes" in answer.headers["X-HF-Warning"]
@@ -399,7 +399,7 @@ def test_a_plan_names_what_main_has_so_that_the_client_does_not_send_it_again(ho
         sizes = {"a.json": 2, "large.dat": 2 << 20, "other.json": 3, "new.json": 2}
         body = {"files": [{"path": path, "size": size} for path, size in sizes.items()]}
         answer = house.ask("publisher", "POST", f"/api/models/{named}/preupload/main", json=body)
-        return {one["path"]: one.get("oid") for one in answer.json()["files"]}
+        return {file["path"]: file.get("oid") for file in answer.json()["files"]}
 
     small = "9e26dfeeb6e641a33dae4961196235bdb965b21b"  # git hash-object
     large = hashlib.sha256(contents["large.dat"]).hexdigest()
@@ -462,7 +462,7 @@ def test_a_release_made_elsewhere_is_a_step_of_main(house: House) -> None:
         answer = house.ask("releaser", "POST", f"/api/models/acme/sql/branch/{name}", json={"startingPoint": "v1.0.0"})
         assert (answer.status_code, "it reads as a" in answer.headers["X-Error-Message"]) == (400, True), name
     refs = house.ask("reader", "GET", "/api/models/acme/sql/refs").json()
-    assert {one["name"] for one in refs["branches"]} == {"main", "prod", "canary"}
+    assert {branch["name"] for branch in refs["branches"]} == {"main", "prod", "canary"}
     gone = house.ask("releaser", "DELETE", "/api/models/acme/sql/tag/1.0.0")
     assert (gone.status_code, "yanked" in gone.headers["X-Error-Message"]) == (403, True)
 
@@ -496,5 +496,9 @@ def test_names_that_the_server_or_the_clients_need_are_refused(house: House) -> 
         settings = {"public": False, "require_signature": False, "signing_keys": [], "created_by": "x"}
         session.add(Namespace(name="static", created_at=datetime.now(UTC), **settings))
         session.add(Repository(namespace="static", name="a.git", kind="adapter", created_at=datetime.now(UTC)))
-    reserved = [(one.code, one.severity, one.subject) for one in fsck.check(house.resources) if "reserved" in one.code]
+    reserved = [
+        (finding.code, finding.severity, finding.subject)
+        for finding in fsck.check(house.resources)
+        if "reserved" in finding.code
+    ]
     assert reserved == [("namespace_reserved", "notice", "static"), ("name_reserved", "notice", "static/a.git")]

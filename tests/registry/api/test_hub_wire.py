@@ -237,7 +237,7 @@ def test_an_info_has_what_was_asked_for(house: House) -> None:
     assert "base_model:adapter:tiny" in plain["tags"]
     assert [set(sibling) for sibling in plain["siblings"]] == [{"rfilename"}] * 4
     sized = ask(house, "/api/models/acme/tables?blobs=True").json()["siblings"]
-    assert {one["rfilename"]: one["lfs"]["size"] for one in sized}["weights.safetensors"] == 3
+    assert {sibling["rfilename"]: sibling["lfs"]["size"] for sibling in sized}["weights.safetensors"] == 3
     assert set(ask(house, "/api/models/acme/tables?expand=sha&expand=tags&expand=unknown").json()) == {
         "id",
         "sha",
@@ -247,7 +247,7 @@ def test_an_info_has_what_was_asked_for(house: House) -> None:
 
 def test_models_are_listed_by_author_words_and_tags(house: House) -> None:
     def listed(query: str) -> list[str]:
-        return [one["id"] for one in ask(house, f"/api/models?{query}").raise_for_status().json()]
+        return [model["id"] for model in ask(house, f"/api/models?{query}").raise_for_status().json()]
 
     everything = listed("")
     assert everything == sorted(everything)
@@ -263,7 +263,7 @@ def test_models_are_listed_by_author_words_and_tags(house: House) -> None:
     path, pages = "/api/models?limit=2", []
     while path:
         answer = ask(house, path)
-        pages += [one["id"] for one in answer.json()]
+        pages += [model["id"] for model in answer.json()]
         path = answer.links["next"]["url"] if answer.links else ""
     assert pages == everything
 
@@ -349,7 +349,7 @@ def test_a_repository_whose_releases_are_all_yanked_has_no_main(house: House) ->
     assert (answer.status_code, answer.headers["X-Error-Code"]) == (404, "RevisionNotFound")
     assert ask(house, "/api/models/acme/gone/refs").json()["branches"] == []
     assert commit_of(house, "1.0.0", "acme/gone")
-    assert [one.get("sha") for one in ask(house, "/api/models?search=gone").json()] == [None]
+    assert [model.get("sha") for model in ask(house, "/api/models?search=gone").json()] == [None]
 
 
 def test_a_user_is_shown_with_the_namespaces_and_what_the_token_may_do(house: House) -> None:

@@ -94,7 +94,7 @@ def test_files_are_put_together_of_chunks_and_committed(house: House, named: str
     name, content = name_of(xorb), b"".join(chunks)
     turned = chunks[4] + b"".join(chunks[1:4]) + chunks[4]
     segments = [Segment(name, 0, 6, len(content))]
-    others = [Segment(name, *one, CHUNK * (one[1] - one[0])) for one in ((4, 5), (1, 4), (4, 5))]
+    others = [Segment(name, *span, CHUNK * (span[1] - span[0])) for span in ((4, 5), (1, 4), (4, 5))]
     document = shard(
         (segments, sha256(content) if stated else None), (others, sha256(turned) if stated else None), checks=stated
     )
@@ -114,7 +114,7 @@ def test_servers_beside_each_other_take_parts_of_one_push(house: House, named: s
         push.xorb(first).raise_for_status()
         beside.xorb(second).raise_for_status()
         content = b"".join(pieces(named, 2))
-        segments = [Segment(name_of(one), 0, 1, CHUNK) for one in (first, second)]
+        segments = [Segment(name_of(xorb), 0, 1, CHUNK) for xorb in (first, second)]
         beside.post("v1/shards", shard((segments, sha256(content)))).raise_for_status()
         commit(house, named, lfs("w.dat", content)).raise_for_status()
         assert read(house, named, "w.dat") == content
@@ -292,7 +292,7 @@ def test_a_file_too_large_is_refused_before_anything_is_sent(house: House, named
 def test_no_file_is_in_the_memory_of_the_server(house: House, named: str) -> None:
     size, plain = 48 << 20, [random.Random(named).randbytes(CHUNK)]
     chunks = plain * (size // CHUNK)
-    xorb = b"".join(chunk(one, GROUPED) for one in chunks[:512])
+    xorb = b"".join(chunk(content, GROUPED) for content in chunks[:512])
     permit = xet.begin(house.resources, _publisher(), parse_repository(named))
     push = xet.authenticate(house.resources, permit.upload_id, permit.token)
     segments = [Segment(name_of(xorb), 0, 256, 256 * CHUNK)] * 3
@@ -320,7 +320,7 @@ def test_what_is_not_committed_is_collected_with_all_that_came_for_it(house: Hou
     used, unused = (pieces(f"{named} {which}", 3) for which in ("used", "unused"))
     push, xorbs = begin(house, repository=named), list[str]()
     for chunks in (used, unused):
-        xorb = b"".join(chunk(one) for one in chunks)
+        xorb = b"".join(chunk(content) for content in chunks)
         xorbs.append(name_of(xorb))
         push.xorb(xorb).raise_for_status()
         segment = Segment(name_of(xorb), 0, 3, 3 * CHUNK)

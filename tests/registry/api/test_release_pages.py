@@ -140,4 +140,4 @@ def test_a_releaser_cancels_a_promotion_that_waits_and_never_a_newer_one(house: 
     assert "waits to be promoted" not in admin.open(page).text
     assert "No promotion waits for dropped." in admin.open(f"{page}/cancel").text
     listed = house.ask("admin", "GET", f"/v1/adapters/{NAME}/channels/dropped/promotions").json()["items"]
-    assert [one["state"] for one in listed] == ["cancelled", "replaced"]
+    assert [promotion["state"] for promotion in listed] == ["cancelled", "replaced"]

@@ -138,7 +138,7 @@ def test_a_migration_names_the_clients_that_are_still_connected_where_the_databa
     if serving.is_sqlite:
         assert (ran.json["connected"], ran.err) == (None, "")
     else:
-        assert [one.partition(" from ")[0] for one in ran.json["connected"]] == [
+        assert [line.partition(" from ")[0] for line in ran.json["connected"]] == [
             f"adaptory serve {socket.gethostname()[:40]} {os.getpid()}"
         ]
         expected = "still connected" if works_with(serving, before) else "stop these processes"
@@ -242,7 +242,9 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> Cli:
     return cli
 
 
-@pytest.fixture(params=[FIRST, *(pytest.param(one, marks=pytest.mark.long) for one in FURTHER[:-1]), FURTHER[-1]])
+@pytest.fixture(
+    params=[FIRST, *(pytest.param(revision, marks=pytest.mark.long) for revision in FURTHER[:-1]), FURTHER[-1]]
+)
 def revision(request: pytest.FixtureRequest) -> str:
     """The revision of each earlier schema."""
     return request.param

@@ -200,7 +200,7 @@ def test_an_approval_beside_a_promotion_is_used_once_and_one_beside_its_withdraw
                 moved = session.scalar(select(func.max(Move.id)))
                 given = session.scalars(select(Approval).where(Approval.channel == "prod")).all()
                 release = releases.find(session, NAME, OLD)
-                after = [one.user for one in given if one.after_move >= (moved or 0)]
+                after = [approval.user for approval in given if approval.after_move >= (moved or 0)]
                 left = [
                     unspent_approval.user
                     for unspent_approval in requirements.unspent_approvals(session, release, "prod")

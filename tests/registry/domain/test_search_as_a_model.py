@@ -164,7 +164,7 @@ def _states(item: Item, name: str, value: str) -> bool:
         "data_license": [row.get("license") for row in data],
         "tags": stated.get("tags", []),
     }.get(name, [stated.get(name)])
-    return value in [str(one).lower() for one in held if one]
+    return value in [str(stated).lower() for stated in held if stated]
 
 
 def _words(text: str) -> list[str]:

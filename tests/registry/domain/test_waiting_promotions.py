@@ -467,10 +467,10 @@ def test_of_many_that_complete_it_one_does_and_a_rollback_beside_them_ends_it_or
             newer = (Move.channel_id == row.channel_id, Move.id > row.expected_move)
             made = session.scalars(select(Move).where(*newer).order_by(Move.id)).all()
             if row.state == "completed":
-                assert [one.id for one in made] == [row.move_id, back.id]
+                assert [move.id for move in made] == [row.move_id, back.id]
                 assert (made[0].to_release_id, made[0].below_id) == (row.release_id, row.expected_move)
             else:
-                assert (row.state, row.move_id, [one.id for one in made]) == ("conflict", None, [back.id])
+                assert (row.state, row.move_id, [move.id for move in made]) == ("conflict", None, [back.id])
 
 
 def _settle_and_die(environ: dict[str, str], promotion_id: int) -> None:

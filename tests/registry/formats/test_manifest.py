@@ -32,7 +32,7 @@ def apart(listed: list[ManifestFile]) -> list[ManifestFile]:
     kept: dict[str, ManifestFile] = {}
     for file in listed:
         mine = folded(file.path)
-        if not any(f"{one}/".startswith(f"{mine}/") or f"{mine}/".startswith(f"{one}/") for one in kept):
+        if not any(f"{other}/".startswith(f"{mine}/") or f"{mine}/".startswith(f"{other}/") for other in kept):
             kept[mine] = file
     return list(kept.values())
 

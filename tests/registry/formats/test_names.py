@@ -84,7 +84,7 @@ def test_a_bump_is_the_next_stable_version_above(version: Version, part: str) ->
 
 @pytest.mark.parametrize("part", ["major", "minor", "patch"])
 def test_the_largest_number_is_not_counted_up(part: str) -> None:
-    largest = Version(*[10**18 - 1 if part == one else 0 for one in ("major", "minor", "patch")])
+    largest = Version(*[10**18 - 1 if part == part_name else 0 for part_name in ("major", "minor", "patch")])
     assert parse_version(str(largest)) == largest
     with pytest.raises(Usage, match="at most 18 digits") as raised:
         largest.bump(part)

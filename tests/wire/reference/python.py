@@ -41,26 +41,34 @@ def page() -> str:
 
 def _class(name: str, node: ast.ClassDef) -> Iterator[str]:
     yield f"## {name}\n\n"
-    methods = [one for one in node.body if isinstance(one, ast.FunctionDef)]
-    begin = [one for one in methods if one.name == "__init__"]
+    methods = [part for part in node.body if isinstance(part, ast.FunctionDef)]
+    begin = [method for method in methods if method.name == "__init__"]
     if begin:
         yield fence(_signature(name, begin[0]), "python") + "\n"
     yield _text(ast.get_docstring(node) or "")
-    fields = [one for one in node.body if isinstance(one, ast.AnnAssign) and isinstance(one.target, ast.Name)]
+    fields = [part for part in node.body if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name)]
     yield table(
         ("field", "type", "default"),
         [
-            (code(ast.unparse(one.target)), code(ast.unparse(one.annotation)), code(_default(one.value)))
-            for one in fields
+            (code(ast.unparse(field.target)), code(ast.unparse(field.annotation)), code(_default(field.value)))
+            for field in fields
         ]
-        + [(code(one.name), code(_type(one.returns)), "") for one in methods if _decorators(one) & {"property"}],
+        + [
+            (code(method.name), code(_type(method.returns)), "")
+            for method in methods
+            if _decorators(method) & {"property"}
+        ],
     ) + ("\n" if fields else "")
-    for one in methods:
-        if one.name.startswith("_") or _decorators(one) & {"classmethod", "property"} or one.name.startswith("on_"):
+    for method in methods:
+        if (
+            method.name.startswith("_")
+            or _decorators(method) & {"classmethod", "property"}
+            or method.name.startswith("on_")
+        ):
             continue
-        yield f"### {name}.{one.name}\n\n"
-        yield fence(_signature(one.name, one), "python") + "\n"
-        yield _text(ast.get_docstring(one) or "")
+        yield f"### {name}.{method.name}\n\n"
+        yield fence(_signature(method.name, method), "python") + "\n"
+        yield _text(ast.get_docstring(method) or "")
 
 
 def _decorators(method: ast.FunctionDef) -> set[str]:
