@@ -496,9 +496,5 @@ def test_names_that_the_server_or_the_clients_need_are_refused(house: House) -> 
         settings = {"public": False, "require_signature": False, "signing_keys": [], "created_by": "x"}
         session.add(Namespace(name="static", created_at=datetime.now(UTC), **settings))
         session.add(Repository(namespace="static", name="a.git", kind="adapter", created_at=datetime.now(UTC)))
-    reserved = [
-        (finding.code, finding.severity, finding.subject)
-        for finding in fsck.check(house.resources)
-        if "reserved" in finding.code
-    ]
+    reserved = [(row.code, row.severity, row.subject) for row in fsck.check(house.resources) if "reserved" in row.code]
     assert reserved == [("namespace_reserved", "notice", "static"), ("name_reserved", "notice", "static/a.git")]
