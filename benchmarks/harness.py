@@ -153,6 +153,12 @@ def table(title: str, rows: Sequence[Sequence[str]]) -> None:
     sys.stdout.flush()
 
 
+def memory(before: float, after: float, highest: float) -> None:
+    """Prints the resident memory of a server in bytes: before and after the measurements, and its highest."""
+    row = [figure(value / MB) for value in (before, after, highest)]
+    table("Resident memory of the API process, MB", [["before", "after", "highest"], row])
+
+
 def spread(values: Sequence[float]) -> str:
     """Median and range."""
     return f"{figure(median(values))} ({figure(min(values))}..{figure(max(values))})"

@@ -65,12 +65,7 @@ def main() -> None:
             OURS: pusher(model / "weights.dat", *ours, ADAPTORY_URL=url, ADAPTORY_HOME=str(directory / "home")),
         }
         harness.report("Push, 1 GB in one file", harness.interleave(cases, chosen.rounds), LFS)
-        after, highest = rss_bytes(process_id)
-        rows = [
-            ["before", "after", "highest"],
-            [harness.figure(value / harness.MB) for value in (before, after, highest)],
-        ]
-        harness.table("Resident memory of the API process, MB", rows)
+        harness.memory(before, *rss_bytes(process_id))
 
 
 if __name__ == "__main__":

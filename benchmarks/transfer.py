@@ -181,12 +181,7 @@ def main() -> None:
             "adaptory, from its cache": lambda: bench.pull_ours(cache),
         }
         harness.report("Pull, 1 GB in 8 files", harness.interleave(pulls, chosen.rounds), RAW)
-        after, highest = rss_bytes(process_id)
-        rows = [
-            ["before", "after", "highest"],
-            [harness.figure(value / harness.MB) for value in (before, after, highest)],
-        ]
-        harness.table("Resident memory of the API process, MB", rows)
+        harness.memory(before, *rss_bytes(process_id))
 
 
 if __name__ == "__main__":
