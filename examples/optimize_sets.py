@@ -56,7 +56,7 @@ def main() -> None:
     done = {tuple(row["members"]) for row in rows}
     loaded = load_model(chosen.base, "cpu")
     with chosen.out.open("a") as out:
-        for names in (one for one in SETS if one not in done):
+        for names in [names for names in SETS if names not in done]:
             rows.append(searched(loaded, [member(loaded, chosen.adapters, name) for name in names], names))
             out.write(json.dumps(rows[-1]) + "\n")
             out.flush()
@@ -79,10 +79,10 @@ def searched(loaded: LoadedModel, members: Sequence[study_sets.Member], names: S
         cpu_s = process_time() - begun
         bench = Bench(Runner(problem.load), SearchJournal(journal, problem.name))
         combiner = Combiner(problem, lambda _count: None)
-        values = {one.candidate.key: unseen(bench, combiner, problem, one.candidate) for one in report.tried}
+        values = {trial.candidate.key: unseen(bench, combiner, problem, trial.candidate) for trial in report.tried}
     first, second = ({key: value[half] for key, value in values.items()} for half in (0, 1))
     picked = max(first, key=lambda key: first[key])
-    winner = next(one.candidate for one in report.tried if one.candidate.name == report.best[0].candidate.name)
+    winner = next(trial.candidate for trial in report.tried if trial.candidate.name == report.best[0].candidate.name)
     return {
         "members": list(names),
         "headline": headline(report),
@@ -93,7 +93,7 @@ def searched(loaded: LoadedModel, members: Sequence[study_sets.Member], names: S
         "mean_kept": worst_kept(report, "mean"),
         "mean_exact": answers(report, "mean"),
         "regret": round(second[picked] - second[winner.key], 4),
-        "best_in_hindsight": next(one.candidate.name for one in report.tried if one.candidate.key == picked),
+        "best_in_hindsight": next(trial.candidate.name for trial in report.tried if trial.candidate.key == picked),
         "search_s": round(report.search_s),
         "confirm_s": round(report.confirm_s),
         "cpu_s": round(cpu_s),
@@ -102,12 +102,12 @@ def searched(loaded: LoadedModel, members: Sequence[study_sets.Member], names: S
 
 
 def worst_kept(report: OptimizeReport, name: str) -> float:
-    return round(next(one.worst_kept for one in report.best if one.candidate.name == name), 4)
+    return round(next(standing.worst_kept for standing in report.best if standing.candidate.name == name), 4)
 
 
 def answers(report: OptimizeReport, name: str) -> list[list[int]]:
     """For each member: exact matches retained, and those that it gives alone."""
-    confirmed = next(one for one in report.best if one.candidate.name == name)
+    confirmed = next(standing for standing in report.best if standing.candidate.name == name)
     return [[effect.still_answered, effect.answered] for effect in confirmed.outcome.effects]
 
 
@@ -116,17 +116,17 @@ def unseen(bench: Bench, combiner: Combiner, problem: SearchProblem, candidate: 
     search has confirmed is in the bench's record."""
     if candidate.is_fitted:
         candidate = replace(candidate, settings={**candidate.settings, "examples": problem.searched})
-    members = [Probed(one.adapter.name, one.adapter.deltas, 1.0, one.suite) for one in problem.members]
+    members = [Probed(own.adapter.name, own.adapter.deltas, 1.0, own.suite) for own in problem.members]
     references = bench.references(members, [], lambda suite: problem.splits[suite.digest].confirm)
     combined = bench.run(candidate.key, lambda: combiner.deltas(candidate), references.rows)
     halves: list[float] = []
     for half in (slice(0, None, 2), slice(1, None, 2)):
         effects: list[Effect] = []
-        for one in members:
+        for own in members:
             base, alone, together = (
-                run[one.suite.digest][half] for run in (references.base, references.alone[one.name], combined)
+                run[own.suite.digest][half] for run in (references.base, references.alone[own.name], combined)
             )
-            effects.append(effect_of((one.name, one.suite.name), base, alone, together, members=1))
+            effects.append(effect_of((own.name, own.suite.name), base, alone, together, members=1))
         halves.append(min(map(kept_share, effects)))
     return halves[0], halves[1]
 

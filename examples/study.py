@@ -142,9 +142,9 @@ def _rows(path: Path) -> dict[Key, Any]:
 def _kept(measured: Sequence[Measured]) -> dict[str, Any]:
     """Nats and tokens of each example, and a 1 for each that is answered word for word."""
     return {
-        "nats": [one.nats for one in measured],
-        "tokens": [one.tokens for one in measured],
-        "exact": "".join(str(int(one.exact)) for one in measured),
+        "nats": [result.nats for result in measured],
+        "tokens": [result.tokens for result in measured],
+        "exact": "".join(str(int(result.exact)) for result in measured),
     }
 
 

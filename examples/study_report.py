@@ -58,7 +58,7 @@ def norms(row: Row, victim: str, intruder: str) -> float:
 def on_the_victims_inputs(row: Row, victim: str, intruder: str) -> float:
     """|Δ_j V_i V_i^T| / |Δ_i| over all modules: the intruder's effect on the victim's inputs, from weights."""
     i, j = _side(row, victim), _side(row, intruder)
-    caught = sum(one[f"norm_{j}"] ** 2 * one[f"input_{j}{i}"] for one in row["weights"]["modules"])
+    caught = sum(module[f"norm_{j}"] ** 2 * module[f"input_{j}{i}"] for module in row["weights"]["modules"])
     return (caught / row["weights"]["whole"][f"norm_{i}"] ** 2) ** 0.5
 
 
@@ -66,8 +66,8 @@ def by_late_layers(row: Row, victim: str, intruder: str) -> float:
     """The same, with every module weighted by its layer's number: late layers decide the answer."""
     i, j = _side(row, victim), _side(row, intruder)
     both = [
-        (1 + _layer(one["module"]), one[f"norm_{j}"] ** 2 * one[f"input_{j}{i}"], one[f"norm_{i}"] ** 2)
-        for one in row["weights"]["modules"]
+        (1 + _layer(module["module"]), module[f"norm_{j}"] ** 2 * module[f"input_{j}{i}"], module[f"norm_{i}"] ** 2)
+        for module in row["weights"]["modules"]
     ]
     own = sum(layer * energy for layer, _, energy in both)
     return (sum(layer * caught for layer, caught, _ in both) / own) ** 0.5 if own else 0.0
@@ -169,7 +169,7 @@ def _directed(rows: Sequence[Row], names: Sequence[str], method: str) -> list[Ra
     loss = np.array([row["losses"][method]["measured"][victim] for row, victim, _ in both])
     pairs = [(victim, intruder) for _, victim, intruder in both]
     predictors = [
-        _rank(name, kind, np.array([of(*one) for one in both]), loss, pairs, names)
+        _rank(name, kind, np.array([of(*ends) for ends in both]), loss, pairs, names)
         for name, (kind, of) in DIRECTED.items()
     ]
     for k in rows[0]["losses"][method]["probe"]:
@@ -229,7 +229,9 @@ def _damage(rows: Sequence[Row]) -> list[str]:
     for method in rows[0]["losses"]:
         kept = [[_kept(row, method, row[side]) for side in "ab"] for row in rows]
         guard = np.mean([row["losses"][method]["guard"] for row in rows])
-        lines.append(f"| {method} | {np.mean(kept):.2f} | {np.mean([min(one) for one in kept]):.2f} | {guard:+.2f} |")
+        lines.append(
+            f"| {method} | {np.mean(kept):.2f} | {np.mean([min(shares) for shares in kept]):.2f} | {guard:+.2f} |"
+        )
     return lines
 
 

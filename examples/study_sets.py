@@ -64,7 +64,7 @@ class Member:
 
     @property
     def wrapped(self) -> tuple[Example, ...]:
-        return tuple(replace(one, prompt=wrapped(one.prompt)) for one in self.unseen)
+        return tuple(replace(example, prompt=wrapped(example.prompt)) for example in self.unseen)
 
 
 def wrapped(prompt: str) -> str:
@@ -117,26 +117,26 @@ def suite_of(task: Task) -> Suite:
 def measured(loaded: LoadedModel, members: Sequence[Member], guard: Sequence[Example]) -> dict[str, dict[str, Any]]:
     """Results of each method: each member's kept share of its gain, its exact answers out of those it gives alone, the
     same on wrapped prompts, and the guard's rise in nats over the worst member alone."""
-    calibration = Calibration(lambda: loaded, [CalibrationSet(one.suite, FITTED) for one in members], Regmean())
+    calibration = Calibration(lambda: loaded, [CalibrationSet(member.suite, FITTED) for member in members], Regmean())
     alone = [
-        (score(loaded, one.unseen, one.adapter.deltas), score(loaded, one.wrapped, one.adapter.deltas))
-        for one in members
+        (score(loaded, member.unseen, member.adapter.deltas), score(loaded, member.wrapped, member.adapter.deltas))
+        for member in members
     ]
-    base = [(score(loaded, one.unseen, ()), score(loaded, one.wrapped, ())) for one in members]
-    worst_guard = max(score(loaded, guard, one.adapter.deltas)[0] for one in members)
-    adapters, weights = [one.adapter for one in members], [1.0] * len(members)
+    base = [(score(loaded, member.unseen, ()), score(loaded, member.wrapped, ())) for member in members]
+    worst_guard = max(score(loaded, guard, member.adapter.deltas)[0] for member in members)
+    adapters, weights = [member.adapter for member in members], [1.0] * len(members)
     results: dict[str, dict[str, Any]] = {}
     for name, (method, settings) in METHODS.items():
         deltas = combine_deltas(adapters, weights, method, settings, calibration.observe).deltas
-        after = [both(loaded, one, deltas) for one in members]
+        after = [both(loaded, member, deltas) for member in members]
         kept = [
             [(b[0] - c[0]) / max(b[0] - a[0], 0.05) for b, a, c in zip(base[i], alone[i], after[i], strict=True)]
             for i in range(len(members))
         ]
         results[name] = {
-            "kept": [round(one[0], 3) for one in kept],
+            "kept": [round(pair[0], 3) for pair in kept],
             "exact": [[after[i][0][1], alone[i][0][1]] for i in range(len(members))],
-            "shifted": [round(one[1], 3) for one in kept],
+            "shifted": [round(pair[1], 3) for pair in kept],
             "shifted_exact": [[after[i][1][1], alone[i][1][1]] for i in range(len(members))],
             "guard": round(score(loaded, guard, deltas)[0] - worst_guard, 3),
         }
@@ -149,8 +149,9 @@ def both(loaded: LoadedModel, member: Member, deltas: Sequence[Delta]) -> tuple[
 
 def score(loaded: LoadedModel, examples: Sequence[Example], deltas: Sequence[Delta]) -> tuple[float, int]:
     """(nats per token, exact answers)."""
-    scored = measure(loaded, [encode(loaded, one, chat=True) for one in examples], deltas)
-    return ratio([one.nats for one in scored], [one.tokens for one in scored])[0], sum(one.exact for one in scored)
+    scored = measure(loaded, [encode(loaded, example, chat=True) for example in examples], deltas)
+    nats, _ = ratio([result.nats for result in scored], [result.tokens for result in scored])
+    return nats, sum(result.exact for result in scored)
 
 
 def table(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -167,7 +168,9 @@ def table(rows: Sequence[dict[str, Any]]) -> list[str]:
         lines.append(f"| … wrapped | {' | '.join(cells)} |")
     distinct = [names for names in by_set if names not in SAME_PROMPTS]
     means = [sum(min(by_set[names][m]["kept"]) for names in distinct) / max(len(distinct), 1) for m in METHODS]
-    lines.append(f"| mean of the {len(distinct)} with distinct prompts | {' | '.join(f'{one:.3f}' for one in means)} |")
+    lines.append(
+        f"| mean of the {len(distinct)} with distinct prompts | {' | '.join(f'{mean:.3f}' for mean in means)} |"
+    )
     return lines
 
 

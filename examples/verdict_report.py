@@ -57,15 +57,15 @@ class Pair:
 
     def harmed(self, most: int) -> bool | None:
         """None if no member answers enough alone to tell."""
-        left = [one.answers_left for one in self.unseen(most) if one.answered >= ANSWERED]
+        left = [effect.answers_left for effect in self.unseen(most) if effect.answered >= ANSWERED]
         return any(share is not None and share < KEPT for share in left) if left else None
 
     def keeps_what_is_wanted(self, most: int, limits: Limits) -> bool:
         """Whether both members keep enough on the unseen examples, in answers and in nats."""
         unseen = self.unseen(most)
-        left = [one.answers_left for one in unseen if one.answered >= ANSWERED]
+        left = [effect.answers_left for effect in unseen if effect.answered >= ANSWERED]
         return all(share is None or share >= limits.answers for share in left) and all(
-            one.loss <= limits.loss for one in unseen
+            effect.loss <= limits.loss for effect in unseen
         )
 
 
@@ -147,7 +147,7 @@ def _verdicts(pairs: Sequence[Pair], most: int, guarded: bool) -> list[str]:
 
 
 def _share(answers: Iterator[bool | None]) -> str:
-    known = [one for one in answers if one is not None]
+    known = [answer for answer in answers if answer is not None]
     return f"{sum(known) / len(known):.1%} of {len(known)}" if known else "none to judge"
 
 
