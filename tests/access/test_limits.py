@@ -120,7 +120,7 @@ def test_a_document_of_very_many_values_is_not_made_into_objects(furnished: Hous
     {
         "fields that there are not": ("/v1/uploads", {str(number): 0 for number in range(100_000)}),
         "rows without what they need": ("/v1/bases", BASE | {"tensors": [{}] * 100_000}),
-        "settings that are no values": (
+        "settings that are not values": (
             "/v1/adapters/acme/sql/releases",
             {"base": "tiny", "files": [], "provenance": {"hyperparameters": {"a": [[]] * 100_000}}},
         ),

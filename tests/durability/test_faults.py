@@ -171,7 +171,7 @@ def test_a_database_that_is_away_is_a_503_on_every_route_and_is_used_again_when_
         with ThreadPoolExecutor(50) as pool:
             asked = [pool.submit(ask, url, request) for request in requests]
             for _ in range(5):
-                assert httpx2.get(f"{url}/healthz", timeout=2).status_code == 200, "others waiting are no excuse"
+                assert httpx2.get(f"{url}/healthz", timeout=2).status_code == 200, "it answers while others wait"
                 time.sleep(0.1)
             for request, answer in zip(requests, asked, strict=True):
                 assert_refused(answer.result(), request, "database_unavailable", "database_busy")

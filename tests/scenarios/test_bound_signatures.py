@@ -208,6 +208,6 @@ def test_an_unsigned_composition_is_refused_when_it_is_requested_and_a_worker_wi
     shown = cli.json("show", "acme/sum:1.0.0")
     assert (shown["signed_by"], shown["signature_covers"]) == (fingerprint(keys.pem), "release")
     cli.ok("pull", "acme/sum", "-o", tmp_path / "out", "--verify", keys.public, "--signature-covers", "release")
-    assert signing.json("compose", path, "--follow")["state"] == "done", "the same again is no conflict"
+    assert signing.json("compose", path, "--follow")["state"] == "done", "repeating it is not a conflict"
     lost = Cli({**cli.environment, "ADAPTORY_SIGNING_KEY": str(tmp_path / "nowhere.pem")})("compose", path)
     assert (lost.code, "nowhere.pem" in lost.err) == (7, True)

@@ -23,7 +23,7 @@ MAPS = {
     "after", "alphas", "before", "channels", "content", "detail", "energy", "gates", "grants", "headers",
     "hyperparameters", "limited", "loading", "members", "metrics", "pins", "policy", "ranks", "scope",
 }  # fmt: skip
-"""Objects whose keys are no fields."""
+"""Objects whose keys are not fields."""
 
 
 class Rewriting:

@@ -161,7 +161,7 @@ def test_an_open_question_makes_the_verdict_undecided_whatever_its_finding_is(
     failing = conflicts([red, green], [1.0, 1.0], evidence=measured, policy=parse_policy("probe_open: error"))
     assert headlines(failing)[0] == "Verdict: refuse."
     unasked = conflicts([red, green], [1.0, 1.0], evidence=measured, policy=parse_policy("probe_answers: ignore"))
-    assert unasked.verdict is Verdict.OK, "what a policy ignores is no question"
+    assert unasked.verdict is Verdict.OK, "what a policy ignores raises no question"
 
 
 def test_what_a_members_own_weight_takes_is_reported_beside_its_loss(red: LoadedAdapter, green: LoadedAdapter) -> None:

@@ -264,7 +264,7 @@ UNREADABLE: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "only a pickle": (to_pickle, "pickle", "adapter_model.bin"),
     "no tensors": (lambda adapter: change_tensors(adapter, lambda tensors: {}), "empty_adapter", WEIGHTS),
     "an ungathered shard": (flatten, "ungathered", "lora_A.weight"),
-    "a config that is no JSON": (lambda adapter: (adapter / CONFIG).write_text("{"), "bad_config", CONFIG),
+    "a config that is not JSON": (lambda adapter: (adapter / CONFIG).write_text("{"), "bad_config", CONFIG),
     "a setting twice": (lambda adapter: (adapter / CONFIG).write_text('{"r": 8, "r": 4}'), "bad_config", CONFIG),
     "a config of a million lists": (
         lambda adapter: (adapter / CONFIG).write_text('{"peft_type": "LORA", "x": [' + "[]," * 1_000_000 + "0]}"),
@@ -274,7 +274,7 @@ UNREADABLE: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "a config without a type": (configured(peft_type=None), "bad_config", CONFIG),
     "a rank of zero": (configured(r=0), "bad_config", CONFIG),
     "a flag that is neither true nor false": (configured(use_dora="x"), "bad_config", CONFIG),
-    "an alpha that is no number": (configured(lora_alpha="16"), "bad_config", CONFIG),
+    "an alpha that is not a number": (configured(lora_alpha="16"), "bad_config", CONFIG),
     "a broken regex": (configured(rank_pattern={"(": 2}), "bad_config", CONFIG),
     "a regex that never ends": (configured(target_modules="(a+)+x"), "bad_config", CONFIG),
     "a regex with a reference": (configured(target_modules=r"(a|b).*\1"), "bad_config", CONFIG),

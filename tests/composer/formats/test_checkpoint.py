@@ -71,7 +71,7 @@ def link_outside(base: Path) -> None:
 
 BROKEN: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "no config": (lambda base: (base / "config.json").unlink(), "missing_config", "config.json"),
-    "a config that is no JSON": (lambda base: (base / "config.json").write_text("{"), "bad_json", "config.json"),
+    "a config that is not JSON": (lambda base: (base / "config.json").write_text("{"), "bad_json", "config.json"),
     "a config of very many values": (
         lambda base: (base / "config.json").write_text('{"a": [' + "[]," * 500_001 + "[]]}"),
         "too_large",

@@ -135,7 +135,7 @@ def test_replaced_tensors_are_compared_as_they_are(tmp_path: Path, dtypes: tuple
     row = next(row for row in comparison.modules if row.kind == "replacement")
     assert (row.module, row.rank_old) == ("lm_head.weight", None)
     assert_equals_dense(change_of(comparison, "lm_head.weight"), *stored)
-    assert comparison.overall.new == pytest.approx(change_of(comparison, Q0).new), "replacements are no deltas"
+    assert comparison.overall.new == pytest.approx(change_of(comparison, Q0).new), "replacements are not deltas"
 
 
 def test_a_replaced_tensor_of_one_adapter_only_has_the_norm_of_its_weights(tmp_path: Path) -> None:

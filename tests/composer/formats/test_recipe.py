@@ -33,7 +33,7 @@ UNREADABLE = {
     "a rounding that there is not": "inputs: [a/b]\nmethod: stack\nrounding: up",
     "a rounding that is a list": "inputs: [a/b]\nmethod: stack\nrounding: [stochastic]",
     "a rounding with another key": "inputs: [a/b]\nmethod: stack\nrounding: {mode: stochastic, seeds: 1}",
-    "a seed that is no number": "inputs: [a/b]\nmethod: stack\nrounding: {mode: stochastic, seed: yes}",
+    "a seed that is not a number": "inputs: [a/b]\nmethod: stack\nrounding: {mode: stochastic, seed: yes}",
     "a seed of what is not left to chance": "inputs: [a/b]\nmethod: stack\nrounding: {mode: nearest, seed: 1}",
     "a seed of 65 bits": f"inputs: [a/b]\nmethod: stack\nrounding: {{mode: stochastic, seed: {2**64}}}",
 }

@@ -130,5 +130,5 @@ def test_integers_that_are_no_weights_are_copied(pair: tuple[Path, Path], tmp_pa
     assert plan_merge(open_checkpoint(base), [(adapter, 1.0)]).touched == ["lm_head.weight"]
     with pytest.raises(NotSupported) as caught:
         plan_merge(open_checkpoint(base, dequantize=True), [(adapter, 1.0)])
-    assert caught.value.code == "not_quantized", "they are no quantized weights either"
+    assert caught.value.code == "not_quantized", "they are not quantized weights either"
     assert_merged_like_peft(base, adapter, tmp_path / "merged")
