@@ -28,16 +28,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, mo
 from composer.errors import NotSupported
 from composer.findings import Verdict
 from composer.formats.adapters.serving import parse_profile
-from composer.formats.recipes.documents import (
-    LISTED,
-    Document,
-    NotYaml,
-    ParsedBy,
-    RefusedValues,
-    load_yaml,
-    one_of,
-    problem_of,
-)
+from composer.formats.recipes.documents import LISTED, Document, ParsedBy, RefusedValues, load_yaml, one_of, problem_of
 from registry.errors import Invalid
 
 VERSION = 1
@@ -217,10 +208,8 @@ def parse_policy(text: str, subject: str) -> ChannelPolicy:
     """Parses a policy in YAML. Raises Invalid for an invalid one, naming the field."""
     if len(text) > MAX_CHARS:
         raise _bad(subject, f"it is longer than {MAX_CHARS:,} characters")
-    try:
-        return read_policy(load_yaml(text), subject)
-    except NotYaml as error:
-        raise _bad(subject, f"it is not YAML: {error}") from error
+    document = load_yaml(text, subject, lambda _place, problem: _bad(subject, f"it is not YAML: {problem}"))
+    return read_policy(document, subject)
 
 
 def read_policy(document: object, subject: str) -> ChannelPolicy:

@@ -71,21 +71,15 @@ class RefusedValues(ValueError):
         self.next_step, self.path = next_step, path
 
 
-class NotYaml(ValueError):
-    """A text that cannot be parsed as YAML, for the reason that its text states; `line` counts from 1."""
-
-    def __init__(self, why: str, line: int | None) -> None:
-        super().__init__(why)
-        self.line = line
-
-
-def load_yaml(text: str) -> object:
-    """Parses YAML into plain values. Raises NotYaml."""
+def load_yaml(text: str, subject: str, refusal: Callable[[str, str], Exception]) -> object:
+    """Parses YAML into plain values. Raises what `refusal` makes of the place, SUBJECT:LINE where the line is known,
+    and the problem."""
     try:
         return cast(object, yaml.safe_load(text))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
-        raise NotYaml(str(getattr(error, "problem", None) or error), mark.line + 1 if mark else None) from error
+        place = f"{subject}:{mark.line + 1}" if mark else subject
+        raise refusal(place, str(getattr(error, "problem", None) or error)) from error
 
 
 class Document(BaseModel):

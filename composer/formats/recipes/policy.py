@@ -8,7 +8,7 @@ from pydantic import ValidationError, create_model
 
 from composer.errors import InvalidFile
 from composer.findings import HARD, Finding, Severity, Verdict
-from composer.formats.recipes.documents import Document, NotYaml, ParsedBy, RefusedValues, load_yaml, one_of, problem_of
+from composer.formats.recipes.documents import Document, ParsedBy, RefusedValues, load_yaml, one_of, problem_of
 from composer.formats.recipes.weights import real
 
 MAX_POLICY_CHARS = 100_000
@@ -93,10 +93,8 @@ def parse_policy(text: str, subject: str = "policy") -> Policy:
     """Parses a policy in YAML. Raises InvalidFile if it is not one or too long, and what `read_policy` raises."""
     if len(text) > MAX_POLICY_CHARS:
         raise _bad(subject, f"it is longer than {MAX_POLICY_CHARS} characters")
-    try:
-        return read_policy(load_yaml(text), subject)
-    except NotYaml as error:
-        raise _bad(subject, f"it is not YAML: {error}") from error
+    document = load_yaml(text, subject, lambda _place, problem: _bad(subject, f"it is not YAML: {problem}"))
+    return read_policy(document, subject)
 
 
 def read_policy(document: object, subject: str = "policy") -> Policy:

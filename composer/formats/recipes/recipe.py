@@ -29,16 +29,7 @@ from typing import Annotated, Any, Self, cast
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, ValidationInfo, model_validator
 
 from composer.errors import InvalidFile
-from composer.formats.recipes.documents import (
-    LISTED,
-    Document,
-    NotYaml,
-    ParsedBy,
-    RefusedValues,
-    load_yaml,
-    one_of,
-    problem_of,
-)
+from composer.formats.recipes.documents import LISTED, Document, ParsedBy, RefusedValues, load_yaml, one_of, problem_of
 from composer.formats.recipes.methods import METHOD_NAMES, PIPELINES, settings_of
 from composer.formats.recipes.policy import PolicyDocument
 from composer.formats.recipes.rounding import Mode, Rounding, parse_rounding
@@ -328,10 +319,7 @@ class Lock:
 
 def load_recipe(text: str, subject: str = "recipe") -> Recipe:
     """Parses YAML. Raises InvalidFile naming the line or the key."""
-    try:
-        document = load_yaml(text)
-    except NotYaml as error:
-        raise _bad(f"{subject}:{error.line}" if error.line else subject, f"it is not YAML: {error}") from error
+    document = load_yaml(text, subject, lambda place, problem: _bad(place, f"it is not YAML: {problem}"))
     return parse_recipe(document, subject)
 
 

@@ -30,7 +30,6 @@ from composer.errors import InvalidFile
 from composer.formats.recipes.documents import (
     LISTED,
     Document,
-    NotYaml,
     ParsedBy,
     RefusedValues,
     load_yaml,
@@ -271,11 +270,11 @@ def parse_suite(path: Path | str) -> Suite:
     unreadable, not YAML or JSON, an unknown or missing field, a size over the limits above, or an examples path outside
     the suite's directory."""
     path = Path(path)
-    try:
-        document = load_yaml(read_text(path, MAX_FILE_BYTES))
-    except NotYaml as error:
-        position = f"{path}:{error.line}" if error.line else str(path)
-        raise InvalidFile("suite_yaml", f"{position}: not valid YAML: {error}.", subject=str(path)) from error
+
+    def refusal(place: str, problem: str) -> InvalidFile:
+        return InvalidFile("suite_yaml", f"{place}: not valid YAML: {problem}.", subject=str(path))
+
+    document = load_yaml(read_text(path, MAX_FILE_BYTES), str(path), refusal)
     fields = cast("dict[str, object]", document) if isinstance(document, dict) else {}
     examples = fields.get("examples")
     if not isinstance(examples, str):
