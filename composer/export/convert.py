@@ -62,7 +62,10 @@ def convert(path: Path, out_dir: Path, architecture: Architecture) -> ConvertRep
         return _convert_kronecker(foreign, architecture, out_dir, note)
     deltas = [delta for module in foreign.modules for delta in _deltas(foreign, module, architecture)]
     fields: dict[str, Any] = {"fan_in_fan_out": architecture.model_type in CONV1D_MODELS, "task_type": "CAUSAL_LM"}
-    form, magnitudes = peft_form(deltas), _magnitudes(foreign)
+    # DoRA's m (O), with norms over the inputs of each output, in MLX as in PEFT.
+    parts = {module.module: module.parts for module in foreign.modules}
+    magnitudes = {module: _tensor(foreign, own["magnitude"]) for module, own in parts.items() if "magnitude" in own}
+    form = peft_form(deltas)
     if magnitudes:
         form = replace(form, wrapped=[_with_magnitude(module, magnitudes) for module in form.wrapped])
     fields["use_dora"] = bool(magnitudes)
@@ -121,12 +124,6 @@ def _kronecker(foreign: Foreign, module: ForeignModule, architecture: Architectu
     converted = kronecker(path, tensors, _alpha(foreign, module))
     _refuse_misfit(path, converted.size, architecture.tensors[target.weight].shape)
     return converted
-
-
-def _magnitudes(foreign: Foreign) -> dict[str, torch.Tensor]:
-    """Module -> DoRA's m (O), with norms over the inputs of each output, in MLX as in PEFT."""
-    parts = {module.module: module.parts for module in foreign.modules}
-    return {module: _tensor(foreign, own["magnitude"]) for module, own in parts.items() if "magnitude" in own}
 
 
 def _with_magnitude(module: PeftModule, magnitudes: Mapping[str, torch.Tensor]) -> PeftModule:

@@ -22,7 +22,7 @@ from composer.formats.adapters.provenance import AdapterUse, parse_use
 from composer.formats.checkpoints.checkpoint import INDEX_FILE, Checkpoint, read_json
 from composer.formats.checkpoints.files import LocalFile, StoredFile, local_file, read_range
 from composer.formats.checkpoints.hashing import hash_file
-from composer.formats.checkpoints.header import PICKLE_SUFFIXES, TensorEntry
+from composer.formats.checkpoints.header import PICKLE_SUFFIXES
 from composer.formats.checkpoints.staging import NOTE_FILE
 from composer.formats.recipes.methods import PIPELINES
 from composer.formats.recipes.rounding import Rounding, parse_rounding
@@ -261,14 +261,10 @@ def _compared(shard: ShardPlan, path: Path, comparing: _Comparing, pool: ThreadP
         neighbours, others = neighbours + near, others + far
         if far:
             why = why or f"{_VALUES} more than a step in {far} elements of {tensor.target.name}"
-        if near > _roundings(tensor.target):
+        # Elements that may be neighbours; all in float32, whose last bit is what differs.
+        if near > max(_A_FEW, _ROUNDING_SHARE.get(tensor.target.dtype, 0.0) * tensor.target.spec.elements):
             why = why or f"{_VALUES} one step in {near} elements of {tensor.target.name}, more than rounding explains"
     return FileDifference(shard.file, neighbours, others, why)
-
-
-def _roundings(target: TensorEntry) -> float:
-    """The number of elements that may be neighbours; all in float32, whose last bit is what differs."""
-    return max(_A_FEW, _ROUNDING_SHARE.get(target.dtype, 0.0) * target.spec.elements)
 
 
 def steps_apart(one: torch.Tensor, other: torch.Tensor) -> tuple[int, int]:

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from math import hypot
 from typing import Any, Self, cast
 
-from composer.findings import Finding
 from registry.formats import compatibility
 from registry.formats.manifest import ManifestFile
 from registry.formats.references import Digest
@@ -56,7 +55,10 @@ def differences(old: Compared, new: Compared, old_results: Results, new_results:
     Lists contain only what differs, except scores, which are complete. `change` is what the version number must
     express: breaking, weights, files or none.
     """
-    broken = _breaks(old, new)
+    # A new base breaks only if both digests are known, which directories may lack.
+    changes = compatibility.breaking_changes(_surface(old), _surface(new))
+    known = old.base_digest and new.base_digest
+    broken = [finding for finding in changes if known or finding.code != "new_base"]
     files = _files(old, new)
     weights = _surface(old).weights != _surface(new).weights
     change = "breaking" if broken else "weights" if weights else "files" if any(files.values()) else "none"
@@ -98,13 +100,6 @@ def changed_examples(suite: SuiteOut, old: SuiteResultsOut, new: SuiteResultsOut
 
 def _surface(side: Compared) -> compatibility.Surface:
     return compatibility.surface(side.base_digest, side.facts, side.files)
-
-
-def _breaks(old: Compared, new: Compared) -> list[Finding]:
-    """The breaking changes; a new base only if both digests are known, which directories may lack."""
-    changes = compatibility.breaking_changes(_surface(old), _surface(new))
-    known = old.base_digest and new.base_digest
-    return [finding for finding in changes if known or finding.code != "new_base"]
 
 
 def _facts(side: Compared, other: Compared) -> Json:

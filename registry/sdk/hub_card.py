@@ -45,7 +45,9 @@ def exported_card(release: ReleaseOut, base: BaseOut, existing: bytes | None) ->
         return f"---\n{_dump(added)}---\n{_text(release)}".encode()
     if not added:
         return existing
-    block, body = _split(existing.decode("utf-8", "surrogateescape"))
+    text = existing.decode("utf-8", "surrogateescape")
+    match = _FRONT_MATTER.match(text)
+    block, body = (match.group(1), text[match.end() :]) if match else ("", text)
     return f"---\n{_extended(block, added)}---\n{body}".encode("utf-8", "surrogateescape")
 
 
@@ -109,12 +111,6 @@ def _names_base(stated: object, base: BaseOut) -> bool:
     """Recognizes what a hub can show as the base: a list, a name of this base, or any name of a hub's form."""
     names = (base.name, *base.aliases)
     return isinstance(stated, list) or stated in names or _HUB_NAME.fullmatch(str(stated)) is not None
-
-
-def _split(text: str) -> tuple[str, str]:
-    """The front matter's lines, and the text after it."""
-    match = _FRONT_MATTER.match(text)
-    return (match.group(1), text[match.end() :]) if match else ("", text)
 
 
 def _extended(block: str, added: Mapping[str, Any]) -> str:

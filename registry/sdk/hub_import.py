@@ -58,7 +58,9 @@ def import_release(connection: Connection, wanted: Import, display: Display) -> 
     """
     hub = Hub(wanted.endpoint)
     snapshot = hub.snapshot(wanted.source)
-    kind = _kind(snapshot)
+    # A repository with an adapter's configuration or weights is one, even with a `config.json`.
+    is_adapter = any(path.startswith(("adapter_config.", "adapter_model.")) for path in snapshot.files)
+    kind = "model" if "config.json" in snapshot.files and not is_adapter else "adapter"
     selection = _selected(snapshot, kind, connection.cache / "imports" / _folder(hub, snapshot))
     with hub.exclusive(selection.directory):
         size_bytes = sum(snapshot.files[path].size_bytes for path in selection.paths)
@@ -80,12 +82,6 @@ def import_release(connection: Connection, wanted: Import, display: Display) -> 
         endpoint=hub.endpoint,
         left_out=selection.left_out,
     )
-
-
-def _kind(snapshot: Snapshot) -> str:
-    """A repository with an adapter's configuration or weights is one; otherwise one with a `config.json` is a model."""
-    is_adapter = any(path.startswith(("adapter_config.", "adapter_model.")) for path in snapshot.files)
-    return "model" if "config.json" in snapshot.files and not is_adapter else "adapter"
 
 
 def _folder(hub: Hub, snapshot: Snapshot) -> str:

@@ -8,7 +8,6 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -300,10 +299,13 @@ def _run(held: JobRun, job: Job, kind: JobKind) -> None:
 
 
 def _handle_failure(held: JobRun, job: Job, kind: JobKind, error: RegistryError) -> None:
-    """Postpones the job, or ends it."""
+    """Postpones the job, whose next worker resumes after the finished steps; or ends it."""
     given_up = held.is_own and error.code in _NOT_AWAITED
     if error.code in RETRYABLE and job.attempts < queue.MAX_ATTEMPTS and not given_up:
-        _put_off(held, queue.PAUSES[job.attempts - 1], error)
+        pause, row = queue.PAUSES[job.attempts - 1], shown_row(held, error)
+        log.warning("Job %s waits for %s and is tried again: %s", held.job_id, pause, error)
+        with held.resources.write() as session:
+            queue.retry_later(session, held.job_id, held.worker, database_now(session) + pause, row)
         return
     held.fail_step(error.log_lines)
     _finish(held, kind, "refused" if error.exit_code == 1 else "failed", error)
@@ -356,14 +358,6 @@ def _cleaned(held: JobRun, kind: JobKind) -> bool:
             return False
     kind.clean(held)
     return True
-
-
-def _put_off(held: JobRun, pause: timedelta, error: RegistryError) -> None:
-    """Postpones the job. The next worker resumes after the finished steps."""
-    log.warning("Job %s waits for %s and is tried again: %s", held.job_id, pause, error)
-    row = shown_row(held, error)
-    with held.resources.write() as session:
-        queue.retry_later(session, held.job_id, held.worker, database_now(session) + pause, row)
 
 
 def _beat(held: JobRun, done: threading.Event) -> None:

@@ -21,7 +21,10 @@ def oft(module: ModuleParts) -> list[Delta]:
         Q_KBB[:, upper[0], upper[1]] = entries_KE.to(W_OI)
         Q_KBB = Q_KBB - Q_KBB.mT
         if options["coft"]:
-            Q_KBB = _within(Q_KBB, float(options["eps"]))
+            # Constrained OFT: limits each block's norm to eps / sqrt(K).
+            most = float(options["eps"]) / len(Q_KBB) ** 0.5
+            norm_K11 = torch.linalg.matrix_norm(Q_KBB, keepdim=True)
+            Q_KBB = torch.where(norm_K11 <= most, Q_KBB, Q_KBB * (most / norm_K11))
         neumann = options["use_cayley_neumann"]
         R_KBB = _neumann(Q_KBB, int(options["num_cayley_neumann_terms"])) if neumann else _cayley(Q_KBB)
         return _turned(W_OI, R_KBB) - W_OI
@@ -105,13 +108,6 @@ def _neumann(Q_KBB: torch.Tensor, terms: int) -> torch.Tensor:
         R_KBB += 2 * power_KBB
         power_KBB = power_KBB @ Q_KBB
     return R_KBB if terms == 2 else R_KBB + power_KBB
-
-
-def _within(Q_KBB: torch.Tensor, eps: float) -> torch.Tensor:
-    """Constrained OFT: limits each block's norm to eps / sqrt(K)."""
-    most = eps / len(Q_KBB) ** 0.5
-    norm_K11 = torch.linalg.matrix_norm(Q_KBB, keepdim=True)
-    return torch.where(norm_K11 <= most, Q_KBB, Q_KBB * (most / norm_K11))
 
 
 READERS: dict[str, Read] = {

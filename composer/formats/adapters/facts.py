@@ -136,7 +136,9 @@ def _refuse_unopened(path: Path) -> None:
 def facts(config: AdapterConfig, header: Header, placed: PlacementResult) -> AdapterFacts:
     """Summarizes an adapter from its config, its header and its placement."""
     adapted = placed.adapted
-    side_rank, side_alpha = _side_pair(config)
+    # Super-Tuning may have a plain pair beside its values, with an alpha of 2 r where it has none.
+    rank = int(config.options.get("r", 0))
+    side_rank, side_alpha = rank, (float(config.options["lora_alpha"]) or 2.0 * rank) if rank else 0.0
     sizes: Counter[str] = Counter()
     for entry in header.tensors.values():
         sizes[entry.dtype] += entry.size_bytes
@@ -157,12 +159,6 @@ def facts(config: AdapterConfig, header: Header, placed: PlacementResult) -> Ada
         base_model_name_or_path=config.base_model_name_or_path,
         peft_version=config.peft_version,
     )
-
-
-def _side_pair(config: AdapterConfig) -> tuple[int, float]:
-    """Rank and alpha of the plain pair that Super-Tuning may have beside its values; alpha is 2 r where it has none."""
-    rank = int(config.options.get("r", 0))
-    return rank, (float(config.options["lora_alpha"]) or 2.0 * rank) if rank else 0.0
 
 
 def health(path: Path, header: Header) -> list[Finding]:

@@ -108,7 +108,9 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> 
     if not rows:
         print("none")
         return
-    columns, rows = _used(columns, rows)
+    # Drops columns that have neither a name nor content, such as empty remarks.
+    kept = [i for i, name in enumerate(columns) if name or any(row[i] not in (None, "") for row in rows)]
+    columns, rows = [columns[i] for i in kept], [[row[i] for i in kept] for row in rows]
     cells = [[cell(value) for value in row] for row in rows]
     widths = [max(len(name), *(len(row[i]) for row in cells)) for i, name in enumerate(columns)]
     room = _width() - 2 * (len(columns) - 1)
@@ -129,12 +131,6 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> 
             for text, width, right in zip(row, widths, numeric, strict=True)
         ]
         print("  ".join(words).rstrip())
-
-
-def _used(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> tuple[Sequence[str], Sequence[Sequence[Any]]]:
-    """Drops columns that have neither a name nor content, such as empty remarks."""
-    kept = [i for i, name in enumerate(columns) if name or any(row[i] not in (None, "") for row in rows)]
-    return [columns[i] for i in kept], [[row[i] for i in kept] for row in rows]
 
 
 def _has_lines(name: str, value: Any) -> bool:

@@ -112,7 +112,10 @@ def _broken_neighbour(
 
     `beside` returns the release's own surface for comparison with a neighbour's.
     """
-    below, above = highest_stable(session, repository, version), _lowest_stable(session, repository, version)
+    below = highest_stable(session, repository, version)
+    higher = select(Release).where(Release.repository_id == repository.id, Release.stable, ~Release.yanked)
+    higher = higher.where(Release.sort_key > version.sort_key).order_by(Release.sort_key)
+    above = session.scalars(higher.limit(1)).first()
     judged = below is not None and not compatibility.outside_caret_range(parse_version(below.version), version)
     if below is not None and judged:
         old = _surface(below)
@@ -126,12 +129,6 @@ def _broken_neighbour(
         newer = _surface(above)
         return compatibility.breaking_changes(beside(newer), newer), version
     return [], version
-
-
-def _lowest_stable(session: Session, repository: Repository, above: Version) -> Release | None:
-    query = select(Release).where(Release.repository_id == repository.id, Release.stable, ~Release.yanked)
-    query = query.where(Release.sort_key > above.sort_key)
-    return session.scalars(query.order_by(Release.sort_key).limit(1)).first()
 
 
 def _highest_number(session: Session, repository: Repository) -> Version | None:

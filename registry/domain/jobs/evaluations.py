@@ -61,7 +61,9 @@ def needs_of(session: Session, wanted: Sequence[WantedScore]) -> WorkerNeeds:
     their own files, and what the suites are measured with."""
     suites = session.scalars(select(Suite).where(Suite.digest.in_({subject.suite for subject in wanted})))
     names = {name for suite in suites for name in suite_needs(suite)}
-    models = _models(session, {subject.release for subject in wanted if subject.release is not None})
+    releases = {subject.release for subject in wanted if subject.release is not None}
+    query = select(Release.id).join(Repository, Repository.id == Release.repository_id)
+    models = set(session.scalars(query.where(Release.id.in_(releases), Repository.kind == "model")))
     names |= {base_need(subject.base) for subject in wanted if subject.release not in models}
     sizes = select(Base.size_bytes).where(Base.digest.in_({subject.base for subject in wanted}))
     return WorkerNeeds(frozenset(names), memory_bytes=max(session.scalars(sizes), default=0))
@@ -76,12 +78,6 @@ def suite_needs(suite: Suite) -> set[str]:
     chosen = SuiteContent.from_json(suite.content).scoring
     name = chosen.name if chosen else "match"
     return set() if name in ANSWER_SCORERS else {scorer_need(name)}
-
-
-def _models(session: Session, releases: Collection[int]) -> set[int]:
-    """The releases that are models."""
-    query = select(Release.id).join(Repository, Repository.id == Release.repository_id)
-    return set(session.scalars(query.where(Release.id.in_(releases), Repository.kind == "model")))
 
 
 def under_way(session: Session, wanted: Sequence[WantedScore]) -> Job | None:

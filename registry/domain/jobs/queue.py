@@ -155,7 +155,11 @@ def claim(
     met = or_(needs.met_by(offer), Job.cancel_requested) if offer is not None else None
     named = None if only is None else Job.id == only
     free = and_(Job.kind.in_(kinds), _free(now), *(condition for condition in (met, named) if condition is not None))
-    running = _running(now)
+    # Running jobs of each namespace; those of several namespaces count together.
+    one = aliased(Job)
+    namespace = func.coalesce(one.namespace, "")
+    query = select(namespace.label("namespace"), func.count().label("count"))
+    running = query.where(one.state == "running", one.heartbeat_at >= now - LEASE).group_by(namespace).subquery()
     first = select(Job.id).outerjoin(running, running.c.namespace == func.coalesce(Job.namespace, ""))
     first = first.where(free).order_by(*_order(now, func.coalesce(running.c.count, 0))).limit(1)
     taken = (
@@ -165,14 +169,6 @@ def claim(
     )
     row = session.execute(taken.returning(Job.id), execution_options={"synchronize_session": False}).first()
     return session.get(Job, row[0], populate_existing=True) if row else None
-
-
-def _running(now: datetime) -> Any:
-    """The number of running jobs of each namespace; those of several namespaces count together."""
-    one = aliased(Job)
-    namespace = func.coalesce(one.namespace, "")
-    query = select(namespace.label("namespace"), func.count().label("count"))
-    return query.where(one.state == "running", one.heartbeat_at >= now - LEASE).group_by(namespace).subquery()
 
 
 def _order(now: datetime, running: ColumnElement[int]) -> tuple[Any, ...]:

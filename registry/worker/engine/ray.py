@@ -19,7 +19,7 @@ from importlib.metadata import version
 from typing import Any, cast
 
 from registry.environment.settings import EngineSettings
-from registry.errors import NotAllowed, RegistryError, Unavailable
+from registry.errors import NotAllowed, Unavailable
 from registry.worker.engine.answers import error_of
 from registry.worker.engine.protocol import MAX_DEATHS, Needs
 from registry.worker.engine.ray_runner import UnitRunner
@@ -273,7 +273,9 @@ class RayEngine:
                 raise _node_differs(answer["problem"])
             state.failed_starts = 0
         elif "error" in answer:
-            raise _failed(unit, answer)
+            error = error_of(answer)
+            error.detail = f"{unit.name}: {error.detail}"
+            raise error
         if state.left:
             self._give(state, runner)
         else:
@@ -317,7 +319,11 @@ class RayEngine:
         if any(runner.unit is not None for runner in state.waiting.values()):
             state.lacking_since_s = None
             return
-        wanted = _wanted(self._resources(state.needs))
+        # The resources under the names that Ray's nodes give them.
+        named = {"num_cpus": "CPU", "num_gpus": "GPU", "memory": "memory"}
+        options = self._resources(state.needs)
+        own = {named[name]: amount for name, amount in options.items() if name in named}
+        wanted: dict[str, float] = own | options.get("resources", {})
         if any(_has(node, wanted) for node in self._ray.nodes()):
             state.lacking_since_s = None
             return
@@ -371,12 +377,6 @@ def _has_session() -> bool:
     return loaded is not None and cast(Any, loaded).is_initialized()
 
 
-def _wanted(options: dict[str, Any]) -> dict[str, float]:
-    """Translates a runner's options to the resource names of Ray's nodes."""
-    named = {"num_cpus": "CPU", "num_gpus": "GPU", "memory": "memory"}
-    return {**{named[name]: options[name] for name in named if name in options}, **options.get("resources", {})}
-
-
 def _has(node: dict[str, Any], wanted: dict[str, float]) -> bool:
     """Whether the node, when it is free, has room for a runner."""
     there: dict[str, float] = node["Resources"]
@@ -394,12 +394,6 @@ def _node_differs(why: str) -> Unavailable:
         f"A node of the Ray cluster cannot run units: {why}",
         next_step="Give every node the same version of adaptory and the same ADAPTORY_STORAGE__* as the workers.",
     )
-
-
-def _failed(unit: Unit, answer: dict[str, Any]) -> RegistryError:
-    error = error_of(answer)
-    error.detail = f"{unit.name}: {error.detail}"
-    return error
 
 
 def _last_line(error: BaseException) -> str:

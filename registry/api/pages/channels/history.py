@@ -10,8 +10,7 @@ from registry.api.pages.html.drawings import Interval, Point
 from registry.api.pages.html.render import page_about
 from registry.api.pages.html.wire import PageReader, PageRoute, RepositoryOf
 from registry.api.routes.views import score_view
-from registry.database.engine import Session
-from registry.database.tables import Repository, Score
+from registry.database.tables import Score
 from registry.domain.catalog import histories, repositories, suites
 from registry.errors import NotFound
 from registry.formats.references import nearest
@@ -31,7 +30,9 @@ def show_history(
 ) -> Response:
     with resources.snapshot() as session:
         repository = repositories.find(session, named)
-        known = _metrics(session, repository)
+        newest = histories.newest_measured(session, repository)
+        measured = suites.scores_of(session, newest) if newest else []
+        known = {f"{score.suite.name}.{score.metric}": score for score in measured}
         chosen = _chosen(known, metric)
         entries = histories.of_metric(session, repository, known[chosen], limit=SHOWN) if chosen else []
         stated = [score_view(entry.score) for entry in entries]
@@ -50,13 +51,6 @@ def show_history(
         plotted=len(points) > MAX_DRAWN,
         json_address=f"/v1/{kind}s/{named}/releases",
     )
-
-
-def _metrics(session: Session, repository: Repository) -> dict[str, Score]:
-    """The metrics of the newest release that has scores."""
-    newest = histories.newest_measured(session, repository)
-    measured = suites.scores_of(session, newest) if newest else []
-    return {f"{score.suite.name}.{score.metric}": score for score in measured}
 
 
 def _chosen(known: dict[str, Score], metric: str | None) -> str:
