@@ -65,7 +65,7 @@ def with_release(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
             2,
             ["Unknown profile 'foo'", "next: Use one of vllm:<max_lora_rank>, sglang"],
         ),
-        (("search", "--loads-in", "vllm:7"), 2, ["'vllm:7'", "is one of 1, 8, 16", "next: Use one of vllm"]),
+        (("search", "--loads-in", "vllm:7"), 2, ["'vllm:7'", "must be one of 1, 8, 16", "next: Use one of vllm"]),
         (("inspect", "acme/sql", "--loads-in", "foo"), 2, ["Unknown profile 'foo'", "next: Use one of vllm"]),
         (("search", "--include", "related"), 2, ["without base", "next: Add base (--base)"]),
         (("search", "--include", "refused", "--base", "tiny"), 2, ["without loads_in", "(--loads-in)"]),
