@@ -329,6 +329,7 @@ def test_the_command_tells_what_it_removed(environ: dict[str, str], api: Api, tm
     planned = shortly.json("gc", "--grace-hours", "0", "--dry-run")
     assert planned == {
         "releases": 0,
+        "loaded": 0,
         "jobs": 0,
         "commits": 0,
         "blobs": 0,
@@ -344,6 +345,7 @@ def test_the_command_tells_what_it_removed(environ: dict[str, str], api: Api, tm
     time.sleep(0.01)
     assert shortly.json("gc", "--grace-hours", "0") == {
         "releases": 0,
+        "loaded": 0,
         "jobs": 0,
         "commits": 0,
         "blobs": 1,
