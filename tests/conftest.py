@@ -94,7 +94,7 @@ ON_BOTH_DATABASES = (
 
 
 SLOWEST_FIRST = (
-    "engine", "browser", "durability", "scenarios", "tutorials", "access", "fuzz", "registry",
+    "engine", "browser", "durability", "serving", "scenarios", "tutorials", "access", "fuzz", "registry",
     "wire", "deploy", "house", "examples", "composer",
 )  # fmt: skip
 """Tests that take minutes come before those that take milliseconds, which occupy all processes until the end."""

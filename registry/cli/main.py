@@ -22,6 +22,7 @@ MODULES = {
     "releases": (
         "base", "diff", "follow", "hub", "inspection", "promotion", "release", "rollout", "search", "transfer",
     ),
+    "serving": ("mirror", "route"),
 }  # fmt: skip
 """Each adds its commands to `root` when it is imported."""
 

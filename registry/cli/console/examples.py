@@ -44,6 +44,8 @@ EXAMPLES = {
     "merge": """adaptory merge --base .demo/base \\
   --adapter examples/adapters/sql-migration=0.5 -o .demo/merged""",
     "migrate": "adaptory migrate",
+    "mirror": """adaptory mirror acme/sql-migration@prod ./served \\
+  --server vllm=http://localhost:8000""",
     "namespace grant": "adaptory namespace grant acme pia publisher",
     "namespace list": "adaptory namespace list",
     "namespace members": "adaptory namespace members acme",
@@ -66,6 +68,7 @@ EXAMPLES = {
     "pull": "adaptory pull acme/sql-migration@prod -o .demo/pulled",
     "push": """adaptory push examples/adapters/sql-migration \\
   acme/sql-migration:1.0.0 --base smollm2""",
+    "route": "adaptory route ./served --listen 0.0.0.0:8080",
     "restore": "adaptory restore /backup/adaptory",
     "rollback": "adaptory rollback acme/sql-migration@prod --reason 'wrong quoting'",
     "rollout forget": "adaptory rollout forget acme prod/gpu-7",

@@ -1,0 +1,278 @@
+"""DIR of `adaptory mirror`: releases by commit and by version, the routes of channels, and the agent's state.
+
+- `by-commit/COMMIT/`: a release's files. It appears complete and verified, and never changes.
+- `by-version/acme/sql@1.2.0/`: the same files, as links, for servers that watch a directory. Only `adapter_config.json`
+  is a copy, with the server's own base name, which vLLM's resolver compares with its `--model`.
+- `routes.json`: the versions to which channels are routed, and the servers that have each version loaded.
+- `state.json`: the last report, to read.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import mkdtemp, mkstemp
+from typing import Any, cast
+
+from composer.errors import InvalidFile
+from composer.formats.checkpoints.hashing import hash_file
+from registry.agent.versions import ServedVersion, parse_served
+from registry.client.api import Api
+from registry.client.cache import is_regular
+from registry.client.pull import pull
+from registry.errors import Conflict, Invalid, RegistryError, Unavailable
+from registry.formats.manifest import ManifestFile, canonical_manifest, commit_id
+from registry.formats.references import Digest, parse_reference
+from registry.wire.search import AnyRelease
+
+CONFIG = "adapter_config.json"
+_MAX_CONFIG_BYTES = 1 << 20
+
+Check = Callable[[AnyRelease, Path], None]
+"""Raises if the verified files of a release must not be served."""
+
+
+@dataclass(frozen=True, slots=True)
+class Routes:
+    """`channels` has the weights of the versions that each channel is routed to, and `since` the time of its last
+    change; `commits` the commit of every version that is named there; `servers` the addresses of the servers that have
+    a version loaded and checked."""
+
+    channels: Mapping[str, Mapping[str, int]] = field(default_factory=dict[str, Mapping[str, int]])
+    since: Mapping[str, str] = field(default_factory=dict[str, str])
+    commits: Mapping[str, str] = field(default_factory=dict[str, str])
+    servers: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
+
+    def version(self, channel: str) -> ServedVersion | None:
+        """The version with the largest weight."""
+        weights = self.channels.get(channel, {})
+        return self._served(max(weights, key=lambda name: weights[name])) if weights else None
+
+    def versions(self) -> frozenset[ServedVersion]:
+        return frozenset(self._served(name) for weights in self.channels.values() for name in weights)
+
+    def _served(self, name: str) -> ServedVersion:
+        repository, _, version = name.partition("@")
+        return ServedVersion(repository, version, self.commits[name])
+
+
+class MirrorDirectory:
+    """One agent's directory; `locked` keeps a second agent out."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.resolve()
+        self._by_commit, self._by_version = self.root / "by-commit", self.root / "by-version"
+        self._intact = set[str]()
+
+    @contextmanager
+    def locked(self) -> Generator[None]:
+        """Makes the directory. Raises Conflict while another agent uses it, Unavailable if it cannot be written."""
+        with _writing(self.root):
+            self._by_commit.mkdir(parents=True, exist_ok=True)
+            handle = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            raise Conflict("mirror_in_use", f"Another mirror uses {self.root}.", subject=str(self.root)) from None
+        try:
+            yield
+        finally:
+            os.close(handle)
+
+    def path(self, commit: str) -> Path:
+        return self._by_commit / commit
+
+    def commit_of(self, path: str) -> str | None:
+        """The commit of a path that a server has loaded; None for one outside this directory."""
+        loaded = Path(path)
+        if loaded.parent == self._by_commit:
+            return loaded.name
+        if loaded.is_relative_to(self._by_version):
+            return self._note_of(loaded).get("commit")
+        return None
+
+    def fetch(self, api: Api, version: ServedVersion, check: Check) -> Path:
+        """The release's directory, complete and verified. An existing one is verified once in each process, without the
+        registry, since its name is the hash of its files. Raises the registry's errors, Unavailable for a full disk,
+        and what `check` raises."""
+        target = self.path(version.commit)
+        if version.commit in self._intact and target.is_dir():
+            return target
+        if not self._is_intact(target, version.commit):
+            release = api.resolve(parse_reference(version.reference)).release
+            if release.commit != version.commit:
+                raise Invalid(
+                    "other_release",
+                    f"The channel serves {version.reference} as {version.commit[:12]}, but that release is "
+                    f"{release.commit[:12]}.",
+                    subject=version.reference,
+                )
+            pull(api, release, target, lambda _count: None, None, lambda files: check(release, files), replace=True)
+            _sync(self._by_commit)
+        self._intact.add(version.commit)
+        return target
+
+    def touch(self, commits: Iterator[str]) -> None:
+        """Notes that these directories are needed now: their age counts from the last note."""
+        for commit in commits:
+            with suppress(FileNotFoundError):
+                os.utime(self.path(commit))
+
+    def make_version(self, version: ServedVersion, base_name: str | None) -> Path:
+        """The directory of a version by name, made of links. With `base_name`, its configuration names that base."""
+        target, note = self._by_version / version.name, {"commit": version.commit, "base_name": base_name}
+        if self._note_of(target) == note:
+            return target
+        with _writing(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            part = Path(mkdtemp(dir=self.root, prefix=".part-"))
+            try:
+                shutil.copytree(self.path(version.commit), part / "files", copy_function=os.link)
+                _rename_base(part / "files" / CONFIG, base_name)
+                self._note_path(target).parent.mkdir(parents=True, exist_ok=True)
+                with suppress(FileNotFoundError):
+                    target.rename(part / "replaced")
+                (part / "files").rename(target)
+                write_json(self._note_path(target), note)
+            finally:
+                shutil.rmtree(part, ignore_errors=True)
+        return target
+
+    def named_versions(self) -> Iterator[tuple[str, Path]]:
+        """Yields the versions that have a directory by name."""
+        for target in self._by_version.glob("*/*"):
+            if target.is_dir() and parse_served(f"{target.parent.name}/{target.name}"):
+                yield f"{target.parent.name}/{target.name}", target
+
+    def notes(self) -> dict[str, Mapping[str, Any]]:
+        """The commit and base name of every version that has a directory by name."""
+        return {name: self._note_of(target) for name, target in self.named_versions()}
+
+    def remove_version(self, name: str) -> None:
+        self._note_path(self._by_version / name).unlink(missing_ok=True)
+        self._remove(self._by_version / name)
+
+    def old(self, grace_s: float, now_s: float) -> Iterator[tuple[str, float]]:
+        """Yields the commits whose directories have not been needed for `grace_s`, with the time of the last need."""
+        for target in self._by_commit.iterdir():
+            with suppress(FileNotFoundError):
+                last_s = target.stat().st_mtime
+                if not target.name.startswith(".") and now_s - last_s >= grace_s:
+                    yield target.name, last_s
+
+    def remove(self, commit: str) -> None:
+        self._intact.discard(commit)
+        self._remove(self.path(commit))
+
+    def routes(self) -> Routes:
+        """The routes that were written last; none for a file that is missing or damaged."""
+        try:
+            document = json.loads((self.root / "routes.json").read_bytes())
+            commits = {name: str(row["commit"]) for name, row in document["versions"].items()}
+            channels = {
+                channel: {name: int(weight) for name, weight in weights.items()}
+                for channel, weights in document["channels"].items()
+            }
+            servers = {name: tuple(map(str, row["servers"])) for name, row in document["versions"].items()}
+            since = {channel: str(moment) for channel, moment in document["since"].items()}
+        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+            return Routes()
+        known = all(name in commits for weights in channels.values() for name in weights)
+        return Routes(channels, since, commits, servers) if known else Routes()
+
+    def write_routes(self, routes: Routes) -> None:
+        versions = {
+            name: {"commit": commit, "servers": list(routes.servers.get(name, ()))}
+            for name, commit in sorted(routes.commits.items())
+        }
+        write_json(
+            self.root / "routes.json", {"channels": routes.channels, "since": routes.since, "versions": versions}
+        )
+
+    def write_state(self, state: Mapping[str, Any]) -> None:
+        write_json(self.root / "state.json", state)
+
+    def _remove(self, target: Path) -> None:
+        """Removes a directory that no server has loaded, in one step for others."""
+        with _writing(target):
+            trash = Path(mkdtemp(dir=self.root, prefix=".part-"))
+            with suppress(FileNotFoundError):
+                target.rename(trash / "removed")
+            shutil.rmtree(trash)
+
+    def _note_path(self, target: Path) -> Path:
+        return self._by_version / ".notes" / f"{target.relative_to(self._by_version)}.json"
+
+    def _note_of(self, target: Path) -> Mapping[str, Any]:
+        """The commit and base name of a version's directory; empty if it is not there, or not complete."""
+        try:
+            note: object = json.loads(self._note_path(target).read_bytes()) if target.is_dir() else None
+        except (FileNotFoundError, ValueError):
+            return {}
+        return cast(Mapping[str, Any], note) if isinstance(note, dict) else {}
+
+    def _is_intact(self, directory: Path, commit: str) -> bool:
+        """Whether the commit is that of the directory's files."""
+        try:
+            paths = [path for path in directory.rglob("*") if not path.is_dir()]
+            if not paths or not all(map(is_regular, paths)):
+                return False
+            rows = [
+                ManifestFile(path.relative_to(directory).as_posix(), path.stat().st_size, Digest(hash_file(path)))
+                for path in paths
+            ]
+            return commit_id(canonical_manifest(rows)) == commit
+        except (OSError, InvalidFile, RegistryError):
+            return False
+
+
+def _rename_base(config: Path, base_name: str | None) -> None:
+    """Replaces the link to the configuration with a copy that names the base. The release's own file stays."""
+    if base_name is None or not config.is_file() or config.stat().st_size > _MAX_CONFIG_BYTES:
+        return
+    document = json.loads(config.read_bytes())
+    config.unlink()
+    write_json(config, {**document, "base_model_name_or_path": base_name})
+
+
+def write_json(path: Path, document: Mapping[str, Any]) -> None:
+    """Replaces the file in one step. Raises Unavailable if it cannot be written."""
+    with _writing(path):
+        handle, part = mkstemp(dir=path.parent, prefix=".part-")
+        try:
+            with os.fdopen(handle, "w") as file:
+                json.dump(document, file, indent=1)
+                file.flush()
+                os.fsync(handle)
+            Path(part).chmod(0o644)
+            Path(part).replace(path)
+        except BaseException:
+            Path(part).unlink()
+            raise
+        _sync(path.parent)
+
+
+def _sync(directory: Path) -> None:
+    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _writing(path: Path) -> Generator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise Unavailable(
+            "disk_error",
+            f"{path} cannot be written: {error.strerror}.",
+            subject=str(path),
+            next_step="Free some space, and check that the directory is writable; the mirror goes on by itself.",
+        ) from error

@@ -1,0 +1,258 @@
+"""The front of `adaptory route`: a proxy of the OpenAI routes that turns a channel into a version.
+
+A request to acme/sql@prod becomes one to acme/sql@1.2.0, chosen by the weights in routes.json. A request with the field
+`user` is sticky: the same user gets the same version while the weights stay. Requests under way are counted from the
+choice on, so that an agent unloads no version that a request is on its way to.
+"""
+
+import hashlib
+import json
+import secrets
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, cast
+
+import httpx2
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
+from prometheus_client import Counter as Total
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from registry.agent.directory import MirrorDirectory, Routes
+
+PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
+"""What is passed on. The rest of a server's API, such as that which loads adapters, is not for users."""
+UNDER_WAY = "/-/under-way"
+MAX_BODY_BYTES = 64 << 20
+_TIMEOUT = httpx2.Timeout(10.0, read=600.0)
+_NOT_PASSED = frozenset({
+    "connection", "content-length", "host", "keep-alive", "proxy-authenticate", "proxy-authorization", "te", "trailer",
+    "transfer-encoding", "upgrade",
+})  # fmt: skip
+_TAIL_BYTES = 4096
+"""As much of a streamed answer is kept for its last events, which hold usage and finish reason."""
+
+
+class Table:
+    """The routes of a directory, read again when their file changes."""
+
+    def __init__(self, directory: MirrorDirectory) -> None:
+        self._directory, self._path = directory, directory.root / "routes.json"
+        self._written_ns: int = -1
+        self._routes = Routes()
+
+    @property
+    def routes(self) -> Routes:
+        try:
+            written_ns = self._path.stat().st_mtime_ns
+        except FileNotFoundError:
+            return self._routes
+        if written_ns != self._written_ns:
+            self._routes, self._written_ns = self._directory.routes(), written_ns
+        return self._routes
+
+
+def choose(weights: Mapping[str, int], user: str) -> str:
+    """A version by its weight: the same one for the same user."""
+    point = int.from_bytes(hashlib.sha256(user.encode()).digest()[:8]) * sum(weights.values()) >> 64
+    bounds = accumulate(weights.values())
+    return next(name for name, bound in zip(weights, bounds, strict=True) if point < bound)
+
+
+@dataclass(slots=True)
+class _Outcome:
+    """A request to a version, as it is counted."""
+
+    model: str
+    began_s: float
+    ended: bool = False
+
+
+class Figures:
+    """Requests under way, and outcomes by version. vLLM labels neither its errors nor its latency by adapter."""
+
+    def __init__(self) -> None:
+        self.under_way = Counter[str]()
+        self._registry = CollectorRegistry()
+        names = ["model"]
+        self._requests = Total(
+            "adaptory_front_requests", "Requests by version and status.", [*names, "status"], registry=self._registry
+        )
+        self._seconds = Histogram(
+            "adaptory_front_seconds", "Seconds to the end of an answer.", names, registry=self._registry
+        )
+        self._tokens = Total(
+            "adaptory_front_tokens", "Tokens, where answers state them.", [*names, "kind"], registry=self._registry
+        )
+        self._finished = Total(
+            "adaptory_front_finished", "Answers by finish reason.", [*names, "reason"], registry=self._registry
+        )
+
+    def begin(self, model: str) -> _Outcome:
+        self.under_way[model] += 1
+        return _Outcome(model, time.monotonic())
+
+    def end(self, outcome: _Outcome, status: int, answer: Mapping[str, Any] | None = None) -> None:
+        """Counts the end of a request, once."""
+        if outcome.ended:
+            return
+        outcome.ended = True
+        self.under_way[outcome.model] -= 1
+        if not self.under_way[outcome.model]:
+            del self.under_way[outcome.model]
+        self._requests.labels(outcome.model, str(status)).inc()
+        self._seconds.labels(outcome.model).observe(time.monotonic() - outcome.began_s)
+        if answer:
+            self._count(outcome.model, answer)
+
+    def text(self) -> bytes:
+        return generate_latest(self._registry)
+
+    def _count(self, model: str, answer: Mapping[str, Any]) -> None:
+        usage = answer.get("usage")
+        for kind in ("prompt_tokens", "completion_tokens"):
+            if isinstance(usage, dict) and isinstance(count := cast(Mapping[str, Any], usage).get(kind), int):
+                self._tokens.labels(model, kind.removesuffix("_tokens")).inc(max(0, count))
+        for choice in answer.get("choices") or ():
+            if isinstance(choice, dict) and (reason := cast(Mapping[str, Any], choice).get("finish_reason")):
+                self._finished.labels(model, str(reason)[:40]).inc()
+
+
+class Front:
+    """`upstreams` are the servers for models that routes do not name, such as the base; by default, those of the
+    routes."""
+
+    def __init__(self, directory: MirrorDirectory, upstreams: Sequence[str]) -> None:
+        self.table, self.figures, self._upstreams = Table(directory), Figures(), tuple(upstreams)
+        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=200)
+        self._http = httpx2.AsyncClient(timeout=_TIMEOUT, limits=limits)
+        self._turn = 0
+
+    def app(self) -> Starlette:
+        routes = [Route(path, self.forward, methods=["POST"]) for path in PATHS]
+        routes += [Route("/v1/models", self.models), Route(UNDER_WAY, self.counts), Route("/metrics", self.metrics)]
+        return Starlette(routes=[*routes, Route("/healthz", self.health)])
+
+    async def health(self, _request: Request) -> Response:
+        return JSONResponse({"status": "ok", "channels": len(self.table.routes.channels)})
+
+    async def counts(self, _request: Request) -> Response:
+        return JSONResponse(dict(self.figures.under_way))
+
+    async def metrics(self, _request: Request) -> Response:
+        return Response(self.figures.text(), media_type="text/plain; version=0.0.4")
+
+    async def models(self, _request: Request) -> Response:
+        """The channels and versions that can be requested here."""
+        routes = self.table.routes
+        rows = [{"id": name, "object": "model", "owned_by": "adaptory"} for name in (*routes.channels, *routes.commits)]
+        return JSONResponse({"object": "list", "data": rows})
+
+    async def forward(self, request: Request) -> Response:
+        """Passes a request on, under the name of a version."""
+        body = await _body(request)
+        if body is None:
+            return _error(413, f"The request is larger than {MAX_BODY_BYTES:,} bytes.")
+        try:
+            document = json.loads(body)
+            requested = document["model"]
+        except (ValueError, KeyError, TypeError):
+            return _error(400, "The request is not a JSON object that names a `model`.")
+        if not isinstance(requested, str):
+            return _error(400, "`model` is not a text.")
+        routes = self.table.routes
+        if weights := routes.channels.get(requested):
+            user = document.get("user")
+            model = choose(weights, user if isinstance(user, str) and user else secrets.token_hex(8))
+            body = json.dumps({**document, "model": model}).encode()
+        elif "@" in requested and requested not in routes.commits:
+            return _error(404, f"No channel or version is served as {requested[:200]}.")
+        else:
+            model = requested
+        return await self._send(request, model, body, self._servers(routes, model))
+
+    def _servers(self, routes: Routes, model: str) -> Sequence[str]:
+        """The servers that have the model, in turn."""
+        of_routes = [server for servers in routes.servers.values() for server in servers]
+        servers = routes.servers.get(model) or self._upstreams or tuple(dict.fromkeys(of_routes))
+        self._turn += 1
+        first = self._turn % max(1, len(servers))
+        return (*servers[first:], *servers[:first])
+
+    async def _send(self, request: Request, model: str, body: bytes, servers: Sequence[str]) -> Response:
+        """Sends the request to the first server that takes it. One that cannot be reached, or that has been restarted
+        and does not know the model yet, has not begun to answer, so the next one may."""
+        headers = [(name, value) for name, value in request.headers.items() if name not in _NOT_PASSED]
+        outcome, refused = self.figures.begin(model), f"No server has {model[:200]}."
+        try:
+            for left, server in zip(reversed(range(len(servers))), servers, strict=True):
+                sent = self._http.build_request("POST", server + request.url.path, content=body, headers=headers)
+                try:
+                    answer = await self._http.send(sent, stream=True)
+                except httpx2.ConnectError as error:
+                    refused = f"{model[:200]} cannot be reached: {error}."
+                    continue
+                if answer.status_code == 404 and left:
+                    await answer.aclose()
+                    continue
+                passed = {name: value for name, value in answer.headers.items() if name not in _NOT_PASSED}
+                passed["x-served-model"] = model
+                return StreamingResponse(self._chunks(outcome, answer), answer.status_code, passed)
+        except httpx2.TransportError as error:
+            self.figures.end(outcome, 502)
+            return _error(502, f"{model[:200]} gave no answer: {type(error).__name__}.")
+        except BaseException:
+            self.figures.end(outcome, 499)
+            raise
+        self.figures.end(outcome, 503)
+        return _error(503, refused)
+
+    async def _chunks(self, outcome: _Outcome, answer: httpx2.Response) -> AsyncIterator[bytes]:
+        """Passes the bytes on as they come, and counts the request when they end, however they end."""
+        is_stream = answer.headers.get("content-type", "").startswith("text/event-stream")
+        kept, status = bytearray(), 499
+        try:
+            async for chunk in answer.aiter_raw():
+                kept += chunk
+                if is_stream and len(kept) > 2 * _TAIL_BYTES:
+                    del kept[:-_TAIL_BYTES]
+                yield chunk
+            status = answer.status_code
+        finally:
+            self.figures.end(outcome, status, _last(kept, is_stream=is_stream))
+            await answer.aclose()
+
+
+def _last(kept: bytearray, *, is_stream: bool) -> Mapping[str, Any] | None:
+    """The answer, or of a streamed one what its last events state; None if that cannot be read."""
+    merged: dict[str, Any] = {}
+    lines = [line[6:] for line in kept.split(b"\n") if line.startswith(b"data: {")] if is_stream else [bytes(kept)]
+    for line in lines:
+        try:
+            document = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(document, dict):
+            row = cast(dict[str, Any], document)
+            merged |= {name: row[name] for name in ("usage", "choices") if row.get(name)}
+    return merged or None
+
+
+async def _body(request: Request) -> bytes | None:
+    """The body; None if it is too large."""
+    kept = bytearray()
+    async for chunk in request.stream():
+        kept += chunk
+        if len(kept) > MAX_BODY_BYTES:
+            return None
+    return bytes(kept)
+
+
+def _error(status: int, message: str) -> Response:
+    """An error in the form of the OpenAI API."""
+    return JSONResponse({"error": {"message": message, "type": "adaptory", "code": status}}, status)

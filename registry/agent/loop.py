@@ -1,0 +1,122 @@
+"""The loop of an agent: follows its channels in a thread, takes a round at each change and every few seconds, and
+reports to the registry in another thread, so that a slow server does not make it silent."""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from urllib.parse import quote
+
+from registry.agent.health import Health
+from registry.agent.mirror import AGENT, Mirror
+from registry.client.api import Api
+from registry.client.follow import follow
+from registry.errors import RegistryError
+from registry.wire.fleet import NodeReportIn, NodeReportOut, SwitchIn
+from registry.wire.quality import FollowedOut
+
+ROUND_S = 5.0
+REPORT_S = 20.0
+_REFUSED_S = 10.0
+"""The pause after an error that only an operator can mend, such as a revoked token."""
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """The name under which an agent reports, and how many nodes of its group may switch at a time; None for all."""
+
+    group: str
+    name: str
+    max_unavailable: int | None
+
+
+class Followed:
+    """What the registry said last about the channels. `changed` is set at each change."""
+
+    def __init__(self, api: Api, channels: Sequence[str], health: Health, say: Say) -> None:
+        self._api, self.channels, self._health, self._say = api, channels, health, say
+        self.states = dict[str, FollowedOut | None]()
+        self.changed = threading.Event()
+
+    def run(self) -> None:
+        """Follows without end. What a registry refuses is tried again: an admin may grant it meanwhile."""
+        while True:
+            try:
+                for change in follow(self._api, self.channels, self._outage):
+                    self._outage(None)
+                    self.states = {**self.states, change.channel: change.now}
+                    if len(self.states) == len(self.channels):
+                        self.changed.set()
+            except RegistryError as error:
+                self._outage(error)
+            time.sleep(_REFUSED_S)
+
+    def _outage(self, error: RegistryError | None) -> None:
+        text = error.detail if error else ""
+        if text:
+            self._say(f"{text} What is served goes on.")
+        self._health.record_error("registry", text)
+
+
+class Reporter:
+    """Reports to the registry, from a thread of its own. An error is shown in the agent's health, and the next report
+    is sent all the same."""
+
+    def __init__(self, api: Api, node: Node, health: Health) -> None:
+        self._api, self._node, self._health = api, node, health
+        self._path = f"/v1/fleet/{quote(node.group)}/{quote(node.name)}"
+        self._report: NodeReportIn | None = None
+        self._due = threading.Event()
+
+    def run(self) -> None:
+        while True:
+            self._due.wait(REPORT_S)
+            self._due.clear()
+            if self._report is not None:
+                self._send(self._report)
+
+    def record(self, report: NodeReportIn) -> None:
+        """Sends the report now if it differs from the last one, else at its time."""
+        changed = report != self._report
+        self._report = report
+        if changed:
+            self._due.set()
+
+    def may_switch(self) -> bool:
+        """Whether this node may switch now. Without an answer, it may not, since others of its group may be at it."""
+        if self._node.max_unavailable is None:
+            return True
+        asked = (self._report or NodeReportIn(agent=AGENT)).model_copy(
+            update={"switch": SwitchIn(max_unavailable=self._node.max_unavailable)}
+        )
+        answer = self._send(asked)
+        return answer is not None and answer.switch
+
+    def _send(self, report: NodeReportIn) -> NodeReportOut | None:
+        try:
+            answer = self._api.put(self._path, report.model_dump(mode="json"), NodeReportOut)
+        except RegistryError as error:
+            self._health.record_error("report", f"The registry did not take the report: {error.detail}")
+            return None
+        self._health.record_error("report", "")
+        return answer
+
+
+def run(mirror: Mirror, followed: Followed, reporter: Reporter | None, health: Health) -> None:
+    """Runs until interrupted. A round that cannot write the directory changes nothing and is tried again."""
+    threading.Thread(target=followed.run, name="follow", daemon=True).start()
+    if reporter is not None:
+        threading.Thread(target=reporter.run, name="report", daemon=True).start()
+    while True:
+        try:
+            report, problem = mirror.round(followed.states, followed.channels), ""
+            health.record(report)
+            if reporter is not None:
+                reporter.record(report)
+        except RegistryError as error:
+            problem = error.detail
+        health.record_error("round", problem)
+        followed.changed.wait(ROUND_S)
+        followed.changed.clear()

@@ -1,0 +1,219 @@
+"""The mirror: rounds that bring directories, servers and routes into step with what channels serve."""
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version as package_version
+from itertools import repeat
+from typing import Any
+
+from registry.agent.directory import Check, MirrorDirectory, Routes
+from registry.agent.switching import KeptServer
+from registry.agent.versions import ServedVersion
+from registry.client.api import Api
+from registry.errors import RegistryError
+from registry.wire.fleet import (
+    MAX_CHANNEL_CHARS,
+    MAX_LOADED,
+    LoadedName,
+    NodeChannel,
+    NodeCheck,
+    NodeReportIn,
+    NodeServer,
+)
+from registry.wire.quality import FollowedOut
+
+WEIGHT = 100
+_WEAKEST = ("proved", "unproved", "failed")
+_MAX_TEXT, _MAX_URL = 1000, 500
+AGENT = f"adaptory {package_version('adaptory')}"
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """`keep` earlier releases for each channel keep their directories, and every release for `grace_s` after its last
+    need. A channel that serves nothing keeps its last version, unless `unload_empty`."""
+
+    keep: int = 2
+    grace_s: float = 600.0
+    unload_empty: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Duties:
+    """`check` may refuse the verified files of a release, by raising; `may_switch` is called before each switch."""
+
+    check: Check
+    may_switch: Callable[[], bool]
+
+
+@dataclass(slots=True)
+class _Target:
+    """The version to which a channel should be routed; None for no route."""
+
+    version: ServedVersion | None
+    error: str = ""
+    move: int | None = None
+
+
+class Mirror:
+    """Takes rounds. Keeps no memory that it needs: directories, routes.json and the servers' own lists are enough."""
+
+    def __init__(
+        self, api: Api, directory: MirrorDirectory, servers: Sequence[KeptServer], options: Options, duties: Duties
+    ) -> None:
+        self._api, self._directory, self._servers = api, directory, servers
+        self._options, self._duties = options, duties
+        self._threads = ThreadPoolExecutor(max(1, len(servers)), "server")
+        self._alone = threading.Lock()
+        self._state: Mapping[str, Any] | None = None
+
+    def close(self) -> None:
+        self._threads.shutdown()
+        for kept in self._servers:
+            kept.server.close()
+
+    def round(self, wanted: Mapping[str, FollowedOut | None], channels: Sequence[str]) -> NodeReportIn:
+        """Does what is needed now. `wanted` has the channels that are known; null is one that cannot be read. Raises
+        Unavailable if the directory cannot be written: then nothing that is served changes."""
+        with self._alone:
+            routes = self._directory.routes()
+            targets = {channel: self._target(channel, wanted, routes) for channel in channels}
+            goals = {channel: target.version for channel, target in targets.items()}
+            differ = any(version not in (None, routes.version(channel)) for channel, version in goals.items())
+            switches = differ and self._duties.may_switch()
+            needed = routes.versions() | {version for version in goals.values() if version and switches}
+            failures = self._bring(needed)
+            after = self._moved(routes, targets, failures, switches=switches)
+            if after != routes:
+                self._directory.write_routes(after)
+            self._tidy(after, targets)
+            report = self._report(after, targets)
+            state = {**report.model_dump(mode="json"), "by_version": self._directory.notes()}
+            if state != self._state:
+                self._directory.write_state(state)
+                self._state = state
+            return report
+
+    def _target(self, channel: str, wanted: Mapping[str, FollowedOut | None], routes: Routes) -> _Target:
+        current = routes.version(channel)
+        if channel not in wanted:
+            return _Target(current, "" if current else "The registry has not answered yet.")
+        served = wanted[channel]
+        if served is None:
+            return _Target(current, "The channel does not exist, or this token may not read it.")
+        if served.version is None or served.commit is None:
+            if self._options.unload_empty:
+                return _Target(None, move=served.move)
+            error = (
+                "The channel serves nothing; its last version goes on." if current else "The channel serves nothing."
+            )
+            return _Target(current, error, served.move)
+        return _Target(ServedVersion(channel.partition("@")[0], served.version, served.commit), move=served.move)
+
+    def _bring(self, needed: frozenset[ServedVersion]) -> Mapping[ServedVersion, str]:
+        """Fetches the versions, and loads and checks them on all servers. Returns why some cannot be used."""
+        failures = dict[ServedVersion, str]()
+        for version in sorted(needed):
+            try:
+                self._directory.fetch(self._api, version, self._duties.check)
+            except RegistryError as error:
+                failures[version] = error.detail
+        self._directory.touch(version.commit for version in needed)
+        fetched = [version for version in sorted(needed) if version not in failures]
+        for of_server in self._threads.map(self._bring_to, self._servers, repeat(fetched)):
+            for version, why in of_server.items():
+                failures.setdefault(version, why)
+        return failures
+
+    def _bring_to(self, kept: KeptServer, versions: Sequence[ServedVersion]) -> Mapping[ServedVersion, str]:
+        kept.look()
+        if not kept.ready:
+            return {}
+        reasons = ((version, kept.bring(version, self._directory.path(version.commit))) for version in versions)
+        return {version: why for version, why in reasons if why}
+
+    def _moved(
+        self,
+        routes: Routes,
+        targets: Mapping[str, _Target],
+        failures: Mapping[ServedVersion, str],
+        *,
+        switches: bool,
+    ) -> Routes:
+        """The routes after this round: a channel moves once every server that answers has its version."""
+        ready = [kept for kept in self._servers if kept.ready]
+        channels, since, commits = dict[str, Mapping[str, int]](), dict[str, str](), dict[str, str]()
+        now = datetime.now(UTC).isoformat()
+        for channel, target in targets.items():
+            version, current = target.version, routes.version(channel)
+            if version is not None:
+                target.error = target.error or failures.get(version, "" if ready else "No server answers.")
+            if version not in (None, current) and (
+                not switches or target.error or not all(kept.has(version) for kept in ready)
+            ):
+                version = current
+            since[channel] = routes.since.get(channel, now) if version == current else now
+            if version is not None:
+                channels[channel], commits[version.name] = {version.name: WEIGHT}, version.commit
+        servers = {
+            name: tuple(kept.server.address for kept in ready if kept.commit(name) == commit)
+            for name, commit in commits.items()
+        }
+        return Routes(channels, since, commits, servers)
+
+    def _tidy(self, routes: Routes, targets: Mapping[str, _Target]) -> None:
+        """Unloads what nothing is routed to any more, then removes directories that no server has loaded."""
+        wanted = routes.versions() | {target.version for target in targets.values() if target.version}
+        names = frozenset(version.name for version in wanted)
+        for _ in self._threads.map(KeptServer.retire, self._servers, repeat(names)):
+            pass
+        if not all(kept.ready for kept in self._servers):
+            return  # one that does not answer may have any directory loaded
+        used = {version.commit for version in wanted}
+        used |= {commit for kept in self._servers for name in kept.loaded if (commit := kept.commit(name))}
+        self._directory.touch(commit for commit in used)
+        unused = sorted(
+            (last_s, commit) for commit, last_s in self._directory.old(0.0, time.time()) if commit not in used
+        )
+        kept_until_s = time.time() - self._options.grace_s
+        removable = unused[: max(0, len(unused) - self._options.keep * len(targets))]
+        for last_s, commit in removable:
+            if last_s < kept_until_s:
+                self._directory.remove(commit)
+
+    def _report(self, routes: Routes, targets: Mapping[str, _Target]) -> NodeReportIn:
+        channels: list[NodeChannel] = []
+        for channel, target in targets.items():
+            version = routes.version(channel)
+            state = "failed" if target.error else "following" if version == target.version else "switching"
+            checks = [kept.checks[version.name] for kept in self._servers if version and version.name in kept.checks]
+            weakest = max(checks, key=lambda checked: _WEAKEST.index(checked.result.verdict), default=None)
+            channels.append(
+                NodeChannel(
+                    channel=channel,
+                    state=state,
+                    version=version.version if version else None,
+                    commit=version.commit if version else None,
+                    move=target.move,
+                    since=datetime.fromisoformat(routes.since[channel]),
+                    check=NodeCheck(verdict=weakest.result.verdict, at=weakest.at) if weakest else None,
+                    error=target.error[:_MAX_TEXT] or None,
+                )
+            )
+        return NodeReportIn(agent=AGENT, channels=channels, servers=list(map(_row_of, self._servers)))
+
+
+def _row_of(kept: KeptServer) -> NodeServer:
+    names = sorted(kept.loaded, key=lambda name: (kept.commit(name) is None, name))  # our own first
+    loaded = [LoadedName(name=name[:MAX_CHANNEL_CHARS], commit=kept.commit(name)) for name in names[:MAX_LOADED]]
+    return NodeServer(
+        url=kept.server.address[:_MAX_URL],
+        kind=kept.server.kind,
+        ready=kept.ready,
+        loaded=loaded,
+        error=kept.error[:_MAX_TEXT] or None,
+    )

@@ -1,0 +1,98 @@
+"""What an agent does with a server, whatever its kind."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import httpx2
+
+from registry.agent.versions import ServedVersion
+from registry.errors import Refused, RegistryError, Unavailable
+
+_MAX_TEXT = 300
+LOOK_TIMEOUT = httpx2.Timeout(10.0)
+CHANGE_TIMEOUT = httpx2.Timeout(10.0, read=120.0)
+"""A server reads an adapter's files before it answers, and a check waits behind running requests."""
+
+
+@dataclass(frozen=True, slots=True)
+class CheckResult:
+    """Whether a server applies a version: `proved`, `unproved` (it answers under the name, and no more is known), or
+    `failed` and why."""
+
+    verdict: Literal["proved", "unproved", "failed"]
+    why: str = ""
+
+
+class Server(Protocol):
+    """A server. Every method raises Unavailable if the server does not answer, and Refused, with the server's words, if
+    it refuses."""
+
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def address(self) -> str: ...
+
+    def loaded(self) -> Mapping[str, str]:
+        """The names that the server has loaded, each with the path that it was loaded from."""
+        ...
+
+    def load(self, version: ServedVersion, directory: Path) -> None:
+        """Loads the version under its name."""
+        ...
+
+    def unload(self, name: str) -> None:
+        """Unloads the name, which no request uses. A name that is not loaded is no error."""
+        ...
+
+    def busy(self) -> frozenset[str] | None:
+        """The names that running and waiting requests use; None if this kind cannot know."""
+        ...
+
+    def check(self, name: str) -> CheckResult:
+        """Requests an answer under the name."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class HttpServer:
+    """Requests to a server, with its failures as errors."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address.rstrip("/")
+        self._http = httpx2.Client(base_url=self.address)
+
+    def close(self) -> None:
+        self._http.close()
+
+    def request(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> httpx2.Response:
+        """The answer, whatever its status. Raises Unavailable without one."""
+        try:
+            timeout = LOOK_TIMEOUT if method == "GET" else CHANGE_TIMEOUT
+            return self._http.request(method, path, json=body, timeout=timeout)
+        except httpx2.TransportError as error:
+            raise Unavailable(
+                "server_unreachable", f"{self.address} does not answer: {error}.", subject=self.address
+            ) from error
+
+    def document(self, path: str) -> Any:
+        """The JSON of a GET."""
+        answer = self.request("GET", path)
+        if answer.status_code != 200:
+            raise self.refused(f"GET {path}", answer)
+        try:
+            return answer.json()
+        except ValueError as error:
+            raise Unavailable(
+                "server_unreachable", f"{self.address}{path} is not JSON.", subject=self.address
+            ) from error
+
+    def refused(self, what: str, answer: httpx2.Response) -> RegistryError:
+        """The error for an answer that is not a success."""
+        text = f"{self.address} answered {what} with {answer.status_code}: {answer.text[:_MAX_TEXT]}"
+        if answer.status_code >= 500:
+            return Unavailable("server_unreachable", text, subject=self.address)
+        return Refused("server_refused", text, subject=self.address)

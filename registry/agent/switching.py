@@ -1,0 +1,127 @@
+"""One server in step: what it lists is compared with what is wanted, and only the difference is done."""
+
+import time
+from collections.abc import Callable, Mapping, Set
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+from registry.agent.directory import MirrorDirectory
+from registry.agent.servers.protocol import CheckResult, Server
+from registry.agent.versions import ServedVersion, parse_served
+from registry.errors import RegistryError
+
+QUIET_LOOKS = 3
+"""A name is unloaded after as many looks at which no request used it: a metric lags behind by a step, and a request may
+be on its way from a front."""
+LOOK_S = 1.0
+"""The least time between two looks that count."""
+
+Busy = Callable[[], Set[str]]
+
+
+@dataclass(slots=True)
+class _Idle:
+    """A loaded name that nothing routes to."""
+
+    since_s: float
+    looks: int = 0
+    looked_s: float = field(default=float("-inf"))
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """The check of a version on a server, and its time."""
+
+    commit: str
+    result: CheckResult
+    at: datetime
+
+    @property
+    def failed(self) -> bool:
+        return self.result.verdict == "failed"
+
+
+class KeptServer:
+    """A server, and what its agent knows of it. Calls are made by one thread, so that a switch and an unload never
+    overlap."""
+
+    def __init__(self, server: Server, directory: MirrorDirectory, busy_in_front: Busy | None, grace_s: float) -> None:
+        self.server, self._directory = server, directory
+        self._busy_in_front, self._grace_s = busy_in_front, grace_s
+        self.loaded: Mapping[str, str] = {}
+        self.ready, self.error = False, ""
+        self.checks = dict[str, Checked]()
+        self._idle = dict[str, _Idle]()
+
+    def look(self) -> None:
+        """Reads what the server has loaded. A server that does not answer is not ready, and nothing is done to it."""
+        try:
+            self.loaded = self.server.loaded()
+        except RegistryError as error:
+            self.ready, self.error = False, error.detail
+            return
+        self.ready, self.error = True, ""
+        self.checks = {name: check for name, check in self.checks.items() if name in self.loaded}
+        self._idle = {name: idle for name, idle in self._idle.items() if name in self.loaded}
+
+    def has(self, version: ServedVersion) -> bool:
+        """Whether the server has the version loaded, from this agent's directory, and answers under its name."""
+        checked = self.checks.get(version.name)
+        is_loaded = self.ready and self.commit(version.name) == version.commit
+        return is_loaded and checked is not None and checked.commit == version.commit and not checked.failed
+
+    def commit(self, name: str) -> str | None:
+        """The commit that a loaded name stands for; None if it was loaded from elsewhere, or not at all."""
+        path = self.loaded.get(name)
+        return self._directory.commit_of(path) if path else None
+
+    def bring(self, version: ServedVersion, path: Path) -> str:
+        """Loads and checks the version if that is not done. Returns why it cannot be used, or an empty text."""
+        name = version.name
+        try:
+            if name in self.loaded and self.commit(name) != version.commit and not self._unload_quiet(name):
+                return f"{name} was loaded from elsewhere; it is replaced when no request uses it."
+            if name not in self.loaded:
+                self.server.load(version, path)
+                self.loaded = self.server.loaded()
+                self.checks.pop(name, None)
+            if self.commit(name) != version.commit:
+                return f"{self.server.address} does not list {name} as loaded."
+            if not self.has(version):
+                self.checks[name] = Checked(version.commit, self.server.check(name), datetime.now(UTC))
+        except RegistryError as error:
+            return error.detail
+        return self.checks[name].result.why if self.checks[name].failed else ""
+
+    def retire(self, wanted: Set[str]) -> None:
+        """Unloads the names of this agent's versions that are not wanted and that no request uses. Does nothing to a
+        server that is not ready."""
+        if not self.ready:
+            return
+        for name in [name for name in self._idle if name in wanted and self.commit(name)]:
+            del self._idle[name]
+        try:
+            for name in sorted(self.loaded.keys() - wanted):
+                if parse_served(name) and self.commit(name):
+                    self._unload_quiet(name)
+        except RegistryError as error:
+            self.error = error.detail
+
+    def _unload_quiet(self, name: str) -> bool:
+        """Unloads the name if no request has used it at the last looks. Returns whether it is unloaded."""
+        now_s = time.monotonic()
+        idle = self._idle.setdefault(name, _Idle(now_s))
+        if now_s - idle.looked_s < LOOK_S:
+            return False
+        busy = self.server.busy()
+        in_front = self._busy_in_front() if self._busy_in_front else frozenset[str]()
+        if name in in_front or name in (busy or ()):
+            self._idle[name] = _Idle(now_s, 0, now_s)
+            return False
+        idle.looks, idle.looked_s = idle.looks + 1, now_s
+        if idle.looks < QUIET_LOOKS or (busy is None and now_s - idle.since_s < self._grace_s):
+            return False
+        self.server.unload(name)
+        self.loaded = self.server.loaded()
+        return name not in self.loaded

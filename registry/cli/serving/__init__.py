@@ -1,0 +1,1 @@
+"""Commands that bring what channels serve to servers."""

@@ -1,0 +1,148 @@
+"""Mirrors channels: keeps a directory, and the servers on this host, in step with what channels serve."""
+
+import socket
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from registry.cli.console import complete, render
+from registry.cli.console.connect import connected
+from registry.cli.console.groups import root
+from registry.cli.serving.options import address, seconds
+from registry.errors import Usage
+from registry.formats.references import parse_channel_reference, parse_reference
+
+if TYPE_CHECKING:
+    from registry.agent.directory import Check, MirrorDirectory
+    from registry.agent.servers.protocol import Server
+    from registry.client.api import Api
+    from registry.wire.search import AnyRelease
+
+Channels = Annotated[
+    list[str],
+    typer.Argument(metavar="REPO@CHANNEL...", help="Such as acme/sql@prod.", autocompletion=complete.channels),
+]
+Target = Annotated[Path, typer.Argument(metavar="DIR", help="Where releases, routes.json and state.json are kept.")]
+Servers = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--server",
+        metavar="KIND=ADDRESS",
+        help="vllm=URL, sglang=URL, exec=COMMAND, or directory[=BASE_NAME] for servers that watch DIR/by-version. May "
+        "be repeated.",
+    ),
+]
+Front = Annotated[str | None, typer.Option(metavar="URL", help="A front whose requests under way count, too.")]
+Verify = Annotated[Path | None, typer.Option(metavar="PUB.pem", help="Serve only releases that this key signed.")]
+Keep = Annotated[int, typer.Option(min=0, help="Earlier releases whose files are kept, for each channel.")]
+Grace = Annotated[str, typer.Option(metavar="TIME", help="How long the files of every earlier release are kept.")]
+OnEmpty = Annotated[
+    str, typer.Option(metavar="keep|unload", help="What to do with the last version of a channel that serves nothing.")
+]
+Listen = Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Answer /healthz and /metrics here.")]
+Group = Annotated[str | None, typer.Option(help="Report to the registry as a node of this group.")]
+NodeName = Annotated[str | None, typer.Option("--node", help="The node's name; by default, the name of this host.")]
+Unavailable = Annotated[
+    int | None, typer.Option("--max-unavailable", min=1, help="How many nodes of the group may switch at a time.")
+]
+
+
+@root.command()
+def mirror(  # noqa: PLR0913
+    channels: Channels,
+    directory: Target,
+    server: Servers = None,
+    front: Front = None,
+    verify: Verify = None,
+    keep: Keep = 2,
+    grace: Grace = "10m",
+    on_empty: OnEmpty = "keep",
+    listen: Listen = None,
+    group: Group = None,
+    node: NodeName = None,
+    max_unavailable: Unavailable = None,
+) -> None:
+    """Keep servers on this host in step with what channels serve, until interrupted.
+
+    Each version is loaded under its own name, such as acme/sql@1.2.0, from a verified directory; then DIR/routes.json
+    routes the channel to it. The old version is unloaded when no request uses it any more. While the registry is away,
+    what is served goes on.
+    """
+    from registry.agent import health, loop
+    from registry.agent.directory import MirrorDirectory
+    from registry.agent.mirror import Duties, Mirror, Options
+    from registry.agent.switching import KeptServer
+
+    names = ["@".join(map(str, parse_channel_reference(name))) for name in dict.fromkeys(channels)]
+    if on_empty not in ("keep", "unload"):
+        raise Usage("bad_server", f"--on-empty {on_empty} is unknown.", subject=on_empty, next_step="keep or unload.")
+    if max_unavailable is not None and group is None:
+        raise Usage("idle_option", "--max-unavailable counts the nodes of a --group.", subject="--max-unavailable")
+    options = Options(keep, seconds(grace), on_empty == "unload")
+    kept_in, state = MirrorDirectory(directory), health.Health()
+    opened, listens_at = _servers(server, kept_in), address(listen) if listen else None
+    with ExitStack() as stack:
+        api = stack.enter_context(connected()).api
+        check = _signed_by(api, verify)
+        stack.enter_context(kept_in.locked())
+        if listens_at is not None:
+            stack.callback(health.serve(state, *listens_at))
+        busy_in_front = _busy_in(front) if front else None
+        servers = [KeptServer(kept, kept_in, busy_in_front, options.grace_s) for kept in opened]
+        named = loop.Node(group, node or socket.gethostname(), max_unavailable) if group else None
+        reporter = loop.Reporter(api, named, state) if named else None
+        mirrored = Mirror(api, kept_in, servers, options, Duties(check, reporter.may_switch if reporter else _always))
+        stack.callback(mirrored.close)
+        loop.run(mirrored, loop.Followed(api, names, state, render.say), reporter, state)
+
+
+def _always() -> bool:
+    return True
+
+
+def _servers(texts: Sequence[str] | None, directory: "MirrorDirectory") -> "Sequence[Server]":
+    """The servers that `--server` names; DIR/by-version if none is named."""
+    from registry.agent.servers.command import CommandServer
+    from registry.agent.servers.files import DirectoryServer
+    from registry.agent.servers.sglang import SglangServer
+    from registry.agent.servers.vllm import VllmServer
+
+    opened: list[Server] = []
+    for text in texts or ["directory"]:
+        kind, _, address = text.partition("=")
+        if kind == "directory":
+            opened.append(DirectoryServer(directory, address or None))
+        elif kind in ("vllm", "sglang") and address.startswith(("http://", "https://")):
+            opened.append((VllmServer if kind == "vllm" else SglangServer)(address))
+        elif kind == "exec" and address:
+            opened.append(CommandServer(address))
+        else:
+            raise Usage("bad_server", f"--server {text} is unknown.", subject=text)
+    return opened
+
+
+def _signed_by(api: "Api", key: Path | None) -> "Check":
+    """A check that refuses releases which this key has not signed."""
+    if key is None:
+        return lambda _release, _files: None
+    from registry.client.signing import read_public_key, verify_release
+
+    public_key = read_public_key(key)
+
+    def check(release: "AnyRelease", files: Path) -> None:
+        asked = parse_reference(f"{release.repository}:{release.version}")
+        verify_release(api, release, asked, files, public_key)
+
+    return check
+
+
+def _busy_in(front: str) -> "Callable[[], frozenset[str]]":
+    """Names that a front's requests under way use. Raises Unavailable if the front does not answer."""
+    from registry.agent.front import UNDER_WAY
+    from registry.agent.servers.protocol import HttpServer
+
+    requests = HttpServer(front)
+    return lambda: frozenset(requests.document(UNDER_WAY))

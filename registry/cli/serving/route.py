@@ -1,0 +1,36 @@
+"""The front: turns the names of channels in requests into versions."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from registry.cli.console.groups import root
+from registry.cli.serving.options import address
+
+Target = Annotated[Path, typer.Argument(metavar="DIR", help="The directory of `adaptory mirror` on this host.")]
+Upstream = Annotated[
+    list[str] | None,
+    typer.Option(metavar="URL", help="A server for models that no route names, such as the base. May be repeated."),
+]
+
+
+@root.command()
+def route(
+    directory: Target,
+    listen: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where to listen.")] = "127.0.0.1:8000",
+    upstream: Upstream = None,
+) -> None:
+    """Pass requests of the OpenAI API to servers, with the name of a channel turned into a version.
+
+    Reads DIR/routes.json, which a mirror keeps. Answers say in x-served-model which version gave them. /metrics counts
+    requests, seconds, tokens and finish reasons by version.
+    """
+    import uvicorn
+
+    from registry.agent.directory import MirrorDirectory
+    from registry.agent.front import Front
+
+    host, port = address(listen)
+    app = Front(MirrorDirectory(directory), [url.rstrip("/") for url in upstream or ()]).app()
+    uvicorn.run(app, host=host, port=port, log_level="warning", access_log=False)

@@ -1,0 +1,1 @@
+"""Serving: agents, fronts and servers."""
