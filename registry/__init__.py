@@ -2,6 +2,7 @@
 
 cli/        commands: call the API through client/, and print
 sdk/        registries as Python objects: opens the one of a URL, or the embedded one in this process
+agent/      keeps servers, and the routes of a front, in step with what channels serve
 api/        REST under /v1: the app, callers, limits, problems, routes; hub API in api.hub, pages in api.pages
 worker/     jobs: the steps of a composition
 transfer/   bytes and rows together: uploads, publishing, collection, fsck

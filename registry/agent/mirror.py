@@ -1,6 +1,5 @@
 """The mirror: rounds that bring directories, servers and routes into step with what channels serve."""
 
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -68,7 +67,6 @@ class Mirror:
         self._api, self._directory, self._servers = api, directory, servers
         self._options, self._duties = options, duties
         self._threads = ThreadPoolExecutor(max(1, len(servers)), "server")
-        self._alone = threading.Lock()
         self._state: Mapping[str, Any] | None = None
 
     def close(self) -> None:
@@ -79,24 +77,23 @@ class Mirror:
     def round(self, wanted: Mapping[str, FollowedOut | None], channels: Sequence[str]) -> NodeReportIn:
         """Does what is needed now. `wanted` has the channels that are known; null is one that cannot be read. Raises
         Unavailable if the directory cannot be written: then nothing that is served changes."""
-        with self._alone:
-            routes = self._directory.routes()
-            targets = {channel: self._target(channel, wanted, routes) for channel in channels}
-            goals = {channel: target.version for channel, target in targets.items()}
-            differ = any(version not in (None, routes.version(channel)) for channel, version in goals.items())
-            switches = differ and self._duties.may_switch()
-            needed = routes.versions() | {version for version in goals.values() if version and switches}
-            failures = self._bring(needed)
-            after = self._moved(routes, targets, failures, switches=switches)
-            if after != routes:
-                self._directory.write_routes(after)
-            self._tidy(after, targets)
-            report = self._report(after, targets)
-            state = {**report.model_dump(mode="json"), "by_version": self._directory.notes()}
-            if state != self._state:
-                self._directory.write_state(state)
-                self._state = state
-            return report
+        routes = self._directory.routes()
+        targets = {channel: self._target(channel, wanted, routes) for channel in channels}
+        goals = {channel: target.version for channel, target in targets.items()}
+        differ = any(version not in (None, routes.version(channel)) for channel, version in goals.items())
+        switches = differ and self._duties.may_switch()
+        needed = routes.versions() | {version for version in goals.values() if version and switches}
+        failures = self._bring(needed)
+        after = self._moved(routes, targets, failures, switches=switches)
+        if after != routes:
+            self._directory.write_routes(after)
+        self._tidy(after, targets)
+        report = self._report(after, targets)
+        state = {**report.model_dump(mode="json"), "by_version": self._directory.notes()}
+        if state != self._state:
+            self._directory.write_state(state)
+            self._state = state
+        return report
 
     def _target(self, channel: str, wanted: Mapping[str, FollowedOut | None], routes: Routes) -> _Target:
         current = routes.version(channel)
@@ -160,7 +157,7 @@ class Mirror:
             if version is not None:
                 channels[channel], commits[version.name] = {version.name: WEIGHT}, version.commit
         servers = {
-            name: tuple(kept.server.address for kept in ready if kept.commit(name) == commit)
+            name: tuple(kept.server.address for kept in ready if kept.commit_of(name) == commit)
             for name, commit in commits.items()
         }
         return Routes(channels, since, commits, servers)
@@ -174,7 +171,7 @@ class Mirror:
         if not all(kept.ready for kept in self._servers):
             return  # one that does not answer may have any directory loaded
         used = {version.commit for version in wanted}
-        used |= {commit for kept in self._servers for name in kept.loaded if (commit := kept.commit(name))}
+        used |= {commit for kept in self._servers for name in kept.loaded if (commit := kept.commit_of(name))}
         self._directory.touch(commit for commit in used)
         unused = sorted(
             (last_s, commit) for commit, last_s in self._directory.old(0.0, time.time()) if commit not in used
@@ -208,8 +205,8 @@ class Mirror:
 
 
 def _row_of(kept: KeptServer) -> NodeServer:
-    names = sorted(kept.loaded, key=lambda name: (kept.commit(name) is None, name))  # our own first
-    loaded = [LoadedName(name=name[:MAX_CHANNEL_CHARS], commit=kept.commit(name)) for name in names[:MAX_LOADED]]
+    names = sorted(kept.loaded, key=lambda name: (kept.commit_of(name) is None, name))  # our own first
+    loaded = [LoadedName(name=name[:MAX_CHANNEL_CHARS], commit=kept.commit_of(name)) for name in names[:MAX_LOADED]]
     return NodeServer(
         url=kept.server.address[:_MAX_URL],
         kind=kept.server.kind,

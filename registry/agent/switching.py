@@ -68,10 +68,10 @@ class KeptServer:
     def has(self, version: ServedVersion) -> bool:
         """Whether the server has the version loaded, from this agent's directory, and answers under its name."""
         checked = self.checks.get(version.name)
-        is_loaded = self.ready and self.commit(version.name) == version.commit
+        is_loaded = self.ready and self.commit_of(version.name) == version.commit
         return is_loaded and checked is not None and checked.commit == version.commit and not checked.failed
 
-    def commit(self, name: str) -> str | None:
+    def commit_of(self, name: str) -> str | None:
         """The commit that a loaded name stands for; None if it was loaded from elsewhere, or not at all."""
         path = self.loaded.get(name)
         return self._directory.commit_of(path) if path else None
@@ -80,13 +80,13 @@ class KeptServer:
         """Loads and checks the version if that is not done. Returns why it cannot be used, or an empty text."""
         name = version.name
         try:
-            if name in self.loaded and self.commit(name) != version.commit and not self._unload_quiet(name):
+            if name in self.loaded and self.commit_of(name) != version.commit and not self._unload_quiet(name):
                 return f"{name} was loaded from elsewhere; it is replaced when no request uses it."
             if name not in self.loaded:
                 self.server.load(version, path)
                 self.loaded = self.server.loaded()
                 self.checks.pop(name, None)
-            if self.commit(name) != version.commit:
+            if self.commit_of(name) != version.commit:
                 return f"{self.server.address} does not list {name} as loaded."
             if not self.has(version):
                 self.checks[name] = Checked(version.commit, self.server.check(name), datetime.now(UTC))
@@ -99,11 +99,11 @@ class KeptServer:
         server that is not ready."""
         if not self.ready:
             return
-        for name in [name for name in self._idle if name in wanted and self.commit(name)]:
+        for name in [name for name in self._idle if name in wanted and self.commit_of(name)]:
             del self._idle[name]
         try:
             for name in sorted(self.loaded.keys() - wanted):
-                if parse_served(name) and self.commit(name):
+                if parse_served(name) and self.commit_of(name):
                     self._unload_quiet(name)
         except RegistryError as error:
             self.error = error.detail

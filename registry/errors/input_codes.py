@@ -15,7 +15,6 @@ USAGE = {
     "bad_condition": "Write SUITE.METRIC>=NUMBER or SUITE.METRIC<=NUMBER, as in sql-exact.accuracy>=0.5.",
     "bad_covers": "Use --signature-covers release.",
     "bad_cursor": "Use `next` of the previous page unchanged.",
-    "bad_duration": "Write a number with s, m, h or d: 30s, 10m.",
     "bad_digest": "Give 64 lower-case hexadecimal digits.",
     "bad_evaluation": "Request several evaluations.",
     "bad_grant": "Send the fields that docs/how-to/publish-from-ci.md lists: grant_type, subject_token and others.",

@@ -11,8 +11,9 @@ import typer
 from registry.cli.console import complete, render
 from registry.cli.console.connect import connected
 from registry.cli.console.groups import root
-from registry.cli.serving.options import address, seconds
+from registry.cli.serving.options import address
 from registry.errors import Usage
+from registry.formats.durations import parse_duration
 from registry.formats.references import parse_channel_reference, parse_reference
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def mirror(  # noqa: PLR0913
         raise Usage("bad_server", f"--on-empty {on_empty} is unknown.", subject=on_empty, next_step="keep or unload.")
     if max_unavailable is not None and group is None:
         raise Usage("idle_option", "--max-unavailable counts the nodes of a --group.", subject="--max-unavailable")
-    options = Options(keep, seconds(grace), on_empty == "unload")
+    options = Options(keep, parse_duration(grace), on_empty == "unload")
     kept_in, state = MirrorDirectory(directory), health.Health()
     opened, listens_at = _servers(server, kept_in), address(listen) if listen else None
     with ExitStack() as stack:
