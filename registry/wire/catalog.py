@@ -360,7 +360,7 @@ class YankIn(WireIn):
 
 
 class WithdrawIn(YankIn):
-    dry_run: bool = Field(default=False, description="Change nothing; the answer says what would be served.")
+    dry_run: bool = Field(default=False, description="Change nothing; the answer says what would.")
 
 
 class ServedChangeOut(Wire):

@@ -94,6 +94,10 @@ def test_the_status_shows_each_node_and_a_node_that_has_ended_is_removed(stocked
     document = cli.json("rollout", "status", CHANNEL)
     assert document["totals"] == {"following": 1, "switching": 0, "behind": 0, "failed": 1, "silent": 0}
     assert cli.ok("yank", "acme/sql:1.1.0", "--reason", "wrong", "--dry-run").err.endswith("loaded on prod/b\n")
+    planned = cli.ok("takedown", "acme/sql:1.1.0", "--reason", "personal data", "--dry-run")
+    assert planned.out.startswith("would take down acme/sql:1.1.0: personal data\n")
+    assert "loaded on prod/b" in planned.err
+    assert cli.json("show", "acme/sql:1.1.0")["taken_down"] is None
     taken = cli.ok("takedown", "acme/sql:1.1.0", "--reason", "personal data")
     assert "loaded on prod/b, which serve it until they switch" in taken.err
     cli.ok("rollout", "forget", "acme", "prod/b")

@@ -44,7 +44,6 @@ from registry.wire.catalog import (
     TargetSuiteOut,
     WithdrawIn,
     WithdrawnOut,
-    YankIn,
 )
 from registry.wire.document import Page
 
@@ -263,13 +262,16 @@ def _loaded_on(session: Session, actor: Actor, release: Release) -> list[LoadedO
 
 
 @repository_routes.post("/{namespace}/{name}/releases/{version}/takedown")
-def take_down(named: RepositoryOf, version: str, body: YankIn, resources: ResourcesOf, actor: Admin) -> TakedownOut:
-    """Remove the files of a release, and of versions with the same ones, for good. A tombstone stays."""
+def take_down(named: RepositoryOf, version: str, body: WithdrawIn, resources: ResourcesOf, actor: Admin) -> TakedownOut:
+    """Remove the files of a release, and of versions with the same ones, for good. A tombstone stays. With `dry_run`,
+    only say what would be removed."""
     with resources.write() as session:
         release = named.release(session, version)
-        taken = withdrawals.take_down(session, actor, release, body.reason)
+        act = partial(withdrawals.take_down, session, actor, release, body.reason)
+        taken = withdrawals.preview(session, act) if body.dry_run else act()
         loaded = _loaded_on(session, actor, release)
     from registry.transfer.collect import remove_marked  # which loads more than all other routes here need
 
-    remove_marked(resources)
+    if not body.dry_run:
+        remove_marked(resources)
     return TakedownOut.of(taken, loaded_on=loaded)

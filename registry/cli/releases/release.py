@@ -219,6 +219,7 @@ def _need_reason(act: str, ref: str, reason: str) -> None:
 def takedown(
     ref: Ref,
     reason: Annotated[str, typer.Option("--reason", help="Why; the tombstone shows it.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would be removed.")] = False,
     json: JsonFlag = False,
 ) -> None:
     """Remove a release's files for good: leaked or illegal content. A tombstone and the audit log stay.
@@ -226,16 +227,16 @@ def takedown(
     Versions with the same files go with it, and the namespace cannot publish them or their weights again.
     """
     with connected() as connection:
-        taken = connection.api.post(
-            f"{_exactly(connection, ref).path}/takedown", {"reason": reason}, wire.catalog.TakedownOut
-        )
+        body = {"reason": reason, **({"dry_run": True} if dry_run else {})}
+        taken = connection.api.post(f"{_exactly(connection, ref).path}/takedown", body, wire.catalog.TakedownOut)
 
     def show() -> None:
         for name in taken.releases:
-            render.out(f"took down {name}: {reason}")
-        render.out(f"{render.counted(taken.blobs, 'blob')} gone for good ({render.size(taken.size_bytes)})")
+            render.out(f"{'would take' if dry_run else 'took'} down {name}: {reason}")
+        gone = "would be gone" if dry_run else "gone"
+        render.out(f"{render.counted(taken.blobs, 'blob')} {gone} for good ({render.size(taken.size_bytes)})")
         for path in taken.barred:
-            render.out(f"{path}: these weights cannot be published here again")
+            render.out(f"{path}: these weights {'could' if dry_run else 'can'}not be published here again")
         for name in taken.named_by:
             files = ", ".join(taken.kept_files.get(name, ())) or "some of these files"
             render.say(f"warning: {name} still has {files}.")

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from itertools import groupby
+from typing import TypeVar
 
 from sqlalchemy import ColumnElement, and_, delete, exists, false, or_, select, update
 from sqlalchemy.orm import Session, aliased
@@ -47,6 +48,7 @@ from registry.formats.manifest import parse_manifest
 from registry.formats.references import Version
 
 _UNTRACKED = {"synchronize_session": False}
+Outcome = TypeVar("Outcome")
 TAKEN_DOWN_BY = "takedown"
 """The value of `Blob.removing_by` while no collection has begun the removal."""
 
@@ -248,8 +250,8 @@ def unyank(session: Session, actor: Actor, release: Release, reason: str) -> lis
     return _set_yank(session, actor, release, Act.RELEASE_UNYANK, reason, yank_reason=None)
 
 
-def preview(session: Session, act: Callable[[], list[ServedChange]]) -> list[ServedChange]:
-    """The channels that would serve another release after the act, which is done and undone."""
+def preview(session: Session, act: Callable[[], Outcome]) -> Outcome:
+    """What a yank, an unyank or a takedown would change: the act is done and undone."""
     attempt = session.begin_nested()
     try:
         return act()
