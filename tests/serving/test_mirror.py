@@ -276,6 +276,8 @@ def test_metrics_show_channels_servers_and_whether_the_registry_is_followed(site
         (["--server", "vllm=localhost:1"], 2, "vllm=localhost:1"),
         (["--grace", "ten"], 2, "ten"),
         (["--max-unavailable", "1"], 2, "--max-unavailable"),
+        (["--group", "Prod"], 2, "Prod"),
+        (["--group", "prod", "--node", "GPU 1"], 2, "GPU 1"),
     ],
 )
 def test_wrong_options_are_named(site: Site, words: list[str], code: int, names: str) -> None:

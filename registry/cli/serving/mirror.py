@@ -14,7 +14,7 @@ from registry.cli.console.groups import root
 from registry.cli.serving.options import address
 from registry.errors import Usage
 from registry.formats.durations import parse_duration
-from registry.formats.references import parse_channel_reference, parse_reference
+from registry.formats.references import parse_channel_reference, parse_node_name, parse_reference
 
 if TYPE_CHECKING:
     from registry.agent.directory import Check, MirrorDirectory
@@ -82,6 +82,10 @@ def mirror(  # noqa: PLR0913
         raise Usage("bad_server", f"--on-empty {on_empty} is unknown.", subject=on_empty, next_step="keep or unload.")
     if max_unavailable is not None and group is None:
         raise Usage("idle_option", "--max-unavailable counts the nodes of a --group.", subject="--max-unavailable")
+    named = None
+    if group is not None:
+        host = parse_node_name(node or socket.gethostname().lower(), "node")
+        named = loop.Node(parse_node_name(group, "group"), host, max_unavailable)
     options = Options(keep, parse_duration(grace), on_empty == "unload")
     kept_in, state = MirrorDirectory(directory), health.Health()
     opened, listens_at = _servers(server, kept_in), address(listen) if listen else None
@@ -93,7 +97,6 @@ def mirror(  # noqa: PLR0913
             stack.callback(health.serve(state, *listens_at))
         busy_in_front = _busy_in(front) if front else None
         servers = [KeptServer(kept, kept_in, busy_in_front, options.grace_s) for kept in opened]
-        named = loop.Node(group, node or socket.gethostname(), max_unavailable) if group else None
         reporter = loop.Reporter(api, named, state) if named else None
         mirrored = Mirror(api, kept_in, servers, options, Duties(check, reporter.may_switch if reporter else _always))
         stack.callback(mirrored.close)
