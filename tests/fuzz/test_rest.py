@@ -27,6 +27,8 @@ from registry.client.inprocess import InProcessTransport
 from registry.client.push import collect, push
 from registry.client.selection import select_files
 from registry.database.tables import BaseAlias
+from registry.domain.access import namespaces
+from registry.domain.access.roles import EVERYWHERE, Role
 from registry.domain.catalog.bases import find as find_base
 from registry.domain.catalog.suites import find as find_suite
 from registry.errors import Invalid, Refused
@@ -34,7 +36,7 @@ from registry.formats.references import RepositoryName
 from registry.transfer.fsck import check
 from registry.transfer.resources import Resources
 from tests import services
-from tests.access.house import House, copy_of, furnished_house, opened
+from tests.access.house import HOST, House, copy_of, furnished_house, opened
 from tests.access.test_every_route import ROUTES
 from tests.durability.breakable import Stock
 from tests.durability.small import write_base
@@ -68,6 +70,7 @@ OF_WHAT_IS_THERE = {
     "upgrade_unknown",
     "evaluation_unknown",
     "publisher_unknown",
+    "node_unknown",
 }
 """Codes with status 404 that concern a missing part of a thing that exists."""
 
@@ -79,7 +82,8 @@ def furnished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 @dataclass(frozen=True)
 class Site:
-    """A furnished registry with an operator's token; `known` are names and ids of existing things."""
+    """A furnished registry with the token of an operator who may also report; `known` are names and ids of existing
+    things."""
 
     schema: Any
     headers: Mapping[str, str]
@@ -115,6 +119,7 @@ def _sites(furnished: House, document: dict[str, Any], directory: Path) -> Gener
     with resources.read() as session:
         suite = find_suite(session, "exact").digest
     with resources.write() as session:
+        namespaces.set_member(session, HOST, EVERYWHERE, "operator", Role.ADMIN_AGENT)
         session.add(BaseAlias(alias="tiny-alias", base_digest=find_base(session, "tiny").digest))
     things = furnished.things["acme"]
     known = {
