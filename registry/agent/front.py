@@ -30,6 +30,8 @@ PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/respo
 UNDER_WAY = "/-/under-way"
 MAX_BODY_BYTES = 64 << 20
 _TIMEOUT = httpx2.Timeout(10.0, read=600.0)
+_KEPT_S = 2.0
+"""vLLM closes a connection that was not used for 5 seconds: it must not be reused just then."""
 _NOT_PASSED = frozenset({
     "connection", "content-length", "host", "keep-alive", "proxy-authenticate", "proxy-authorization", "te", "trailer",
     "transfer-encoding", "upgrade",
@@ -129,7 +131,7 @@ class Front:
 
     def __init__(self, directory: MirrorDirectory, upstreams: Sequence[str]) -> None:
         self.table, self.figures, self._upstreams = Table(directory), Figures(), tuple(upstreams)
-        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=200)
+        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=200, keepalive_expiry=_KEPT_S)
         self._http = httpx2.AsyncClient(timeout=_TIMEOUT, limits=limits)
         self._turn = 0
 
@@ -185,32 +187,33 @@ class Front:
         return (*servers[first:], *servers[:first])
 
     async def _send(self, request: Request, model: str, body: bytes, servers: Sequence[str]) -> Response:
-        """Sends the request to the first server that takes it. One that cannot be reached, or that has been restarted
-        and does not know the model yet, has not begun to answer, so the next one may."""
+        """Sends the request to the first server that begins to answer. One that cannot be reached, that closed the
+        connection, or that was restarted and does not know the model yet, has not, and the next one may; a closed
+        connection is no reason to leave out the only server, so the first one gets another attempt."""
         headers = [(name, value) for name, value in request.headers.items() if name not in _NOT_PASSED]
-        outcome, refused = self.figures.begin(model), f"No server has {model[:200]}."
+        outcome, error = self.figures.begin(model), f"No server has {model[:200]}."
         try:
-            for left, server in zip(reversed(range(len(servers))), servers, strict=True):
+            for server in (*servers, *servers[:1]):
                 sent = self._http.build_request("POST", server + request.url.path, content=body, headers=headers)
                 try:
                     answer = await self._http.send(sent, stream=True)
-                except httpx2.ConnectError as error:
-                    refused = f"{model[:200]} cannot be reached: {error}."
+                except (httpx2.ConnectError, httpx2.RemoteProtocolError, httpx2.ReadError) as lost:
+                    error = f"A server of {model[:200]} gave no answer: {type(lost).__name__}."
                     continue
-                if answer.status_code == 404 and left:
-                    await answer.aclose()
+                if answer.status_code == 404 and len(servers) > 1:
+                    error = f"A server does not know {model[:200]}: {(await answer.aread())[:200]!r}."
                     continue
                 passed = {name: value for name, value in answer.headers.items() if name not in _NOT_PASSED}
                 passed["x-served-model"] = model
                 return StreamingResponse(self._chunks(outcome, answer), answer.status_code, passed)
-        except httpx2.TransportError as error:
-            self.figures.end(outcome, 502)
-            return _error(502, f"{model[:200]} gave no answer: {type(error).__name__}.")
+        except httpx2.TransportError as lost:
+            self.figures.end(outcome, 504)
+            return _error(504, f"A server of {model[:200]} took too long: {type(lost).__name__}.")
         except BaseException:
             self.figures.end(outcome, 499)
             raise
         self.figures.end(outcome, 503)
-        return _error(503, refused)
+        return _error(503, error)
 
     async def _chunks(self, outcome: _Outcome, answer: httpx2.Response) -> AsyncIterator[bytes]:
         """Passes the bytes on as they come, and counts the request when they end, however they end."""

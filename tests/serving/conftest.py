@@ -1,5 +1,6 @@
 """A registry with two releases of acme/sql, behind a server, and agents that follow it."""
 
+import shutil
 from collections.abc import Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ import pytest
 from tests import services
 from tests.eventually import eventually
 from tests.forked import start_command
-from tests.scenarios.conftest import USER, templates, world
+from tests.scenarios.conftest import USER, Templates, templates, world
 from tests.scenarios.world import Cli, World, own_environment, server
 from tests.serving.double import weights_hash
 
@@ -45,27 +46,35 @@ class Site:
         self.cli.ok("promote", f"{repository}:{version}", "--to", "prod")
 
 
-@pytest.fixture
-def site(templates: Any, world: World, tmp_path: Path) -> Generator[Site]:
-    """acme/sql@prod serves 1.0.0; 1.1.0 has other weights. acme/terraform@prod serves 1.0.0."""
-    home = tmp_path / "registry"
+@pytest.fixture(scope="session")
+def stocked_home(templates: Templates, world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The home of a registry with the releases, which each test copies."""
+    home = tmp_path_factory.mktemp("serving") / "registry"
     templates.copy(services.PAIRINGS[0], home)
     embedded = Cli({"ADAPTORY_HOME": str(home), "ADAPTORY_USER": USER})
     for name, version in (("sql", "sql:1.0.0"), ("other-sql", "sql:1.1.0"), ("terraform", "terraform:1.0.0")):
         embedded.ok("push", world.adapters[name], f"acme/{version}", "--base", "tiny")
+    for repository in ("sql", "terraform"):
+        embedded.ok("promote", f"acme/{repository}:1.0.0", "--to", "prod")
+    return home
+
+
+@pytest.fixture
+def site(stocked_home: Path, world: World, tmp_path: Path) -> Generator[Site]:
+    """acme/sql@prod serves 1.0.0; 1.1.0 has other weights. acme/terraform@prod serves 1.0.0."""
+    home = tmp_path / "registry"
+    shutil.copytree(stocked_home, home)
     hashes = {
         "acme/sql@1.0.0": weights_hash(world.adapters["sql"]),
         "acme/sql@1.1.0": weights_hash(world.adapters["other-sql"]),
         "acme/terraform@1.0.0": weights_hash(world.adapters["terraform"]),
     }
-    for repository in ("sql", "terraform"):
-        embedded.ok("promote", f"acme/{repository}:1.0.0", "--to", "prod")
     url = f"http://127.0.0.1:{services.free_port()}"
     client = Cli({"ADAPTORY_HOME": str(tmp_path / "client"), "ADAPTORY_URL": url})
-    one = Site(client, url, home, tmp_path, hashes)
-    one.start()
-    yield one
-    one.stop()
+    running = Site(client, url, home, tmp_path, hashes)
+    running.start()
+    yield running
+    running.stop()
 
 
 @dataclass

@@ -11,10 +11,12 @@ import asyncio
 import hashlib
 import itertools
 import json
+import sys
 from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -23,8 +25,9 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
-from starlette.routing import Route
+from starlette.routing import Mount, Route
 
+from registry.agent.directory import Routes
 from tests import services
 from tests.eventually import eventually
 from tests.forked import start
@@ -219,9 +222,17 @@ class SglangDouble(VllmDouble):
 KINDS = {"vllm": VllmDouble, "sglang": SglangDouble}
 
 
-def run(kind: str, port: int, seconds: float, max_loras: int) -> None:
-    app = KINDS[kind](Engine(seconds, max_loras)).app()
-    uvicorn.run(app, host="127.0.0.1", port=port, log_level="error")
+def run(kind: str, port: int, seconds: float, max_loras: int, count: int = 1) -> None:
+    """Runs a server, at `/`; or several in one process, at `/0`, `/1` and so on."""
+    apps = [KINDS[kind](Engine(seconds, max_loras)).app() for _ in range(count)]
+    mounted = Starlette(routes=[Mount(f"/{number}", each) for number, each in enumerate(apps)])
+    uvicorn.run(apps[0] if count == 1 else mounted, host="127.0.0.1", port=port, log_level="error")
+
+
+def one_route(channel: str, name: str, url: str) -> Routes:
+    """Routes of one channel to one version on one server."""
+    since = datetime.now(UTC).isoformat()
+    return Routes({channel: {name: 100}}, {channel: since}, {name: "a" * 40}, {name: (url,)})
 
 
 @contextmanager
@@ -246,3 +257,7 @@ def double(
     finally:
         process.kill()
         process.join(20)
+
+
+if __name__ == "__main__":
+    run(sys.argv[1], int(sys.argv[2]), float(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5]))
