@@ -81,9 +81,9 @@ def with_release(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
         (
             ("token", "create", "--scope", "acme=king"),
             6,
-            ["--scope: 'king' is unknown", "next: Use 'reader', 'publisher'"],
+            ["--scope: 'king' is unknown", "next: Use 'reader', 'agent', 'publisher'"],
         ),
-        (("namespace", "grant", "acme", "bo", "king"), 6, ["role", "next: Use 'reader', 'publisher'"]),
+        (("namespace", "grant", "acme", "bo", "king"), 6, ["role", "next: Use 'reader', 'agent', 'publisher'"]),
         (("audit", "--since", "yesterday"), 6, ["since", "next: Write a day", "2026-01-31T12:00:00Z"]),
         (("rollback", "acme/sql@prod"), 1, ["acme/sql@prod", "adaptory history"]),
         (("rollback", "acme/sql@prod", "--to", "1.9.0"), 1, ["never served 1.9.0"]),
