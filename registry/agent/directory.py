@@ -20,7 +20,7 @@ from typing import Any, cast
 
 from composer.errors import InvalidFile
 from composer.formats.checkpoints.hashing import hash_file
-from registry.agent.versions import ServedVersion, parse_served
+from registry.agent.versions import ServedVersion, is_commit, parse_served
 from registry.client.api import Api
 from registry.client.cache import is_regular
 from registry.client.pull import pull
@@ -89,12 +89,12 @@ class MirrorDirectory:
 
     def commit_of(self, path: str) -> str | None:
         """The commit of a path that a server has loaded; None for one outside this directory."""
-        loaded = Path(path)
+        loaded, commit = Path(path), None
         if loaded.parent == self._by_commit:
-            return loaded.name
-        if loaded.is_relative_to(self._by_version):
-            return self._note_of(loaded).get("commit")
-        return None
+            commit = loaded.name
+        elif loaded.parent.parent == self._by_version:
+            commit = self._note_of(loaded).get("commit")
+        return commit if isinstance(commit, str) and is_commit(commit) else None
 
     def fetch(self, api: Api, version: ServedVersion, check: Check) -> Path:
         """The release's directory, complete and verified. An existing one is verified once in each process, without the
@@ -170,7 +170,11 @@ class MirrorDirectory:
         self._remove(self.path(commit))
 
     def routes(self) -> Routes:
-        """The routes that were written last; none for a file that is missing or damaged."""
+        """The routes that were written last; none if they cannot be read."""
+        return self.read_routes() or Routes()
+
+    def read_routes(self) -> Routes | None:
+        """The routes that were written last; None for a file that is missing, unreadable or damaged."""
         try:
             document = json.loads((self.root / "routes.json").read_bytes())
             commits = {name: str(row["commit"]) for name, row in document["versions"].items()}
@@ -180,10 +184,11 @@ class MirrorDirectory:
             }
             servers = {name: tuple(map(str, row["servers"])) for name, row in document["versions"].items()}
             since = {channel: str(moment) for channel, moment in document["since"].items()}
-        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
-            return Routes()
-        known = all(name in commits for weights in channels.values() for name in weights)
-        return Routes(channels, since, commits, servers) if known else Routes()
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            return None
+        known = all(commits.keys() >= weights.keys() for weights in channels.values())
+        weighed = all(min(weights.values()) >= 0 < sum(weights.values()) for weights in channels.values() if weights)
+        return Routes(channels, since, commits, servers) if known and weighed else None
 
     def write_routes(self, routes: Routes) -> None:
         versions = {

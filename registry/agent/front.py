@@ -10,11 +10,14 @@ import json
 import secrets
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import Any, cast
 
+import anyio
 import httpx2
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client import Counter as Total
@@ -22,6 +25,7 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from registry.agent.directory import MirrorDirectory, Routes
 
@@ -33,11 +37,18 @@ _TIMEOUT = httpx2.Timeout(10.0, read=600.0)
 _KEPT_S = 2.0
 """vLLM closes a connection that was not used for 5 seconds: it must not be reused just then."""
 _NOT_PASSED = frozenset({
-    "connection", "content-length", "host", "keep-alive", "proxy-authenticate", "proxy-authorization", "te", "trailer",
-    "transfer-encoding", "upgrade",
+    b"connection", b"content-length", b"date", b"host", b"keep-alive", b"proxy-authenticate", b"proxy-authorization",
+    b"server", b"te", b"trailer", b"transfer-encoding", b"upgrade",
 })  # fmt: skip
 _TAIL_BYTES = 4096
 """As much of a streamed answer is kept for its last events, which hold usage and finish reason."""
+_MAX_COUNTED_BYTES = 4 << 20
+"""A longer answer that is not streamed is passed on, and its tokens are not counted."""
+_MAX_NAME_CHARS = 500
+_OTHER = "other"
+"""Stands in metrics for the models that no route names, and for unknown finish reasons: clients and servers can make up
+any number of these."""
+_REASONS = frozenset({"stop", "length", "tool_calls", "function_call", "content_filter", "abort", "error"})
 
 
 class Table:
@@ -45,32 +56,35 @@ class Table:
 
     def __init__(self, directory: MirrorDirectory) -> None:
         self._directory, self._path = directory, directory.root / "routes.json"
-        self._written_ns: int = -1
+        self._written = (0, 0)
         self._routes = Routes()
 
     @property
     def routes(self) -> Routes:
-        try:
-            written_ns = self._path.stat().st_mtime_ns
-        except FileNotFoundError:
-            return self._routes
-        if written_ns != self._written_ns:
-            self._routes, self._written_ns = self._directory.routes(), written_ns
+        """The routes that could be read last."""
+        with suppress(OSError):
+            stat = self._path.stat()
+            written = (stat.st_mtime_ns, stat.st_ino)
+            if written != self._written:
+                self._routes, self._written = self._directory.read_routes() or self._routes, written
         return self._routes
 
 
 def choose(weights: Mapping[str, int], user: str) -> str:
     """A version by its weight: the same one for the same user."""
-    point = int.from_bytes(hashlib.sha256(user.encode()).digest()[:8]) * sum(weights.values()) >> 64
+    point = (
+        int.from_bytes(hashlib.sha256(user.encode(errors="surrogatepass")).digest()[:8]) * sum(weights.values()) >> 64
+    )
     bounds = accumulate(weights.values())
     return next(name for name, bound in zip(weights, bounds, strict=True) if point < bound)
 
 
 @dataclass(slots=True)
 class _Outcome:
-    """A request to a version, as it is counted."""
+    """A request to a model, as it is counted. `label` is the model's name in metrics."""
 
     model: str
+    label: str
     began_s: float
     ended: bool = False
 
@@ -95,9 +109,9 @@ class Figures:
             "adaptory_front_finished", "Answers by finish reason.", [*names, "reason"], registry=self._registry
         )
 
-    def begin(self, model: str) -> _Outcome:
+    def begin(self, model: str, *, is_routed: bool) -> _Outcome:
         self.under_way[model] += 1
-        return _Outcome(model, time.monotonic())
+        return _Outcome(model, model if is_routed else _OTHER, time.monotonic())
 
     def end(self, outcome: _Outcome, status: int, answer: Mapping[str, Any] | None = None) -> None:
         """Counts the end of a request, once."""
@@ -107,22 +121,22 @@ class Figures:
         self.under_way[outcome.model] -= 1
         if not self.under_way[outcome.model]:
             del self.under_way[outcome.model]
-        self._requests.labels(outcome.model, str(status)).inc()
-        self._seconds.labels(outcome.model).observe(time.monotonic() - outcome.began_s)
+        self._requests.labels(outcome.label, str(status)).inc()
+        self._seconds.labels(outcome.label).observe(time.monotonic() - outcome.began_s)
         if answer:
-            self._count(outcome.model, answer)
+            self._count(outcome.label, answer)
 
     def text(self) -> bytes:
         return generate_latest(self._registry)
 
-    def _count(self, model: str, answer: Mapping[str, Any]) -> None:
-        usage = answer.get("usage")
+    def _count(self, label: str, answer: Mapping[str, Any]) -> None:
+        usage, choices = answer.get("usage"), answer.get("choices")
         for kind in ("prompt_tokens", "completion_tokens"):
             if isinstance(usage, dict) and isinstance(count := cast(Mapping[str, Any], usage).get(kind), int):
-                self._tokens.labels(model, kind.removesuffix("_tokens")).inc(max(0, count))
-        for choice in answer.get("choices") or ():
+                self._tokens.labels(label, kind.removesuffix("_tokens")).inc(min(max(0, count), _MAX_COUNTED_BYTES))
+        for choice in cast(list[Any], choices) if isinstance(choices, list) else ():
             if isinstance(choice, dict) and (reason := cast(Mapping[str, Any], choice).get("finish_reason")):
-                self._finished.labels(model, str(reason)[:40]).inc()
+                self._finished.labels(label, str(reason) if str(reason) in _REASONS else _OTHER).inc()
 
 
 class Front:
@@ -163,72 +177,110 @@ class Front:
         try:
             document = json.loads(body)
             requested = document["model"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             return _error(400, "The request is not a JSON object that names a `model`.")
         if not isinstance(requested, str):
             return _error(400, "`model` is not a text.")
+        if not requested.isprintable() or len(requested) > _MAX_NAME_CHARS:
+            return _error(400, f"`model` has characters that cannot be printed, or more than {_MAX_NAME_CHARS}.")
         routes = self.table.routes
         if weights := routes.channels.get(requested):
             user = document.get("user")
             model = choose(weights, user if isinstance(user, str) and user else secrets.token_hex(8))
-            body = json.dumps({**document, "model": model}).encode()
         elif "@" in requested and requested not in routes.commits:
-            return _error(404, f"No channel or version is served as {requested[:200]}.")
+            return _error(404, f"No channel or version is served as {requested}.")
         else:
             model = requested
-        return await self._send(request, model, body, self._servers(routes, model))
+        # Written anew, so that the server reads the same name: a body may have the field twice.
+        return await self._send(request, model, json.dumps({**document, "model": model}).encode(), routes)
 
     def _servers(self, routes: Routes, model: str) -> Sequence[str]:
-        """The servers that have the model, in turn."""
-        of_routes = [server for servers in routes.servers.values() for server in servers]
-        servers = routes.servers.get(model) or self._upstreams or tuple(dict.fromkeys(of_routes))
+        """The servers that have the model, in turn. A server that watches a directory has no address there."""
+        by_model = {name: [url for url in urls if url.startswith("http")] for name, urls in routes.servers.items()}
+        of_routes = [server for servers in by_model.values() for server in servers]
+        servers = by_model.get(model) or self._upstreams or tuple(dict.fromkeys(of_routes))
         self._turn += 1
         first = self._turn % max(1, len(servers))
         return (*servers[first:], *servers[:first])
 
-    async def _send(self, request: Request, model: str, body: bytes, servers: Sequence[str]) -> Response:
+    async def _send(self, request: Request, model: str, body: bytes, routes: Routes) -> Response:
         """Sends the request to the first server that begins to answer. One that cannot be reached, that closed the
         connection, or that was restarted and does not know the model yet, has not, and the next one may; a closed
         connection is no reason to leave out the only server, so the first one gets another attempt."""
-        headers = [(name, value) for name, value in request.headers.items() if name not in _NOT_PASSED]
-        outcome, error = self.figures.begin(model), f"No server has {model[:200]}."
+        headers, servers = _passed(request.headers.raw), self._servers(routes, model)
+        outcome = self.figures.begin(model, is_routed=model in routes.commits)
+        error = f"No server has {model}."
         try:
             for server in (*servers, *servers[:1]):
                 sent = self._http.build_request("POST", server + request.url.path, content=body, headers=headers)
                 try:
                     answer = await self._http.send(sent, stream=True)
-                except (httpx2.ConnectError, httpx2.RemoteProtocolError, httpx2.ReadError) as lost:
-                    error = f"A server of {model[:200]} gave no answer: {type(lost).__name__}."
+                except (
+                    httpx2.ConnectError,
+                    httpx2.ConnectTimeout,
+                    httpx2.RemoteProtocolError,
+                    httpx2.ReadError,
+                ) as lost:
+                    error = f"A server of {model} gave no answer: {type(lost).__name__}."
                     continue
                 if answer.status_code == 404 and len(servers) > 1:
-                    error = f"A server does not know {model[:200]}: {(await answer.aread())[:200]!r}."
+                    await answer.aclose()
+                    error = f"A server does not know {model}."
                     continue
-                passed = {name: value for name, value in answer.headers.items() if name not in _NOT_PASSED}
-                passed["x-served-model"] = model
-                return StreamingResponse(self._chunks(outcome, answer), answer.status_code, passed)
+                return _PassedOn(answer, model, partial(self.figures.end, outcome))
         except httpx2.TransportError as lost:
             self.figures.end(outcome, 504)
-            return _error(504, f"A server of {model[:200]} took too long: {type(lost).__name__}.")
+            return _error(504, f"A server of {model} took too long: {type(lost).__name__}.")
         except BaseException:
             self.figures.end(outcome, 499)
             raise
         self.figures.end(outcome, 503)
         return _error(503, error)
 
-    async def _chunks(self, outcome: _Outcome, answer: httpx2.Response) -> AsyncIterator[bytes]:
-        """Passes the bytes on as they come, and counts the request when they end, however they end."""
-        is_stream = answer.headers.get("content-type", "").startswith("text/event-stream")
-        kept, status = bytearray(), 499
+
+class _PassedOn(StreamingResponse):
+    """Passes the bytes of an answer on as they come. Counts the request when they end, however they end: a client may
+    leave before the first one."""
+
+    def __init__(
+        self, answer: httpx2.Response, model: str, end: Callable[[int, Mapping[str, Any] | None], None]
+    ) -> None:
+        super().__init__(self._chunks(), answer.status_code)
+        self.raw_headers = _passed(answer.headers.raw)
+        if model.isascii():
+            self.headers["x-served-model"] = model
+        self._answer, self._end = answer, end
+        self._kept = bytearray()
+        self._is_stream = answer.headers.get("content-type", "").startswith("text/event-stream")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            async for chunk in answer.aiter_raw():
-                kept += chunk
-                if is_stream and len(kept) > 2 * _TAIL_BYTES:
-                    del kept[:-_TAIL_BYTES]
-                yield chunk
-            status = answer.status_code
+            await super().__call__(scope, receive, send)
         finally:
-            self.figures.end(outcome, status, _last(kept, is_stream=is_stream))
-            await answer.aclose()
+            self._count(499)  # unless it has ended
+            with anyio.CancelScope(shield=True):
+                await self._answer.aclose()
+
+    def _count(self, status: int) -> None:
+        self._end(status, _last(self._kept, is_stream=self._is_stream))
+
+    async def _chunks(self) -> AsyncIterator[bytes]:
+        async for chunk in self._answer.aiter_raw():
+            if self._is_stream or len(self._kept) <= _MAX_COUNTED_BYTES:
+                self._kept += chunk
+            if self._is_stream and len(self._kept) > 2 * _TAIL_BYTES:
+                del self._kept[:-_TAIL_BYTES]
+            yield chunk
+        self._count(self._answer.status_code)  # before the client sees the end
+
+
+def _passed(headers: Sequence[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """The headers that are not for one connection only, as they came."""
+    rows = [(name.lower(), value) for name, value in headers]
+    of_connection = {
+        word.strip().lower() for name, value in rows if name == b"connection" for word in value.split(b",")
+    }
+    return [(name, value) for name, value in rows if name not in _NOT_PASSED | of_connection]
 
 
 def _last(kept: bytearray, *, is_stream: bool) -> Mapping[str, Any] | None:
@@ -238,7 +290,7 @@ def _last(kept: bytearray, *, is_stream: bool) -> Mapping[str, Any] | None:
     for line in lines:
         try:
             document = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(document, dict):
             row = cast(dict[str, Any], document)

@@ -76,6 +76,8 @@ def serve(health: Health, host: str, port: int) -> Callable[[], None]:
     """Answers in a thread. Returns what ends it. Raises Unavailable if the port is taken."""
 
     class Handler(BaseHTTPRequestHandler):
+        timeout = 10.0
+
         def do_GET(self) -> None:
             if self.path == "/healthz":
                 document = health.document()

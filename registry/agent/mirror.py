@@ -11,7 +11,7 @@ from typing import Any
 
 from registry.agent.directory import Check, MirrorDirectory, Routes
 from registry.agent.switching import KeptServer
-from registry.agent.versions import ServedVersion
+from registry.agent.versions import ServedVersion, served_by
 from registry.client.api import Api
 from registry.errors import RegistryError
 from registry.wire.fleet import (
@@ -85,7 +85,7 @@ class Mirror:
         needed = routes.versions() | {version for version in goals.values() if version and switches}
         failures = self._bring(needed)
         after = self._moved(routes, targets, failures, switches=switches)
-        if after != routes:
+        if after != routes and (after.channels or routes.channels):  # damaged routes stay until there are others
             self._directory.write_routes(after)
         self._tidy(after, targets)
         report = self._report(after, targets)
@@ -102,14 +102,18 @@ class Mirror:
         served = wanted[channel]
         if served is None:
             return _Target(current, "The channel does not exist, or this token may not read it.")
-        if served.version is None or served.commit is None:
+        try:
+            version = served_by(channel, served)
+        except RegistryError as error:
+            return _Target(current, error.detail)
+        if version is None:
             if self._options.unload_empty:
                 return _Target(None, move=served.move)
             error = (
                 "The channel serves nothing; its last version goes on." if current else "The channel serves nothing."
             )
             return _Target(current, error, served.move)
-        return _Target(ServedVersion(channel.partition("@")[0], served.version, served.commit), move=served.move)
+        return _Target(version, move=served.move)
 
     def _bring(self, needed: frozenset[ServedVersion]) -> Mapping[ServedVersion, str]:
         """Fetches the versions, and loads and checks them on all servers. Returns why some cannot be used."""

@@ -52,7 +52,7 @@ class KeptServer:
         self.loaded: Mapping[str, str] = {}
         self.ready, self.error = False, ""
         self.checks = dict[str, Checked]()
-        self._idle = dict[str, _Idle]()
+        self._idle, self._ours = dict[str, _Idle](), set[str]()
 
     def look(self) -> None:
         """Reads what the server has loaded. A server that does not answer is not ready, and nothing is done to it."""
@@ -64,6 +64,7 @@ class KeptServer:
         self.ready, self.error = True, ""
         self.checks = {name: check for name, check in self.checks.items() if name in self.loaded}
         self._idle = {name: idle for name, idle in self._idle.items() if name in self.loaded}
+        self._ours &= self.loaded.keys()
 
     def has(self, version: ServedVersion) -> bool:
         """Whether the server has the version loaded, from this agent's directory, and answers under its name."""
@@ -80,12 +81,13 @@ class KeptServer:
         """Loads and checks the version if that is not done. Returns why it cannot be used, or an empty text."""
         name = version.name
         try:
-            if name in self.loaded and self.commit_of(name) != version.commit and not self._unload_quiet(name):
-                return f"{name} was loaded from elsewhere; it is replaced when no request uses it."
+            if name in self.loaded and (why := self._not_replaced(version)):
+                return why
             if name not in self.loaded:
                 self.server.load(version, path)
                 self.loaded = self.server.loaded()
                 self.checks.pop(name, None)
+                self._ours.add(name)
             if self.commit_of(name) != version.commit:
                 return f"{self.server.address} does not list {name} as loaded."
             if not self.has(version):
@@ -93,6 +95,20 @@ class KeptServer:
         except RegistryError as error:
             return error.detail
         return self.checks[name].result.why if self.checks[name].failed else ""
+
+    def _not_replaced(self, version: ServedVersion) -> str:
+        """Why a loaded name keeps standing for something other than the version, or an empty text. A name of this agent
+        never changes what it stands for; one that was loaded from elsewhere is replaced once."""
+        name, commit = version.name, self.commit_of(version.name)
+        if commit == version.commit:
+            return ""
+        if commit is not None:
+            return f"{name} is loaded as {commit[:12]}, and the registry says {version.commit[:12]}. Unload it by hand."
+        if name in self._ours:
+            return f"{name} was loaded here, and then from elsewhere: two agents must not share {self.server.address}."
+        if self._unload_quiet(name):
+            return ""
+        return f"{name} was loaded from elsewhere; it is replaced when no request uses it."
 
     def retire(self, wanted: Set[str]) -> None:
         """Unloads the names of this agent's versions that are not wanted and that no request uses. Does nothing to a

@@ -34,7 +34,7 @@ class CommandServer:
         answer = self._run({"do": "loaded"})
         if not isinstance(answer, dict):
             raise self._unusable("loaded", "an object of names and paths")
-        return {str(name): str(path) for name, path in cast(dict[str, Any], answer).items()}
+        return {str(name): str(path) for name, path in cast(dict[str, Any], answer).items() if name}
 
     def load(self, version: ServedVersion, directory: Path) -> None:
         self._run({"do": "load", "name": version.name, "directory": str(directory), "commit": version.commit})
@@ -60,7 +60,13 @@ class CommandServer:
         what = f"{self.address} {request['do']}"
         try:
             ended = subprocess.run(  # noqa: S603 - the operator's own command
-                self._command, input=json.dumps(request), capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+                self._command,
+                input=json.dumps(request),
+                capture_output=True,
+                encoding="utf-8",
+                errors="replace",
+                timeout=TIMEOUT_S,
+                check=False,
             )
         except (OSError, subprocess.TimeoutExpired) as error:
             raise Unavailable("server_unreachable", f"{what} cannot be run: {error}.", subject=self.address) from error
@@ -69,7 +75,7 @@ class CommandServer:
             raise Refused("server_refused", f"{what} ended with {ended.returncode}: {said}", subject=self.address)
         try:
             return json.loads(ended.stdout) if ended.stdout.strip() else None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise self._unusable(request["do"], "JSON") from error
 
     def _unusable(self, what: str, wanted: str) -> Unavailable:

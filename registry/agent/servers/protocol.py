@@ -1,5 +1,6 @@
 """What an agent does with a server, whatever its kind."""
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,10 @@ from registry.agent.versions import ServedVersion
 from registry.errors import Refused, RegistryError, Unavailable
 
 _MAX_TEXT = 300
-LOOK_TIMEOUT = httpx2.Timeout(10.0)
-CHANGE_TIMEOUT = httpx2.Timeout(10.0, read=120.0)
-"""A server reads an adapter's files before it answers, and a check waits behind running requests."""
+LOOK_S, CHANGE_S = 10.0, 120.0
+"""The time for an answer. A server reads an adapter's files before it answers, and a check waits behind running
+requests."""
+MAX_ANSWER_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +71,23 @@ class HttpServer:
         self._http.close()
 
     def request(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> httpx2.Response:
-        """The answer, whatever its status. Raises Unavailable without one."""
+        """The answer, whatever its status. Raises Unavailable without one, or if it does not end in time."""
+        within_s = LOOK_S if method == "GET" else CHANGE_S
+        until_s, content = time.monotonic() + within_s, bytearray()
         try:
-            timeout = LOOK_TIMEOUT if method == "GET" else CHANGE_TIMEOUT
-            return self._http.request(method, path, json=body, timeout=timeout)
-        except httpx2.TransportError as error:
+            timeout = httpx2.Timeout(LOOK_S, read=within_s)
+            with self._http.stream(method, path, json=body, timeout=timeout) as answer:
+                for chunk in answer.iter_bytes():
+                    content += chunk
+                    if len(content) > MAX_ANSWER_BYTES or time.monotonic() > until_s:
+                        raise Unavailable(
+                            "server_unreachable",
+                            f"{self.address}{path} does not end its answer within {within_s:g} seconds and "
+                            f"{MAX_ANSWER_BYTES:,} bytes.",
+                            subject=self.address,
+                        )
+                return httpx2.Response(answer.status_code, content=bytes(content))
+        except httpx2.RequestError as error:
             raise Unavailable(
                 "server_unreachable", f"{self.address} does not answer: {error}.", subject=self.address
             ) from error
@@ -85,7 +99,7 @@ class HttpServer:
             raise self.refused(f"GET {path}", answer)
         try:
             return answer.json()
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise Unavailable(
                 "server_unreachable", f"{self.address}{path} is not JSON.", subject=self.address
             ) from error

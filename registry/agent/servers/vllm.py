@@ -2,14 +2,15 @@
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from registry.agent.servers.protocol import CheckResult, HttpServer
 from registry.agent.versions import ServedVersion
 from registry.errors import RegistryError, Unavailable
 
-_REQUESTS = re.compile(r"^vllm:lora_requests_info\{(.*)\} (\S+)$", re.MULTILINE)
-_LABEL = re.compile(r'(\w+)="([^"]*)"')
+_REQUESTS = re.compile(r"^vllm:lora_requests_info\{(.*)\} ([0-9.eE+-]+)\s*$", re.MULTILINE)
+_LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 
 
 class VllmServer(HttpServer):
@@ -20,7 +21,8 @@ class VllmServer(HttpServer):
     def loaded(self) -> Mapping[str, str]:
         document = self.document("/v1/models")
         try:
-            return {row["id"]: row["root"] or "" for row in document["data"] if row.get("parent")}
+            rows = [row for row in document["data"] if row.get("parent")]
+            return {_text(row["id"]): _text(row["root"] or "") for row in rows if row["id"]}
         except (KeyError, TypeError, AttributeError) as error:
             raise Unavailable(
                 "server_unreachable", f"{self.address}/v1/models is not a list of models.", subject=self.address
@@ -43,7 +45,10 @@ class VllmServer(HttpServer):
         answer = self.request("GET", "/metrics")
         if answer.status_code != 200:
             raise self.refused("GET /metrics", answer)
-        samples = [(float(value), labels) for labels, value in _REQUESTS.findall(answer.text)]
+        samples: list[tuple[float, str]] = []
+        for labels, value in _REQUESTS.findall(answer.text):
+            with suppress(ValueError):
+                samples.append((float(value), labels))
         if not samples:
             return frozenset()
         labels = dict(_LABEL.findall(max(samples)[1]))
@@ -59,3 +64,10 @@ class VllmServer(HttpServer):
         if answer.status_code != 200:
             return CheckResult("failed", self.refused(f"a request to {name}", answer).detail)
         return CheckResult("unproved")
+
+
+def _text(value: object) -> str:
+    """Raises TypeError for anything but a text."""
+    if not isinstance(value, str):
+        raise TypeError
+    return value

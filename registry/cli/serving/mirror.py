@@ -4,7 +4,7 @@ import socket
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -12,7 +12,7 @@ from registry.cli.console import complete, render
 from registry.cli.console.connect import connected
 from registry.cli.console.groups import root
 from registry.cli.serving.options import address
-from registry.errors import Usage
+from registry.errors import Unavailable, Usage
 from registry.formats.durations import parse_duration
 from registry.formats.references import parse_channel_reference, parse_node_name, parse_reference
 
@@ -46,7 +46,7 @@ OnEmpty = Annotated[
 Listen = Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Answer /healthz and /metrics here.")]
 Group = Annotated[str | None, typer.Option(help="Report to the registry as a node of this group.")]
 NodeName = Annotated[str | None, typer.Option("--node", help="The node's name; by default, the name of this host.")]
-Unavailable = Annotated[
+MaxUnavailable = Annotated[
     int | None, typer.Option("--max-unavailable", min=1, help="How many nodes of the group may switch at a time.")
 ]
 
@@ -64,7 +64,7 @@ def mirror(  # noqa: PLR0913
     listen: Listen = None,
     group: Group = None,
     node: NodeName = None,
-    max_unavailable: Unavailable = None,
+    max_unavailable: MaxUnavailable = None,
 ) -> None:
     """Keep servers on this host in step with what channels serve, until interrupted.
 
@@ -149,4 +149,11 @@ def _busy_in(front: str) -> "Callable[[], frozenset[str]]":
     from registry.agent.servers.protocol import HttpServer
 
     requests = HttpServer(front)
-    return lambda: frozenset(requests.document(UNDER_WAY))
+
+    def busy() -> frozenset[str]:
+        names = requests.document(UNDER_WAY)
+        if not isinstance(names, dict):
+            raise Unavailable("server_unreachable", f"{front}{UNDER_WAY} is not of a front.", subject=front)
+        return frozenset(cast(dict[str, int], names))
+
+    return busy

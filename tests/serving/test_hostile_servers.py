@@ -1,0 +1,216 @@
+"""An agent beside servers, and under a registry, that answer with anything: it goes on, and says what is wrong."""
+
+import socket
+import sys
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from registry.agent.directory import MirrorDirectory, Routes
+from registry.agent.mirror import Duties, Mirror, Options
+from registry.agent.servers import protocol
+from registry.agent.servers.command import CommandServer
+from registry.agent.servers.vllm import VllmServer
+from registry.agent.switching import KeptServer
+from registry.agent.versions import ServedVersion
+from registry.client.api import Api
+from registry.errors import Unavailable
+from registry.wire.fleet import NodeReportIn
+from registry.wire.quality import FollowedOut
+from tests.scenarios.world import World
+from tests.serving.double import double
+from tests.serving.scripted import Answer, models, ok, scripted
+
+CHANNEL, VERSION = "acme/sql@prod", ServedVersion("acme/sql", "1.0.0", "ab" * 20)
+
+
+def row(name: Any, root: Any) -> dict[str, Any]:
+    return {"id": name, "root": root, "parent": "base"}
+
+
+@pytest.fixture
+def directory(tmp_path: Path, world: World) -> MirrorDirectory:
+    kept = MirrorDirectory(tmp_path / "served")
+    kept.path(VERSION.commit).mkdir(parents=True)
+    for path in world.adapters["sql"].iterdir():
+        (kept.path(VERSION.commit) / path.name).write_bytes(path.read_bytes())
+    return kept
+
+
+@pytest.fixture
+def take_round(directory: MirrorDirectory) -> Callable[..., NodeReportIn]:
+    """Takes a round with one server and a registry that says this of the channel."""
+
+    def take(url: str, said: FollowedOut | None = None) -> NodeReportIn:
+        wanted = {CHANNEL: said or FollowedOut(move=1, version=None, commit=None)}
+        kept = KeptServer(VllmServer(url), directory, None, 0.0)
+        duties = Duties(lambda _release, _files: None, lambda: True)
+        taken = Mirror(Api("http://127.0.0.1:1"), directory, [kept], Options(), duties)
+        try:
+            return taken.round(wanted, [CHANNEL])
+        finally:
+            taken.close()
+
+    return take
+
+
+LISTS = [
+    models(row(5, "/a")),
+    models(row("x", 7)),
+    models(row("", "/a")),
+    models(row(["a"], "/a")),
+    models(row("acme/sql@1.0.0", "{by_commit}/..")),
+    models(row("acme/sql@1.0.0", "{by_commit}/not-a-commit")),
+    models(row("acme/sql@1.0.0", "{by_version}/../../etc")),
+    models(row("acme/sql@1.0.0\n\x1b[2J", "/a")),
+    models(row("x" * 100_000, "/" * 100_000)),
+    models(*(row(f"name-{number}", "/a") for number in range(5000))),
+    ok(b"[" * 100_000),
+    ok(b'{"data": 5}'),
+    ok(b"null"),
+    b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 3\r\n\r\nabc",
+    b"HTTP/1.1 200 OK\r\nContent-Type: text/plain; charset=base64\r\nContent-Length: 2\r\n\r\n{}",
+    b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n",
+    b"HTTP/1.1 999 What\r\n\r\n",
+    b"garbage\r\n\r\n",
+    b"",
+]
+
+
+@pytest.mark.parametrize("answer", LISTS, ids=range(len(LISTS)))
+def test_no_list_of_models_ends_a_round(
+    directory: MirrorDirectory, take_round: Callable[..., NodeReportIn], answer: bytes
+) -> None:
+    body = answer.partition(b"\r\n\r\n")[2]
+    if b"{by_" in body:
+        body = body.replace(b"{by_commit}", str(directory.root / "by-commit").encode())
+        answer = ok(body.replace(b"{by_version}", str(directory.root / "by-version").encode()))
+    with scripted({"/v1/models": answer}) as server:
+        report = take_round(server.url)
+    assert NodeReportIn.model_validate_json(report.model_dump_json()) == report
+    assert directory.path(VERSION.commit).is_dir()
+
+
+METRICS = [
+    ("nothing here", set[str]()),
+    ('vllm:lora_requests_info{running_lora_adapters="a"} abc', set[str]()),
+    ('vllm:lora_requests_info{running_lora_adapters="a"} 1.2.3', set[str]()),
+    ('vllm:lora_requests_info{running_lora_adapters="a"} 1.0\r', {"a"}),
+    (r'vllm:lora_requests_info{running_lora_adapters="q\"uote,acme/sql@1.0.0"} 1.0', {'q\\"uote', "acme/sql@1.0.0"}),
+    (r'vllm:lora_requests_info{running_lora_adapters="x\\",waiting_lora_adapters="b"} 2', {"x\\\\", "b"}),
+    ('vllm:lora_requests_info{running_lora_adapters=",,"} 1', set[str]()),
+]
+
+
+@pytest.mark.parametrize(("text", "names"), METRICS)
+def test_names_in_metrics_are_read_whatever_their_letters(text: str, names: set[str]) -> None:
+    with scripted({"/metrics": ok(f"{text}\n".encode(), "text/plain")}) as server:
+        assert VllmServer(server.url).busy() == names
+
+
+def endless(connection: socket.socket, _body: bytes) -> None:
+    connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+    while True:
+        connection.sendall(b" " * (1 << 20))
+
+
+def trickling(connection: socket.socket, _body: bytes) -> None:
+    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n")
+    while True:
+        connection.sendall(b" ")
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("answer", [endless, trickling])
+def test_an_answer_that_does_not_end_is_given_up(monkeypatch: pytest.MonkeyPatch, answer: Answer) -> None:
+    monkeypatch.setattr(protocol, "LOOK_S", 1.0)
+    with scripted({"/v1/models": answer}) as server, pytest.raises(Unavailable, match="does not end its answer"):
+        VllmServer(server.url).loaded()
+
+
+LIES = [
+    FollowedOut(move=1, version="1.0.0", commit="../../../../etc"),
+    FollowedOut(move=1, version="1.0.0", commit="/etc"),
+    FollowedOut(move=1, version="1.0.0", commit=""),
+    FollowedOut(move=1, version="../../x", commit=VERSION.commit),
+    FollowedOut(move=1, version="1.0.0\n", commit=VERSION.commit),
+    FollowedOut(move=1, version="9" * 10_000, commit=VERSION.commit),
+    FollowedOut(move=0, version="1.0.0", commit=VERSION.commit),
+    FollowedOut(move=-1, version="1.0.0", commit=VERSION.commit.upper()),
+]
+
+
+@pytest.mark.parametrize("said", LIES, ids=range(len(LIES)))
+def test_a_registry_that_lies_about_versions_reaches_no_path_and_no_route(
+    directory: MirrorDirectory, take_round: Callable[..., NodeReportIn], said: FollowedOut
+) -> None:
+    directory.write_routes(
+        Routes(
+            {CHANNEL: {"acme/sql@0.9.0": 100}}, {CHANNEL: "2026-12-01T00:00:00+00:00"}, {"acme/sql@0.9.0": "cd" * 20}
+        )
+    )
+    with scripted({"/v1/models": models()}) as server:
+        report = take_round(server.url, said)
+        assert [head.split()[0] for head, _ in server.requests] == [b"GET"]
+    assert report.channels[0].state == "failed"
+    assert "cannot be trusted" in str(report.channels[0].error)
+    assert directory.routes().channels == {CHANNEL: {"acme/sql@0.9.0": 100}}
+
+
+def test_a_name_never_changes_what_it_stands_for_even_if_the_registry_says_so(directory: MirrorDirectory) -> None:
+    with double() as (url, _):
+        kept = KeptServer(VllmServer(url), directory, None, 0.0)
+        kept.look()
+        assert kept.bring(VERSION, directory.path(VERSION.commit)) == ""
+        other = ServedVersion("acme/sql", "1.0.0", "cd" * 20)
+        for _ in range(5):
+            kept.look()
+            assert "by hand" in kept.bring(other, directory.path(other.commit))
+            time.sleep(1.1)
+        assert VllmServer(url).loaded() == {VERSION.name: str(directory.path(VERSION.commit))}
+
+
+def test_two_agents_of_one_server_do_not_replace_each_others_names_again_and_again(
+    directory: MirrorDirectory, tmp_path: Path
+) -> None:
+    second = MirrorDirectory(tmp_path / "second")
+    second.path(VERSION.commit).parent.mkdir(parents=True)
+    second.path(VERSION.commit).symlink_to(directory.path(VERSION.commit))
+    with double() as (url, _):
+        agents = [KeptServer(VllmServer(url), kept, None, 0.0) for kept in (directory, second)]
+        paths = [directory.path(VERSION.commit), second.path(VERSION.commit)]
+        seen = list[str]()
+        for _ in range(10):
+            for agent, path in zip(agents, paths, strict=True):
+                agent.look()
+                agent.bring(VERSION, path)
+                seen.append(VllmServer(url).loaded().get(VERSION.name, ""))
+            time.sleep(1.05)
+        assert sum(before != after for before, after in pairwise(seen)) <= 1
+
+
+@pytest.mark.parametrize("printed", [b"\xff\xfe", b"[" * 50_000, b"5"])
+def test_no_output_of_a_command_ends_a_round(tmp_path: Path, printed: bytes) -> None:
+    output = tmp_path / "output"
+    output.write_bytes(printed)
+    script = tmp_path / "server.py"
+    script.write_text(f"import sys; sys.stdout.buffer.write(open({str(output)!r}, 'rb').read())")
+    with pytest.raises(Unavailable):
+        CommandServer(f"{sys.executable} {script}").loaded()
+
+
+def test_damaged_routes_stay_while_the_registry_is_away(
+    directory: MirrorDirectory,
+) -> None:
+    path = directory.root / "routes.json"
+    path.write_bytes(b'{"channels": {')
+    duties = Duties(lambda _release, _files: None, lambda: True)
+    taken = Mirror(Api("http://127.0.0.1:1"), directory, [], Options(), duties)
+    report = taken.round({}, [CHANNEL])
+    taken.close()
+    assert report.channels[0].error
+    assert path.read_bytes() == b'{"channels": {'
