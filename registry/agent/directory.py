@@ -247,11 +247,16 @@ def _rename_base(config: Path, base_name: str | None) -> None:
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
     """Replaces the file in one step. Raises Unavailable if it cannot be written."""
+    write_text(path, json.dumps(document, indent=1))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces the file in one step. Raises Unavailable if it cannot be written."""
     with _writing(path):
         handle, part = mkstemp(dir=path.parent, prefix=".part-")
         try:
             with os.fdopen(handle, "w") as file:
-                json.dump(document, file, indent=1)
+                file.write(text)
                 file.flush()
                 os.fsync(handle)
             Path(part).chmod(0o644)

@@ -9,6 +9,7 @@ from urllib.parse import quote
 
 from registry.agent.health import Health
 from registry.agent.mirror import AGENT, Mirror
+from registry.agent.switching import LOOK_S
 from registry.client.api import Api
 from registry.client.follow import follow
 from registry.errors import RegistryError
@@ -118,5 +119,5 @@ def run(mirror: Mirror, followed: Followed, reporter: Reporter | None, health: H
         except RegistryError as error:
             problem = error.detail
         health.record_error("round", problem)
-        followed.changed.wait(ROUND_S)
+        followed.changed.wait(LOOK_S if mirror.waits else ROUND_S)
         followed.changed.clear()

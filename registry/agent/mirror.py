@@ -43,10 +43,12 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Duties:
-    """`check` may refuse the verified files of a release, by raising; `may_switch` is called before each switch."""
+    """`check` may refuse the verified files of a release, by raising; `may_switch` is called before each switch, and
+    `publish` with the routes of each round."""
 
     check: Check
-    may_switch: Callable[[], bool]
+    may_switch: Callable[[], bool] = lambda: True
+    publish: Callable[[Routes], None] = lambda _routes: None
 
 
 @dataclass(slots=True)
@@ -69,6 +71,11 @@ class Mirror:
         self._threads = ThreadPoolExecutor(max(1, len(servers)), "server")
         self._state: Mapping[str, Any] | None = None
 
+    @property
+    def waits(self) -> bool:
+        """Whether the next round should come soon."""
+        return any(kept.waits for kept in self._servers)
+
     def close(self) -> None:
         self._threads.shutdown()
         for kept in self._servers:
@@ -87,6 +94,7 @@ class Mirror:
         after = self._moved(routes, targets, failures, switches=switches)
         if after != routes and (after.channels or routes.channels):  # damaged routes stay until there are others
             self._directory.write_routes(after)
+        self._duties.publish(after)
         self._tidy(after, targets)
         report = self._report(after, targets)
         state = {**report.model_dump(mode="json"), "by_version": self._directory.notes()}

@@ -54,6 +54,11 @@ class KeptServer:
         self.checks = dict[str, Checked]()
         self._idle, self._ours = dict[str, _Idle](), set[str]()
 
+    @property
+    def waits(self) -> bool:
+        """Whether a name is to be unloaded as soon as no request uses it."""
+        return self.ready and bool(self._idle)
+
     def look(self) -> None:
         """Reads what the server has loaded. A server that does not answer is not ready, and nothing is done to it."""
         try:

@@ -3,6 +3,7 @@
 import socket
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
@@ -49,6 +50,14 @@ NodeName = Annotated[str | None, typer.Option("--node", help="The node's name; b
 MaxUnavailable = Annotated[
     int | None, typer.Option("--max-unavailable", min=1, help="How many nodes of the group may switch at a time.")
 ]
+Write = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="FORM=FILE",
+        help="Write the routes for a gateway or controller, too: litellm, llm-d, envoy or kserve. May be repeated.",
+    ),
+]
+Pool = Annotated[str, typer.Option(help="The pool, backend or service that --write names.")]
 
 
 @root.command()
@@ -65,6 +74,8 @@ def mirror(  # noqa: PLR0913
     group: Group = None,
     node: NodeName = None,
     max_unavailable: MaxUnavailable = None,
+    write: Write = None,
+    pool: Pool = "vllm",
 ) -> None:
     """Keep servers on this host in step with what channels serve, until interrupted.
 
@@ -74,6 +85,7 @@ def mirror(  # noqa: PLR0913
     """
     from registry.agent import health, loop
     from registry.agent.directory import MirrorDirectory
+    from registry.agent.gateways import GatewayFile, write_all
     from registry.agent.mirror import Duties, Mirror, Options
     from registry.agent.switching import KeptServer
 
@@ -89,6 +101,7 @@ def mirror(  # noqa: PLR0913
     options = Options(keep, parse_duration(grace), on_empty == "unload")
     kept_in, state = MirrorDirectory(directory), health.Health()
     opened, listens_at = _servers(server, kept_in), address(listen) if listen else None
+    files = [GatewayFile(text, pool) for text in write or ()]
     with ExitStack() as stack:
         api = stack.enter_context(connected()).api
         check = _signed_by(api, verify)
@@ -98,7 +111,8 @@ def mirror(  # noqa: PLR0913
         busy_in_front = _busy_in(front) if front else None
         servers = [KeptServer(kept, kept_in, busy_in_front, options.grace_s) for kept in opened]
         reporter = loop.Reporter(api, named, state) if named else None
-        mirrored = Mirror(api, kept_in, servers, options, Duties(check, reporter.may_switch if reporter else _always))
+        duties = Duties(check, reporter.may_switch if reporter else _always, partial(write_all, files))
+        mirrored = Mirror(api, kept_in, servers, options, duties)
         stack.callback(mirrored.close)
         loop.run(mirrored, loop.Followed(api, names, state, render.say), reporter, state)
 

@@ -1,0 +1,120 @@
+"""The routes of a mirror as the configuration of a gateway or controller, which then needs no front of ours.
+
+Each form follows the documentation of its project; none of the projects is run by the tests.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from registry.agent.directory import Routes, write_text
+from registry.errors import Usage
+
+Document = Mapping[str, Any]
+
+
+def litellm(routes: Routes, _pool: str) -> Document:
+    """LiteLLM's `model_list`: a deployment for each version and server of a channel. The servers of a version share its
+    weight."""
+    counts = [len(servers) for servers in routes.servers.values() if servers]
+    scale = math.lcm(*counts)
+    rows = [
+        {
+            "model_name": channel,
+            "litellm_params": {
+                "model": f"hosted_vllm/{name}",
+                "api_base": f"{server}/v1",
+                "weight": weight * scale // len(routes.servers[name]),
+            },
+        }
+        for channel, weights in sorted(routes.channels.items())
+        for name, weight in weights.items()
+        for server in routes.servers.get(name, ())
+    ]
+    return {"model_list": rows}
+
+
+def llm_d(routes: Routes, pool: str) -> Document:
+    """InferenceModelRewrite of llm-d: the channel in a request becomes a version, by weights."""
+    rules = [
+        {
+            "matches": [{"model": {"type": "Exact", "value": channel}}],
+            "targets": [{"modelRewrite": name, "weight": weight} for name, weight in weights.items()],
+        }
+        for channel, weights in sorted(routes.channels.items())
+    ]
+    reference = {"group": "inference.networking.k8s.io", "kind": "InferencePool", "name": pool}
+    return {
+        "apiVersion": "inference.networking.x-k8s.io/v1alpha2",
+        "kind": "InferenceModelRewrite",
+        "metadata": {"name": f"{pool}-channels"},
+        "spec": {"poolRef": reference, "rules": rules},
+    }
+
+
+def envoy(routes: Routes, pool: str) -> Document:
+    """AIGatewayRoute of Envoy AI Gateway: the backend gets the version's name instead of the channel's."""
+    rules = [
+        {
+            "matches": [{"headers": [{"type": "Exact", "name": "x-ai-eg-model", "value": channel}]}],
+            "backendRefs": [
+                {"name": pool, "modelNameOverride": name, "weight": weight} for name, weight in weights.items()
+            ],
+        }
+        for channel, weights in sorted(routes.channels.items())
+    ]
+    return {
+        "apiVersion": "aigateway.envoyproxy.io/v1alpha1",
+        "kind": "AIGatewayRoute",
+        "metadata": {"name": f"{pool}-channels"},
+        "spec": {"rules": rules},
+    }
+
+
+def kserve(routes: Routes, pool: str) -> Document:
+    """A patch of KServe's LLMInferenceService: its adapters, from the registry's hub API (HF_ENDPOINT)."""
+    names = sorted(routes.commits)
+    adapters = [{"name": name, "uri": f"hf://{name.replace('@', ':')}"} for name in names]
+    return {
+        "apiVersion": "serving.kserve.io/v1alpha1",
+        "kind": "LLMInferenceService",
+        "metadata": {"name": pool},
+        "spec": {"model": {"lora": {"adapters": adapters}}},
+    }
+
+
+FORMS: Mapping[str, Callable[[Routes, str], Document]] = {
+    "envoy": envoy, "kserve": kserve, "litellm": litellm, "llm-d": llm_d,
+}  # fmt: skip
+
+
+class GatewayFile:
+    """A file of one form, replaced in one step when the routes change."""
+
+    def __init__(self, text: str, pool: str) -> None:
+        """Reads FORM=FILE. Raises Usage for an unknown form."""
+        form, _, path = text.partition("=")
+        if form not in FORMS or not path:
+            raise Usage(
+                "bad_server",
+                f"--write {text} is unknown.",
+                subject=text,
+                next_step=f"Write FORM=FILE; the forms are {', '.join(FORMS)}.",
+            )
+        self._render, self._path, self._pool = FORMS[form], Path(path), pool
+        self._written = ""
+
+    def write(self, routes: Routes) -> None:
+        text = yaml.safe_dump(json.loads(json.dumps(self._render(routes, self._pool))), sort_keys=False)
+        if text != self._written:
+            write_text(self._path, text)
+            self._written = text
+
+
+def write_all(files: Sequence[GatewayFile], routes: Routes) -> None:
+    for file in files:
+        file.write(routes)

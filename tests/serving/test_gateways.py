@@ -1,0 +1,47 @@
+"""The routes of a mirror as files of other gateways and controllers: golden, since none of these is run here."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from registry.agent.directory import Routes
+from registry.agent.gateways import FORMS, GatewayFile
+from registry.errors import Usage
+from tests.serving.conftest import Site, mirrored
+
+GOLDEN = Path(__file__).parent / "golden"
+ROUTES = Routes(
+    channels={"acme/sql@prod": {"acme/sql@1.1.0": 90, "acme/sql@1.2.0": 10}, "acme/hr@prod": {"acme/hr@2.0.0": 100}},
+    since={},
+    commits={"acme/sql@1.1.0": "a" * 40, "acme/sql@1.2.0": "b" * 40, "acme/hr@2.0.0": "c" * 40},
+    servers={
+        "acme/sql@1.1.0": ("http://a:8000", "http://b:8000"),
+        "acme/sql@1.2.0": ("http://a:8000",),
+        "acme/hr@2.0.0": ("http://a:8000",),
+    },
+)
+
+
+@pytest.mark.parametrize("form", sorted(FORMS))
+def test_a_file_has_the_form_that_its_project_documents(form: str, tmp_path: Path) -> None:
+    path = tmp_path / "routes.yaml"
+    GatewayFile(f"{form}={path}", "vllm").write(ROUTES)
+    assert path.read_text() == (GOLDEN / f"{form}.yaml").read_text()
+
+
+def test_an_unknown_form_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(Usage) as refused:
+        GatewayFile("nginx=routes.conf", "vllm")
+    assert "litellm" in refused.value.next_step
+
+
+def test_a_file_follows_the_routes(site: Site) -> None:
+    path = site.directory / "litellm.yaml"
+    with mirrored(site, "--write", f"litellm={path}") as agent:
+        agent.wait_for("acme/sql@1.0.0")
+        site.promote("1.1.0")
+        agent.wait_for("acme/sql@1.1.0")
+        (row,) = yaml.safe_load(path.read_text())["model_list"]
+        assert row["model_name"] == "acme/sql@prod"
+        assert row["litellm_params"]["model"] == "hosted_vllm/acme/sql@1.1.0"
