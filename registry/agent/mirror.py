@@ -96,7 +96,7 @@ class Mirror:
             self._directory.write_routes(after)
         self._duties.publish(after)
         self._tidy(after, targets)
-        report = self._report(after, targets)
+        report = self._report(after, targets, switches=switches)
         state = {**report.model_dump(mode="json"), "by_version": self._directory.notes()}
         if state != self._state:
             self._directory.write_state(state)
@@ -194,11 +194,13 @@ class Mirror:
             if last_s < kept_until_s:
                 self._directory.remove(commit)
 
-    def _report(self, routes: Routes, targets: Mapping[str, _Target]) -> NodeReportIn:
+    def _report(self, routes: Routes, targets: Mapping[str, _Target], *, switches: bool) -> NodeReportIn:
         channels: list[NodeChannel] = []
         for channel, target in targets.items():
             version = routes.version(channel)
-            state = "failed" if target.error else "following" if version == target.version else "switching"
+            follows = version == target.version
+            # A node that may not switch yet follows what it has: the registry sees that it is behind.
+            state = "failed" if target.error else "following" if follows or not switches else "switching"
             checks = [kept.checks[version.name] for kept in self._servers if version and version.name in kept.checks]
             weakest = max(checks, key=lambda checked: _WEAKEST.index(checked.result.verdict), default=None)
             channels.append(
@@ -207,7 +209,7 @@ class Mirror:
                     state=state,
                     version=version.version if version else None,
                     commit=version.commit if version else None,
-                    move=target.move,
+                    move=target.move if follows else None,
                     since=datetime.fromisoformat(routes.since[channel]),
                     check=NodeCheck(verdict=weakest.result.verdict, at=weakest.at) if weakest else None,
                     error=target.error[:_MAX_TEXT] or None,
