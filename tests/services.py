@@ -147,12 +147,23 @@ def pairing(name: str, *, kept: bool = False) -> dict[str, str]:
     return copied_pairing({"ADAPTORY_DATABASE_URL": _probed_database()}, kept=kept)
 
 
-def copied_pairing(of: Mapping[str, str], *, kept: bool = False) -> dict[str, str]:
-    """A pairing with a copy of that database, to which nobody may be connected, and an empty store."""
+def copied_pairing(of: Mapping[str, str], *, kept: bool = False, blobs: bool = False) -> dict[str, str]:
+    """A pairing with a copy of that database, to which nobody may be connected, and an empty store unless the blobs are
+    copied too."""
     if not of:
         return {}
-    store = shared_s3().environment(f"{uuid.uuid4().hex}/")
+    prefix = f"{uuid.uuid4().hex}/"
+    store = shared_s3().environment(prefix)
+    if blobs:
+        _copy_objects(of["ADAPTORY_STORAGE__PREFIX"], prefix)
     return {**store, "ADAPTORY_DATABASE_URL": copied_database(of["ADAPTORY_DATABASE_URL"], kept=kept)}
+
+
+def _copy_objects(prefix: str, to: str) -> None:
+    s3 = shared_s3().client()
+    for row in s3.list_objects_v2(Bucket=s3_server.BUCKET, Prefix=prefix).get("Contents", ()):
+        key = to + row["Key"].removeprefix(prefix)
+        s3.copy_object(Bucket=s3_server.BUCKET, Key=key, CopySource={"Bucket": s3_server.BUCKET, "Key": row["Key"]})
 
 
 def _probed_database() -> str:
@@ -182,25 +193,30 @@ def new_database_of(kind: str, directory: Path, *, migrated: bool = False) -> st
 
 
 def copy_migrated_sqlite(shared: Path, path: Path) -> None:
-    """Makes a database with our tables unless the file exists. Its migrations take 0.25 s, a copy a millisecond."""
+    """Makes a database with our tables unless the file has content. Its migrations take 0.25 s, a copy a millisecond.
+    Commands make the file first, empty and with their mode."""
     with locked(shared / "sqlite.lock"):
         template = shared / f"{_MIGRATED}.db"
         if not template.exists():
             database = Database(f"sqlite:///{template}")
             migrate(database)
             database.close()
-    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
-    shutil.copyfile(template, part)
-    with suppress(FileExistsError):
-        path.hardlink_to(part)
-    part.unlink()
+        if not _has_content(path):
+            part = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+            shutil.copyfile(template, part)
+            part.chmod(0o600)
+            part.replace(path)
 
 
 def ensure_schema_by_copy(shared: Path, database: Database, *, create: bool, newer: bool = False) -> None:
     """An `ensure_schema` that creates the tables of an embedded database by copying a file."""
-    if create and database.url.database and not Path(database.url.database).exists():
+    if create and database.url.database and not _has_content(Path(database.url.database)):
         copy_migrated_sqlite(shared, Path(database.url.database))
     ensure_schema(database, create=create, newer=newer)
+
+
+def _has_content(path: Path) -> bool:
+    return path.exists() and path.stat().st_size > 0
 
 
 def new_database(*, migrated: bool = False, kept: bool = False) -> str:

@@ -45,24 +45,40 @@ def cli(request: pytest.FixtureRequest, tmp_path: Path) -> Generator[Cli]:
         yield cli
 
 
+Push = tuple[str, ...]
+"""An adapter of the world, and the other words of a push."""
+OWN = ("ADAPTORY_HOME", "ADAPTORY_USER")
+
+
 class Templates:
-    """Registries that know the base and the suites, of each pairing; built once, since copying is much faster. Their
-    stores are empty."""
+    """Registries that know the base and the suites, of each pairing; built once, since copying is much faster. The
+    stores of those without releases are empty."""
 
     def __init__(self, world: World, directory: Path) -> None:
         self._world, self._directory = world, directory
-        self._pairings: dict[str, dict[str, str]] = {}
+        self._built: dict[tuple[str, tuple[Push, ...]], Cli] = {}
 
-    def copy(self, name: str, home: Path) -> dict[str, str]:
-        """A copy of a pairing, with this home."""
-        template = self._directory / name
-        if name not in self._pairings:
-            pairing = services.pairing(name, kept=True)
-            cli = stock(Cli({"ADAPTORY_HOME": str(template), "ADAPTORY_USER": USER, **pairing}), self._world)
-            assert traces(cli).blobs == frozenset()
-            self._pairings[name] = pairing
-        shutil.copytree(template, home)
-        return services.copied_pairing(self._pairings[name])
+    def copy(self, name: str, home: Path, *pushes: Push) -> dict[str, str]:
+        """A copy of a pairing, with this home, after these pushes."""
+        if (name, pushes) not in self._built:
+            self._built[name, pushes] = self._build(name, self._directory / str(len(self._built)), pushes)
+        built = self._built[name, pushes]
+        shutil.copytree(built.environment["ADAPTORY_HOME"], home)
+        pairing = {key: text for key, text in built.environment.items() if key not in OWN}
+        return services.copied_pairing(pairing, blobs=bool(pushes))
+
+    def embedded(self, name: str, directory: Path, *pushes: Push) -> Cli:
+        """The command line with a copy within its own process, whose home is below the directory."""
+        home = directory / "home"
+        return Cli({"ADAPTORY_HOME": str(home), "ADAPTORY_USER": USER, **self.copy(name, home, *pushes)})
+
+    def _build(self, name: str, home: Path, pushes: tuple[Push, ...]) -> Cli:
+        own = dict(zip(OWN, (str(home), USER), strict=True))
+        cli = stock(Cli({**own, **services.pairing(name, kept=True)}), self._world)
+        assert traces(cli).blobs == frozenset()
+        for adapter, *words in pushes:
+            cli.ok("push", self._world.adapters[adapter], *words)
+        return cli
 
 
 @pytest.fixture(scope="session")
@@ -93,16 +109,31 @@ def stocked_on_disk(templates: Templates, tmp_path: Path, on_disk: Cli) -> Cli:
 @pytest.fixture(params=services.PAIRINGS)
 def stocked_embedded(request: pytest.FixtureRequest, templates: Templates, tmp_path: Path) -> Cli:
     """The same within the command line's own process, on either pairing."""
-    pairing = templates.copy(request.param, tmp_path / "home")
-    return Cli({"ADAPTORY_HOME": str(tmp_path / "home"), "ADAPTORY_USER": USER, **pairing})
+    return templates.embedded(request.param, tmp_path)
 
 
-@pytest.fixture
-def team(stocked_embedded: Cli, world: World) -> Cli:
+@pytest.fixture(params=services.PAIRINGS)
+def team(request: pytest.FixtureRequest, templates: Templates, tmp_path: Path) -> Cli:
     """A registry with two adapters, unless a module has a larger team."""
-    for name in ("sql", "terraform"):
-        stocked_embedded.ok("push", world.adapters[name], f"acme/{name}:1.0.0", "--base", "tiny")
-    return stocked_embedded
+    return templates.embedded(request.param, tmp_path, *first_releases("sql", "terraform"))
+
+
+@pytest.fixture(params=services.PAIRINGS)
+def small_team(request: pytest.FixtureRequest, templates: Templates, tmp_path: Path) -> Cli:
+    """A registry with three adapters, which prod serves."""
+    return templates.embedded(
+        request.param, tmp_path, *first_releases("sql", "terraform", "support", options=("--channel", "prod"))
+    )
+
+
+@pytest.fixture(params=services.PAIRINGS)
+def sql_and_support(request: pytest.FixtureRequest, templates: Templates, tmp_path: Path) -> Cli:
+    """A registry with these two adapters."""
+    return templates.embedded(request.param, tmp_path, *first_releases("sql", "support"))
+
+
+def first_releases(*adapters: str, options: tuple[str, ...] = ()) -> list[Push]:
+    return [(name, f"acme/{name}:1.0.0", "--base", "tiny", *options) for name in adapters]
 
 
 @contextmanager

@@ -32,11 +32,6 @@ def team(stocked: Cli, world: World) -> Cli:
     return release_all(stocked, world)
 
 
-@pytest.fixture
-def small_team(stocked_embedded: Cli, world: World) -> Cli:
-    return release_all(stocked_embedded, world)
-
-
 def release_all(cli: Cli, world: World) -> Cli:
     for name in WEIGHTS:
         cli.ok("push", world.adapters[name], f"acme/{name}:1.0.0", "--base", "tiny", "--channel", "prod")

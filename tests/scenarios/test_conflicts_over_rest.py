@@ -22,7 +22,7 @@ from registry.transfer.collect import sweep
 from registry.transfer.resources import Resources
 from registry.worker.runner import run_one
 from registry.worker.steps import KINDS
-from tests.scenarios.test_crashes import resources_of, team
+from tests.scenarios.test_crashes import resources_of
 from tests.scenarios.test_roles_of_a_composition import asking
 from tests.scenarios.world import Cli, World, environment
 
@@ -51,8 +51,8 @@ class Office:
 
 
 @pytest.fixture
-def office(stocked_embedded: Cli, world: World) -> Generator[Office]:
-    cli = team(stocked_embedded, world)
+def office(sql_and_support: Cli, world: World) -> Generator[Office]:
+    cli = sql_and_support
     cli.ok("push", world.adapters["support"], PAIR[1], "--base", "tiny")
     cli.ok("promote", PAIR[0], "--to", "prod")
     with ExitStack() as stack:

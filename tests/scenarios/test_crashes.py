@@ -105,9 +105,9 @@ def begin(cli: Cli, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("last", [STEPS[-1], *further(*STEPS[:-1])])
 def test_a_worker_that_dies_before_it_notes_a_step_is_succeeded_by_one_that_ends_the_job_the_same(
-    stocked_embedded: Cli, world: World, tmp_path: Path, last: str
+    sql_and_support: Cli, tmp_path: Path, last: str
 ) -> None:
-    cli, environ = team(stocked_embedded, world), stocked_embedded.environment
+    cli, environ = sql_and_support, sql_and_support.environment
     begin(cli, tmp_path)
     first: list[str] = []
 
@@ -140,9 +140,9 @@ def test_a_worker_that_dies_before_it_notes_a_step_is_succeeded_by_one_that_ends
 
 
 def test_a_search_whose_choice_is_locked_is_not_repeated_by_the_next_worker(
-    stocked_embedded: Cli, world: World, tmp_path: Path
+    sql_and_support: Cli, tmp_path: Path
 ) -> None:
-    cli, environ = team(stocked_embedded, world), stocked_embedded.environment
+    cli, environ = sql_and_support, sql_and_support.environment
     recipe = yaml.safe_load(write_recipe(tmp_path).read_text())
     inputs = [one | {"suite": f"{name}-exact"} for name, one in zip(("sql", "support"), recipe["inputs"], strict=True)]
     loose = {"thresholds": {"probe_loss": 100, "probe_answers": 0, "probe_guard": 100}}
@@ -170,10 +170,10 @@ def test_a_search_whose_choice_is_locked_is_not_repeated_by_the_next_worker(
 
 
 def test_a_worker_that_dies_between_the_bytes_of_two_outputs_has_published_neither(
-    stocked_embedded: Cli, world: World, tmp_path: Path
+    sql_and_support: Cli, tmp_path: Path
 ) -> None:
     """The adapter's bytes are in the store and the model's are not: the next worker publishes both together."""
-    cli, environ = team(stocked_embedded, world), stocked_embedded.environment
+    cli, environ = sql_and_support, sql_and_support.environment
     begin(cli, tmp_path)
 
     class DyingEngine(WorkerEngine):
@@ -198,8 +198,8 @@ def test_a_worker_that_dies_between_the_bytes_of_two_outputs_has_published_neith
 
 
 @pytest.mark.on("PostgreSQL")
-def test_a_job_that_kills_every_worker_is_given_up(stocked_embedded: Cli, world: World, tmp_path: Path) -> None:
-    cli, environ = team(stocked_embedded, world), stocked_embedded.environment
+def test_a_job_that_kills_every_worker_is_given_up(sql_and_support: Cli, tmp_path: Path) -> None:
+    cli, environ = sql_and_support, sql_and_support.environment
     begin(cli, tmp_path)
 
     def die(_name: str) -> None:
@@ -216,9 +216,9 @@ def test_a_job_that_kills_every_worker_is_given_up(stocked_embedded: Cli, world:
 
 
 def test_a_command_does_its_own_job_and_leaves_those_of_others_to_workers_and_to_their_followers(
-    stocked_embedded: Cli, world: World, tmp_path: Path
+    sql_and_support: Cli, tmp_path: Path
 ) -> None:
-    cli = team(stocked_embedded, world)
+    cli = sql_and_support
     begin(cli, tmp_path)
     cli.ok("compose", write_recipe(tmp_path), "--plan")
     assert [cli.json("jobs", job)["state"] for job in "12"] == ["queued", "done"]
@@ -400,10 +400,10 @@ def write_single(directory: Path) -> Path:
 
 
 def test_a_silent_worker_that_comes_back_cannot_end_a_job_that_another_has_taken(
-    stocked_embedded: Cli, world: World, tmp_path: Path
+    sql_and_support: Cli, tmp_path: Path
 ) -> None:
     """The first worker sleeps through its lease in `combine`; the second takes over and finishes."""
-    cli, environ = team(stocked_embedded, world), stocked_embedded.environment
+    cli, environ = sql_and_support, sql_and_support.environment
     begin(cli, tmp_path)
     first: list[str] = []
     second: list[str] = []

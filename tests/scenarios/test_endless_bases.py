@@ -18,15 +18,24 @@ CALLS = "{% macro call() %}{{ call() }}{% endmacro %}{{ call() }}"
 LISTS = "{% for a in range(99999) %}{% set b = range(99999) | list | string | length %}{% endfor %}x"
 
 
-@pytest.fixture
-def based(on_disk: Cli, world: World, tmp_path: Path) -> tuple[Cli, Path]:
+@pytest.fixture(scope="module")
+def registered(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[Cli, Path]:
     """A registry with an adapter for its own base, and a chat suite."""
-    base = tmp_path / "base"
-    shutil.copytree(world.base, base)
-    cli = stock(on_disk, World(base, world.adapters, world.suites))
+    directory = tmp_path_factory.mktemp("registered")
+    base = shutil.copytree(world.base, directory / "base")
+    cli = stock(Cli({"ADAPTORY_HOME": str(directory / "home")}), World(base, world.adapters, world.suites))
     cli.ok("push", world.adapters["sql"], "acme/sql:1.0.0", "--base", "tiny")
-    cli.ok("suite", "add", write_suite(tmp_path, "talk", chat=True))
+    cli.ok("suite", "add", write_suite(directory, "talk", chat=True))
     return cli, base
+
+
+@pytest.fixture
+def based(registered: tuple[Cli, Path], world: World) -> tuple[Cli, Path]:
+    """The same, whose base nobody has changed."""
+    _, base = registered
+    shutil.rmtree(base)
+    shutil.copytree(world.base, base)
+    return registered
 
 
 def set_template(base: Path, template: str) -> None:

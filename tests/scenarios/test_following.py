@@ -30,9 +30,9 @@ from tests.scenarios.world import Cli, World
 
 
 def test_the_log_of_a_unit_that_failed_and_what_was_redone_are_shown_by_rest_the_command_and_the_page(
-    stocked_embedded: Cli, world: World, tmp_path: Path
+    sql_and_support: Cli, tmp_path: Path
 ) -> None:
-    cli = team(stocked_embedded, world)
+    cli = sql_and_support
     begin(cli, tmp_path)
 
     def poisoned(held: JobRun) -> None:

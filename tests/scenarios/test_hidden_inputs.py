@@ -23,7 +23,7 @@ from registry.transfer.resources import Resources
 from registry.wire.catalog import ReleaseOut
 from registry.worker.runner import run_one
 from registry.worker.steps import KINDS
-from tests.scenarios.test_crashes import resources_of, team
+from tests.scenarios.test_crashes import resources_of
 from tests.scenarios.test_licences_and_upgrades import with_card
 from tests.scenarios.test_roles_of_a_composition import asking
 from tests.scenarios.world import Cli, World, nothing
@@ -61,8 +61,8 @@ class House:
 
 
 @pytest.fixture
-def house(stocked_embedded: Cli, world: World) -> Generator[House]:
-    cli = team(stocked_embedded, world)
+def house(sql_and_support: Cli) -> Generator[House]:
+    cli = sql_and_support
     with ExitStack() as stack:
         resources = stack.enter_context(resources_of(cli.environment))
         host = Actor("host", resources.clock(), {EVERYWHERE: Role.ADMIN}, mints=True)

@@ -16,6 +16,7 @@ from typing import Any
 import httpx2
 import numpy as np
 import pytest
+from _pytest.mark import ParameterSet
 
 from registry.domain.catalog.commits import EMPTY
 from tests import services
@@ -27,11 +28,22 @@ from tests.scenarios.world import SMALL_PARTS, Cli, World, server
 
 ROOT = Path(__file__).parents[2]
 LONG = pytest.mark.long
-VERSIONS = ["0.24.7", *(pytest.param(version, marks=LONG) for version in ("0.36.2", "1.0.0", "1.20.0")), "2.4.0"]
+VERSIONS = ("0.24.7", "0.36.2", "1.0.0", "1.20.0", "2.4.0")
 WITH_XET = ("1.20.0", "2.4.0")
 """They send large files by Xet, unless it is disabled."""
 XORBS = ("POST", "/xet/{upload}/v1/xorbs/default/{xorb}")
 STORES = {"directory": services.PAIRINGS[0], "S3": services.PAIRINGS[1]}
+
+
+def ways(*default: tuple[str, str]) -> list[ParameterSet]:
+    """Each store with each client; those that are not named are `long`."""
+    listed = [(store, version) for store in STORES for version in VERSIONS]
+    return [pytest.param(*way, marks=[] if way in default else [LONG]) for way in listed]
+
+
+OLDEST_AND_NEWEST = ways(("directory", "0.24.7"), ("S3", "2.4.0"))
+EACH_TRANSFER = ways(("directory", "0.24.7"), ("S3", "0.24.7"), ("S3", "2.4.0"))
+"""LFS through the API and to the store, and Xet."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +120,7 @@ def client(version: str) -> Path:
     return environment / "bin" / "python"
 
 
-@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize(("hub", "version"), OLDEST_AND_NEWEST, indirect=["hub"])
 def test_a_client_reads_what_adaptory_has_published(hub: Hub, world: World, version: str, tmp_path: Path) -> None:
     before = hub.requests()
     seen = hub.run(client(version), "hub_client.py", tmp_path)
@@ -207,7 +219,7 @@ def test_a_trainer_of_trl_pushes_what_it_has_trained(hub: Hub, tmp_path: Path) -
     assert "training_args.bin" in (tmp_path / "log").read_text()
 
 
-@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize(("hub", "version"), EACH_TRANSFER, indirect=["hub"])
 def test_a_trainer_pushes_commits_and_tags_a_release(hub: Hub, world: World, version: str, tmp_path: Path) -> None:
     trained = shutil.copytree(world.adapters["sql"], tmp_path / "trained")
     config = json.loads((trained / CONFIG).read_text()) | {"base_model_name_or_path": "Acme/Tiny-Llama"}
@@ -250,7 +262,7 @@ def test_a_trainer_pushes_commits_and_tags_a_release(hub: Hub, world: World, ver
     assert info["sha"] == pushed["commit"], "what is pushed otherwise is the head of main"
 
 
-@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize(("hub", "version"), OLDEST_AND_NEWEST, indirect=["hub"])
 def test_an_unsigned_commit_is_seen_by_publishers_alone_where_signatures_are_required(
     hub: Hub, world: World, version: str, tmp_path: Path
 ) -> None:

@@ -10,17 +10,12 @@ import pytest
 from composer.formats.recipes.calibration_sets import example_digest
 from composer.formats.recipes.suite import parse_suite
 from tests.registry.api.test_pages import single_user
-from tests.scenarios.test_compositions import release_all, write_recipe
+from tests.scenarios.test_compositions import write_recipe
 from tests.scenarios.test_crashes import resources_of
 from tests.scenarios.world import Cli, World
 
 LOOSE = {"thresholds": {"probe_loss": 100, "probe_answers": 0, "probe_guard": 100}}
 INPUTS = [{"adapter": "acme/sql@prod", "suite": "sql-exact"}, {"adapter": "acme/support", "suite": "support-exact"}]
-
-
-@pytest.fixture
-def small_team(stocked_embedded: Cli, world: World) -> Cli:
-    return release_all(stocked_embedded, world)
 
 
 def recipe_of(directory: Path, **changes: Any) -> Path:

@@ -11,7 +11,7 @@ import yaml
 from transformers import LlamaForCausalLM
 
 from tests.composer.merge.test_merge_nf4 import pack
-from tests.scenarios.test_compositions import release_all, write_recipe
+from tests.scenarios.test_compositions import write_recipe
 from tests.scenarios.test_signatures import Keys
 from tests.scenarios.world import Cli, World
 
@@ -19,10 +19,9 @@ MODEL = "acme/assistant-merged:1.0.0"
 
 
 @pytest.fixture
-def composed(stocked_embedded: Cli, world: World, tmp_path: Path) -> Cli:
-    cli = release_all(stocked_embedded, world)
-    cli.ok("compose", write_recipe(tmp_path, probe=0), "--follow")
-    return cli
+def composed(small_team: Cli, tmp_path: Path) -> Cli:
+    small_team.ok("compose", write_recipe(tmp_path, probe=0), "--follow")
+    return small_team
 
 
 def test_a_composed_model_is_rebuilt_from_its_lineage(composed: Cli) -> None:

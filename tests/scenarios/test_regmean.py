@@ -11,6 +11,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
+from tests import services
+from tests.scenarios.conftest import Templates, first_releases
 from tests.scenarios.world import Cli, World
 
 NAMES = ("sql", "support")
@@ -124,11 +126,9 @@ def recipe(directory: Path, **changes: Any) -> Path:
     return path
 
 
-@pytest.fixture
-def team(stocked_embedded: Cli, world: World) -> Cli:
-    for name in NAMES:
-        stocked_embedded.ok("push", world.adapters[name], f"acme/{name}:1.0.0", "--base", "tiny")
-    return stocked_embedded
+@pytest.fixture(params=services.PAIRINGS)
+def team(request: pytest.FixtureRequest, templates: Templates, tmp_path: Path) -> Cli:
+    return templates.embedded(request.param, tmp_path, *first_releases(*NAMES))
 
 
 @pytest.mark.on("PostgreSQL")

@@ -12,16 +12,16 @@ from registry.transfer.collect import collect
 from registry.transfer.resources import Resources
 from registry.worker.runner import run_one
 from registry.worker.steps import KINDS
-from tests.scenarios.test_crashes import begin, resources_of, team, write_recipe
+from tests.scenarios.test_crashes import begin, resources_of, write_recipe
 from tests.scenarios.traces import api_of
 from tests.scenarios.world import Cli, World
 
 
 @pytest.fixture
-def resources(stocked_embedded: Cli, world: World, tmp_path: Path) -> Generator[Resources]:
+def resources(sql_and_support: Cli, world: World, tmp_path: Path) -> Generator[Resources]:
     """The resources of a registry whose jobs 1 to 3 have ended: a composition that published, an evaluation, and a
     plan; 4 waits."""
-    cli = team(stocked_embedded, world)
+    cli = sql_and_support
     begin(cli, tmp_path)
     recipe = yaml.safe_load(write_recipe(tmp_path).read_text())
     with resources_of(cli.environment) as opened:

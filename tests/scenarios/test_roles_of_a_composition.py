@@ -21,7 +21,7 @@ from registry.errors import NotAllowed
 from registry.transfer.resources import Resources
 from registry.worker.runner import run_one
 from registry.worker.steps import KINDS
-from tests.scenarios.test_crashes import resources_of, team, write_recipe
+from tests.scenarios.test_crashes import resources_of, write_recipe
 from tests.scenarios.traces import traces
 from tests.scenarios.world import Cli, World
 
@@ -66,8 +66,8 @@ class Office:
 
 
 @pytest.fixture
-def office(stocked_embedded: Cli, world: World) -> Generator[Office]:
-    cli = team(stocked_embedded, world)
+def office(sql_and_support: Cli, world: World) -> Generator[Office]:
+    cli = sql_and_support
     with resources_of(cli.environment) as resources:
         host = Actor("host", resources.clock(), {EVERYWHERE: Role.ADMIN}, mints=True)
         with resources.write() as session:
@@ -150,8 +150,8 @@ def test_an_output_in_a_namespace_that_the_asker_cannot_make_is_refused_at_once(
 
 
 def test_the_single_user_of_a_registry_composes_into_a_namespace_that_is_new(
-    stocked_embedded: Cli, world: World, tmp_path: Path
+    sql_and_support: Cli, tmp_path: Path
 ) -> None:
-    cli, recipe = team(stocked_embedded, world), write_recipe(tmp_path)
+    cli, recipe = sql_and_support, write_recipe(tmp_path)
     recipe.write_text(yaml.safe_dump(RECIPE | {"adapter": "new/both:1.0.0", "model": None}))
     assert cli.json("compose", recipe)["result"]["repository"] == "new/both"

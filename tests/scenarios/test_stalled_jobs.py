@@ -17,8 +17,8 @@ from registry.worker.runner import run_one
 from tests.elapsed import let_elapse
 from tests.eventually import eventually
 from tests.forked import start_command
-from tests.scenarios.test_crashes import LATER, Killed, begin, resources_of, team, watched
-from tests.scenarios.world import Cli, World, own_environment
+from tests.scenarios.test_crashes import LATER, Killed, begin, resources_of, watched
+from tests.scenarios.world import Cli, own_environment
 
 
 def shown(cli: Cli, resources: Resources) -> dict[str, Any]:
@@ -46,9 +46,9 @@ def shown(cli: Cli, resources: Resources) -> dict[str, Any]:
 
 
 def test_a_job_whose_only_worker_was_killed_is_shown_as_stalled_until_the_next_one_takes_it(
-    stocked_embedded: Cli, world: World, tmp_path: Path
+    sql_and_support: Cli, tmp_path: Path
 ) -> None:
-    cli = team(stocked_embedded, world)
+    cli = sql_and_support
     begin(cli, tmp_path)
     with resources_of(cli.environment) as resources:
         worker = start_command(["worker"], own_environment(cli), tmp_path / "worker.log")
@@ -74,9 +74,9 @@ def test_a_job_whose_only_worker_was_killed_is_shown_as_stalled_until_the_next_o
 
 @pytest.mark.parametrize("off", [timedelta(hours=2), timedelta(hours=-2)])
 def test_a_worker_whose_clock_is_wrong_neither_takes_jobs_from_others_nor_keeps_them(
-    stocked_embedded: Cli, world: World, tmp_path: Path, off: timedelta
+    sql_and_support: Cli, tmp_path: Path, off: timedelta
 ) -> None:
-    cli = team(stocked_embedded, world)
+    cli = sql_and_support
     begin(cli, tmp_path)
     with resources_of(cli.environment) as right:
         wrong = replace(right, clock=lambda: right.clock() + off)

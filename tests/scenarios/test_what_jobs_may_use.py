@@ -17,7 +17,7 @@ from tests.composer.scorers import install_scorer
 from tests.eventually import eventually
 from tests.forked import start_command
 from tests.scenarios.small_hub import SmallHub, small_hub
-from tests.scenarios.test_crashes import begin, resources_of, team
+from tests.scenarios.test_crashes import begin, resources_of
 from tests.scenarios.test_evaluations import write_suite
 from tests.scenarios.test_hostile_hub import endless
 from tests.scenarios.test_hub_import_and_export import online, stored
@@ -93,9 +93,9 @@ def write_simple_recipe(directory: Path) -> Path:
     ],
 )
 def test_the_error_of_a_job_names_no_directory_of_its_worker(
-    stocked_embedded: Cli, world: World, tmp_path: Path, error: Exception
+    sql_and_support: Cli, tmp_path: Path, error: Exception
 ) -> None:
-    cli = team(stocked_embedded, world)
+    cli = sql_and_support
     begin(cli, tmp_path)
     with resources_of(cli.environment) as resources:
         assert run_one(resources, failing("combine", error), "worker")
@@ -105,10 +105,8 @@ def test_the_error_of_a_job_names_no_directory_of_its_worker(
     assert ("x.safetensors" in shown) == isinstance(error, RuntimeError), "the file may be named"
 
 
-def test_a_directory_with_blanks_in_its_name_is_not_named_either(
-    stocked_embedded: Cli, world: World, tmp_path: Path
-) -> None:
-    cli = team(stocked_embedded, world)
+def test_a_directory_with_blanks_in_its_name_is_not_named_either(sql_and_support: Cli, tmp_path: Path) -> None:
+    cli = sql_and_support
     begin(cli, tmp_path)
     with resources_of(cli.environment) as resources:
         settings = resources.settings.model_copy(update={"home": Path("/srv/Secret Support/my secret home")})
@@ -122,9 +120,9 @@ def test_a_directory_with_blanks_in_its_name_is_not_named_either(
 
 
 def test_a_base_that_is_not_here_is_named_without_its_directory(
-    stocked_embedded: Cli, world: World, tmp_path: Path
+    sql_and_support: Cli, world: World, tmp_path: Path
 ) -> None:
-    cli = team(stocked_embedded, world)
+    cli = sql_and_support
     begin(cli, tmp_path)
     moved = world.base.rename(world.base.with_name("away"))
     try:
@@ -140,9 +138,9 @@ def test_a_base_that_is_not_here_is_named_without_its_directory(
 
 @pytest.mark.on("PostgreSQL")
 def test_a_scorer_inherits_no_secret_of_its_worker(
-    stocked_embedded: Cli, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sql_and_support: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cli, site, written = team(stocked_embedded, world), tmp_path / "site", tmp_path / "environment"
+    cli, site, written = sql_and_support, tmp_path / "site", tmp_path / "environment"
     site.mkdir()
     install_scorer(site)
     monkeypatch.syspath_prepend(site)

@@ -274,9 +274,9 @@ def test_a_stopped_step_gives_its_job_back_before_it_has_read_or_measured_all(na
 
 @pytest.mark.on("PostgreSQL")
 def test_a_suite_that_is_replaced_while_the_candidate_is_measured_fails_its_gate(
-    stocked_embedded: Cli, world: World, tmp_path: Path
+    sql_and_support: Cli, world: World, tmp_path: Path
 ) -> None:
-    cli = team(stocked_embedded, world)
+    cli = sql_and_support
     cli.ok("eval", "tiny", "--suite", "guard-exact")
     gates = ["guard-exact.nll <= 1000", "guard-exact.nll within 1000 of inputs", "sql-exact.nll <= 1000"]
     recipe = yaml.safe_load(write_recipe(tmp_path).read_text()) | {"gates": gates}

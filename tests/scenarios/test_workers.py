@@ -43,10 +43,10 @@ from tests.scenarios.world import Cli, World, own_environment
 
 @pytest.mark.parametrize("step", ["check", "evaluate", "merge"])
 def test_a_cancelled_composition_publishes_nothing_and_leaves_nothing(
-    stocked_embedded: Cli, world: World, tmp_path: Path, step: str, monkeypatch: pytest.MonkeyPatch
+    sql_and_support: Cli, tmp_path: Path, step: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(runner, "BEAT_S", 0.5)
-    cli = team(stocked_embedded, world)
+    cli = sql_and_support
     begin(cli, tmp_path)
     before = traces(cli)
 
@@ -64,16 +64,16 @@ def test_a_cancelled_composition_publishes_nothing_and_leaves_nothing(
 
 
 @pytest.mark.on("PostgreSQL")
-def test_a_waiting_composition_is_cancelled_at_once(stocked_embedded: Cli, world: World, tmp_path: Path) -> None:
-    cli = team(stocked_embedded, world)
+def test_a_waiting_composition_is_cancelled_at_once(sql_and_support: Cli, tmp_path: Path) -> None:
+    cli = sql_and_support
     begin(cli, tmp_path)
     assert cli.json("cancel", 1)["state"] == "cancelled"
     with resources_of(cli.environment) as resources:
         assert not run_one(resources, watched([]), "worker")
 
 
-def test_a_worker_leaves_jobs_of_other_kinds_than_its_own(stocked_embedded: Cli, world: World, tmp_path: Path) -> None:
-    cli = team(stocked_embedded, world)
+def test_a_worker_leaves_jobs_of_other_kinds_than_its_own(sql_and_support: Cli, tmp_path: Path) -> None:
+    cli = sql_and_support
     begin(cli, tmp_path)
     assert {kind.value for kind in WorkerJobs} == KINDS.keys(), "every kind can be named"
     with resources_of(cli.environment) as resources:
@@ -84,10 +84,8 @@ def test_a_worker_leaves_jobs_of_other_kinds_than_its_own(stocked_embedded: Cli,
     assert cli.json("jobs", 1)["state"] == "done"
 
 
-def test_a_stopped_worker_hands_its_job_back_without_a_wait(
-    stocked_embedded: Cli, world: World, tmp_path: Path
-) -> None:
-    cli, stop = team(stocked_embedded, world), threading.Event()
+def test_a_stopped_worker_hands_its_job_back_without_a_wait(sql_and_support: Cli, tmp_path: Path) -> None:
+    cli, stop = sql_and_support, threading.Event()
     begin(cli, tmp_path)
     first: list[str] = []
     second: list[str] = []
@@ -106,9 +104,9 @@ def test_a_stopped_worker_hands_its_job_back_without_a_wait(
 
 @pytest.mark.on("PostgreSQL")
 def test_code_that_exits_the_process_ends_the_worker_instead_of_silencing_it(
-    stocked_embedded: Cli, world: World, tmp_path: Path
+    sql_and_support: Cli, tmp_path: Path
 ) -> None:
-    cli, caught = team(stocked_embedded, world), list[BaseException]()
+    cli, caught = sql_and_support, list[BaseException]()
     begin(cli, tmp_path)
 
     def leave(_name: str) -> None:
@@ -145,9 +143,9 @@ def note_begun(node: Node, unit: Unit, count: Count) -> Result:
 
 
 def test_a_worker_stopped_in_a_merge_leaves_what_is_finished_to_the_next_one(
-    stocked_embedded: Cli, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sql_and_support: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cli, second = team(stocked_embedded, world), list[str]()
+    cli, second = sql_and_support, list[str]()
     begin(cli, tmp_path)
     stop = OnceThere(home_of(cli) / "begun")
     with resources_of(cli.environment) as resources:
@@ -179,10 +177,8 @@ def test_a_database_that_is_locked_for_a_moment_ends_no_step(on_disk: Cli) -> No
 
 
 @pytest.mark.on("PostgreSQL")
-def test_a_worker_process_that_is_terminated_hands_its_job_back(
-    stocked_embedded: Cli, world: World, tmp_path: Path
-) -> None:
-    cli = team(stocked_embedded, world)
+def test_a_worker_process_that_is_terminated_hands_its_job_back(sql_and_support: Cli, tmp_path: Path) -> None:
+    cli = sql_and_support
     begin(cli, tmp_path)
     second: list[str] = []
     with resources_of(cli.environment) as resources:
@@ -204,10 +200,8 @@ def test_a_worker_process_that_is_terminated_hands_its_job_back(
     assert second[-1] == "publish"
 
 
-def test_a_worker_counts_its_jobs_and_steps_for_those_who_have_a_token(
-    stocked_embedded: Cli, world: World, tmp_path: Path
-) -> None:
-    cli = team(stocked_embedded, world)
+def test_a_worker_counts_its_jobs_and_steps_for_those_who_have_a_token(sql_and_support: Cli, tmp_path: Path) -> None:
+    cli = sql_and_support
     begin(cli, tmp_path)
     cli.ok("namespace", "grant", "*", "mia", "admin")
     token = cli.json("token", "create", "--user", "mia")["token"]
@@ -233,9 +227,9 @@ def test_a_worker_counts_its_jobs_and_steps_for_those_who_have_a_token(
 
 
 def test_a_worker_on_another_host_makes_again_what_lies_on_the_dead_ones_disk(
-    stocked_embedded: Cli, world: World, tmp_path: Path
+    sql_and_support: Cli, tmp_path: Path
 ) -> None:
-    cli = team(stocked_embedded, world)
+    cli = sql_and_support
     work = Path(cli.environment["ADAPTORY_HOME"]) / "work"
     begin(cli, tmp_path)
 
@@ -279,9 +273,9 @@ def test_a_base_that_changed_on_disk_is_neither_merged_nor_scored(embedded: Cli,
     ],
 )
 def test_a_recipe_that_cannot_end_well_is_refused_before_any_work(
-    stocked_embedded: Cli, world: World, tmp_path: Path, change: dict[str, object], code: int, words: str
+    sql_and_support: Cli, tmp_path: Path, change: dict[str, object], code: int, words: str
 ) -> None:
-    cli = team(stocked_embedded, world)
+    cli = sql_and_support
     recipe = yaml.safe_load(write_recipe(tmp_path).read_text()) | change
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     refused = cli("compose", tmp_path / "recipe.yaml")
@@ -290,10 +284,8 @@ def test_a_recipe_that_cannot_end_well_is_refused_before_any_work(
     assert cli.json("jobs")["items"] == []
 
 
-def test_the_probe_measures_the_weights_that_the_method_ends_up_with(
-    stocked_embedded: Cli, world: World, tmp_path: Path
-) -> None:
-    cli = team(stocked_embedded, world)
+def test_the_probe_measures_the_weights_that_the_method_ends_up_with(sql_and_support: Cli, tmp_path: Path) -> None:
+    cli = sql_and_support
     plain = {
         "inputs": [
             {"adapter": "acme/sql", "weight": 0.5, "suite": "sql-exact"},

@@ -25,7 +25,7 @@ from registry.transfer.fsck import check
 from registry.transfer.resources import Resources
 from registry.worker.runner import run_one
 from tests.elapsed import let_elapse
-from tests.scenarios.test_crashes import LATER, begin, resources_of, team, watched
+from tests.scenarios.test_crashes import LATER, begin, resources_of, watched
 from tests.scenarios.test_evaluations import write_suite
 from tests.scenarios.world import Cli, World, nothing
 
@@ -61,8 +61,8 @@ class Misread:
 
 
 @pytest.fixture
-def held(stocked_embedded: Cli, world: World) -> Generator[tuple[Cli, Resources, Misread]]:
-    cli = team(stocked_embedded, world)
+def held(sql_and_support: Cli) -> Generator[tuple[Cli, Resources, Misread]]:
+    cli = sql_and_support
     with resources_of(cli.environment) as resources:
         store = Misread(resources.store)
         yield cli, replace(resources, store=store), store  # type: ignore[arg-type]
