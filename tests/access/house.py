@@ -3,9 +3,11 @@
 import hashlib
 import itertools
 import shutil
+import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from functools import cache
 from pathlib import Path
 
 import httpx2
@@ -106,11 +108,6 @@ class _Borrowed(httpx2.BaseTransport):
         return self._lender.handle_request(request)
 
 
-def new_environment(pairing: str, home: Path) -> dict[str, str]:
-    """An empty one."""
-    return {"ADAPTORY_HOME": str(home), **services.pairing(pairing)}
-
-
 def copy_of(house: House, home: Path) -> dict[str, str]:
     """The place of a copy of a house that is closed. Both keep their blobs under one prefix."""
     shutil.copytree(house.environ["ADAPTORY_HOME"], home)
@@ -132,14 +129,26 @@ def entered(house: House, environ: Mapping[str, str], **limits: object) -> House
     return House(environ, resources, house.things, house.secrets, house.ids, transport)
 
 
-def furnished_house(pairing: str, home: Path) -> House:
-    """A closed registry, to be copied for each test."""
-    house = build_house(new_environment(pairing, home))
+@cache
+def furnished_house(pairing: str) -> House:
+    """A closed registry, to be copied for each test: it is built once in each process, which takes a second."""
+    home = services.shared_directory() / f"house-{uuid.uuid4().hex}"
+    house = _build({"ADAPTORY_HOME": str(home), **services.pairing(pairing, kept=True)})
     house.close()
     return house
 
 
-def build_house(environ: Mapping[str, str]) -> House:
+def new_house(pairing: str, home: Path, **more: str) -> House:
+    """A registry of one's own: a copy with its own blobs, and with more variables in its environment."""
+    house = furnished_house(pairing)
+    shutil.copytree(house.environ["ADAPTORY_HOME"], home, dirs_exist_ok=True)
+    elsewhere = {name: text for name, text in house.environ.items() if name != "ADAPTORY_HOME"}
+    environ = {"ADAPTORY_HOME": str(home), **services.copied_pairing(elsewhere, blobs=True), **more}
+    own = replace(house, things=dict(house.things), secrets=dict(house.secrets), ids=dict(house.ids))
+    return entered(own, environ)
+
+
+def _build(environ: Mapping[str, str]) -> House:
     resources = opened(environ)
     _publish_yardsticks(resources)
     things = {name: _furnish(resources, name) for name in (PRIVATE, PUBLIC, OTHER)}

@@ -9,12 +9,12 @@ import pytest
 
 from registry.errors.translation import CODES
 from tests import services
-from tests.access.house import House, build_house, new_environment
+from tests.access.house import House, new_house
 
 
 @pytest.fixture
 def house(tmp_path: Path) -> Generator[House]:
-    furnished = build_house(new_environment(services.PAIRINGS[0], tmp_path / "home"))
+    furnished = new_house(services.PAIRINGS[0], tmp_path / "home")
     yield furnished
     furnished.close()
 

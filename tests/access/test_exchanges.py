@@ -21,7 +21,7 @@ from registry.database.engine import Database
 from registry.errors import Invalid, Unavailable
 from registry.errors.outages import OutageLog
 from tests import services
-from tests.access.house import House, build_house, new_environment
+from tests.access.house import House, new_house
 from tests.scenarios.world import server
 
 RELEASE = "/v1/adapters/acme/sql/releases/1.0.0"
@@ -29,7 +29,7 @@ RELEASE = "/v1/adapters/acme/sql/releases/1.0.0"
 
 @pytest.fixture
 def house(tmp_path: Path) -> Generator[House]:
-    furnished = build_house(new_environment(services.PAIRINGS[0], tmp_path / "home"))
+    furnished = new_house(services.PAIRINGS[0], tmp_path / "home")
     yield furnished
     furnished.close()
 
@@ -198,7 +198,7 @@ def test_what_is_not_http_is_answered_by_a_problem(tmp_path: Path) -> None:
 
 
 def test_an_address_of_a_download_ends_soon_and_pins_what_others_would_believe(tmp_path: Path) -> None:
-    furnished = build_house(new_environment(services.PAIRINGS[1], tmp_path / "home"))
+    furnished = new_house(services.PAIRINGS[1], tmp_path / "home")
     answer = furnished.ask("reader", "GET", f"{RELEASE}/files/weights.safetensors")
     furnished.close()
     signed = httpx2.URL(answer.headers["location"]).params

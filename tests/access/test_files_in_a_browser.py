@@ -11,7 +11,7 @@ import pytest
 
 from tests import services
 from tests.access.browser import Browser
-from tests.access.house import PRIVATE, House, build_house, entered, new_environment
+from tests.access.house import PRIVATE, House, entered, new_house
 from tests.access.test_exchanges import RELEASE
 from tests.scenarios.world import server
 
@@ -20,7 +20,7 @@ NAMES = "adapters.example, Files.Example,::1"
 
 @pytest.fixture(scope="module", params=services.PAIRINGS)
 def furnished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Generator[House]:
-    house = build_house(new_environment(request.param, tmp_path_factory.mktemp("house")))
+    house = new_house(request.param, tmp_path_factory.mktemp("house"))
     yield house
     house.close()
 

@@ -21,7 +21,7 @@ from registry.domain.compositions import compositions
 from registry.domain.jobs import queue
 from registry.domain.jobs.queue import Amount
 from tests import services
-from tests.access.house import HOST, PRIVATE, PUBLIC, House, borrowed, build_house, entered, new_environment
+from tests.access.house import HOST, PRIVATE, PUBLIC, House, borrowed, entered, new_house
 from tests.eventually import eventually
 from tests.registry.api.test_pages import counted
 
@@ -29,7 +29,7 @@ from tests.registry.api.test_pages import counted
 @pytest.fixture(scope="module")
 def house(tmp_path_factory: pytest.TempPathFactory) -> Generator[House]:
     directory: Path = tmp_path_factory.mktemp("house")
-    built = build_house({**new_environment(services.PAIRINGS[0], directory), "ADAPTORY_ACCESS_CACHE_S": "0.2"})
+    built = new_house(services.PAIRINGS[0], directory, ADAPTORY_ACCESS_CACHE_S="0.2")
     yield built
     built.close()
 

@@ -21,7 +21,7 @@ from registry.domain.access.roles import Role
 from registry.environment.settings import Settings
 from registry.transfer.resources import open_resources
 from tests import services
-from tests.access.house import HOST, House, build_house, entered, new_environment
+from tests.access.house import HOST, House, entered, new_house
 from tests.eventually import eventually
 from tests.scenarios.world import server
 
@@ -32,7 +32,7 @@ BASE = {"name": "x", "model_type": "llama", "tied": False, "weights_digest": "0"
 def furnished(tmp_path_factory: pytest.TempPathFactory) -> Generator[House]:
     """A registry on a directory store: bytes sent to S3 do not pass the server, and the limits concern the server
     alone."""
-    house = build_house(new_environment(services.PAIRINGS[0], tmp_path_factory.mktemp("house")))
+    house = new_house(services.PAIRINGS[0], tmp_path_factory.mktemp("house"))
     yield house
     house.close()
 
@@ -373,7 +373,7 @@ def test_bodies_that_stall_hold_up_no_one_else(furnished: House) -> None:
 
 def test_slow_uploads_of_three_users_do_not_hold_up_the_push_of_another(tmp_path: Path) -> None:
     """And when none is free for a user, the next upload gets 503 and the time to wait, not silence."""
-    house = build_house(new_environment(services.PAIRINGS[0], tmp_path / "home"))
+    house = new_house(services.PAIRINGS[0], tmp_path / "home")
     things = house.things["acme"]
     path = f"/v1/blobs/{things.announced}?upload={things.upload_id}"
     for name in ("ann", "ben", "cal"):

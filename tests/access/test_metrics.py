@@ -10,7 +10,7 @@ import pytest
 from composer.formats.recipes.suite import Suite, parse_suite
 from registry.domain.access.audit import EventQuery, list_oldest_first
 from tests import services
-from tests.access.house import House, build_house, new_environment
+from tests.access.house import House, new_house
 
 SUITE = {"name": "long", "kind": "target", "description": "", "chat": False}
 EXAMPLES = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}]
@@ -19,7 +19,7 @@ EXAMPLES = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d
 @pytest.fixture(params=services.PAIRINGS[:2])
 def house(request: pytest.FixtureRequest, tmp_path: Path) -> Generator[House]:
     """`publisher` of the private acme is the author of the suite `long`."""
-    furnished = build_house(new_environment(request.param, tmp_path / "home"))
+    furnished = new_house(request.param, tmp_path / "home")
     assert add(furnished, "publisher").status_code == 201
     yield furnished
     furnished.close()

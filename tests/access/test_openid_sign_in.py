@@ -22,7 +22,7 @@ from registry.environment.settings import SignInSettings
 from registry.transfer import issuer_keys
 from tests import services
 from tests.access.browser import Browser
-from tests.access.house import HOST, OTHER, PRIVATE, PUBLIC, House, build_house, entered, new_environment
+from tests.access.house import HOST, OTHER, PRIVATE, PUBLIC, House, entered, new_house
 from tests.access.provider import CLIENT, SECRET, Provider, provider, visit
 
 ROLES = (
@@ -52,7 +52,7 @@ def settings_of(idp: Provider, **changed: Any) -> SignInSettings:
 def house(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, running: Provider
 ) -> Generator[House]:
-    built = build_house(new_environment(request.param, tmp_path_factory.mktemp("house")))
+    built = new_house(request.param, tmp_path_factory.mktemp("house"))
     built.transport.close()
     house = entered(built, built.environ, sign_in=settings_of(running))
     with house.resources.write() as session:

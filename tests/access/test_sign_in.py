@@ -18,7 +18,7 @@ from registry.domain.access.audit import MAX_REFUSALS
 from registry.domain.access.sessions import LIFETIME
 from tests import services
 from tests.access.browser import HTML, ORIGIN, Browser
-from tests.access.house import OTHER, PRIVATE, PUBLIC, House, build_house, copy_of, entered, new_environment
+from tests.access.house import OTHER, PRIVATE, PUBLIC, House, copy_of, entered, new_house
 from tests.scenarios.test_serve import served
 
 PROXIED = {"ADAPTORY_ACCESS": "tokens", "ADAPTORY_TRUSTED_PROXIES": "127.0.0.1"}
@@ -26,7 +26,7 @@ PROXIED = {"ADAPTORY_ACCESS": "tokens", "ADAPTORY_TRUSTED_PROXIES": "127.0.0.1"}
 
 @pytest.fixture(scope="module", params=services.ONE_PAIRING)
 def house(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Generator[House]:
-    built = build_house(new_environment(request.param, tmp_path_factory.mktemp("house")))
+    built = new_house(request.param, tmp_path_factory.mktemp("house"))
     yield built
     built.close()
 

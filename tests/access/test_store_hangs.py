@@ -17,7 +17,7 @@ from registry.api.http.threads import PATIENCE_S, STORE_ROOM, STORE_THREADS
 from registry.client.inprocess import InProcessTransport
 from registry.wire.transfer import UploadIn
 from tests import services
-from tests.access.house import PRIVATE, House, build_house, new_environment
+from tests.access.house import PRIVATE, House, new_house
 
 RELEASES = f"/v1/adapters/{PRIVATE}/sql/releases"
 FILE = f"{RELEASES}/1.0.0/files/weights.safetensors"
@@ -89,7 +89,7 @@ def hung(house: House, where: str) -> Generator[Hung]:
 
 @pytest.fixture(params=services.PAIRINGS)
 def house(request: pytest.FixtureRequest, tmp_path: Path) -> Generator[House]:
-    built = build_house(new_environment(request.param, tmp_path))
+    built = new_house(request.param, tmp_path)
     yield built
     built.close()
 

@@ -21,12 +21,12 @@ from registry.domain.catalog import releases
 from registry.errors import Unauthenticated
 from registry.formats.references import Digest, RepositoryName, Version
 from tests import services
-from tests.access.house import HOST, NOW, OTHER, PRIVATE, PUBLIC, House, build_house, entered, new_environment, opened
+from tests.access.house import HOST, NOW, OTHER, PRIVATE, PUBLIC, House, entered, new_house, opened
 
 
 @pytest.fixture(params=services.ONE_PAIRING)
 def house(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Generator[House]:
-    built = build_house(new_environment(request.param, tmp_path_factory.mktemp("house")))
+    built = new_house(request.param, tmp_path_factory.mktemp("house"))
     yield built
     built.close()
 

@@ -22,7 +22,7 @@ from registry.errors import Unauthenticated, Unavailable
 from registry.transfer.installation import check_installation
 from registry.transfer.issuer_keys import MAX_AGE_S, MIN_INTERVAL_S, RETRY_S, IssuerKeys
 from tests import services
-from tests.access.house import OTHER, PRIVATE, House, build_house, entered, new_environment
+from tests.access.house import OTHER, PRIVATE, House, entered, new_house
 from tests.access.issuer import AUDIENCE, GITHUB_JOB, Issuer, issuer, key_of, signed
 
 RULE = {
@@ -46,7 +46,7 @@ def ci() -> Generator[Issuer]:
 
 @pytest.fixture(scope="module", params=services.ONE_PAIRING)
 def house(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, ci: Issuer) -> Generator[House]:
-    built = build_house(new_environment(request.param, tmp_path_factory.mktemp("house")))
+    built = new_house(request.param, tmp_path_factory.mktemp("house"))
     built.transport.close()
     accepted = f"github:{ci.url},https://gitlab.com"
     house = entered(built, built.environ, oidc_audience=AUDIENCE, oidc_issuers=accepted)

@@ -8,12 +8,12 @@ from sqlalchemy import String, select
 from registry.database.engine import Row
 from registry.domain.access.users import ENDED, PSEUDONYM, RENAMED
 from tests import services
-from tests.access.house import PRIVATE, House, build_house, new_environment
+from tests.access.house import PRIVATE, House, new_house
 
 
 @pytest.fixture(params=services.ONE_PAIRING)
 def house(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Generator[House]:
-    built = build_house(new_environment(request.param, tmp_path_factory.mktemp("house")))
+    built = new_house(request.param, tmp_path_factory.mktemp("house"))
     yield built
     built.close()
 

@@ -8,7 +8,7 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, expect
 
 from tests import services
-from tests.access.house import PRIVATE, build_house, new_environment
+from tests.access.house import PRIVATE, new_house
 from tests.scenarios.world import server
 
 GRAVE = ("serious", "critical")
@@ -18,7 +18,7 @@ GRAVE = ("serious", "critical")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Generator[tuple[str, str]]:
     """The address of a server on this machine by its name, and the token of an admin."""
     home = tmp_path_factory.mktemp("served") / "home"
-    house = build_house(new_environment(services.PAIRINGS[0], home))
+    house = new_house(services.PAIRINGS[0], home)
     house.close()
     with server(home, ADAPTORY_ACCESS="tokens") as (url, _):
         yield url.replace("127.0.0.1", "localhost"), house.secrets["admin"]

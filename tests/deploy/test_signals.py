@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 from tests import services
-from tests.access.house import build_house, new_environment
+from tests.access.house import new_house
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 _METRIC = re.compile(r"\badaptory_[a-z_]+")
@@ -28,7 +28,7 @@ def test_the_alert_rules_are_valid_and_fire_when_they_should() -> None:
 
 
 def test_rules_and_dashboard_use_metrics_that_a_server_has_and_strangers_do_not_see_them(tmp_path: Path) -> None:
-    house = build_house(new_environment(services.PAIRINGS[0], tmp_path))
+    house = new_house(services.PAIRINGS[0], tmp_path)
     try:
         assert house.ask("nobody", "GET", "/metrics").status_code == 401
         house.ask("reader", "GET", "/v1/resolve?ref=acme/sql")

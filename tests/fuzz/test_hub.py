@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests import services
-from tests.access.house import House, build_house, new_environment
+from tests.access.house import House, new_house
 from tests.access.test_every_route import ROUTES
 from tests.fuzz.test_rest import FACTOR
 
@@ -24,7 +24,7 @@ TEXT = st.text(max_size=60) | st.sampled_from(["..", ".", "%00", "\0", "a/b", "-
 
 @pytest.fixture(scope="module", params=services.STRICTER_PAIRING)
 def house(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Generator[House]:
-    house = build_house(new_environment(request.param, tmp_path_factory.mktemp("house")))
+    house = new_house(request.param, tmp_path_factory.mktemp("house"))
     yield house
     house.close()
 

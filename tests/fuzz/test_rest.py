@@ -76,8 +76,8 @@ OF_WHAT_IS_THERE = {
 
 
 @pytest.fixture(scope="module", params=services.STRICTER_PAIRING)
-def furnished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> House:
-    return furnished_house(request.param, tmp_path_factory.mktemp("house"))
+def furnished(request: pytest.FixtureRequest) -> House:
+    return furnished_house(request.param)
 
 
 @dataclass(frozen=True)

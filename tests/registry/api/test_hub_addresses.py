@@ -9,13 +9,13 @@ import pytest
 
 from registry.database.tables import BlobHolder
 from tests import services
-from tests.access.house import House, build_house, new_environment
+from tests.access.house import House, new_house
 from tests.registry.api.test_hub_commits import announce, send
 
 
 @pytest.fixture(scope="module", params=services.PAIRINGS)
 def house(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Generator[House]:
-    house = build_house(new_environment(request.param, tmp_path_factory.mktemp("house")))
+    house = new_house(request.param, tmp_path_factory.mktemp("house"))
     yield house
     house.close()
 

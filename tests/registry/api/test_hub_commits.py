@@ -33,7 +33,7 @@ from registry.transfer.collect import collect
 from registry.transfer.commits import MAX_LINES, _CommitLines
 from registry.transfer.lfs import PermittedAct
 from tests import services
-from tests.access.house import House, build_house, new_environment
+from tests.access.house import House, new_house
 from tests.scenarios.world import SMALL_PARTS
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -42,8 +42,8 @@ HEADER = {"key": "header", "value": {"summary": 'A "content": "title', "descript
 
 @pytest.fixture(scope="module", params=services.PAIRINGS)
 def house(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Generator[House]:
-    environ = new_environment(request.param, tmp_path_factory.mktemp("house"))
-    house = build_house(environ | SMALL_PARTS if "ADAPTORY_DATABASE_URL" in environ else environ)
+    parts = {} if request.param == services.PAIRINGS[0] else SMALL_PARTS
+    house = new_house(request.param, tmp_path_factory.mktemp("house"), **parts)
     yield house
     house.close()
 

@@ -18,7 +18,7 @@ from registry.errors import Conflict
 from registry.formats.manifest import ManifestFile
 from registry.formats.references import Digest, RepositoryName, parse_version
 from tests import services
-from tests.access.house import FACTS, HOST, PRIVATE, House, build_house, new_environment
+from tests.access.house import FACTS, HOST, PRIVATE, House, new_house
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 ODD = "sub dir/ünï+co#de%41.txt"
@@ -34,7 +34,7 @@ FILES = {
 @pytest.fixture(scope="module", params=services.ONE_PAIRING)
 def house(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Generator[House]:
     """`acme/tables` has 1.0.0 in prod, 1.1.0, a yanked 1.2.0 and a candidate; `acme/tables.lite` is another one."""
-    house = build_house(new_environment(request.param, tmp_path_factory.mktemp("house")))
+    house = new_house(request.param, tmp_path_factory.mktemp("house"))
     for version, files in FILES.items():
         _publish(house, "tables", version, files)
     _publish(house, "tables.lite", "1.0.0", {"weights.safetensors": b"lite"})

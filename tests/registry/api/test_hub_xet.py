@@ -21,7 +21,7 @@ from registry.formats.xet import MAX_CHUNK_BYTES, MAX_CHUNKS
 from registry.transfer import xet
 from registry.transfer.collect import collect
 from tests import services
-from tests.access.house import PRIVATE, House, build_house, entered, new_environment
+from tests.access.house import PRIVATE, House, entered, new_house
 from tests.registry.api.test_hub_commits import commit, lfs, read
 from tests.xet_wire import GROUPED, LZ4, PLAIN, Segment, chunk, header, name_of, shard
 
@@ -30,7 +30,7 @@ CHUNK = 64 << 10
 
 @pytest.fixture(scope="module", params=services.PAIRINGS)
 def house(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Generator[House]:
-    house = build_house(new_environment(request.param, tmp_path_factory.mktemp("house")))
+    house = new_house(request.param, tmp_path_factory.mktemp("house"))
     yield house
     house.close()
 

@@ -43,8 +43,8 @@ HOUR = timedelta(hours=1)
 
 
 @pytest.fixture(scope="module", params=services.PAIRINGS)
-def furnished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> House:
-    return furnished_house(request.param, tmp_path_factory.mktemp("house"))
+def furnished(request: pytest.FixtureRequest) -> House:
+    return furnished_house(request.param)
 
 
 @pytest.fixture
