@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable, Mapping
 from datetime import timedelta
@@ -58,12 +59,21 @@ def rows_of(environ: Mapping[str, str]) -> list[bytes]:
     return lines
 
 
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The home of an embedded registry with three releases, one of them served, scores, a token and a job."""
+    directory = tmp_path_factory.mktemp("built")
+    cli = Cli({"ADAPTORY_HOME": str(directory / "home"), "ADAPTORY_USER": "mia"})
+    cli.ok("base", "add", write_base(directory / "base"), "--name", "tiny")
+    filled(cli, directory)
+    return directory / "home"
+
+
 @pytest.fixture
-def small(tmp_path: Path) -> Cli:
-    """An embedded registry with three releases, one of them served, scores, a token and a job."""
-    cli = Cli({"ADAPTORY_HOME": str(tmp_path / "home"), "ADAPTORY_USER": "mia"})
-    cli.ok("base", "add", write_base(tmp_path / "base"), "--name", "tiny")
-    return filled(cli, tmp_path)
+def small(built: Path, tmp_path: Path) -> Cli:
+    """A copy of that registry."""
+    shutil.copytree(built, tmp_path / "home")
+    return Cli({"ADAPTORY_HOME": str(tmp_path / "home"), "ADAPTORY_USER": "mia"})
 
 
 def filled(cli: Cli, tmp_path: Path) -> Cli:

@@ -132,7 +132,7 @@ def test_a_list_is_filled_with_its_own_values(count: int) -> None:
 
 
 def test_more_releases_than_one_statement_takes_come_in_the_order_asked_for(database: Database) -> None:
-    ids = [item.id for item in reversed(stock(database))]
+    ids = [item.id for item in reversed(stock(database, count=BATCH_SIZE + 10))]
     assert len(ids) > BATCH_SIZE
     with database.read() as session:
         details = load_details(session, ids)
@@ -163,7 +163,7 @@ def test_of_a_statement_that_was_compiled_only_its_text_is_kept(session: Session
 
 
 def statements_in_memory() -> int:
-    return sum(isinstance(get_object, Select) for get_object in gc.get_objects())
+    return sum(type(kept) is Select for kept in gc.get_objects())
 
 
 @pytest.mark.parametrize("door", ["read", "write"])
