@@ -19,9 +19,6 @@ import pytest
 import torch
 import typer.main
 from hypothesis import HealthCheck, settings
-from sqlalchemy import Engine
-from sqlalchemy.engine.default import DefaultDialect
-from sqlalchemy.util import LRUCache
 
 import registry.api.app
 import registry.client.api
@@ -172,7 +169,6 @@ def _read_once() -> Generator[None]:  # pyright: ignore[reportUnusedFunction]
     """Caches work that a command does once per process: building its options, reading boto3's 2 MB description of S3
     and the machine's certificates, compiling SQL; and once per registry: migrating. One process runs thousands of
     commands here; this took half of the time of the shorter ones."""
-    statements = LRUCache[Any, Any](5000)
     forked.remember()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(typer.main, "get_command", lru_cache(typer.main.get_command))
@@ -186,10 +182,7 @@ def _read_once() -> Generator[None]:  # pyright: ignore[reportUnusedFunction]
         patch.setattr(registry.storage.s3.store, "open_bucket", partial(_bucket, services.shared_directory() / "s3"))
         patch.setattr(jinja2, "Template", lru_cache(jinja2.Template))  # PEFT writes a card beside each adapter
         patch.setattr(ssl, "create_default_context", lru_cache(ssl.create_default_context))
-        # Statements are kept by dialect: those of two SQLite databases are as good as one.
-        patch.setattr(DefaultDialect, "__eq__", lambda one, other: type(one) is type(other))
-        patch.setattr(DefaultDialect, "__hash__", lambda dialect: hash(type(dialect)))
-        patch.setattr(Engine, "_compiled_cache", property(lambda _: statements, lambda *_: None), raising=False)
+        services.share_statements(partial(patch.setattr, raising=False))
         yield
 
 

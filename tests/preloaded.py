@@ -2,8 +2,11 @@
 
 import gc
 from functools import lru_cache, partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import alembic.command  # noqa: F401
+import anyio._backends._asyncio  # noqa: F401
 import boto3
 import botocore.session
 import psycopg  # noqa: F401
@@ -31,6 +34,7 @@ import registry.worker.engine.template
 import registry.worker.runner
 import registry.worker.steps
 from tests import forked, services
+from tests.access import house
 
 for routers in (registry.api.app.routers, registry.api.app.hub_routers, registry.api.app.page_routers):
     routers()
@@ -42,4 +46,8 @@ typer.main.get_command = lru_cache(typer.main.get_command)
 typer.main.get_command(registry.cli.main.root)
 botocore.session.create_loader = lru_cache(botocore.session.create_loader)
 boto3.Session().client("s3", region_name="us-east-1")
+# Nor compile the statements of a publication again, which takes as long as all else of a push.
+services.share_statements(setattr)
+with TemporaryDirectory(dir=services.shared_directory()) as directory:
+    house.publish_once(Path(directory))
 gc.freeze()

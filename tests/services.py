@@ -14,14 +14,18 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
+from typing import Any
 
 import psycopg
 import pytest
 from psycopg import sql
+from sqlalchemy import Engine
+from sqlalchemy.engine.default import DefaultDialect
+from sqlalchemy.util import LRUCache
 
 from registry.database.engine import Database
 from registry.database.migrate import ensure_schema, migrate
@@ -29,6 +33,7 @@ from registry.environment.settings import Settings
 from registry.transfer.resources import open_resources
 from registry.transfer.store_facts import probe_if_unknown
 from tests import s3_server
+from tests.command_environment import environment
 from tests.ports import free_ports
 from tests.s3_server import S3Server, locked
 
@@ -168,8 +173,6 @@ def _copy_objects(prefix: str, to: str) -> None:
 
 def _probed_database() -> str:
     """A migrated database with the probe of the run's store: without it each first start takes a second longer."""
-    from tests.scenarios.world import environment
-
     with locked(shared_directory() / "probed.lock"):
         kept = shared_directory() / "probed.url"
         if not kept.exists():
@@ -180,6 +183,14 @@ def _probed_database() -> str:
                 resources.close()
             kept.write_text(url)
         return kept.read_text()
+
+
+def share_statements(patch: Callable[[object, str, object], None]) -> None:
+    """Keeps compiled statements by dialect for all databases: those of two SQLite databases are as good as one."""
+    statements = LRUCache[Any, Any](5000)
+    patch(DefaultDialect, "__eq__", lambda one, other: type(one) is type(other))
+    patch(DefaultDialect, "__hash__", lambda dialect: hash(type(dialect)))
+    patch(Engine, "_compiled_cache", property(lambda _: statements, lambda *_: None))
 
 
 def new_database_of(kind: str, directory: Path, *, migrated: bool = False) -> str:

@@ -37,7 +37,7 @@ from registry.formats.manifest import ManifestFile
 from registry.formats.references import Digest, RepositoryName, Version
 from registry.transfer.resources import Resources, open_resources
 from tests import services
-from tests.scenarios.world import environment
+from tests.command_environment import environment
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 HOST = Actor("host", NOW, {EVERYWHERE: Role.ADMIN.value}, mints=True)
@@ -146,6 +146,14 @@ def new_house(pairing: str, home: Path, **more: str) -> House:
     environ = {"ADAPTORY_HOME": str(home), **services.copied_pairing(elsewhere, blobs=True), **more}
     own = replace(house, things=dict(house.things), secrets=dict(house.secrets), ids=dict(house.ids))
     return entered(own, environ)
+
+
+def publish_once(home: Path) -> None:
+    """Publishes into a new registry, which compiles the statements of a publication."""
+    resources = opened({"ADAPTORY_HOME": str(home)})
+    _publish_yardsticks(resources)
+    _furnish(resources, PRIVATE)
+    resources.close()
 
 
 def _build(environ: Mapping[str, str]) -> House:

@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import sys
 import time
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -18,6 +17,7 @@ from transformers import LlamaForCausalLM
 
 from registry.cli import main as command_line
 from tests import services
+from tests.command_environment import environment
 from tests.composer.small_model import save_adapter, save_llama, save_tokenizer
 from tests.forked import start_command
 
@@ -121,21 +121,6 @@ class Cli:
 def own_environment(cli: Cli) -> dict[str, str]:
     """The environment for processes that run its commands."""
     return {name: value for name, value in os.environ.items() if not name.startswith("ADAPTORY_")} | cli.environment
-
-
-@contextmanager
-def environment(values: Mapping[str, str], argv: list[str]) -> Generator[None]:
-    kept, kept_argv = dict(os.environ), sys.argv
-    for name in [name for name in os.environ if name.startswith("ADAPTORY_")]:
-        del os.environ[name]
-    os.environ.update(values)
-    sys.argv = argv
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(kept)
-        sys.argv = kept_argv
 
 
 @contextmanager
