@@ -42,7 +42,7 @@ def test_a_platform_engineer_finds_what_the_server_loads_and_why_not_the_rest(sh
     assert "vllm:8 refuses it" in shelf.ok("search", "--loads-in", "vllm:8", "--include", "refused").out
     refused = shelf("search", "--loads-in", "vllm:12")
     assert refused.code == 2
-    assert "max_lora_rank is one of" in refused.err
+    assert "max_lora_rank must be one of" in refused.err
 
 
 @pytest.mark.on("PostgreSQL")
