@@ -193,6 +193,30 @@ def test_a_token_that_is_revoked_or_a_role_that_is_lost_ends_what_its_stream_sho
         assert served(next(kept)[1], OPEN) == "1.0.0", "no event about what it may no longer read"
 
 
+def test_a_poll_that_waits_ends_when_its_token_is_revoked_or_its_role_is_lost(house: House) -> None:
+    path = f"/v1/follow?channels={SQL}"
+    with house.resources.write() as session:
+        row, house.secrets["short"] = tokens.create(
+            session, HOST, tokens.NewToken("reader", "short", {EVERYWHERE: Role.ADMIN}, None)
+        )
+    tag = ask(house, path).headers["etag"]
+
+    def revoke() -> None:
+        with house.resources.write() as session:
+            tokens.revoke(session, HOST, row.id)
+
+    def leave() -> None:
+        with house.resources.write() as session:
+            namespaces.set_member(session, HOST, PRIVATE, "reader", None)
+
+    began = time.monotonic()
+    threading.Timer(0.5, revoke).start()
+    assert ask(house, path, "short", If_None_Match=tag, Prefer="wait=50").status_code == 401
+    threading.Timer(0.5, leave).start()
+    assert ask(house, path, If_None_Match=tag, Prefer="wait=50").json()["channels"] == {SQL: None}
+    assert time.monotonic() - began < 25
+
+
 def _move_the_open_one(house: House) -> None:
     with house.resources.write() as session:
         promotions.request(session, HOST, PromotionRequest(RepositoryName(PUBLIC, "sql"), OLD, "prod"))

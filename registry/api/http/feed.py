@@ -43,12 +43,15 @@ class Follower:
     def wake(self) -> None:
         self._news.set()
 
-    async def news(self, within_s: float) -> None:
-        """Waits until a snapshot has changed since the last call, for at most that time."""
+    async def news(self, within_s: float) -> bool:
+        """Waits until a snapshot, or perhaps the caller's rights, have changed since the last call, for at most that
+        time. Returns whether they have."""
         with suppress(TimeoutError):
             async with asyncio.timeout(within_s):
                 await self._news.wait()
+        has_come = self._news.is_set()
         self._news.clear()
+        return has_come
 
 
 class Feed:

@@ -86,7 +86,8 @@ async def _changed(
     until = time.monotonic() + wait_s
     with streams_of(request).one(stream_owner(actor)), feed_of(request).follow(keys) as follower:
         while (left_s := until - time.monotonic()) > 0:
-            await follower.news(min(left_s, HUNG_UP_S))
+            if await follower.news(min(left_s, HUNG_UP_S)):
+                actor = await ASKED_AGAIN(request)
             if _is_over(request, follower) or await request.is_disconnected():
                 break
             if follower.snapshots and _event(follower.snapshots, actor).id != seen:
