@@ -4,6 +4,8 @@ import ctypes
 import hashlib
 import itertools
 import os
+import socket
+import struct
 import subprocess
 import sys
 import time
@@ -54,6 +56,51 @@ def stick(_node: Node, unit: Unit, _count: Count) -> Result:
     return {"found": "x" in itertools.repeat("y")}
 
 
+_ORPHAN = """
+import os, sys, time
+if os.fork():
+    sys.exit()
+os.setsid()
+if os.fork():
+    sys.exit()
+open(sys.argv[1], "a").write(f"{os.getpid()}\\n")
+time.sleep(600)
+"""
+
+
+def detach(_node: Node, unit: Unit, _count: Count) -> Result:
+    """Starts a process that leaves its group, its session and its parent."""
+    path = Path(unit.hints["journal"])
+    subprocess.run([sys.executable, "-c", _ORPHAN, str(path)], check=True)
+    while not path.exists() or not path.read_text().endswith("\n"):
+        time.sleep(0.01)
+    return {"orphan": int(path.read_text())}
+
+
+def confuse(node: Node, unit: Unit, _count: Count) -> Result:
+    """Sends its worker what no child sends, on its own socket."""
+    end: socket.socket = vars(vars(vars(node.store)["_calls"])["_wire"])["_end"]
+    how = unit.content["how"]
+    if how == "deep":
+        document = b"[" * 100_000
+        end.sendall(struct.pack("!II", len(document), 0) + document)
+    elif how == "list":
+        end.sendall(struct.pack("!II", 2, 0) + b"[]")
+    else:
+        for _ in range(200):
+            first, second = socket.socketpair()
+            held.append(first)
+            with Path(os.devnull).open() as other:
+                given = other.fileno() if how == "not a socket" else second.fileno()
+                socket.send_fds(end, [struct.pack("!II", 2, 0)], [given])
+                end.sendall(b"{}")
+            second.close()
+    return {"sent": how}
+
+
+held: list[socket.socket] = []
+
+
 def crash(_node: Node, unit: Unit, _count: Count) -> Result:
     note(unit, "begun")
     return {"read": ctypes.string_at(0)}
@@ -76,6 +123,8 @@ LOOK = Task(name="look", version=1, run=look, intact=always_intact)
 READ = Task(name="read", version=1, run=read, intact=always_intact)
 CLAIM = Task(name="claim", version=1, run=claim, intact=_stored)
 MAKE = Task(name="make", version=1, run=make, intact=_stored)
+DETACH = Task(name="detach", version=1, run=detach, intact=always_intact)
+CONFUSE = Task(name="confuse", version=1, run=confuse, intact=always_intact)
 STICK = Task(name="stick", version=1, run=stick, intact=always_intact)
 CRASH = Task(name="crash", version=1, run=crash, intact=always_intact)
 EAT = Task(name="eat", version=1, run=eat, intact=always_intact)

@@ -7,8 +7,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -186,8 +188,30 @@ def test_a_cancelled_job_ends_it_inside_one_long_operation(engine: LocalEngine, 
     assert not list(node.work_directory.glob("unit-*"))
 
 
+def test_a_process_that_has_left_its_group_and_its_parent_ends_with_its_job(
+    engine: LocalEngine, tmp_path: Path
+) -> None:
+    hints = {"journal": str(tmp_path / "orphan")}
+    orphan = run(engine, prying.DETACH, Unit(name="detach", content={}, hints=hints))["orphan"]
+    assert not ended([orphan])
+    engine.release()
+    eventually(lambda: ended([orphan]), within_s=WITHIN_S)
+
+
+@pytest.mark.parametrize("how", ["deep", "list", "not a socket", "many"])
+def test_what_a_child_sends_cannot_hang_or_exhaust_its_worker(engine: LocalEngine, how: str) -> None:
+    before = threading.active_count(), len(list(Path("/proc/self/fd").iterdir()))
+    unit = Unit(name="confuse", content={"how": how})
+    with nullcontext() if how in ("not a socket", "many") else pytest.raises(Unavailable, match="died"):
+        assert run(engine, prying.CONFUSE, unit) == {"sent": how}
+    assert threading.active_count() < before[0] + 80
+    engine.release()
+    eventually(lambda: len(list(Path("/proc/self/fd").iterdir())) <= before[1] + 5, within_s=WITHIN_S)
+
+
 WORKER = """
 import sys
+import threading
 from pathlib import Path
 from registry.environment.settings import Settings
 from registry.worker.engine.local import LocalEngine

@@ -10,6 +10,8 @@ can fork.
   requests bytes from the worker.
 - The child leads a process group and dies with the template. When the worker requests it, or ends itself, the template
   kills the child with SIGKILL, since torch may be inside one long operation, and removes the child's directory.
+- What a child has started ends with it, also if it has left the child's group and parent: the kernel gives orphans to
+  the child while that runs, and then to the template.
 - Whatever ended a child, the template reports its exit status, so that the worker can start another.
 """
 
@@ -26,7 +28,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -52,7 +54,7 @@ one job need not wait for."""
 _WATCH_S = 1.0
 """How often the template checks that its worker lives: another process may have inherited the worker's socket."""
 _COUNT_S = 0.1
-_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
+_DIE_WITH_PARENT, _ADOPT_ORPHANS = 1, 36  # PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER
 _FIRST_TO_DIE = "500"
 """The child's oom_score_adj: if memory runs out, the child ends before its worker."""
 
@@ -69,6 +71,7 @@ class _Child:
 def main(end: int) -> None:
     """Runs the template. `end` is the descriptor of its end of a socket pair."""
     worker, children = os.getppid(), dict[int, _Child]()
+    _prctl(_ADOPT_ORPHANS, 1)
     wire = Wire(socket.socket(fileno=end))
     for number in (signal.SIGINT, signal.SIGTERM):  # these reach all processes of a terminal: the worker decides
         signal.signal(number, signal.SIG_IGN)
@@ -85,6 +88,7 @@ def main(end: int) -> None:
     finally:
         for child in children.values():
             _end(child)
+        _end_orphans(())
 
 
 def _ready(wire: Wire, children: Mapping[int, _Child]) -> list[int]:
@@ -122,7 +126,9 @@ def _obey(wire: Wire, frame: Frame, children: dict[int, _Child]) -> None:
 
 def _bury(wire: Wire, child: _Child, children: dict[int, _Child]) -> None:
     del children[child.pid]
-    wire.send({"ended": child.pid, "status": _end(child)})
+    status = _end(child)
+    _end_orphans(children)
+    wire.send({"ended": child.pid, "status": status})
     _import(_IMPORTED_LATER)
 
 
@@ -149,19 +155,38 @@ def _kill(child: _Child) -> None:
             kill(pid, signal.SIGKILL)
 
 
+def _end_orphans(children: Container[int]) -> None:
+    """Kills what ended children have left: every other child of this process, and those that come to it then."""
+    while left := [pid for pid in _children(os.getpid()) if pid not in children]:
+        for pid in left:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            with suppress(ChildProcessError):
+                os.waitpid(pid, 0)
+
+
 def descendants(pid: int) -> Iterator[int]:
     """Yields the running processes that this one started, and theirs in turn."""
+    for child in _children(pid):
+        yield child
+        yield from descendants(child)
+
+
+def _children(pid: int) -> Iterator[int]:
     for listing in Path(f"/proc/{pid}/task").glob("*/children"):
         with suppress(OSError):
-            for child in map(int, listing.read_text().split()):
-                yield child
-                yield from descendants(child)
+            yield from map(int, listing.read_text().split())
+
+
+def _prctl(option: int, value: int) -> None:
+    ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
 
 
 def _be_child(template: int, end: int, directory: Path, settings: Mapping[str, Any]) -> None:
     """Runs the child."""
     os.setpgid(0, 0)
-    ctypes.CDLL(None, use_errno=True).prctl(_DIE_WITH_PARENT, signal.SIGKILL, 0, 0, 0)
+    _prctl(_DIE_WITH_PARENT, signal.SIGKILL)
+    _prctl(_ADOPT_ORPHANS, 1)
     if os.getppid() != template:
         return
     Path("/proc/self/oom_score_adj").write_text(_FIRST_TO_DIE)

@@ -79,11 +79,13 @@ class Wire:
             if document_bytes > _MAX_DOCUMENT_BYTES or content_bytes > MAX_BYTES:
                 raise EOFError
             message = json.loads(self._exactly(document_bytes))
+            if not isinstance(message, dict):
+                raise EOFError
             return Frame(message, self._exactly(content_bytes), file)
         except BaseException as error:
             if file is not None:
                 os.close(file)
-            if isinstance(error, (OSError, ValueError, struct.error)):
+            if isinstance(error, (OSError, ValueError, RecursionError, struct.error)):
                 raise EOFError from error
             raise
 

@@ -2,7 +2,6 @@
 
 import queue
 import shutil
-import socket
 import sys
 import threading
 import time
@@ -64,7 +63,7 @@ def anonymous_bytes(pids: Iterable[int]) -> int:
     for pid in pids:
         with suppress(OSError):  # it has ended
             for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-                if line.startswith("RssAnon:"):
+                if line.startswith(("RssAnon:", "RssShmem:")):
                     total += int(line.split()[1]) * 1024
     return total
 
@@ -216,5 +215,5 @@ class _JobChild:
                 if frame.file is None:
                     self._received.put(frame.message)
                 else:
-                    self._files.connect(socket.socket(fileno=frame.file))
+                    self._files.connect(frame.file)
         self._received.put(None)

@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 
 _DIGEST = re.compile(rb"[0-9a-f]{64}")
 _MOST_READ_BYTES = 16 << 20
+_MAX_CONNECTIONS = 64
+"""A child has one for each thread, and one for each file that it writes."""
 _RECENT_BYTES = 128 << 20
 """The size of the recently served ranges to remember: the store itself can copy a block that the child writes back
 unchanged."""
@@ -68,11 +70,16 @@ class JobFiles:
         if not task.intact(replace(self.node, store=_OfJob(self)), result):
             raise _not_of_this_job(unit.name)
 
-    def connect(self, end: socket.socket) -> None:
-        """Serves a connection in a thread of its own."""
-        wire = Wire(end)
+    def connect(self, descriptor: int) -> None:
+        """Serves a connection in a thread of its own. Closes one that is not a socket, or is one too many."""
+        try:
+            wire = Wire(socket.socket(fileno=descriptor))
+        except OSError:
+            with suppress(OSError):
+                os.close(descriptor)
+            return
         with self._lock:
-            if self._ended:
+            if self._ended or len(self._connections) >= _MAX_CONNECTIONS:
                 wire.close()
                 return
             self._connections.add(wire)
@@ -192,9 +199,12 @@ class _Connection:
         }  # fmt: skip
 
     def reply(self, frame: Frame) -> _Reply:
-        """Performs the message's request. An error becomes the reply."""
+        """Performs the message's request. An error becomes the reply. Only `begin` comes with a file, and only once."""
         self._files.check()
         try:
+            if frame.file is not None and (frame.message.get("do") != "begin" or self._blocks is not None):
+                os.close(frame.file)
+                raise ValueError("a file does not belong to this request")
             return self._requests[frame.message["do"]](frame)
         except _Ended:
             raise
@@ -242,8 +252,6 @@ class _Connection:
         return _Reply({}, content)
 
     def _begin(self, frame: Frame) -> _Reply:
-        if self._writer is not None:
-            raise ValueError("a file is not finished")
         self._blocks = frame.owned_file()
         self._writer = self._files.node.store.begin_write(int(frame.message["size_bytes"]))
         return _Reply({})
