@@ -32,6 +32,7 @@ _PAGE = 500
 _Rows = Page[Json]
 _UNSENT = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout)
 _TIMEOUT = httpx2.Timeout(30.0, read=300.0)
+_MAX_LINE_BYTES = 16 << 20
 EVENTS_SILENT_S = 45.0
 """A server sends a comment after 15 seconds without events."""
 
@@ -182,6 +183,8 @@ class Api:
             if response.status_code >= 400:
                 response.read()
             _raise_problem(response)
+            if not response.headers.get("content-type", "").startswith("text/event-stream"):
+                raise untrusted("bad_answer", f"{path} sends something other than events")
             event_id = ""
             for line in _lines(response.iter_bytes()):
                 field, _, value = line.partition(": ")
@@ -326,13 +329,23 @@ def refuse_other_answer(asked: Reference, release: NamedRelease) -> None:
 
 
 def _lines(chunks: Iterable[bytes]) -> Generator[str]:
-    """Splits at line feeds only: JSON may contain other characters that Unicode counts as line ends."""
+    """Splits at line feeds only: JSON may contain other characters that Unicode counts as line ends. Raises Invalid for
+    a line that is too long, or is not UTF-8."""
     rest = b""
     for chunk in chunks:
         *lines, rest = (rest + chunk).split(b"\n")
-        yield from (line.decode() for line in lines)
+        if len(rest) > _MAX_LINE_BYTES:
+            raise untrusted("bad_answer", f"a line has more than {_MAX_LINE_BYTES:,} bytes")
+        yield from map(_text, lines)
     if rest:
-        yield rest.decode()
+        yield _text(rest)
+
+
+def _text(line: bytes) -> str:
+    try:
+        return line.decode()
+    except UnicodeDecodeError as error:
+        raise untrusted("bad_answer", "a line is not UTF-8") from error
 
 
 def _exactly(size_bytes: int, chunks: Iterable[bytes]) -> Iterator[bytes]:
@@ -356,7 +369,7 @@ def _exactly(size_bytes: int, chunks: Iterable[bytes]) -> Iterator[bytes]:
 def _translate_transport_errors(url: str, *, changes: bool = False) -> Generator[None]:
     try:
         yield
-    except httpx2.TransportError as error:
+    except httpx2.RequestError as error:
         lost = changes and not isinstance(error, _UNSENT)
         check = "whether the change was made anyway" if lost else "ADAPTORY_URL"
         raise Unavailable(

@@ -2,15 +2,19 @@
 
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 
 from registry.agent.directory import MirrorDirectory, Routes
+from registry.agent.health import Health
+from registry.agent.loop import Followed
 from registry.agent.mirror import Duties, Mirror, Options
 from registry.agent.servers import protocol
 from registry.agent.servers.command import CommandServer
@@ -18,9 +22,11 @@ from registry.agent.servers.vllm import VllmServer
 from registry.agent.switching import KeptServer
 from registry.agent.versions import ServedVersion
 from registry.client.api import Api
+from registry.client.follow import PATH
 from registry.errors import Unavailable
 from registry.wire.fleet import NodeReportIn
 from registry.wire.quality import FollowedOut
+from tests.eventually import eventually
 from tests.scenarios.world import World
 from tests.serving.double import double
 from tests.serving.scripted import Answer, models, ok, scripted
@@ -214,3 +220,26 @@ def test_damaged_routes_stay_while_the_registry_is_away(
     taken.close()
     assert report.channels[0].error
     assert path.read_bytes() == b'{"channels": {'
+
+
+STREAM = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
+STREAMS = [
+    STREAM + b"\r\nid: \xff\ndata: \xff\xfe\n\n",
+    STREAM + b"Content-Encoding: gzip\r\n\r\nabc",
+    STREAM + b"\r\nid: 1\ndata: {\n\n",
+    STREAM + b"\r\nid: 1\ndata: " + b"[" * 100_000 + b"\n\n",
+    STREAM + b'\r\nid: 1\ndata: {"channels": {"acme/sql@prod": {"move": NaN, "version": 1, "commit": []}}}\n\n',
+    STREAM + b"\r\ndata: " + b"x" * (17 << 20),
+    ok(b"<html>Sign in</html>", "text/html"),
+    b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n",
+]
+
+
+@pytest.mark.parametrize("answer", STREAMS, ids=range(len(STREAMS)))
+def test_an_agent_says_so_when_what_it_follows_cannot_be_read(answer: bytes) -> None:
+    said = list[str]()
+    with scripted({f"{PATH}?channels={quote(CHANNEL, safe='')}": answer}) as server:
+        followed = Followed(Api(server.url), [CHANNEL], Health(), said.append)
+        threading.Thread(target=followed.run, daemon=True).start()
+        eventually(lambda: said, within_s=10)
+    assert "What is served goes on." in said[0]

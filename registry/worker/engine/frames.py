@@ -9,7 +9,7 @@ import threading
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from registry.storage.unit_results import MAX_RESULT_BYTES
 
@@ -78,10 +78,10 @@ class Wire:
             document_bytes, content_bytes = _HEAD.unpack(head)
             if document_bytes > _MAX_DOCUMENT_BYTES or content_bytes > MAX_BYTES:
                 raise EOFError
-            message = json.loads(self._exactly(document_bytes))
+            message: object = json.loads(self._exactly(document_bytes))
             if not isinstance(message, dict):
                 raise EOFError
-            return Frame(message, self._exactly(content_bytes), file)
+            return Frame(cast(dict[str, Any], message), self._exactly(content_bytes), file)
         except BaseException as error:
             if file is not None:
                 os.close(file)
