@@ -44,6 +44,14 @@ def test_a_push_to_a_misspelt_channel_publishes_nothing(team: Cli, world: World)
     team.ok("push", path, "acme/sql:1.1.0", "--base", "tiny", "--channel", "canary", "--new-channel")
 
 
+def test_a_channel_that_serves_nothing_is_not_created_again(team: Cli, world: World) -> None:
+    team.ok("push", world.adapters["other-sql"], "acme/sql:1.1.0", "--base", "tiny")
+    team.ok("promote", "acme/sql:1.1.0", "--to", "prod")
+    team.ok("promote", "acme/sql:1.0.0", "--to", "canary", "--new-channel")
+    team.ok("yank", "acme/sql:1.0.0", "--reason", "wrong data")
+    assert "creates" not in team.ok("promote", "acme/sql:1.1.0", "--to", "canary").err
+
+
 def test_repeating_a_promotion_says_that_nothing_changed(team: Cli) -> None:
     team.ok("promote", "acme/sql:1.0.0", "--to", "prod", "--reason", "first")
     again = team.ok("promote", "acme/sql:1.0.0", "--to", "prod", "--reason", "second")

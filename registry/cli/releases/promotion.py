@@ -238,11 +238,12 @@ def confirm_new_channel(connection: Connection, line: str, channel: str, *, agre
     channels, the name may be misspelt: prompts on a terminal and raises Usage elsewhere, unless `agreed`."""
     known: list[str] = []
     with suppress(NotFound):
+        connection.api.get(f"{line}/channels/{channel}", wire.quality.ChannelOut)
+        return  # also if it serves nothing now
+    with suppress(NotFound):
         known = sorted(connection.api.get(line, wire.catalog.RepositoryOut).channels)
-    if channel in known or (
-        known and connection.api.get(f"{line}/channels/{channel}/policy", wire.quality.PolicyOut).revision
-    ):
-        return  # or somebody has set its policy
+    if known and connection.api.get(f"{line}/channels/{channel}/policy", wire.quality.PolicyOut).revision:
+        return  # somebody has set its policy
     listed = ", ".join(known[:_LISTED]) + (", …" if len(known) > _LISTED else "")
     message = f"creates channel {channel}" + (f"; channels here: {listed}" if known else "")
     if known and not agreed and not _agrees(message):
