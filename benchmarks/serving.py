@@ -125,7 +125,7 @@ def measure_moves(api: Api, home: Path, agents: int, moves: int) -> None:
             first.append(min(times.values()))
             last.append(max(times.values()))
             time.sleep(0.3)
-    for which, seconds in (("first", first), ("last", last)):
+    for which, seconds in (("first", first), ("last", last))[-agents:]:
         p99 = sorted(seconds)[int(0.99 * len(seconds))]
         print(f"{agents} agents, {moves} moves, {which} route changed: {median(seconds):.2f} s p50, {p99:.2f} s p99")
 
