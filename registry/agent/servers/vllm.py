@@ -40,8 +40,9 @@ class VllmServer(HttpServer):
         if answer.status_code not in (200, 404):
             raise self.refused(f"unload {name}", answer)
 
-    def busy(self) -> frozenset[str]:
-        """From the newest sample of `vllm:lora_requests_info`: its value is the time at which it was set."""
+    def busy(self) -> frozenset[str] | None:
+        """From the newest sample of `vllm:lora_requests_info`: its value is the time at which it was set. None for a
+        server that has no such metric."""
         answer = self.request("GET", "/metrics")
         if answer.status_code != 200:
             raise self.refused("GET /metrics", answer)
@@ -50,7 +51,7 @@ class VllmServer(HttpServer):
             with suppress(ValueError):
                 samples.append((float(value), labels))
         if not samples:
-            return frozenset()
+            return None
         labels = dict(_LABEL.findall(max(samples)[1]))
         names = f"{labels.get('running_lora_adapters', '')},{labels.get('waiting_lora_adapters', '')}"
         return frozenset(filter(None, names.split(",")))
