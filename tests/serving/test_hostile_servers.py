@@ -104,7 +104,7 @@ def test_no_list_of_models_ends_a_round(
 METRICS = [
     ("nothing here", None),
     ('vllm:lora_requests_info{running_lora_adapters="a"} abc', None),
-    ('vllm:lora_requests_info{running_lora_adapters="a"} 1.2.3', set[str]()),
+    ('vllm:lora_requests_info{running_lora_adapters="a"} 1.2.3', None),
     ('vllm:lora_requests_info{running_lora_adapters="a"} 1.0\r', {"a"}),
     (r'vllm:lora_requests_info{running_lora_adapters="q\"uote,acme/sql@1.0.0"} 1.0', {'q\\"uote', "acme/sql@1.0.0"}),
     (r'vllm:lora_requests_info{running_lora_adapters="x\\",waiting_lora_adapters="b"} 2', {"x\\\\", "b"}),
