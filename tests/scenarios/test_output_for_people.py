@@ -151,8 +151,8 @@ def test_the_shell_completes_references_channels_suites_and_methods(busy: Cli) -
 def test_the_version_is_shown_and_commands_stand_in_groups_with_an_example_each(on_disk: Cli, tmp_path: Path) -> None:
     assert re.fullmatch(r"adaptory \d+\.\d+\.\d+\S*\n", on_disk.ok("--version").out)
     shown = on_disk.ok("--help").out
-    for group in ("Release", "Find", "Compose", "Operate", "Admin"):
+    for group in ("Release", "Find", "Compose", "Serve", "Operate", "Admin"):
         assert f"\n{group}:\n" in shown
-    assert shown.count("  Example: adaptory ") == 5
+    assert shown.count("  Example: adaptory ") == 6
     assert "Other:" not in shown
     assert max(map(len, shown.splitlines())) <= 80

@@ -35,9 +35,9 @@ def resources(sql_and_support: Cli, world: World, tmp_path: Path) -> Generator[R
 
 
 def test_a_job_that_ended_long_ago_goes_unless_a_release_was_made_by_it(
-    resources: Resources, stocked_embedded: Cli
+    resources: Resources, sql_and_support: Cli
 ) -> None:
-    cli = stocked_embedded
+    cli = sql_and_support
     lineage, scores = cli.json("show", "acme/both:1.0.0"), cli.json("show", "acme/sql:1.0.0")["scores"]
     assert scores, "the evaluation recorded some"
     assert [job["state"] for job in cli.json("jobs")["items"]] == ["queued", "done", "done", "done"]
