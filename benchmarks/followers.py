@@ -23,7 +23,7 @@ from benchmarks.harness import ADAPTORY
 from registry.domain.access import tokens
 from registry.domain.access.roles import EVERYWHERE, Role
 from tests import services
-from tests.access.house import HOST, PRIVATE, build_house, new_environment
+from tests.access.house import HOST, PRIVATE, new_house
 from tests.eventually import eventually
 from tests.services import free_port
 
@@ -117,8 +117,9 @@ def main() -> None:
     given = [*sys.argv[1:], *("1000", "20", "100", "")[len(sys.argv) - 1 :]]
     pairing = services.PAIRINGS["postgresql" in sys.argv]
     with tempfile.TemporaryDirectory() as directory:
-        environ = new_environment(pairing, Path(directory) / "home")
-        house = build_house(environ)
+        os.environ[services.DIRECTORY] = directory
+        house = new_house(pairing, Path(directory) / "home")
+        environ = dict(house.environ)
         with house.resources.write() as session:
             new = tokens.NewToken("operator", "bench", {EVERYWHERE: Role.ADMIN}, None)
             token = tokens.create(session, HOST, new)[1]
