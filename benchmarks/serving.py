@@ -33,7 +33,7 @@ from tests import services
 from tests.eventually import eventually
 from tests.scenarios.world import Cli, build_world
 from tests.serving import double
-from tests.serving.double import weights_hash
+from tests.serving.double import answers, weights_hash
 
 CHANNEL = "acme/sql@prod"
 STREAMS = 32
@@ -65,7 +65,7 @@ def running(words: Sequence[object], ready: str, environment: dict[str, str] | N
     """A process, once that address answers 200."""
     process = subprocess.Popen([*map(str, words)], env=os.environ | (environment or {}), stderr=subprocess.DEVNULL)
     try:
-        eventually(lambda: _answers(ready), within_s=60)
+        eventually(lambda: answers(ready), within_s=60)
         yield
     finally:
         process.kill()
@@ -88,13 +88,6 @@ def doubles(count: int, seconds: float) -> Generator[Sequence[str]]:
     words = [sys.executable, "-m", "tests.serving.double", "vllm", port, seconds, 2, count]
     with running(words, f"{urls[-1]}/v1/models"):
         yield urls
-
-
-def _answers(url: str) -> bool:
-    try:
-        return httpx2.get(url).status_code == 200
-    except httpx2.TransportError:
-        return False
 
 
 def start_agent(url: str, kept_in: Path, address: str) -> MirrorDirectory:

@@ -204,9 +204,9 @@ class Front:
         return (*servers[first:], *servers[:first])
 
     async def _send(self, request: Request, model: str, body: bytes, routes: Routes) -> Response:
-        """Sends the request to the first server that begins to answer. One that cannot be reached, that closed the
-        connection, or that was restarted and does not know the model yet, has not, and the next one may; a closed
-        connection is no reason to leave out the only server, so the first one gets another attempt."""
+        """Sends the request to the first server that begins to answer. Moves on to the next server if one cannot be
+        reached, has closed the connection, or was restarted and does not know the model yet. Then tries the first
+        server once more, since it may have closed only an idle connection."""
         headers, servers = _passed(request.headers.raw), self._servers(routes, model)
         outcome = self.figures.begin(model, is_routed=model in routes.commits)
         error = f"No server has {model}."

@@ -21,6 +21,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -235,24 +236,23 @@ def one_route(channel: str, name: str, url: str) -> Routes:
     return Routes({channel: {name: 100}}, {channel: since}, {name: "a" * 40}, {name: (url,)})
 
 
+def answers(url: str) -> bool:
+    """Whether a GET of the address succeeds."""
+    try:
+        return httpx2.get(url).status_code == 200
+    except httpx2.TransportError:
+        return False
+
+
 @contextmanager
 def double(
     kind: str = "vllm", *, port: int | None = None, seconds: float = 0.02, max_loras: int = 2
 ) -> Generator[tuple[str, BaseProcess]]:
     """A double in its own process; yields its address once it answers."""
-    import httpx2
-
     port = port or services.free_port()
     url, process = f"http://127.0.0.1:{port}", start(run, {}, kind, port, seconds, max_loras)
-
-    def answers() -> bool:
-        try:
-            return httpx2.get(f"{url}/v1/models").status_code == 200
-        except httpx2.TransportError:
-            return False
-
     try:
-        eventually(answers, within_s=30)
+        eventually(lambda: answers(f"{url}/v1/models"), within_s=30)
         yield url, process
     finally:
         process.kill()

@@ -18,7 +18,7 @@ from tests.eventually import eventually
 from tests.forked import start_command
 from tests.scenarios.world import World, own_environment
 from tests.serving.conftest import Agent, Site, loaded, mirrored
-from tests.serving.double import double
+from tests.serving.double import answers, double
 
 SQL, TERRAFORM = "acme/sql@prod", "acme/terraform@prod"
 OLD, NEW = "acme/sql@1.0.0", "acme/sql@1.1.0"
@@ -30,15 +30,8 @@ def front(agent: Agent, port: int) -> Generator[str]:
     words = ["route", agent.directory, "--listen", f"127.0.0.1:{port}"]
     process = start_command(words, own_environment(agent.site.cli), agent.directory.with_name("front.log"))
     url = f"http://127.0.0.1:{port}"
-
-    def answers() -> bool:
-        try:
-            return httpx2.get(f"{url}/healthz").status_code == 200
-        except httpx2.TransportError:
-            return False
-
     try:
-        eventually(answers, within_s=30)
+        eventually(lambda: answers(f"{url}/healthz"), within_s=30)
         yield url
     finally:
         process.kill()

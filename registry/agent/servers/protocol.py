@@ -46,7 +46,7 @@ class Server(Protocol):
         ...
 
     def unload(self, name: str) -> None:
-        """Unloads the name, which no request uses. A name that is not loaded is no error."""
+        """Unloads the name, which no request uses. Does nothing if the name is not loaded."""
         ...
 
     def busy(self) -> frozenset[str] | None:

@@ -82,8 +82,7 @@ def list_errors(request: Request, actor: PageCaller) -> Response:
 
 @router.get("/docs/errors/{code}")
 def show_error(code: str, request: Request, actor: PageCaller) -> Response:
-    """One code. For a code that ends in a name from a file there is no general fix: its message states the next
-    step."""
+    """Shows one code. A code that ends in a name from a file has no text here: its message states the next step."""
     if not is_registered(code):
         raise NotFound(
             "code_unknown", f"No error has the code {code}.", subject=code, next_step="/docs/errors has all."
