@@ -19,7 +19,7 @@ from registry.hub_client.remote import Hub, Snapshot
 from registry.sdk.connection import Connection
 from registry.sdk.display import Display
 from registry.sdk.fit import fitting_base
-from registry.sdk.publishing import publish
+from registry.sdk.local_files import publish
 
 if TYPE_CHECKING:
     from registry.client.api import Api

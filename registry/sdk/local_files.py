@@ -1,7 +1,8 @@
-"""Files of releases and bases on this machine, verified."""
+"""Files of releases and bases on this machine: verified copies, and those that become a release."""
 
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from registry.errors import NotFound
@@ -11,7 +12,10 @@ from registry.sdk.display import Display
 
 if TYPE_CHECKING:
     from composer.formats.checkpoints.checkpoint import Checkpoint
-    from registry.wire.catalog import BaseOut
+    from registry.client.api import Api
+    from registry.client.selection import Selection
+    from registry.client.signing import Publication
+    from registry.wire.catalog import BaseOut, PublishedOut
     from registry.wire.search import AnyRelease, ResolvedRelease
 
 
@@ -62,3 +66,22 @@ def base_checkpoint(base: "BaseOut", override: Path | None, display: Display) ->
     with display.progress(f"verify {base.name}", total) as done:
         verify_checkpoint(checkpoint, base.digest, done)
     return checkpoint
+
+
+def publish(
+    api: "Api", selection: "Selection", publication: "Publication", display: Display, key: Path | None = None
+) -> "tuple[PublishedOut, int]":
+    """Hashes the files, sends them, and publishes the release, signed with the private key if there is one. Returns the
+    registry's answer, and the number of files that the store lacked."""
+    from registry.client.push import collect, push
+    from registry.client.signing import push_signed
+
+    version = publication.request["version"]
+    label = f"push {publication.target}" + (f":{version}" if version else "")
+    with TemporaryDirectory() as staging:
+        with display.progress("hash", selection.size_bytes) as done:
+            files = collect(selection, done)
+        with display.progress(label, sum(file.manifest.size_bytes for file in files)) as done:
+            if key:
+                return push_signed(api, files, publication, key, Path(staging), done)
+            return push(api, files, publication.target, publication.kind, publication.request, done)

@@ -23,7 +23,7 @@ from registry.sdk.conflicts import AdapterGroup
 from registry.sdk.connection import Connection, load_settings, open_registry
 from registry.sdk.display import Quiet
 from registry.sdk.fit import fitting_base
-from registry.sdk.publishing import publish
+from registry.sdk.local_files import publish
 from registry.sdk.results import Composition, Move, Promotion, Release, Rollout, Score
 from registry.wire.catalog import ReleaseOut
 from registry.wire.quality import SuiteOut

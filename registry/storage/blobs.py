@@ -11,7 +11,34 @@ from typing import Protocol, Self
 from composer.formats.checkpoints.files import StoredFile
 from registry.errors import NotFound
 from registry.formats.references import Digest
-from registry.storage.unit_results import UnitResults
+
+WORK = "work/"
+"""The prefix of results of units of work."""
+MAX_RESULT_BYTES = 64 << 20
+"""Limit on the size of a result: our own code writes small ones, but a store may hold anything."""
+
+
+class UnitResults(Protocol):
+    """Small JSON documents in a store's directory or bucket: results of units of work, by a key of everything that
+    determines them, so that no other process repeats finished work. The bytes that a unit makes are blobs.
+
+    Errors: Unavailable if the store cannot be reached or is full."""
+
+    def read(self, key: str) -> bytes | None:
+        """The result under the key, up to MAX_RESULT_BYTES; None if absent."""
+        ...
+
+    def write(self, key: str, content: bytes) -> None:
+        """Keeps a result, completely or not at all. The last of several writers wins: their work was the same."""
+        ...
+
+    def delete(self, key: str) -> None:
+        """Removes a result, if it exists."""
+        ...
+
+    def sweep(self, before: datetime) -> int:
+        """Removes the results that were written before that time. Returns their number."""
+        ...
 
 
 def blob_key(sha256: Digest) -> str:

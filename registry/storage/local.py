@@ -14,8 +14,7 @@ from composer.formats.checkpoints.staging import sync
 from registry.environment.home import close_directory
 from registry.errors import NO_SPACE, Unavailable
 from registry.formats.references import Digest
-from registry.storage.blobs import BlobStat, Reader, blob_key, blob_missing
-from registry.storage.unit_results import MAX_RESULT_BYTES, WORK
+from registry.storage.blobs import MAX_RESULT_BYTES, WORK, BlobStat, Reader, blob_key, blob_missing
 
 
 class LocalStore:

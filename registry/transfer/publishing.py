@@ -43,9 +43,8 @@ from registry.formats.signatures import (
     unverifiable_signature,
 )
 from registry.storage.blobs import BlobStore, OpensBlobs
-from registry.transfer import reported
 from registry.transfer.resources import Resources
-from registry.transfer.verified import copy_verified
+from registry.transfer.verified import copy_verified, read_reported
 
 _BLOCK_BYTES = 1 << 20
 _CARD_BYTES = 1_000_000
@@ -95,7 +94,7 @@ def publish(resources: Resources, actor: Actor, push: Push, keyed: IdempotentReq
         if known is not None:
             return Published(**known)
     new, findings = prepare(resources, push)
-    stated, doubts = reported.read(resources, push.files)
+    stated, doubts = read_reported(resources, push.files)
     with resources.write() as session:
         known = idempotency.claim_key(session, keyed, actor.at)
         if known is not None:
@@ -192,7 +191,7 @@ def import_scores(
     scores, and a warning for each that is not kept."""
     with resources.read() as session:
         files = manifest_files(session, releases.find(session, *target))
-    stated, doubts = reported.read(resources, files)
+    stated, doubts = read_reported(resources, files)
     with resources.write() as session:
         rows, refused = reported_scores.record(session, actor, releases.find(session, *target), stated)
         return [row.id for row in rows], [*doubts, *refused]

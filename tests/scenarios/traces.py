@@ -13,8 +13,8 @@ import boto3
 from registry.cli.console.connect import connected
 from registry.client.api import Api
 from registry.environment.settings import Settings
+from registry.storage.blobs import WORK
 from registry.storage.s3.probe import PROBE
-from registry.storage.unit_results import WORK
 from registry.transfer.resources import Resources, open_resources
 from tests.scenarios.world import Cli, environment
 

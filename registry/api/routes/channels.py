@@ -14,7 +14,7 @@ from registry.api.routes.views import channel_view, judgement_view, move_view, p
 from registry.database import idempotency
 from registry.database.engine import Session
 from registry.database.tables import Promotion, Repository
-from registry.domain.channels import moves, pending, pins, policies, promotions, timeline, withdrawals
+from registry.domain.channels import moves, pending, policies, promotions, timeline, withdrawals
 from registry.formats.channel_policy import read_policy
 from registry.formats.references import parse_name, parse_version
 from registry.transfer.promotions import settle, settle_overdue
@@ -280,8 +280,8 @@ def show_policy(named: RepositoryOf, channel: str, resources: ResourcesOf, actor
 
 def _policy(session: Session, repository: Repository, channel: str) -> PolicyOut:
     policy, revision = policies.find(session, repository, channel)
-    pinned = pins.of_channel(session, repository.id, channel)
-    changed = pins.announced(session, pinned)
+    pinned = policies.pins_of_channel(session, repository.id, channel)
+    changed = policies.changes_since(session, pinned)
     shown = {name: PinOut.model_validate({**pin, "changed": changed.get(name)}) for name, pin in pinned.items()}
     return PolicyOut(channel=channel, revision=revision, policy=policy.to_json(), pins=shown)
 

@@ -26,12 +26,11 @@ from registry.domain.channels.serving import ChannelName, serving_move
 from registry.domain.channels.timeline import ChannelMove
 from registry.domain.compositions import compositions
 from registry.domain.jobs import needs, queue
-from registry.formats.priority import Priority
 from registry.formats.references import RepositoryName
 from registry.wire.catalog import BaseOut, BaseRef, RepositoryOut, TensorRow
 from registry.wire.fleet import RolloutNodeOut, RolloutOut
 from registry.wire.quality import ChannelOut, JudgementOut, MoveOut, PromotionOut, ScoreOut, SuiteOut
-from registry.wire.work import AuditOut, CheckedInput, CompositionOut, ConflictsOut, JobOut
+from registry.wire.work import AuditOut, CheckedInput, CompositionOut, ConflictsOut, JobOut, Priority
 
 
 def score_view(row: Score) -> ScoreOut:

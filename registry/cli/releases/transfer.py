@@ -71,7 +71,7 @@ def push(  # noqa: PLR0913
     """
     from registry.client.selection import select_files
     from registry.client.signing import Publication
-    from registry.sdk.publishing import publish
+    from registry.sdk.local_files import publish
 
     reference = single_version(target, bump)
     if channel:

@@ -12,7 +12,7 @@ import typer
 from registry.cli.console import complete, render
 from registry.cli.console.connect import connected
 from registry.cli.console.groups import root
-from registry.cli.serving.options import address
+from registry.cli.serving.route import address
 from registry.errors import Unavailable, Usage
 from registry.formats.durations import parse_duration
 from registry.formats.references import parse_channel_reference, parse_node_name, parse_reference

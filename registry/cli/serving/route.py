@@ -6,7 +6,16 @@ from typing import Annotated
 import typer
 
 from registry.cli.console.groups import root
-from registry.cli.serving.options import address
+from registry.errors import Usage
+
+
+def address(text: str) -> tuple[str, int]:
+    """The host and port of HOST:PORT; loopback for a port alone. Raises Usage for anything else."""
+    host, _, port = text.rpartition(":")
+    if not port.isdecimal() or int(port) > 65535:
+        raise Usage("bad_address", f"{text} has no port.", subject=text)
+    return host.strip("[]") or "127.0.0.1", int(port)
+
 
 Target = Annotated[Path, typer.Argument(metavar="DIR", help="The directory of `adaptory mirror` on this host.")]
 Upstream = Annotated[

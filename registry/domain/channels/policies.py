@@ -10,13 +10,13 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from registry.database.tables import Base, Gate, Release, Repository
+from registry.database.tables import Base, Gate, Release, Repository, Suite
 from registry.domain.access import audit
 from registry.domain.access.audit import Act, Actor
 from registry.domain.access.roles import Role, holds
 from registry.domain.catalog import metrics, repositories, suites
 from registry.domain.catalog.repositories import Kind
-from registry.domain.channels import gates, pins, requirements
+from registry.domain.channels import gates, requirements
 from registry.domain.channels.gates import Contents, GateResult, Rule, ScoreConditions
 from registry.domain.channels.requirements import Question
 from registry.domain.channels.serving import POLICY, refresh_served
@@ -24,6 +24,70 @@ from registry.domain.jobs.evaluations import WantedScore
 from registry.errors import NotAllowed, Refused, Stale, Usage
 from registry.formats.channel_policy import ChannelPolicy, ScoreRule, of_rules, read_policy
 from registry.formats.references import RepositoryName, Version, parse_name
+
+Pins = Mapping[str, Mapping[str, Any]]
+"""What a channel's gate rules were set on, by suite: the `digest` of its content, and `higher_is_better` by metric.
+
+A suite's author may have no role in the namespace. The author's later changes are announced, and take effect only when
+an admin of the namespace accepts them.
+"""
+
+
+def pin_rules(session: Session, actor: Actor, rules: Sequence[Rule], kept: Pins) -> dict[str, Any]:
+    """The pins of these rules: those `kept`, and the current state of each suite or metric without one. Raises NotFound
+    for a suite that the actor may not name."""
+    pins: dict[str, dict[str, Any]] = {}
+    for rule in rules:
+        before = kept.get(rule.suite)
+        if rule.suite not in pins:
+            digest = before["digest"] if before else suites.find(session, rule.suite, actor).digest
+            pins[rule.suite] = {"digest": digest, "higher_is_better": {}}
+        better = before["higher_is_better"].get(rule.metric) if before else None
+        if better is None:
+            better = metrics.is_higher_better(session, rule.suite, rule.metric)
+        pins[rule.suite]["higher_is_better"][rule.metric] = better
+    return pins
+
+
+def pins_of_channel(session: Session, repository_id: int, channel: str) -> Pins:
+    """The pins of a channel's policy; none for rules set by a version without pins."""
+    return session.scalar(select(Gate.pins).where(Gate.repository_id == repository_id, Gate.channel == channel)) or {}
+
+
+def pinned_contents(session: Session, rules: Sequence[Rule], pins: Pins) -> Contents:
+    """The content and directions that the rules are judged on: pinned ones, or else the current ones."""
+    names = {rule.suite for rule in rules}
+    current = {
+        suite.name: suite for suite in session.scalars(select(Suite).where(Suite.name.in_(names), Suite.current))
+    }
+    digests = [pin["digest"] for name, pin in pins.items() if name in names]
+    pinned = {suite.name: suite for suite in session.scalars(select(Suite).where(Suite.digest.in_(digests)))}
+    directions = {(name, metric): better for name, pin in pins.items() for metric, better in _directions(pin)}
+    return Contents({**current, **pinned}, directions)
+
+
+def changes_since(session: Session, pins: Pins) -> dict[str, str]:
+    """Describes the changes since the rules were pinned, by suite."""
+    now = suites.current_labels(session, pins)
+    digests = [pin["digest"] for pin in pins.values()]
+    pinned = {suite.name: suite for suite in session.scalars(select(Suite).where(Suite.digest.in_(digests)))}
+    changed: dict[str, str] = {}
+    for name, pin in pins.items():
+        notes: list[str] = []
+        if name in pinned and not pinned[name].current:
+            notes.append(f"pinned to {name} {suites.label(pinned[name])}, which is now {now.get(name, 'gone')}")
+        for metric, better in _directions(pin):
+            if metrics.is_higher_better(session, name, metric) != better:
+                was, is_now = ("higher", "lower") if better else ("lower", "higher")
+                notes.append(f"pinned to {was} {metric} being better, which is now {is_now}")
+        if notes:
+            changed[name] = "; ".join(notes)
+    return changed
+
+
+def _directions(pin: Mapping[str, Any]) -> list[tuple[str, bool]]:
+    return list(pin["higher_is_better"].items())
+
 
 _HOW = {"version", "min_n", "measured", "missing", "force", "expires_hours", "on_yank"}
 """Fields of a policy that require nothing by themselves."""
@@ -157,14 +221,12 @@ def _store(  # noqa: PLR0913
     return row.revision
 
 
-def _pins(
-    session: Session, actor: Actor, policy: ChannelPolicy, rules: Sequence[Rule], kept: pins.Pins
-) -> dict[str, Any]:
+def _pins(session: Session, actor: Actor, policy: ChannelPolicy, rules: Sequence[Rule], kept: Pins) -> dict[str, Any]:
     """The pins of the rules. Raises for a rule on something unknown, or that can never pass."""
     for rule in rules:
         gates.refuse_unknown(session, actor, rule)
-    pinned = pins.pin(session, actor, rules, kept)
-    contents = pins.contents(session, rules, pinned)
+    pinned = pin_rules(session, actor, rules, kept)
+    contents = pinned_contents(session, rules, pinned)
     for rule, row in zip(rules, policy.rules, strict=True):
         gates.refuse_impossible(rule, contents.suites[rule.suite], ScoreConditions(*policy.of_rule(row)))
     return pinned
@@ -208,8 +270,8 @@ def _judge_scores(
     base = session.get_one(Base, release.base_digest)
     inputs = gates.inputs_of(session, release)
     rules = gates.parse_rules([row.rule for row in policy.rules])
-    pinned = pins.of_channel(session, release.repository_id, question.channel)
-    contents, changed = pins.contents(session, rules, pinned), pins.announced(session, pinned)
+    pinned = pins_of_channel(session, release.repository_id, question.channel)
+    contents, changed = pinned_contents(session, rules, pinned), changes_since(session, pinned)
     own, of_base = gates.scores(session, release, contents), gates.scores(session, base, contents)
     served = gates.scores(session, question.served, contents) if question.served else None
     of_inputs = None if inputs is None else [gates.scores(session, source, contents) for source in inputs]

@@ -10,12 +10,11 @@ from botocore.exceptions import ClientError  # pyright: ignore[reportMissingType
 from registry.environment.settings import S3Storage
 from registry.errors import Unavailable
 from registry.formats.references import Digest
-from registry.storage.blobs import BlobStat, Reader
+from registry.storage.blobs import MAX_RESULT_BYTES, WORK, BlobStat, Reader
 from registry.storage.s3.bucket import MISSING, Bucket, code_of, open_bucket, translate_store_errors
 from registry.storage.s3.probe import FactsRecord
 from registry.storage.s3.uploads import S3Arrivals
 from registry.storage.s3.writer import CopySupport, S3Writer
-from registry.storage.unit_results import MAX_RESULT_BYTES, WORK
 
 
 class S3Results:

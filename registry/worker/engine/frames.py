@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from registry.storage.unit_results import MAX_RESULT_BYTES
+from registry.storage.blobs import MAX_RESULT_BYTES
 
 MAX_BYTES = MAX_RESULT_BYTES
 """The most bytes that may accompany a message."""

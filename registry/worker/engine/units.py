@@ -18,8 +18,7 @@ from typing import Any, TypeVar
 from registry.environment.home import close_directory
 from registry.environment.settings import Settings
 from registry.errors import Invalid, Unavailable
-from registry.storage.blobs import BlobStore
-from registry.storage.unit_results import MAX_RESULT_BYTES, UnitResults
+from registry.storage.blobs import MAX_RESULT_BYTES, BlobStore, UnitResults
 from registry.transfer.bases import Bases
 from registry.transfer.resources import open_store
 from registry.worker.engine.stores import DirectStore, UnitBases, UnitDocuments, UnitStore

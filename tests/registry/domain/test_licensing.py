@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from registry.domain.channels.licensing import Stated, results_of
+from registry.domain.channels.requirements import Stated, judge_stated
 from registry.formats.channel_policy import Licenses
 from registry.formats.licenses import spdx
 
@@ -48,12 +48,12 @@ def test_a_licence_is_refused_if_every_choice_is(
     stated: dict[str, str], rules: dict[str, Any], broken: list[str]
 ) -> None:
     parts = [Stated(part, spdx(name)) for part, name in stated.items()]
-    results = results_of(Licenses.model_validate(rules), parts)
+    results = judge_stated(Licenses.model_validate(rules), parts)
     assert [result.rule for result in results if not result.passed] == broken
 
 
 def test_a_hidden_licence_is_judged_and_its_text_is_not_shown() -> None:
     rules = {"refuse": ["GPL-3.0"], "allow": ["MIT"], "stated": ["adapter"]}
-    results = results_of(Licenses.model_validate(rules), [Stated("adapter", "secret-licence", hidden=True)])
+    results = judge_stated(Licenses.model_validate(rules), [Stated("adapter", "secret-licence", hidden=True)])
     assert [result.passed for result in results] == [True, False, True]
     assert not [result.detail for result in results if "secret" in result.detail]

@@ -15,7 +15,7 @@ from registry.database.tables import Promotion, Repository
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import Role, holds
 from registry.domain.catalog import releases, repositories
-from registry.domain.channels import moves, pending, pins, policies, timeline
+from registry.domain.channels import moves, pending, policies, timeline
 from registry.domain.channels.serving import serving_move
 from registry.formats.channel_policy import ChannelPolicy
 from registry.formats.references import RepositoryName
@@ -41,7 +41,8 @@ def show_channel(asked: ChannelRequestOf, actor: PageReader, cursor: Cursor = No
         facts = dict(_EMPTY) if empty else _moved(session, actor, repository, channel, cursor)
         facts |= _awaited(actor, named, needed, waiting)
         facts["versions"] = _promotable(session, repository, facts["serving"]) if releaser else []
-        changed = list(pins.announced(session, pins.of_channel(session, repository.id, channel)).values())
+        pins = policies.pins_of_channel(session, repository.id, channel)
+        changed = list(policies.changes_since(session, pins).values())
         address = f"/v1/{repository.kind}s/{named}/channels/{channel}"
     return page_about(
         asked.request,
