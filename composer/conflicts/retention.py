@@ -47,19 +47,14 @@ def retained(adapters: Sequence[LoadedAdapter], combined: Sequence[Delta]) -> li
     for index, adapter in enumerate(adapters):
         for delta in adapter.deltas:
             if isinstance(delta, LowRank):
-                own, product = _against(delta, merged[delta.module, delta.begin])
-                energies[index] += own
-                products[index] += product
+                there = merged[delta.module, delta.begin]
+                factors = [other for other in there if isinstance(other, LowRank)]
+                inner: Float64 = Grams.of([delta, *factors]).inner()
+                dense = sum(_dense_product(other, delta) for other in there if isinstance(other, RowwiseDelta))
+                energies[index] += float(inner[0, 0])  # |Δ|²
+                products[index] += float(inner[0, 1:].sum()) + dense  # <M, Δ>
     both = zip(products.tolist(), energies.tolist(), strict=True)
     return [product / energy if energy > 0 else None for product, energy in both]
-
-
-def _against(delta: LowRank, merged: Sequence[Additive]) -> tuple[float, float]:
-    """(|Δ|^2, <M, Δ>) at one slot."""
-    factors = [other for other in merged if isinstance(other, LowRank)]
-    inner: Float64 = Grams.of([delta, *factors]).inner()
-    dense = sum(_dense_product(other, delta) for other in merged if isinstance(other, RowwiseDelta))
-    return float(inner[0, 0]), float(inner[0, 1:].sum()) + dense
 
 
 def _dense_product(computed: RowwiseDelta, delta: LowRank) -> float:

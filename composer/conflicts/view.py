@@ -168,7 +168,10 @@ def read(report: Json, most_pairs: int | None = None, most_findings: int | None 
     earlier = f"The verdict is {verdict}, by the rules of an earlier version."
     pairs = _by_verdict(report)
     findings = sorted(report["findings"], key=lambda one: list(SEVERITIES).index(one["severity"]))
-    losses = _losses(report, pairs[:most_pairs])
+    together = report["whole"].get("probe")
+    measured = [("All together", together)] if together and len(report["pairs"]) > 1 else []
+    measured += [(_name(pair), pair["probe"]) for pair in pairs[:most_pairs] if pair.get("probe")]
+    losses = [_combination(name, probe) for name, probe in measured]
     meanings = {pair.get("meaning", "") for pair in pairs if pair.get("evidence") == "weights"}
     note = meanings.pop() if len(meanings) == 1 else ""  # schema 1 has one for each pair
     return Report(
@@ -241,14 +244,6 @@ def _pair(pair: Json, note: str) -> PairRow:
         advice=pair.get("advice", ()),
         numbers={name: pair.get(name) for name in MEASURES},
     )
-
-
-def _losses(report: Json, pairs: Sequence[Json]) -> list[Losses]:
-    """The losses of all adapters together, then those of pairs."""
-    together = report["whole"].get("probe")
-    measured = [("All together", together)] if together and len(report["pairs"]) > 1 else []
-    measured += [(_name(pair), pair["probe"]) for pair in pairs if pair.get("probe")]
-    return [_combination(name, probe) for name, probe in measured]
 
 
 def _combination(name: str, probe: Json) -> Losses:

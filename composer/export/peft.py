@@ -94,7 +94,10 @@ def write_files(
     """Writes tensors by PEFT's key, the config, and copies of the files `beside` by name; returns the size of the
     weights file. Raises RefusedOutput for an existing directory, a value that is not finite, and for `inputs` modified
     meanwhile."""
-    _refuse_not_finite(tensors)
+    for key, tensor in tensors.items():
+        if DTYPE_NAMES[tensor.dtype] in FLOAT_DTYPES and not bool(torch.isfinite(tensor).all()):
+            message = f"{key} would have a NaN or an infinite value."
+            raise RefusedOutput("not_finite", message, subject=split_key(key).module, next_step="Lower the weights.")
     with staged_directory(out_dir, sum(tensor.nbytes for tensor in tensors.values()) + _SPARE_BYTES) as staging:
         _save(tensors, staging / WEIGHTS_FILE)
         write_json(staging / CONFIG_FILE, config)
@@ -176,13 +179,6 @@ def _tensors(form: PeftAdapter) -> dict[str, torch.Tensor]:
     pairs = ((key, tensor) for module in form.wrapped for key, tensor in module.tensors.items())
     full = ((key_of(delta), delta.tensor) for delta in form.replacements)
     return by_key((f"{PEFT_PREFIX}{key}", tensor) for key, tensor in chain(pairs, full))
-
-
-def _refuse_not_finite(tensors: Mapping[str, torch.Tensor]) -> None:
-    for key, tensor in tensors.items():
-        if DTYPE_NAMES[tensor.dtype] in FLOAT_DTYPES and not bool(torch.isfinite(tensor).all()):
-            message = f"{key} would have a NaN or an infinite value."
-            raise RefusedOutput("not_finite", message, subject=split_key(key).module, next_step="Lower the weights.")
 
 
 def _config(form: PeftAdapter) -> dict[str, Any]:

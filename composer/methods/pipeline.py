@@ -100,7 +100,12 @@ class Selections:
         selected: dict[tuple[int, str, int], Largest] = {}
         for adapter in sorted({part.adapter for slot in slots for part in slot.parts}):
             own = [part for slot in slots for part in slot.parts if part.adapter == adapter]
-            _refuse_reading(own)
+            for part in own:
+                if isinstance(part.delta, RowwiseDelta) and part.delta.reads_base:
+                    message = (
+                        f"scope=model selects entries in advance, but those of {part.delta.module} depend on the base."
+                    )
+                    raise NotSupported("bad_setting", message, subject="scope", next_step="Use scope=tensor.")
             matrices = [_dense(part.to(device).delta, nothing(part.delta, device)) for part in own]
             entries = sum(matrix.shape[0] * matrix.shape[1] for matrix in matrices)
             kept = largest(matrices, int(settings.density * entries))
@@ -111,13 +116,6 @@ class Selections:
     def of(self, part: SlotDelta) -> Largest | None:
         """The selection for one delta; None unless `scope=model`."""
         return self.largest.get((part.adapter, part.delta.weight, part.delta.begin))
-
-
-def _refuse_reading(parts: Sequence[SlotDelta]) -> None:
-    for part in parts:
-        if isinstance(part.delta, RowwiseDelta) and part.delta.reads_base:
-            message = f"scope=model selects entries in advance, but those of {part.delta.module} depend on the base."
-            raise NotSupported("bad_setting", message, subject="scope", next_step="Use scope=tensor.")
 
 
 def prepared(slot: WeightSlot, settings: MethodSettings) -> WeightSlot:
@@ -252,7 +250,10 @@ def _in_basis(slot: WeightSlot, settings: Compressed) -> tuple[list[Additive], C
     if pipeline.combine == "tsv":
         X = tsv(basis.X, slot.weights, min(like.stored_shape))
     else:
-        X = _thin(slot, settings, basis)
+        matrices = [Matrix.of(X) for X in basis.X]
+        keep = keeps(settings, matrices, [part.key for part in slot.parts])
+        X_Tpq = torch.stack([keep_i(X, 0) for keep_i, X in zip(keep, basis.X, strict=True)])
+        X = joined(settings, slot.weights, slot.total)(X_Tpq)
     equal = iso(X) if pipeline.combine == "iso" else None
     missed = _missed(slot, settings, basis)
     if not settings.cuts:
@@ -277,13 +278,6 @@ def _missed(slot: WeightSlot, settings: Compressed, basis: Basis) -> Compression
     return Compression(slot.module, min(basis.X[0].shape), full_rank, norm, max(0.0, norm**2 - left**2) ** 0.5)
 
 
-def _thin(slot: WeightSlot, settings: Compressed, basis: Basis) -> torch.Tensor:
-    matrices = [Matrix.of(X) for X in basis.X]
-    keep = keeps(settings, matrices, [part.key for part in slot.parts])
-    X_Tpq = torch.stack([keep_i(X, 0) for keep_i, X in zip(keep, basis.X, strict=True)])
-    return joined(settings, slot.weights, slot.total)(X_Tpq)
-
-
 def _in_full(
     slot: WeightSlot, settings: Compressed, selections: Selections
 ) -> tuple[list[Additive], Compression | None]:
@@ -298,7 +292,12 @@ def _in_full(
         ):  # a delta made all at once stays in memory from the first pass on
             matrix = _combined(slot, settings, selections, nothing(first, _device_of(slot)))
             with _DENSE:
-                return _compressed(slot, matrix, settings)
+                like = slot.parts[0].delta
+                (left, right), lost = compress_dense(
+                    slot.module, matrix, settings.rank, settings.energy, _device_of(slot)
+                )
+                B_OR, A_RI = (left, right) if like.layout is Layout.LINEAR else (right.T, left.T)
+                return [_named(like, (B_OR, A_RI))], lost
     kept = slot.to(CPU)  # until the merge, on whatever device that is
     made = _Once(lambda device: _combined(kept.to(device), settings, selections, nothing(first, device)))
 
@@ -313,13 +312,6 @@ def _in_full(
         layout=first.layout, kernel=first.kernel, stacked=first.stacked,
     )  # fmt: skip
     return [computed], None
-
-
-def _compressed(slot: WeightSlot, matrix: Matrix, settings: Compressed) -> tuple[list[Additive], Compression | None]:
-    like = slot.parts[0].delta
-    (left, right), lost = compress_dense(slot.module, matrix, settings.rank, settings.energy, _device_of(slot))
-    B_OR, A_RI = (left, right) if like.layout is Layout.LINEAR else (right.T, left.T)
-    return [_named(like, (B_OR, A_RI))], lost
 
 
 def _needs_all_rows(slot: WeightSlot) -> bool:

@@ -70,7 +70,10 @@ def send(api: Api, namespace: str, files: Sequence[PushedFile], progress: Progre
         attempt.run(uploads)
         if attempt.error is None:
             return lacking
-        _refuse_changed(attempt.broken)
+        # A file may have changed: stores refuse unexpected bytes mostly by hanging up, as if the network failed.
+        for file in attempt.broken:
+            if hash_file(file.source) != file.manifest.sha256:
+                raise _changed(file)
         reported = there + attempt.reported
         if attempt.came_further:
             left = pauses()
@@ -196,14 +199,6 @@ def _pieces(row: UploadRow, file: PushedFile) -> list[_Piece]:
 
 def _rows(files: Sequence[PushedFile]) -> list[Json]:
     return [asdict(file.manifest) for file in files]
-
-
-def _refuse_changed(files: Sequence[PushedFile]) -> None:
-    """Raises Invalid for a changed file: stores refuse unexpected bytes mostly by hanging up, as if the network
-    failed."""
-    for file in files:
-        if hash_file(file.source) != file.manifest.sha256:
-            raise _changed(file)
 
 
 def _changed(file: PushedFile) -> Invalid:

@@ -117,7 +117,9 @@ def select_files(directory: Path, kind: str = "adapter", include: Sequence[str] 
             next_step="Name the training output directory.",
         )
     there = sorted(_files_below(directory))
-    _refuse_idle(include, there)
+    for pattern in include:
+        if not any(_matches(path, [pattern]) for path in there):
+            raise Usage("nothing_included", f"--include {pattern} does not match any file.", subject=pattern)
     chosen = tuple(path for path in there if is_included(path, kind) or _matches(path, include))
     _refuse_another_kind(directory, there, kind)
     problems = [problem for path in chosen if (problem := _problem(directory, path))]
@@ -158,12 +160,6 @@ def _files_below(directory: Path) -> Iterator[str]:
         for name in (*files, *links):
             if not name.startswith("."):
                 yield (Path(parent) / name).relative_to(directory).as_posix()
-
-
-def _refuse_idle(include: Sequence[str], there: Sequence[str]) -> None:
-    for pattern in include:
-        if not any(_matches(path, [pattern]) for path in there):
-            raise Usage("nothing_included", f"--include {pattern} does not match any file.", subject=pattern)
 
 
 def _refuse_another_kind(directory: Path, there: Sequence[str], kind: str) -> None:

@@ -69,7 +69,10 @@ def serving(home: Path, host: str, port: int, given: str | None = None) -> Gener
     close_directory(home)
     if home.stat().st_uid not in (os.geteuid(), 0):
         raise _unusable(home, "it belongs to another user")
-    _remove_dead(home)
+    for path in (*home.glob("server-*.secret"), *home.glob("server-*.link")):  # of servers that were killed
+        with suppress(FileNotFoundError):
+            if not _is_locked(path):
+                path.unlink()
     secret, code = given or secrets.token_urlsafe(32), secrets.token_urlsafe(24)
     paths = secret_path(home, host, port), link_path(home, host, port)
     locks = [_write(path, text) for path, text in zip(paths, (secret, code), strict=True)]
@@ -119,14 +122,6 @@ def _address(host: str) -> str:
     """The part of its files' names for the address, with a dash; empty for 127.0.0.1, where `--host localhost` listens
     too."""
     return "" if host in ("127.0.0.1", "localhost") else f"{host}-"
-
-
-def _remove_dead(home: Path) -> None:
-    """Removes the files of servers that were killed."""
-    for path in (*home.glob("server-*.secret"), *home.glob("server-*.link")):
-        with suppress(FileNotFoundError):
-            if not _is_locked(path):
-                path.unlink()
 
 
 def _is_locked(path: Path) -> bool:

@@ -59,13 +59,11 @@ ABSENT = Digest("0" * 64)
 
 def nearest(text: str, known: Iterable[str], otherwise: str) -> str:
     """The next step for an unknown name: the nearest known names, then `otherwise`."""
-    near = [name for name in get_close_matches(text, list(known), n=3, cutoff=_ALIKE) if _are_alike(text, name)]
+    near = get_close_matches(text, list(known), n=3, cutoff=_ALIKE)
+    # A long common namespace makes any two names alike: the parts behind it must be, too.
+    own = text.rpartition("/")[2]
+    near = [name for name in near if get_close_matches(own, [name.rpartition("/")[2]], cutoff=_ALIKE)]
     return f"Did you mean {' or '.join(near)}? {otherwise}" if near else otherwise
-
-
-def _are_alike(text: str, name: str) -> bool:
-    """Whether the parts behind the namespace are alike; a long common namespace would make any two names alike."""
-    return bool(get_close_matches(text.rpartition("/")[2], [name.rpartition("/")[2]], cutoff=_ALIKE))
 
 
 def parse_digest(text: str) -> Digest:

@@ -74,7 +74,10 @@ def limited(
     """Limits the requests that have the yielded headers. `files_bytes` is the size of the files that are sent or
     received, each perhaps twice: a download that is interrupted may begin again. `check` is called often, also in other
     threads, and ends the call by raising."""
-    _install()
+    http = importlib.import_module("huggingface_hub.utils._http")
+    with _installing:
+        if not isinstance(http._GLOBAL_CLIENT_FACTORY, _LimitedFactory):
+            http.set_client_factory(_LimitedFactory(http._GLOBAL_CLIENT_FACTORY))
     request_id = str(uuid4())
     ends = time.monotonic() + DOCUMENTS_S + files_bytes / SLOWEST_BYTES_PER_S
     _in_force[request_id] = CallLimits(endpoint, what, ends, DOCUMENTS_BYTES, 2 * files_bytes + _SLACK_BYTES, check)
@@ -95,13 +98,6 @@ class _LimitedFactory:
         client.event_hooks["request"].append(_before)
         client.event_hooks["response"].append(_after)
         return client
-
-
-def _install() -> None:
-    http = importlib.import_module("huggingface_hub.utils._http")
-    with _installing:
-        if not isinstance(http._GLOBAL_CLIENT_FACTORY, _LimitedFactory):
-            http.set_client_factory(_LimitedFactory(http._GLOBAL_CLIENT_FACTORY))
 
 
 def _before(request: Any) -> None:

@@ -169,7 +169,10 @@ def sweep(resources: Resources, now: datetime) -> Swept:
         idempotency.expire_keys(session, now)
         checks.expire(session, now)
         fleet.forget(session, now)
-        _forget_xet_pushes(session, now)
+        # Rows of finished pushes by `hf_xet`: their xorbs are unused blobs by then.
+        over = select(XetUpload.id).where(XetUpload.expires_at < now)
+        session.execute(delete(XetXorb).where(XetXorb.upload_id.in_(over)))
+        session.execute(delete(XetUpload).where(XetUpload.expires_at < now))
     with resources.read() as session:
         live = set(session.scalars(select(Upload.id)))
     leftovers = resources.store.sweep(before, live)
@@ -192,13 +195,6 @@ def sweep_journals(settings: Settings, now: datetime) -> int:
     """Removes journals of evaluations that were not continued within the upload expiry. Returns their number."""
     before = now - timedelta(seconds=settings.upload_expires_s)
     return remove_stale(_evaluation_journals(settings).glob("*.jsonl"), before)
-
-
-def _forget_xet_pushes(session: Session, now: datetime) -> None:
-    """Removes the rows of finished pushes by `hf_xet`. Their xorbs are unused blobs by then."""
-    over = select(XetUpload.id).where(XetUpload.expires_at < now)
-    session.execute(delete(XetXorb).where(XetXorb.upload_id.in_(over)))
-    session.execute(delete(XetUpload).where(XetUpload.expires_at < now))
 
 
 def _forget_expired(resources: Resources, now: datetime) -> int | None:

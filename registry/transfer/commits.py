@@ -267,7 +267,11 @@ class _CommitLines:
                 )
             head, content = self._head(), None
             if not head.endswith(b"\n"):
-                content = self._content()
+                # Base64 up to the closing quote, which stays.
+                path = self.directory / "content"
+                sha256, size_bytes = write_hashed(path, self._decoded(), "The commit", path.name)
+                path.replace(self.directory / sha256)
+                content = Addition("", sha256, size_bytes)
                 head += self._until(b"\n")
             if head.strip():
                 yield *_document(head), content
@@ -296,13 +300,6 @@ class _CommitLines:
 
     def _find(self, mark: bytes) -> int:
         return self._buffer.find(mark, self._start)
-
-    def _content(self) -> Addition:
-        """Decodes base64 up to the closing quote, which stays, into a file."""
-        path = self.directory / "content"
-        sha256, size_bytes = write_hashed(path, self._decoded(), "The commit", path.name)
-        path.replace(self.directory / sha256)
-        return Addition("", sha256, size_bytes)
 
     def _decoded(self) -> Iterator[bytes]:
         rest = b""

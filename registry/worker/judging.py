@@ -113,7 +113,11 @@ def with_inputs(candidate: Sequence[Row], examination: Examination, members: Seq
                         "own_suite": suite.name == member.suite,
                     }
                 )
-    on_base = _of_base(examination)
+    # On suites from which examples are left out: the base's recorded scores cover all examples.
+    partial = [suite for suite in examination.suites if examination.count(suite) < len(suite.examples)]
+    rows = [row for suite in partial for row in examination.scores(BASE, suite)]
+    named = ("value", "stderr", "n")
+    on_base = {(row["suite_digest"], row["metric"]): {"base": {name: row[name] for name in named}} for row in rows}
     return [
         {
             **row,
@@ -122,14 +126,6 @@ def with_inputs(candidate: Sequence[Row], examination: Examination, members: Seq
         }
         for row in candidate
     ]
-
-
-def _of_base(examination: Examination) -> dict[tuple[str, str], Row]:
-    """Measures the base on suites from which examples are left out, since its recorded scores cover all examples."""
-    partial = [suite for suite in examination.suites if examination.count(suite) < len(suite.examples)]
-    rows = [row for suite in partial for row in examination.scores(BASE, suite)]
-    named = ("value", "stderr", "n")
-    return {(row["suite_digest"], row["metric"]): {"base": {name: row[name] for name in named}} for row in rows}
 
 
 def judge(rules: Mapping[str, bool], rows: Sequence[Row], base: Scores, guards: Set[str]) -> list[Row]:

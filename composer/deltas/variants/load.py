@@ -118,7 +118,11 @@ def load_deltas(path: Path, architecture: Architecture | None) -> LoadedAdapter:
     file = MappedFile.open(adapter.weights_path)
     with torch_threads(1):  # small tensors, read one by one: more threads would only wait for each other
         for module in placed.adapted:
-            _refuse_not_finite(ModuleParts(adapter, file, module))
+            parts = ModuleParts(adapter, file, module)
+            if not all(all_finite(parts[part]) for part in module.parts):
+                message = f"{adapter.name} has a NaN or an infinite value in {module.module}."
+                next_step = "Train again, or use an earlier checkpoint."
+                raise InvalidFile("not_finite", message, subject=module.module, next_step=next_step)
     placed = mark_tied_pairs(adapter, file, placed, on_a_base=architecture is not None)
     copies = {copy.weight: ModuleParts(adapter, file, copy).only for copy in placed.modules if copy.kind == "base_copy"}
     deltas = StoredDeltas(adapter, file, [module for module in placed.modules if module.kind != "base_copy"])
@@ -185,11 +189,3 @@ def _reader(config: AdapterConfig, module: PlacedModule) -> Read:
     if module.kind in _KINDS:
         return rescaled.dora if "magnitude" in module.parts else _KINDS[module.kind]
     return READERS[config.peft_type]
-
-
-def _refuse_not_finite(module: ModuleParts) -> None:
-    if not all(all_finite(module[part]) for part in module.placed.parts):
-        name = module.placed.module
-        message = f"{module.adapter.name} has a NaN or an infinite value in {name}."
-        next_step = "Train again, or use an earlier checkpoint."
-        raise InvalidFile("not_finite", message, subject=name, next_step=next_step)

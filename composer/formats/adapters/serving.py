@@ -202,11 +202,12 @@ def _common(config: AdapterConfig, facts: AdapterFacts, placed: PlacementResult)
         problems.append(("convolutions are refused", _MERGE))
     if extra := _extra_parts(placed):
         problems.append((f"tensors beside lora_A and lora_B are refused ({extra})", ""))
+    plain = config.alpha / (config.rank**0.5 if config.use_rslora else config.rank)
     if len({module.scale for module in placed.low_rank}) > 1:
         problems.append(
             ("modules have different scales (rank_pattern, alpha_pattern), and the server reads one", _FOLD)
         )
-    elif placed.low_rank and abs(placed.low_rank[0].scale - _plain_scale(config)) > 1e-9:
+    elif placed.low_rank and abs(placed.low_rank[0].scale - plain) > 1e-9:
         problems.append(
             ("the pattern's scale is not the one that r and lora_alpha give, which the server reads", _FOLD)
         )
@@ -247,7 +248,3 @@ def _convolutions(placed: PlacementResult) -> bool:
 def _extra_parts(placed: PlacementResult) -> str:
     """Contents of the tensors without a flag in the config: a copy of a base weight."""
     return ", ".join(sorted({part for module in placed.modules if module.kind == "base_copy" for part in module.parts}))
-
-
-def _plain_scale(config: AdapterConfig) -> float:
-    return config.alpha / (config.rank**0.5 if config.use_rslora else config.rank)

@@ -103,7 +103,11 @@ def chosen_tokenizer(base: Path | None, adapters: Sequence[tuple[str, Path]]) ->
     own = _NONE if base is None else read_tokenizer(base)
     brought = [tokenizer for tokenizer in (read_tokenizer(path, name) for name, path in adapters) if tokenizer.files]
     vocabulary = _largest([tokenizer for tokenizer in brought if tokenizer.has_vocabulary])
-    template = _common_template(brought)
+    templated = [tokenizer for tokenizer in brought if tokenizer.template]
+    for other in templated[1:]:
+        if other.template != templated[0].template:
+            raise _differ(templated[0], other, "different chat templates")
+    template = templated[0] if templated else None
     if vocabulary is not None and vocabulary.extends(own) and own.extends(vocabulary):
         vocabulary = None
     if template is not None and template.template == own.template:
@@ -122,14 +126,6 @@ def _largest(tokenizers: Sequence[Tokenizer]) -> Tokenizer | None:
         elif not largest.extends(candidate):
             raise _differ(largest, candidate, "different tokenizers")
     return largest
-
-
-def _common_template(tokenizers: Sequence[Tokenizer]) -> Tokenizer | None:
-    templated = [tokenizer for tokenizer in tokenizers if tokenizer.template]
-    for other in templated[1:]:
-        if other.template != templated[0].template:
-            raise _differ(templated[0], other, "different chat templates")
-    return templated[0] if templated else None
 
 
 def _differ(one: Tokenizer, other: Tokenizer, what: str) -> Mismatch:

@@ -167,7 +167,10 @@ def problem_of(error: ValidationError) -> DocumentProblem:
     context, loc = first.get("ctx", {}), tuple(part for part in first["loc"] if part != "[key]")
     match context.get("error"):
         case UnknownField(key=key, names=names):
-            return _unknown(loc, key, names)
+            near = get_close_matches(key.lower(), names, 1) if isinstance(key, str) else []
+            hint = f"Did you mean {near[0]}? " if near else ""
+            next_step = f"{hint}Known fields: {', '.join(names)}."
+            return DocumentProblem(loc, f"unknown field {printable(key)}", next_step, value=key, unknown=True)
         case ValidationError() as inner:  # of a document in this one
             problem = problem_of(inner)
             return replace(problem, loc=(*loc, *problem.loc))
@@ -189,13 +192,6 @@ def problem_of(error: ValidationError) -> DocumentProblem:
         case _:
             value, expected = first["input"], _expected(first)
             return DocumentProblem(loc, f"{printable(value)} is not {expected}", value=value, expected=expected)
-
-
-def _unknown(loc: Loc, key: object, names: list[str]) -> DocumentProblem:
-    near = get_close_matches(key.lower(), names, 1) if isinstance(key, str) else []
-    hint = f"Did you mean {near[0]}? " if near else ""
-    next_step = f"{hint}Known fields: {', '.join(names)}."
-    return DocumentProblem(loc, f"unknown field {printable(key)}", next_step, value=key, unknown=True)
 
 
 def _expected(error: ErrorDetails) -> str:

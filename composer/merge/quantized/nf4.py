@@ -32,19 +32,15 @@ def decoded(locate: Locate, packed: Nf4) -> Decoded:
     def rows(begin: int, end: int) -> torch.Tensor:
         first, last = begin * columns, end * columns
         halves = part("").reshape(-1).view(torch.uint8)[first // 2 : -(-last // 2)]
-        values = _pairs(part(".quant_map").float()).index_select(0, halves.int()).reshape(-1)
+        codes, levels = torch.arange(256), part(".quant_map").float()
+        pairs = torch.stack([levels[codes >> 4], levels[codes & 0xF]], dim=1)  # 256 x 2: the two values of each byte
+        values = pairs.index_select(0, halves.int()).reshape(-1)
         block = first // packed.block
         scales = _scales(part, packed, block, -(-last // packed.block)).repeat_interleave(packed.block)
         values = values[first % 2 :][: last - first]
         return values.mul_(scales[first - block * packed.block :][: last - first]).reshape(end - begin, columns)
 
     return Decoded(packed.shape, rows, packed.dtype)
-
-
-def _pairs(levels: torch.Tensor) -> torch.Tensor:
-    """256 x 2: the two values of each byte."""
-    codes = torch.arange(256)
-    return torch.stack([levels[codes >> 4], levels[codes & 0xF]], dim=1)
 
 
 def _scales(part: Callable[[str], torch.Tensor], packed: Nf4, first: int, last: int) -> torch.Tensor:

@@ -54,7 +54,10 @@ class BoundedHttp(HttpToolsProtocol):
         super().data_received(data)
         if self._loose_bytes > MAX_HEAD_BYTES:
             if self._in_head:
-                self._refuse()
+                # Read on briefly: a client that is still sending at the close would miss the answer.
+                self._refused = True
+                self._answer(headers_too_large(MAX_HEAD_BYTES), 431)
+                self.loop.call_later(LINGER_S, self.transport.close)
             else:
                 self.transport.close()
         elif self._in_head and self._too_late is None:  # usually a later head arrives at once and needs no timer
@@ -110,12 +113,6 @@ class BoundedHttp(HttpToolsProtocol):
         """Answers invalid HTTP or too many pipelined requests, after which the parser stops."""
         self._answer(Usage("bad_http", f"{msg.rstrip('.')}."), 400)
         self.transport.close()
-
-    def _refuse(self) -> None:
-        """Refuses the head, but reads on briefly: a client that is still sending at the close would miss the answer."""
-        self._refused = True
-        self._answer(headers_too_large(MAX_HEAD_BYTES), 431)
-        self.loop.call_later(LINGER_S, self.transport.close)
 
     def _answer(self, error: RegistryError, status: int) -> None:
         """Writes a problem document like the application's, with its own request id; the connection then closes."""

@@ -50,7 +50,10 @@ class HubRoute(APIRoute):
         async def handle(request: Request) -> Response:
             _lower_names(request)
             try:
-                _refuse_nul(request)
+                # PostgreSQL does not accept a NUL in a query's values.
+                for name, value in request.query_params.multi_items():
+                    if "\0" in name + value:
+                        raise Invalid("bad_value", f"{name[:80]!r} contains a NUL character.")
                 if rules is not None:
                     await check_document(request, rules)
                 return await answer(request)
@@ -69,13 +72,6 @@ def _lower_names(request: Request) -> None:
     if "name" in names:
         kept = _PRERELEASE.search(names["name"])
         names["name"] = names["name"][: kept and kept.start()].lower() + (kept[0] if kept else "")
-
-
-def _refuse_nul(request: Request) -> None:
-    """Raises Invalid for a NUL in the query, which PostgreSQL does not accept."""
-    for name, value in request.query_params.multi_items():
-        if "\0" in name + value:
-            raise Invalid("bad_value", f"{name[:80]!r} contains a NUL character.")
 
 
 def refusal(request: Request, error: RegistryError) -> Response:

@@ -19,7 +19,7 @@ from registry.api.http.events import (
     stream_owner,
     streams_of,
 )
-from registry.api.http.feed import Follower, Key
+from registry.api.http.feed import Key
 from registry.api.http.request import ResourcesOf
 from registry.api.http.routes import Route
 from registry.api.http.rules import ASKED_AGAIN, Caller
@@ -67,7 +67,8 @@ async def follow(  # noqa: PLR0913
     if MEDIA_TYPE in request.headers.get("accept", ""):
         return EventStream(request, actor, keys, _event, last_event_id)
     seen = None if if_none_match is None else if_none_match.strip().removeprefix("W/").strip('"')
-    wait_s = _wait_s(prefer)
+    wait = _WAIT.search(prefer or "")
+    wait_s = min(int(wait[1]), MAX_WAIT_S) if wait else 0  # `Prefer: wait=N` (RFC 7240)
     event = await _changed(request, resources, actor, keys, seen, wait_s)
     headers = {**HEADERS, "ETag": f'"{event.id}"', "Vary": "Accept, Authorization, Prefer"}
     if wait_s:
@@ -88,17 +89,12 @@ async def _changed(
         while (left_s := until - time.monotonic()) > 0:
             if await follower.news(min(left_s, HUNG_UP_S)):
                 actor = await ASKED_AGAIN(request)
-            if _is_over(request, follower) or await request.is_disconnected():
+            if follower.is_lost or request.app.state.draining or await request.is_disconnected():
                 break
             if follower.snapshots and _event(follower.snapshots, actor).id != seen:
                 break
     read = await run_in_threadpool(_read, resources, keys)
     return _event(read, await ASKED_AGAIN(request))
-
-
-def _is_over(request: Request, follower: Follower) -> bool:
-    """Whether to respond now: the server is stopping, or the last read failed and the next one reports why."""
-    return follower.is_lost or bool(request.app.state.draining)
 
 
 def _read(resources: Resources, keys: Sequence[Key]) -> Mapping[Key, Hashable | None]:
@@ -132,9 +128,3 @@ def _parse(channels: str) -> list[ChannelName]:
             subject="channels",
         )
     return list(names)
-
-
-def _wait_s(prefer: str | None) -> int:
-    """The seconds of `Prefer: wait=N` (RFC 7240), at most MAX_WAIT_S; 0 without it."""
-    wait = _WAIT.search(prefer or "")
-    return min(int(wait[1]), MAX_WAIT_S) if wait else 0

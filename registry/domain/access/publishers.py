@@ -146,7 +146,10 @@ def exchange(session: Session, actor: Actor, repository: RepositoryName, asserti
     Raises NotAllowed if no rule of the repository allows the job, and Unauthenticated for an ID token that was
     exchanged before. A refused token can be sent again.
     """
-    _expire(session, actor.at)
+    # Records of expired ID tokens go, and jobs' tokens that expired long ago.
+    session.execute(delete(UsedIdToken).where(UsedIdToken.expires_at < actor.at))
+    old = (Token.expires_at < actor.at - _KEPT) & Token.publisher_id.is_not(None)
+    session.execute(delete(Token).where(old))
     job = assertion.job
     row = _matching(session, repository, job)
     used = {"sha256": assertion.replay_key, "expires_at": assertion.expires_at}
@@ -226,13 +229,6 @@ def _allows(row: TrustedPublisher, job: CiJob) -> bool:
     same_project = (row.issuer, row.project) == (job.issuer, job.project)
     same_job = row.environment in (None, job.environment) and row.workflow in (None, job.workflow)
     return same_project and same_ref and same_job
-
-
-def _expire(session: Session, now: datetime) -> None:
-    """Removes the records of expired ID tokens, and jobs' tokens that expired long ago."""
-    session.execute(delete(UsedIdToken).where(UsedIdToken.expires_at < now))
-    old = (Token.expires_at < now - _KEPT) & Token.publisher_id.is_not(None)
-    session.execute(delete(Token).where(old))
 
 
 def _rule(row: TrustedPublisher) -> dict[str, str | None]:

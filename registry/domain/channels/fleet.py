@@ -120,7 +120,11 @@ def report(session: Session, actor: Actor, reported: NodeReport) -> bool:
     releases that a server has loaded from elsewhere are left out. Raises Refused if the namespace has too many nodes.
     """
     parts = _parts(actor, reported)
-    _remove_others(session, actor, reported, parts)
+    # The node's rows of namespaces that it no longer reports about go.
+    own = (FleetNode.group == reported.group, FleetNode.node == reported.node)
+    query = select(FleetNode.id).where(*own, FleetNode.namespace.not_in(parts))
+    left = session.scalars(query.where(granted(actor, Role.AGENT).within(FleetNode.namespace))).all()
+    _remove(session, FleetNode.id.in_(left))
     rows = [_record(session, actor.at, namespace, reported, part) for namespace, part in sorted(parts.items())]
     most = reported.max_unavailable
     may_switch = bool(rows) and most is not None and all(_switching(session, row, actor.at) < most for row in rows)
@@ -166,14 +170,6 @@ def _shown(server: Server, namespace: str, part: _Part, named: Iterable[str]) ->
         ],
         "error": None if any(other in (server.error or "") for other in others) else server.error,
     }
-
-
-def _remove_others(session: Session, actor: Actor, reported: NodeReport, parts: Iterable[str]) -> None:
-    """Removes the node's rows of namespaces that it no longer reports about."""
-    own = (FleetNode.group == reported.group, FleetNode.node == reported.node)
-    query = select(FleetNode.id).where(*own, FleetNode.namespace.not_in(parts))
-    left = session.scalars(query.where(granted(actor, Role.AGENT).within(FleetNode.namespace))).all()
-    _remove(session, FleetNode.id.in_(left))
 
 
 def remove(session: Session, actor: Actor, namespace: str, group: str, node: str) -> None:

@@ -109,7 +109,11 @@ def resolve_exact(session: Session, reference: Reference) -> ResolvedRow | None:
     if reference.range:
         return None
     if reference.commit:
-        return _by_commit(session, reference)
+        digits = reference.commit or ""
+        rows = _rows(session, _OF_COMMIT, reference.repository, named=digits, last=digits.ljust(40, "g"))
+        if len({row.revision_id for row in rows}) > 1:
+            raise Usage("commit_ambiguous", f"Several commits begin with {reference.commit}.", subject=str(reference))
+        return _warn_if_yanked(rows[0]) if rows else None
     if reference.version:
         rows = _rows(session, _OF_VERSION, reference.repository, named=str(reference.version))
         return _warn_if_yanked(rows[0]) if rows else None
@@ -172,14 +176,6 @@ def _by_range(session: Session, reference: Reference) -> ResolvedRow | None:
         if reference.range and parse_version(version) in reference.range:
             return ResolvedRow(_by_id(session, release_id))
     return None
-
-
-def _by_commit(session: Session, reference: Reference) -> ResolvedRow | None:
-    digits = reference.commit or ""
-    rows = _rows(session, _OF_COMMIT, reference.repository, named=digits, last=digits.ljust(40, "g"))
-    if len({row.revision_id for row in rows}) > 1:
-        raise Usage("commit_ambiguous", f"Several commits begin with {reference.commit}.", subject=str(reference))
-    return _warn_if_yanked(rows[0]) if rows else None
 
 
 def _by_channel(session: Session, reference: Reference) -> ResolvedRow:

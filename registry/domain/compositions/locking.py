@@ -45,7 +45,9 @@ def resolve_inputs(session: Session, recipe: Recipe) -> tuple[Base, list[Release
     """The base and the releases that the recipe combines. Raises Usage, Conflict or Refused for those that cannot be
     combined."""
     inputs = [resolve.resolve(session, parse_reference(source.adapter), Kind.ADAPTER) for source in recipe.inputs]
-    _refuse_duplicates(inputs)
+    for name, count in Counter(map(full_name, inputs)).items():  # lineage stores one weight per release
+        if count > 1:
+            raise Usage("input_twice", f"{name} is named {count} times among the recipe's inputs.", subject=name)
     base: Base = bases.find(session, recipe.base) if recipe.base else inputs[0].base
     for release in inputs:
         if release.base_digest != base.digest:
@@ -228,11 +230,3 @@ def _calibration(
             )
         sets.append(CalibrationSet(SuiteContent.from_json(suite.content), count))
     return tuple(examples.to_json() for examples in sets)
-
-
-def _refuse_duplicates(inputs: Sequence[Release]) -> None:
-    """Raises Usage for an input named twice: lineage stores one weight per release."""
-    counts = Counter(map(full_name, inputs))
-    for name, count in counts.items():
-        if count > 1:
-            raise Usage("input_twice", f"{name} is named {count} times among the recipe's inputs.", subject=name)

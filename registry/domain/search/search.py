@@ -30,7 +30,11 @@ def search(session: Session, actor: Actor, query: Query, order: Order) -> Search
     """Searches what the actor may read, in order. Raises NotFound for an unknown base or suite if the actor may list
     those; others get no results."""
     try:
-        return _search(session, actor, query, order)
+        asked = _bind(session, actor, query, order)
+        hits = _page(session, asked) if asked.possible else []
+        if query.base_name and not hits:
+            bases.identify(session, query.base_name)  # no matches: raises if the base is unknown
+        return SearchResult(hits, asked.base, asked.relations)
     except NotFound:
         if actor.grants:
             raise
@@ -69,14 +73,6 @@ def _bind(session: Session, actor: Actor, query: Query, order: Order) -> _Asked:
     by = sort_key(session, actor, order, values)
     first, number = (None, 0) if values.get("namespaces") == [] else statement.rarest(session, names, values)
     return _Asked(names, values, by, number > 0, first, base, relations)
-
-
-def _search(session: Session, actor: Actor, query: Query, order: Order) -> SearchResult:
-    asked = _bind(session, actor, query, order)
-    hits = _page(session, asked) if asked.possible else []
-    if query.base_name and not hits:
-        bases.identify(session, query.base_name)  # no matches: raises if the base is unknown
-    return SearchResult(hits, asked.base, asked.relations)
 
 
 def _page(session: Session, asked: _Asked) -> list[Hit]:

@@ -82,7 +82,12 @@ def main(end: int) -> None:
                 if ready == wire.fileno():
                     _obey(wire, wire.receive(), children)
                 else:
-                    _bury(wire, next(child for child in children.values() if child.watched == ready), children)
+                    child = next(child for child in children.values() if child.watched == ready)
+                    del children[child.pid]
+                    status = _end(child)
+                    _end_orphans(children)
+                    wire.send({"ended": child.pid, "status": status})
+                    _import(_IMPORTED_LATER)
     except (EOFError, OSError):  # the worker has ended
         pass
     finally:
@@ -122,14 +127,6 @@ def _obey(wire: Wire, frame: Frame, children: dict[int, _Child]) -> None:
         os.setpgid(pid, pid)
     children[pid] = _Child(pid, os.pidfd_open(pid), directory)
     wire.send({"pid": pid, "fork": frame.message["fork"]})
-
-
-def _bury(wire: Wire, child: _Child, children: dict[int, _Child]) -> None:
-    del children[child.pid]
-    status = _end(child)
-    _end_orphans(children)
-    wire.send({"ended": child.pid, "status": status})
-    _import(_IMPORTED_LATER)
 
 
 def _import(modules: Iterable[str]) -> None:

@@ -69,7 +69,10 @@ def place(
             _place_other(placement, module, parts, shared)
         place_tokens(placement, module, parts)
         _place_full_tensors(placement, module, parts)
-    _check_shared(placement, shared)
+    used = TYPES[placement.config.peft_type].shared if placement.config.peft_type != "LORA" else ()
+    for part, key in shared.items():
+        if part not in used:
+            placement.error("unmatched_tensor", key, f"{key} is not a part of a {placement.config.peft_type} adapter.")
     _check_prefix(placement, list(grouped), subject)
     _check_dtypes(placement)
     _check_twice(placement)
@@ -179,13 +182,6 @@ def _acts_on_bias(placement: Placement, kind: AdapterType, placed: PlacedModule)
     """Whether the type acts on the module's bias. A feed-forward (IA)3 scales inputs, which do not affect a bias."""
     feed_forward = "ia3_l" in placed.parts and placement.shape(placed.parts["ia3_l"])[1] > 1
     return kind.acts_on_bias and not feed_forward
-
-
-def _check_shared(placement: Placement, shared: Mapping[str, str]) -> None:
-    used = TYPES[placement.config.peft_type].shared if placement.config.peft_type != "LORA" else ()
-    for part, key in shared.items():
-        if part not in used:
-            placement.error("unmatched_tensor", key, f"{key} is not a part of a {placement.config.peft_type} adapter.")
 
 
 def _place_full_tensors(placement: Placement, module: str, parts: Mapping[str, str]) -> None:
