@@ -54,7 +54,10 @@ def document(report: ConflictReport) -> dict[str, Any]:
 def summary(report: ConflictReport) -> Summary:
     """Summarizes what decides the verdict: prompts with contradicting answers, else an error, else the worst measured
     combination, else another warning."""
-    decisive = _decisive(report.findings)
+    # The most severe error or warning, unless the probe has one as severe.
+    loud = sorted((finding for finding in report.findings if finding.severity is not Severity.NOTICE), key=_loudest)
+    loudest = [finding for finding in loud if _loudest(finding) == _loudest(loud[0])]
+    decisive = None if any(finding.code.startswith("probe_") for finding in loudest) else next(iter(loudest), None)
     if report.probe is None:
         headline = f"{report.verdict}"
     else:
@@ -70,13 +73,6 @@ def summary(report: ConflictReport) -> Summary:
         fix = " ".join(of_unmeasured(len(report.members), report.method))
         return Summary(headline, _unmeasured_lines(report), fix)
     return Summary(headline, _measured_lines(report), next(iter(advice(report, cut_names=True)), ""))
-
-
-def _decisive(findings: Iterable[Finding]) -> Finding | None:
-    """The most severe error or warning, unless the probe has one as severe."""
-    loud = sorted((finding for finding in findings if finding.severity is not Severity.NOTICE), key=_loudest)
-    loudest = [finding for finding in loud if _loudest(finding) == _loudest(loud[0])]
-    return None if any(finding.code.startswith("probe_") for finding in loudest) else next(iter(loudest), None)
 
 
 def _outcomes(report: ConflictReport) -> list[Outcome]:

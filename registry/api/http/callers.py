@@ -107,16 +107,13 @@ class ActorCache:
                 self._known.pop(credentials.key, None)
             raise
         if caller is not None and tokens.is_first_use(caller, now):
-            self._record_use(caller, now)
+            try:
+                with self.resources.write() as session:
+                    tokens.record_use(session, caller.token_id, now)
+            except Unavailable as error:  # a database that only reads still answers
+                log.warning("The use of the token %s was not recorded: %s", caller.token_id, error.detail)
         self._remember(generation, credentials, public, caller)
         return _actor(caller, now, public, credentials)
-
-    def _record_use(self, caller: Caller, now: datetime) -> None:
-        try:
-            with self.resources.write() as session:
-                tokens.record_use(session, caller.token_id, now)
-        except Unavailable as error:  # a database that only reads still answers
-            log.warning("The use of the token %s was not recorded: %s", caller.token_id, error.detail)
 
     def forget(self) -> None:
         """Called after a change of tokens, members or namespaces has been committed."""

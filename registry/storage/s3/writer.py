@@ -108,7 +108,12 @@ class S3Writer:
                 return
             block, offset = block[lead:], offset + lead
             self._run = _CopyRun(source, offset)
-        self._extend(self._run, block)
+        run = self._run
+        run.kept += block[: max(0, self._least - len(run.kept))]
+        run.size_bytes += block.nbytes
+        if run.size_bytes >= max(_LARGEST_BYTES, self._least):
+            self._end_run()
+            self._run = _CopyRun(run.source, run.end)
 
     def finish(self, sha256: Digest) -> BlobStat:
         self._end_run()
@@ -154,13 +159,6 @@ class S3Writer:
         """The bytes of the next part."""
         full = self._filled == self._part_bytes
         return self._buffer if full else bytes(memoryview(self._buffer)[: self._filled])
-
-    def _extend(self, run: _CopyRun, block: memoryview) -> None:
-        run.kept += block[: max(0, self._least - len(run.kept))]
-        run.size_bytes += block.nbytes
-        if run.size_bytes >= max(_LARGEST_BYTES, self._least):
-            self._end_run()
-            self._run = _CopyRun(run.source, run.end)
 
     def _end_run(self) -> None:
         """Copies the run, or uploads one that is too short for a part."""

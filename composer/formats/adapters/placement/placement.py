@@ -58,7 +58,10 @@ def place(
     if config.peft_type != "LORA" and config.peft_type not in TYPES and (refusal := config.unsupported()):
         message = f"{subject} cannot be read: {refusal.reason}."
         raise NotSupported("adapter_type", message, subject=subject, next_step=refusal.way_out)
-    _refuse_retired(config, header, subject)
+    for part in {split_key(key).part for key in header.tensors} & RETIRED_PARTS.keys():
+        reason, way_out = RETIRED_PARTS[part]
+        message = f"{subject} cannot be read: {reason}."
+        raise NotSupported("adapter_type", message, subject=subject, next_step=way_out)
     placement = Placement(config, header, architecture)
     grouped = _group(placement)
     shared = grouped.pop(SHARED, {}) if config.peft_type != "LORA" else {}
@@ -82,13 +85,6 @@ def place(
         placement.findings += missing_modules(placement)
     _note_other_keys(placement, subject)
     return PlacementResult(placement.modules, placement.findings)
-
-
-def _refuse_retired(config: AdapterConfig, header: Header, subject: str) -> None:
-    for part in {split_key(key).part for key in header.tensors} & RETIRED_PARTS.keys():
-        reason, way_out = RETIRED_PARTS[part]
-        message = f"{subject} cannot be read: {reason}."
-        raise NotSupported("adapter_type", message, subject=subject, next_step=way_out)
 
 
 def _group(placement: Placement) -> dict[str, dict[str, str]]:

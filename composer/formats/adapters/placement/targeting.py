@@ -38,14 +38,9 @@ def surely_targeted(config: AdapterConfig, module: str) -> bool:
         return False
     if isinstance(targets, str):
         return targets.lower() == "all-linear" or matches_fully(targets, module)
-    return module in targets or (
-        _names(targets, module) and not _layers_unknown(config) and not surely_untargeted(config, module)
-    )
-
-
-def _layers_unknown(config: AdapterConfig) -> bool:
-    """Whether layers are chosen in a way that `surely_untargeted` may not evaluate."""
-    return bool(config.raw.get("layers_to_transform")) and bool(config.raw.get("layers_pattern"))
+    # Layers may be chosen in a way that `surely_untargeted` does not evaluate.
+    chosen = bool(config.raw.get("layers_to_transform")) and bool(config.raw.get("layers_pattern"))
+    return module in targets or (_names(targets, module) and not chosen and not surely_untargeted(config, module))
 
 
 def _names(targets: tuple[str, ...] | str, module: str) -> bool:
