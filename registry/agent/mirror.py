@@ -2,12 +2,12 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import wait
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version as package_version
-from itertools import repeat
-from typing import Any
+from typing import Any, TypeVar
 
 from registry.agent.directory import Check, MirrorDirectory, Routes
 from registry.agent.switching import KeptServer
@@ -26,8 +26,12 @@ from registry.wire.fleet import (
 from registry.wire.quality import FollowedOut
 
 WEIGHT = 100
+WAIT_S = 20.0
+"""A round waits no longer for a server. One whose work takes longer is late: it keeps what it has, and the round goes
+on with the others."""
 _WEAKEST = ("proved", "unproved", "failed")
 _MAX_TEXT, _MAX_URL = 1000, 500
+T = TypeVar("T")
 AGENT = f"adaptory {package_version('adaptory')}"
 
 
@@ -68,7 +72,6 @@ class Mirror:
     ) -> None:
         self._api, self._directory, self._servers = api, directory, servers
         self._options, self._duties = options, duties
-        self._threads = ThreadPoolExecutor(max(1, len(servers)), "server")
         self._state: Mapping[str, Any] | None = None
 
     @property
@@ -77,7 +80,6 @@ class Mirror:
         return any(kept.waits for kept in self._servers)
 
     def close(self) -> None:
-        self._threads.shutdown()
         for kept in self._servers:
             kept.server.close()
 
@@ -133,14 +135,20 @@ class Mirror:
                 failures[version] = error.detail
         self._directory.touch(version.commit for version in needed)
         fetched = [version for version in sorted(needed) if version not in failures]
-        for of_server in self._threads.map(self._bring_to, self._servers, repeat(fetched)):
+        for of_server in self._on_each(partial(self._bring_to, fetched)):
             for version, why in of_server.items():
                 failures.setdefault(version, why)
         return failures
 
-    def _bring_to(self, kept: KeptServer, versions: Sequence[ServedVersion]) -> Mapping[ServedVersion, str]:
+    def _on_each(self, work: Callable[[KeptServer], T]) -> list[T]:
+        """Does the work for each server that is not late, all at once. Returns the results of those that end in
+        time."""
+        begun = [kept.start(work) for kept in self._servers if not kept.late]
+        return [result.result() for result in wait(begun, WAIT_S).done]
+
+    def _bring_to(self, versions: Sequence[ServedVersion], kept: KeptServer) -> Mapping[ServedVersion, str]:
         kept.look()
-        if not kept.ready:
+        if not kept.answers:
             return {}
         reasons = ((version, kept.bring(version, self._directory.path(version.commit))) for version in versions)
         return {version: why for version, why in reasons if why}
@@ -154,22 +162,23 @@ class Mirror:
         switches: bool,
     ) -> Routes:
         """The routes after this round: a channel moves once every server that answers has its version."""
-        ready = [kept for kept in self._servers if kept.ready]
+        answering = [kept for kept in self._servers if kept.answers]
+        ready = [kept for kept in answering if kept.ready]
         channels, since, commits = dict[str, Mapping[str, int]](), dict[str, str](), dict[str, str]()
         now = datetime.now(UTC).isoformat()
         for channel, target in targets.items():
             version, current = target.version, routes.version(channel)
             if version is not None:
-                target.error = target.error or failures.get(version, "" if ready else "No server answers.")
+                target.error = target.error or failures.get(version, "" if answering else "No server answers.")
             if version not in (None, current) and (
-                not switches or target.error or not all(kept.has(version) for kept in ready)
+                not switches or target.error or not (ready and all(kept.has(version) for kept in ready))
             ):
                 version = current
             since[channel] = routes.since.get(channel, now) if version == current else now
             if version is not None:
                 channels[channel], commits[version.name] = {version.name: WEIGHT}, version.commit
         servers = {
-            name: tuple(kept.server.address for kept in ready if kept.commit_of(name) == commit)
+            name: tuple(kept.server.address for kept in answering if kept.commit_of(name) == commit)
             for name, commit in commits.items()
         }
         return Routes(channels, since, commits, servers)
@@ -178,8 +187,7 @@ class Mirror:
         """Unloads what nothing is routed to any more, then removes directories that no server has loaded."""
         wanted = routes.versions() | {target.version for target in targets.values() if target.version}
         names = frozenset(version.name for version in wanted)
-        for _ in self._threads.map(KeptServer.retire, self._servers, repeat(names)):
-            pass
+        self._on_each(lambda kept: kept.retire(names))
         if not all(kept.ready for kept in self._servers):
             return  # one that does not answer may have any directory loaded
         used = {version.commit for version in wanted}

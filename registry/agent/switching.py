@@ -1,10 +1,13 @@
 """One server in step: what it lists is compared with what is wanted, and only the difference is done."""
 
+import threading
 import time
 from collections.abc import Callable, Mapping, Set
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TypeVar
 
 from registry.agent.directory import MirrorDirectory
 from registry.agent.servers.protocol import CheckResult, Server
@@ -17,6 +20,7 @@ be on its way from a front."""
 LOOK_S = 1.0
 """The least time between two looks that count."""
 
+T = TypeVar("T")
 Busy = Callable[[], Set[str]]
 
 
@@ -43,30 +47,58 @@ class Checked:
 
 
 class KeptServer:
-    """A server, and what its agent knows of it. Calls are made by one thread, so that a switch and an unload never
-    overlap."""
+    """A server, and what its agent knows of it. Its work is done one after the other, so that a switch and an unload
+    never overlap."""
 
     def __init__(self, server: Server, directory: MirrorDirectory, busy_in_front: Busy | None, grace_s: float) -> None:
         self.server, self._directory = server, directory
         self._busy_in_front, self._grace_s = busy_in_front, grace_s
         self.loaded: Mapping[str, str] = {}
-        self.ready, self.error = False, ""
+        self.answers, self.error = False, ""
         self.checks = dict[str, Checked]()
         self._idle, self._ours = dict[str, _Idle](), set[str]()
+        self._work = Future[object]()
+        self._work.set_result(None)
+
+    @property
+    def late(self) -> bool:
+        """Whether work that was started has not ended."""
+        return not self._work.done()
+
+    @property
+    def ready(self) -> bool:
+        """Whether the server answered at the last look, and waits for work."""
+        return self.answers and not self.late
+
+    def start(self, work: Callable[["KeptServer"], T]) -> Future[T]:
+        """Does the work in a thread that does not outlive the process: a server may never end its answer. Only for a
+        server that is not late."""
+        result = Future[T]()
+        self._work = result
+
+        def run() -> None:
+            try:
+                result.set_result(work(self))
+            except BaseException as error:
+                result.set_exception(error)
+
+        threading.Thread(target=run, name=f"server {self.server.address}", daemon=True).start()
+        return result
 
     @property
     def waits(self) -> bool:
         """Whether a name is to be unloaded as soon as no request uses it."""
-        return self.ready and bool(self._idle)
+        return self.answers and bool(self._idle)
 
     def look(self) -> None:
-        """Reads what the server has loaded. A server that does not answer is not ready, and nothing is done to it."""
+        """Reads what the server has loaded. Nothing is done to a server that does not answer."""
+        self.answers = False
         try:
             self.loaded = self.server.loaded()
         except RegistryError as error:
-            self.ready, self.error = False, error.detail
+            self.error = error.detail
             return
-        self.ready, self.error = True, ""
+        self.answers, self.error = True, ""
         self.checks = {name: check for name, check in self.checks.items() if name in self.loaded}
         self._idle = {name: idle for name, idle in self._idle.items() if name in self.loaded}
         self._ours &= self.loaded.keys()
@@ -74,7 +106,7 @@ class KeptServer:
     def has(self, version: ServedVersion) -> bool:
         """Whether the server has the version loaded, from this agent's directory, and answers under its name."""
         checked = self.checks.get(version.name)
-        is_loaded = self.ready and self.commit_of(version.name) == version.commit
+        is_loaded = self.answers and self.commit_of(version.name) == version.commit
         return is_loaded and checked is not None and checked.commit == version.commit and not checked.failed
 
     def commit_of(self, name: str) -> str | None:
@@ -117,8 +149,8 @@ class KeptServer:
 
     def retire(self, wanted: Set[str]) -> None:
         """Unloads the names of this agent's versions that are not wanted and that no request uses. Does nothing to a
-        server that is not ready."""
-        if not self.ready:
+        server that does not answer."""
+        if not self.answers:
             return
         for name in [name for name in self._idle if name in wanted and self.commit_of(name)]:
             del self._idle[name]

@@ -12,6 +12,8 @@ from urllib.parse import quote
 
 import pytest
 
+from composer.formats.checkpoints.hashing import hash_file
+from registry.agent import mirror
 from registry.agent.directory import MirrorDirectory, Routes
 from registry.agent.health import Health
 from registry.agent.loop import Followed
@@ -24,6 +26,8 @@ from registry.agent.versions import ServedVersion
 from registry.client.api import Api
 from registry.client.follow import PATH
 from registry.errors import Unavailable
+from registry.formats.manifest import ManifestFile, canonical_manifest, commit_id
+from registry.formats.references import Digest
 from registry.wire.fleet import NodeReportIn
 from registry.wire.quality import FollowedOut
 from tests.eventually import eventually
@@ -136,6 +140,38 @@ def test_an_answer_that_does_not_end_is_given_up(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(protocol, "LOOK_S", 1.0)
     with scripted({"/v1/models": answer}) as server, pytest.raises(Unavailable, match="does not end its answer"):
         VllmServer(server.url).loaded()
+
+
+def trickling_header(connection: socket.socket, _body: bytes) -> None:
+    connection.sendall(b"HTTP/1.1 200 OK\r\nX-Slow: ")
+    while True:
+        connection.sendall(b"a")
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/load_lora_adapter"])
+def test_a_server_that_never_ends_its_work_holds_up_no_other_server(
+    directory: MirrorDirectory, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    monkeypatch.setattr(mirror, "WAIT_S", 2.0)
+    files = [
+        ManifestFile(path.name, path.stat().st_size, Digest(hash_file(path)))
+        for path in directory.path(VERSION.commit).iterdir()
+    ]
+    commit = commit_id(canonical_manifest(files))
+    directory.path(VERSION.commit).rename(directory.path(commit))
+    wanted = {CHANNEL: FollowedOut(move=1, version=VERSION.version, commit=commit)}
+    with double() as (url, _), scripted({"/v1/models": models()} | {path: trickling_header}) as slow:
+        servers = [KeptServer(VllmServer(address), directory, None, 0.0) for address in (slow.url, url)]
+        duties = Duties(lambda _release, _files: None, lambda: True)
+        taken = Mirror(Api("http://127.0.0.1:1"), directory, servers, Options(), duties)
+        for _ in range(2):
+            report = taken.round(wanted, [CHANNEL])
+            assert report.channels[0].state == "following"
+            assert [server.ready for server in report.servers] == [False, True]
+            assert directory.routes().servers == {VERSION.name: (url,)}
+        taken.close()
+    assert len(slow.requests) <= 2  # the late server is left alone
 
 
 LIES = [
