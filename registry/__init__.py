@@ -4,9 +4,9 @@ cli/        commands: call the API through client/, and print
 sdk/        registries as Python objects: opens the one of a URL, or the embedded one in this process
 agent/      keeps servers, and the routes of a front, in step with what channels serve
 api/        REST under /v1: the app, callers, limits, problems, routes; hub API in api.hub, pages in api.pages
-worker/     jobs: the steps of a composition
+worker/     jobs: the steps of a composition; delivers to webhooks
 transfer/   bytes and rows together: uploads, publishing, collection, fsck
-domain/     rules over rows: access, catalog, channels, search, jobs, compositions
+domain/     rules over rows: access, catalog, channels, search, jobs, compositions, webhooks
 storage/    blobs in a directory or in S3; client/ speaks to a server, for the trainer's process too
 hub_client/ speaks to a Hugging Face Hub, for imports, exports and bases
 database/   engine, tables, locks, migrations

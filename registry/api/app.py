@@ -52,6 +52,7 @@ ROUTERS: tuple[Entry, ...] = (
     ("operations", "router", ("jobs", "audit", "audit.jsonl", "healthz", "readyz", "metrics")),
     ("access", "router", ("whoami", "tokens", "namespaces", "users")),
     ("publishers", "router", ("publishers",)),
+    ("webhooks", "router", ("webhooks",)),
 )
 """Module, router, and path parts; each path of the router contains one of them."""
 HUB: tuple[str, ...] = ("oauth", "xet", "files", "push", "models")

@@ -18,7 +18,10 @@ from registry.errors import RegistryError, Unavailable
 MODULES = {
     "composition": ("compose", "conflicts", "local"),
     "evaluation": ("evaluation", "quality"),
-    "operations": ("access", "backup", "doctor", "jobs", "maintenance", "operations", "profiles", "publisher"),
+    "operations": (
+        "access", "backup", "doctor", "jobs", "maintenance", "operations", "profiles", "publisher",
+        "webhook",
+    ),
     "releases": (
         "base", "diff", "follow", "hub", "inspection", "promotion", "release", "rollout", "search", "transfer",
     ),

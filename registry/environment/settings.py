@@ -1,7 +1,6 @@
 """The settings: one frozen value, built once from the environment and passed in."""
 
 import getpass
-import ipaddress
 import os
 import re
 from pathlib import Path
@@ -12,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from registry.formats.addresses import is_loopback, registry_url
+from registry.formats.addresses import is_loopback, parse_networks, registry_url
 
 if TYPE_CHECKING:
     from composer.evaluation.scorers.scorer import PythonScorers
@@ -70,7 +69,6 @@ def _token(token: SecretStr) -> SecretStr:
 
 
 def _profile(text: str) -> str | None:
-    """Empty means none."""
     return text or None
 
 
@@ -120,13 +118,11 @@ def _rate(text: str) -> str:
 
 def _addresses(text: str) -> str:
     """Empty means none."""
-    for part in text.split(",") if text else ():
-        try:
-            ipaddress.ip_network(part.strip())
-        except ValueError:
-            raise PydanticCustomError(
-                "addresses", "it must be a list of addresses or networks, such as 10.0.0.7,10.1.0.0/16"
-            ) from None
+    try:
+        parse_networks(text)
+    except ValueError:
+        message = "it must be a list of addresses or networks, such as 10.0.0.7,10.1.0.0/16"
+        raise PydanticCustomError("addresses", message) from None
     return text
 
 
@@ -385,6 +381,9 @@ class Settings(BaseSettings):
     """The same for one token, or for one address without a token."""
     trusted_proxies: Annotated[str, AfterValidator(_addresses)] = ""
     """Comma-separated addresses and networks of proxies whose `X-Forwarded-For` a server trusts; none by default."""
+    webhook_networks: Annotated[str, AfterValidator(_addresses)] = ""
+    """Comma-separated addresses and private networks that webhooks may reach, also by http; none by default. The same
+    for servers and workers."""
     files_url: Annotated[str, AfterValidator(_files_url)] | None = None
     """An address of this server under another host name, such as `https://files.adapters.example`: it serves only files
     of users, by signed addresses. Files in S3 come from the store's host already."""
@@ -478,7 +477,6 @@ class Settings(BaseSettings):
 
     @property
     def hub_token_organisations(self) -> frozenset[str]:
-        """The organisations in lower case, as hubs compare them."""
         return frozenset(name.strip().lower() for name in self.hub_token_orgs.split(",") if name.strip())
 
     @property

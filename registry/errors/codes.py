@@ -56,6 +56,7 @@ REFUSED = {
     "unsigned": "Sign it: `adaptory push … --sign KEY.pem`, or `adaptory sign REF --key KEY.pem`.",
     "verdict": "Change the recipe; `adaptory conflicts` shows what to change.",
     "yanked_files": "Release other files, or undo the yank: `adaptory unyank REF --reason WHY`.",
+    "too_many_webhooks": "Remove one that is no longer needed: `adaptory webhook list`.",
 }
 
 NOT_FOUND = {
@@ -97,6 +98,8 @@ NOT_FOUND = {
     "upload_address_invalid": "Push again.",
     "user_unknown": "`adaptory audit` shows the names.",
     "upload_unknown": "Announce the file again (POST /v1/uploads).",
+    "webhook_unknown": "`adaptory webhook list` shows those that you administer.",
+    "delivery_unknown": "`adaptory webhook deliveries ID` shows them; those that ended 30 days ago are removed.",
 }
 
 CONFLICT = {

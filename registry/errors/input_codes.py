@@ -29,6 +29,7 @@ USAGE = {
     "bad_profile": "Choose another name.",
     "bad_range": "Write a version (1.2.0) or an npm range (^1.2, ~1.2.3, >=1.0 <2.0).",
     "bad_relation": "Name a registered base, and a relation: cast, quantized, finetuned or merged.",
+    "bad_replay": "`adaptory webhook deliveries ID` shows the deliveries.",
     "bad_repository": "Write it as namespace/name, as in acme/sql; a directory has to exist.",
     "bad_rule": "Write it in one of the forms that docs/how-to/policies.md lists.",
     "bad_scope": "Write NAMESPACE=ROLE.",
@@ -97,6 +98,7 @@ USAGE = {
     "version_ended": "Choose a version yourself: REPO:VERSION.",
     "version_missing": "Write REPO:VERSION, or --bump auto|patch|minor|major.",
     "worker_beside_server": "Use --no-worker, and run `adaptory worker` beside the server.",
+    "bad_webhook": "Correct the address; `ADAPTORY_WEBHOOK_NETWORKS` allows private networks, and http to them.",
 }
 INVALID = {
     "base_not_stated": "Name a registered base in adapter_config.json or in the model card.",

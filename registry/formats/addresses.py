@@ -17,6 +17,14 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
+def parse_networks(text: str) -> tuple[Network, ...]:
+    """Addresses and networks, separated by commas; empty means none. Raises ValueError."""
+    return tuple(ipaddress.ip_network(part.strip()) for part in text.split(",")) if text else ()
+
+
 def registry_url(text: str) -> str:
     """Returns the address of a registry without a trailing slash and without `/v1`, which requests add themselves.
 

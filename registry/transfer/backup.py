@@ -28,11 +28,13 @@ from registry.database.migrate import head_revision, migrate, schema_revision
 from registry.database.tables import (
     Blob,
     FleetChannel,
+    FleetDrift,
     FleetNode,
     FleetRelease,
     StoreFactsRow,
     Token,
     Upload,
+    WebhookSecret,
     WorkerRow,
     XetUpload,
     XetXorb,
@@ -43,9 +45,10 @@ from registry.storage.archive import Archive
 from registry.storage.blobs import BlobStore, Reader
 from registry.transfer.resources import Resources
 
-UNSAVED = (Upload, XetUpload, XetXorb, StoreFactsRow, WorkerRow, FleetNode, FleetChannel, FleetRelease)
+_OF_NODES = (WorkerRow, FleetNode, FleetChannel, FleetRelease, FleetDrift)
+UNSAVED = (Upload, XetUpload, XetXorb, StoreFactsRow, WebhookSecret, *_OF_NODES)
 """Tables that mean nothing to another registry: unfinished uploads in the old store, the facts about that store, and
-the running workers and nodes."""
+the running workers and nodes. Secrets are left out too."""
 _ONLY = {Token.__tablename__: Token.session == false()}
 """Browser sessions are not restored."""
 _ROWS, _BLOBS, _MANIFEST = "rows.jsonl.gz", "blobs.txt.gz", "manifest.json"

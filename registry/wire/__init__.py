@@ -13,9 +13,10 @@ if TYPE_CHECKING:
     from registry.wire import fleet as fleet
     from registry.wire import quality as quality
     from registry.wire import search as search
+    from registry.wire import webhooks as webhooks
     from registry.wire import work as work
 
-_MODULES = ("access", "catalog", "fleet", "quality", "search", "work")
+_MODULES = ("access", "catalog", "fleet", "quality", "search", "webhooks", "work")
 
 
 def __getattr__(name: str) -> Any:

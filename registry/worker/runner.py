@@ -24,6 +24,7 @@ from registry.formats.paths import document_without_directories, without_directo
 from registry.formats.references import Digest
 from registry.transfer.promotions import settle_due
 from registry.transfer.resources import Resources
+from registry.worker.deliverer import Deliverer
 from registry.worker.engine.opened import WorkerEngine
 from registry.worker.host import Host
 from registry.worker.workspace import sweep_work
@@ -160,15 +161,20 @@ def run_worker(
 
     With `only`, runs just that job, which its own command started, and fails at once if the host cannot meet its needs
     or the cluster is absent. Otherwise claims any job whose needs this host meets. A separate thread judges waiting
-    promotions, even while a job runs.
+    promotions, even while a job runs, and another one delivers to webhooks unless a command has started the worker.
     """
-    settling = threading.Thread(target=_settle_promotions, args=(resources, stop), daemon=True, name="promotions")
-    settling.start()
+    duties = [threading.Thread(target=_settle_promotions, args=(resources, stop), daemon=True, name="promotions")]
+    if only is None:
+        deliver = Deliverer(resources).run
+        duties.append(threading.Thread(target=deliver, args=(stop,), daemon=True, name="webhooks"))
+    for duty in duties:
+        duty.start()
     try:
         _work(resources, kinds, stop, only=only, observe=observe)
     finally:
-        stop.set()  # otherwise, after an exit inside a job, the thread alone would keep the process alive
-        settling.join()
+        stop.set()  # otherwise, after an exit inside a job, the threads alone would keep the process alive
+        for duty in duties:
+            duty.join()
 
 
 def _settle_promotions(resources: Resources, stop: threading.Event) -> None:

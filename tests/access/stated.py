@@ -114,6 +114,14 @@ DELETE /v1/users/{user}                                                         
 GET    /v1/publishers/{namespace}/{name}                                        admin
 POST   /v1/publishers/{namespace}/{name}                                        admin
 DELETE /v1/publishers/{namespace}/{name}/{publisher_id}                         admin
+POST   /v1/webhooks                                                             admin somewhere
+GET    /v1/webhooks                                                             admin somewhere
+DELETE /v1/webhooks/{webhook_id}                                                admin somewhere
+POST   /v1/webhooks/{webhook_id}/rotate                                         admin somewhere
+POST   /v1/webhooks/{webhook_id}/test                                           admin somewhere
+GET    /v1/webhooks/{webhook_id}/deliveries                                     admin somewhere
+POST   /v1/webhooks/{webhook_id}/deliveries/{delivery_id}/replay                admin somewhere
+POST   /v1/webhooks/{webhook_id}/replay                                         admin somewhere
 POST   /oauth/token                                                             open
 GET    /api/models/{namespace}/{name}/xet-write-token/{revision:path}           publisher
 POST   /xet/{upload}/v1/xorbs/default/{xorb}                                    token of a push

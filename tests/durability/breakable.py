@@ -118,6 +118,7 @@ class Stock:
             "{token_id}": "aaaaaaaaaaaa", "{alias:path}": "Acme/Nothing", "{number}": 1, "{metric}": "nll",
             "{promotion_id}": 1, "{user}": "ann",
             "{group}": "prod", "{node}": "gpu-1", "{publisher_id}": "aaaaaaaaaaaa", "{check_id}": 1,
+            "{webhook_id}": "aaaaaaaaaaaa", "{delivery_id}": 1,
         }  # fmt: skip
         for name, value in values.items():
             template = template.replace(name, str(value))
@@ -160,6 +161,7 @@ class Stock:
                 "ref": "refs/heads/main",
                 "workflow": "ci.yml",
             },
+            "/v1/webhooks": {"namespace": "acme", "url": "https://ops.example/hook"},
             "/v1/users/{user}/person": {"subject": "1", "issuer": "https://login.example"},
             "releases": {"version": "9.0.0", "base": "tiny", "files": [file]},
             "next-version": {"bump": "minor", "base": "tiny", "files": [file]},

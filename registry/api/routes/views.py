@@ -15,6 +15,7 @@ from registry.database.tables import (
     Repository,
     Score,
     Suite,
+    WebhookDelivery,
 )
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import Role, holds
@@ -27,9 +28,11 @@ from registry.domain.channels.timeline import ChannelMove
 from registry.domain.compositions import compositions
 from registry.domain.jobs import needs, queue
 from registry.formats.references import RepositoryName
+from registry.formats.webhooks import message_id
 from registry.wire.catalog import BaseOut, BaseRef, RepositoryOut, TensorRow
 from registry.wire.fleet import RolloutNodeOut, RolloutOut
 from registry.wire.quality import ChannelOut, JudgementOut, MoveOut, PromotionOut, ScoreOut, SuiteOut
+from registry.wire.webhooks import DeliveryOut
 from registry.wire.work import AuditOut, CheckedInput, CompositionOut, ConflictsOut, JobOut, Priority
 
 
@@ -232,3 +235,7 @@ def conflicts_view(session: Session, row: ConflictCheck) -> ConflictsOut:
 
 def audit_view(row: AuditRow) -> AuditOut:
     return AuditOut.of(row, token=row.token_id)
+
+
+def delivery_view(row: WebhookDelivery) -> DeliveryOut:
+    return DeliveryOut.of(row, message_id=message_id(row.audit_id), next_at=row.due_at)

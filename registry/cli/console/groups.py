@@ -37,7 +37,7 @@ GROUPS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ),
     (
         "Admin",
-        ("login", "logout", "profile", "whoami", "token", "publisher", "namespace", "user", "audit"),
+        ("login", "logout", "profile", "whoami", "token", "publisher", "namespace", "user", "audit", "webhook"),
         "adaptory login https://adapters.example",
     ),
 )  # fmt: skip

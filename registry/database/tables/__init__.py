@@ -31,6 +31,7 @@ from registry.database.tables.catalog import (
 )
 from registry.database.tables.fleet import FleetChannel, FleetNode, FleetRelease
 from registry.database.tables.quality import Approval, Channel, Gate, Move, Promotion, Score, Suite, SuiteMetric
+from registry.database.tables.webhooks import FleetDrift, Webhook, WebhookDelivery, WebhookSecret
 from registry.database.tables.work import (
     AuditRow,
     Composition,
@@ -57,6 +58,7 @@ __all__ = [
     "ConflictCheck",
     "Evaluation",
     "FleetChannel",
+    "FleetDrift",
     "FleetNode",
     "FleetRelease",
     "Gate",
@@ -86,6 +88,9 @@ __all__ = [
     "TrustedPublisher",
     "Upload",
     "UsedIdToken",
+    "Webhook",
+    "WebhookDelivery",
+    "WebhookSecret",
     "WorkerRow",
     "XetUpload",
     "XetXorb",

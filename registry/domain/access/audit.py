@@ -13,6 +13,7 @@ from sqlalchemy import ColumnElement, Select, Table, insert, select, true
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from registry.database.tables import AuditRow
+from registry.domain.access import outbox
 
 _audit = cast(Table, AuditRow.__table__)
 
@@ -61,8 +62,11 @@ class Act(StrEnum):
     COMPOSITION_CREATE = "composition:create"
     COMPOSITION_LOCK = "composition:lock"
     EVALUATION_REQUEST = "evaluation:request"
+    FLEET_DRIFT = "fleet:drift"
+    FLEET_RECOVER = "fleet:recover"
     GATE_SET = "gate:set"
     JOB_CANCEL = "job:cancel"
+    JOB_END = "job:end"
     JOB_EXPIRE = "job:expire"
     JOB_PRIORITY = "job:priority"
     MEMBER_SET = "member:set"
@@ -99,6 +103,11 @@ class Act(StrEnum):
     UPLOAD_EXPIRE = "upload:expire"
     USER_LINK = "user:link"
     USER_REMOVE = "user:remove"
+    WEBHOOK_ADD = "webhook:add"
+    WEBHOOK_REMOVE = "webhook:remove"
+    WEBHOOK_REPLAY = "webhook:replay"
+    WEBHOOK_ROTATE = "webhook:rotate"
+    WEBHOOK_TEST = "webhook:test"
 
 
 def record(  # noqa: PLR0913
@@ -112,9 +121,9 @@ def record(  # noqa: PLR0913
     before: Mapping[str, Any] | None = None,
     after: Mapping[str, Any] | None = None,
     **detail: Any,
-) -> None:
-    """Records an act. Admins of `namespace` may read it, with None only registry admins; `before` and `after` are what
-    changed."""
+) -> int:
+    """Records an act, also as an event for webhooks, and returns the id of the row. Admins of `namespace` may read it,
+    with None only registry admins; `before` and `after` are what changed."""
     values = {
         "at": actor.at,
         "actor": actor.name,
@@ -128,7 +137,10 @@ def record(  # noqa: PLR0913
         "after": dict(after) if after is not None else None,
         "detail": detail,
     }
-    session.execute(insert(_audit), values)
+    audit_id = session.scalars(insert(_audit).returning(_audit.c.id), values).one()
+    if event := outbox.event_of(act, after):
+        outbox.announce(session, audit_id, event, str(subject), namespace, actor.at)
+    return audit_id
 
 
 def _all(_namespace: object) -> ColumnElement[bool]:

@@ -30,6 +30,7 @@ from registry.database.tables import (
     Token,
     TrustedPublisher,
     Upload,
+    Webhook,
     XetUpload,
 )
 from registry.domain.access import audit
@@ -43,6 +44,7 @@ RENAMED: tuple[tuple[type[Row], str], ...] = (
     (Suite, "created_by"), (Token, "user"), (Token, "created_by"), (TrustedPublisher, "created_by"),
     (Upload, "created_by"), (XetUpload, "created_by"), (Commit, "author"), (Release, "created_by"),
     (Approval, "user"), (Move, "actor"), (Score, "measured_by"), (Signature, "created_by"), (Promotion, "actor"),
+    (Webhook, "created_by"),
 )  # fmt: skip
 """Every column with a user's name is here or in `ENDED`, whose rows are deleted."""
 ENDED: tuple[tuple[type[Row], str], ...] = ((Member, "user"), (KeptAnswer, "user"), (ProviderUser, "user"))

@@ -360,6 +360,33 @@ def counts_of_all(session: Session, now: datetime) -> dict[str, int]:
     return dict.fromkeys(STATES, 0) | {state: count for state, count in rows}  # noqa: C416
 
 
+@dataclass(frozen=True, slots=True)
+class OutOfStep:
+    """A channel of a node that neither follows nor is switching."""
+
+    node_id: int
+    namespace: str
+    group: str
+    node: str
+    repository: str
+    channel: str
+    state: str
+    version: str | None
+    error: str | None
+
+    @property
+    def key(self) -> tuple[int, str, str]:
+        return self.node_id, self.repository, self.channel
+
+
+def out_of_step(session: Session, now: datetime) -> list[OutOfStep]:
+    """The channels of nodes that are behind, have failed, or are silent."""
+    named = (FleetNode.id, FleetNode.namespace, FleetNode.group, FleetNode.node)
+    said = (FleetChannel.repository, FleetChannel.channel)
+    query = _followed(*named, *said, _state(now), FleetChannel.version, FleetChannel.error)
+    return [OutOfStep(*row) for row in session.execute(query.where(_state(now).in_((BEHIND, FAILED, SILENT))))]
+
+
 def yanked_channels(session: Session) -> int:
     """The number of channels that serve a yanked release, since their policies keep it."""
     query = select(func.count()).select_from(Channel).join(Release, Release.id == Channel.served_id)

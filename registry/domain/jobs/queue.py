@@ -186,6 +186,7 @@ def end_unmet(session: Session, now: datetime) -> list[tuple[int, RegistryError]
         still = update(Job).where(Job.id == job.id, _free(now))
         over = still.values(state=state, finished_at=now, error=error.to_row(), worker=None).returning(Job.id)
         if session.execute(over, execution_options={"synchronize_session": False}).first() is not None:
+            _record_end(session, session.get_one(Job, job.id, populate_existing=True), now)
             ended.append((job.id, error))
     return ended
 
@@ -258,7 +259,18 @@ def finish(
     """Ends the job. Returns False, and changes nothing, if it is no longer this worker's."""
     held = update(Job).where(Job.id == job_id, Job.worker == worker, Job.state == "running")
     ended = held.values(state=state, finished_at=now, error=error, worker=None).returning(Job.id)
-    return session.execute(ended, execution_options={"synchronize_session": False}).first() is not None
+    if session.execute(ended, execution_options={"synchronize_session": False}).first() is None:
+        return False
+    _record_end(session, session.get_one(Job, job_id, populate_existing=True), now)
+    return True
+
+
+def _record_end(session: Session, job: Job, now: datetime) -> None:
+    """Records that a job ended, by the user who began it: no other user has, and webhooks announce it."""
+    error = {name: job.error.get(name) for name in ("code", "detail")} if job.error else None
+    after = {"state": job.state, "error": error}
+    actor = Actor(job.created_by, now, {})
+    audit.record(session, actor, Act.JOB_END, f"job/{job.id}", namespace=job.namespace, after=after, kind=job.kind)
 
 
 def requeue(session: Session, job_id: int, worker: str) -> None:
@@ -285,6 +297,7 @@ def request_cancel(session: Session, job_id: int, now: datetime) -> Job:
         job.heartbeat_at = None
         if all(step["state"] == "waiting" for step in job.steps):
             job.state, job.finished_at = "cancelled", now
+            _record_end(session, job, now)
     return job
 
 
