@@ -90,6 +90,21 @@ def test_idle_connections_are_closed(url: str, monkeypatch: pytest.MonkeyPatch) 
     database.close()
 
 
+def test_what_four_processes_open_at_most_leaves_connections_to_others(url: str, tmp_path: Path) -> None:
+    databases = [Database(url, DatabaseTimeouts(connect_s=0.5)) for _ in range(PROCESSES)]
+    taken = [database.engine.connect() for database in databases for _ in range(20)]
+    with pytest.raises(Unavailable), databases[0].read():
+        pass
+    assert count(url) == len(taken)
+    dump = [str(services.postgres_binaries()) + "/pg_dump", "--file", str(tmp_path / "dump"), url]
+    assert subprocess.run(dump, check=False, capture_output=True, timeout=60).returncode == 0
+    for connection in taken:
+        connection.close()
+    for database in databases:
+        database.close()
+
+
+@pytest.mark.long  # by default without servers
 def test_pg_dump_and_the_command_line_get_in_while_four_processes_are_loaded(url: str, tmp_path: Path) -> None:
     """At PostgreSQL's default limit, with Adaptory's default settings."""
     database = Database(url)

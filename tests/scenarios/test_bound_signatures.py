@@ -35,7 +35,6 @@ def pulled(stocked_embedded: Cli, world: World, keys: Keys, tmp_path: Path) -> P
     return tmp_path / "pulled"
 
 
-@pytest.mark.on("PostgreSQL")
 @pytest.mark.parametrize("known", [True, False])
 def test_files_that_were_signed_and_yanked_cannot_come_back_under_another_number_name_or_base(
     stocked_embedded: Cli, world: World, keys: Keys, pulled: Path, tmp_path: Path, known: bool

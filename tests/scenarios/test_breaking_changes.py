@@ -68,7 +68,6 @@ def test_a_line_at_the_largest_number_is_not_bumped_beyond_what_can_be_asked_for
     stocked.ok("promote", "acme/sql", "--to", "prod")
 
 
-@pytest.mark.on("PostgreSQL")
 def test_a_version_that_nobody_can_ask_for_is_reported_by_fsck(stocked_embedded: Cli, world: World) -> None:
     cli = stocked_embedded
     cli.ok("push", world.adapters["sql"], "acme/sql:999999999999999999.0.0", "--base", "tiny")
@@ -104,7 +103,6 @@ REASONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.on("PostgreSQL")
 @pytest.mark.parametrize("reason", REASONS)
 def test_each_reason_breaks_one_way_and_not_the_other(
     reason: str, stocked_embedded: Cli, world: World, tmp_path: Path
@@ -125,7 +123,6 @@ def test_the_same_targets_in_more_layers_break_nobody(stocked_embedded: Cli, tmp
     assert release(stocked_embedded, adapter(tmp_path / "two", modules=(Q0, Q1)), "acme/sql:1.0.1").code == 0
 
 
-@pytest.mark.on("PostgreSQL")
 def test_in_0_x_a_minor_number_is_enough_and_needed(stocked_embedded: Cli, tmp_path: Path) -> None:
     cli, large = stocked_embedded, adapter(tmp_path / "large", rank=4)
     assert version_of(release(cli, adapter(tmp_path / "small"), "acme/sql", "--bump", "auto")) == "0.1.0"
@@ -217,7 +214,6 @@ def test_a_refused_release_learns_the_number_that_auto_gives_it(stocked_embedded
         assert version_of(release(cli, directory, "acme/sql", "--bump", "auto")) == right
 
 
-@pytest.mark.on("PostgreSQL")
 def test_a_breaking_change_goes_through_with_a_reason_that_is_kept_shown_and_audited(
     stocked: Cli, world: World
 ) -> None:

@@ -74,13 +74,11 @@ def problem(answer: httpx2.Response, status: int, code: str) -> dict[str, Any]:
     return document
 
 
-@pytest.mark.on("PostgreSQL")
 def test_a_version_written_as_a_channel_is_answered_with_how_to_write_it(line: Line) -> None:
     missing = problem(line.http.get(f"{line.path}/channels/1.0.0"), 404, "channel_unknown")
     assert ":1.0.0" in missing["next"]
 
 
-@pytest.mark.on("PostgreSQL")
 def test_a_channel_moves_only_from_where_its_mover_saw_it(line: Line) -> None:
     problem(line.look(), 404, "channel_unknown")
     problem(line.promote("1.0.0", If_Match='"12345"'), 412, "channel_moved")
@@ -162,7 +160,6 @@ def test_moves_without_a_condition_at_once_all_succeed_and_leave_an_unbroken_his
     assert times == sorted(times, reverse=True)
 
 
-@pytest.mark.on("PostgreSQL")
 def test_history_comes_in_pages_the_newest_first(line: Line) -> None:
     for number in range(7):
         assert line.promote(VERSIONS[number % 3]).status_code == 200
@@ -210,7 +207,6 @@ def test_a_version_has_the_channels_that_serve_it_and_its_moves(line: Line) -> N
         problem(line.http.get(f"{line.path}/{path}"), 404, "release_unknown")
 
 
-@pytest.mark.on("PostgreSQL")
 def test_gates_are_set_read_and_judged_with_numbers(line: Line) -> None:
     assert line.http.get(f"{line.path}/gates").json() == {"gates": {}}
     rules = ["sql-exact.nll <= 3", "guard-exact.nll within 0.5 of served"]
@@ -238,7 +234,6 @@ def test_gates_are_set_read_and_judged_with_numbers(line: Line) -> None:
     assert [gate["passed"] for gate in forced["gates"]] == [True, False]
 
 
-@pytest.mark.on("PostgreSQL")
 def test_a_rollback_to_a_version_goes_only_back(line: Line) -> None:
     for version in VERSIONS:
         assert line.promote(version).status_code == 200
@@ -282,7 +277,6 @@ def test_each_result_has_its_numbers_its_limit_and_whether_the_error_stays_on_it
     assert line.history().json()["items"][0]["gates"] == first, "and it is recorded with the move"
 
 
-@pytest.mark.on("PostgreSQL")
 def test_a_guard_is_compared_with_the_base_while_the_channel_serves_nothing(line: Line) -> None:
     """The first release may ruin general ability as little as any later one."""
     rule = "guard-exact.nll within 0.3 of served"
@@ -328,7 +322,6 @@ def test_channels_are_listed_by_name_a_page_at_a_time(line: Line) -> None:
     assert ([item["channel"] for item in rest["items"]], rest["next"]) == (["prod"], None)
 
 
-@pytest.mark.on("PostgreSQL")
 def test_the_routes_of_adapters_are_there_for_models_and_do_not_mix_kinds(line: Line) -> None:
     line.promote("1.0.0")
     assert [channel["channel"] for channel in line.http.get(f"{line.path}/channels").json()["items"]] == ["prod"]

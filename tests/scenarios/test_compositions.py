@@ -204,7 +204,6 @@ def check_model(directory: Path, base: Path, expected: dict[str, torch.Tensor]) 
         assert torch.equal(ours[name], tensor) or any(part in name for part in TOUCHED)
 
 
-@pytest.mark.on("PostgreSQL")
 def test_a_composition_that_is_refused_publishes_nothing(team: Cli, world: World, tmp_path: Path) -> None:
     """By a gate, by a missing score, and by a conflict that no weight resolves."""
     for seed, name in enumerate(("one", "two")):
@@ -300,7 +299,6 @@ def test_a_model_alone_needs_no_factors_and_is_measured_as_it_is_published(
     assert small_team.json("verify", "acme/assistant-merged", "--rebuild")["rebuild"]["verdict"] == "same"
 
 
-@pytest.mark.on("PostgreSQL")
 def test_a_composition_without_scores_says_that_nothing_is_known(small_team: Cli, tmp_path: Path) -> None:
     unmeasured = [{"adapter": "acme/sql@prod"}, {"adapter": "acme/support"}]
     shown = small_team.ok("compose", write_recipe(tmp_path, probe=0, inputs=unmeasured)).out
@@ -389,7 +387,6 @@ def test_a_namespace_that_takes_only_signed_releases_refuses_a_composition_at_on
     assert small_team.json("compose", write_recipe(tmp_path, model=None, probe=0))["state"] == "done"
 
 
-@pytest.mark.on("PostgreSQL")
 def test_what_cannot_end_as_an_adapter_is_refused_by_the_plan_too(small_team: Cli, tmp_path: Path) -> None:
     idle: dict[str, Any] = {"adapter": "acme/sql@prod", "rules": [{"modules": "nothing.*", "weight": 0.5}]}
     other = "acme/support"

@@ -120,7 +120,6 @@ def test_members_that_want_other_answers_to_the_same_prompts_are_named_first(tea
     assert (planned["verdict"], planned["findings"][0]["code"]) == ("warn", "same_prompts")
 
 
-@pytest.mark.on("PostgreSQL")
 def test_a_policy_decides_the_verdict_and_the_exit_code(team: Cli, tmp_path: Path) -> None:
     policy = tmp_path / "policy.yaml"
     policy.write_text("input_overlap: error\nthresholds: {input_overlap: -1}\n")

@@ -173,7 +173,6 @@ def test_a_check_that_was_cancelled_is_computed_when_it_is_asked_for_again(offic
         rex.post(f"/v1/jobs/{again['job']}/cancel")
 
 
-@pytest.mark.on("PostgreSQL")
 def test_a_report_is_kept_for_thirty_days(office: Office) -> None:
     rex = office.apis["rex"]
     check = rex.post("/v1/conflicts", wanted())

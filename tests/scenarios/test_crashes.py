@@ -197,7 +197,6 @@ def test_a_worker_that_dies_between_the_bytes_of_two_outputs_has_published_neith
     assert len(cli.json("log", "acme/both")["items"]) == 1
 
 
-@pytest.mark.on("PostgreSQL")
 def test_a_job_that_kills_every_worker_is_given_up(sql_and_support: Cli, tmp_path: Path) -> None:
     cli, environ = sql_and_support, sql_and_support.environment
     begin(cli, tmp_path)
@@ -362,7 +361,6 @@ def test_a_pull_killed_at_any_moment_leaves_a_whole_directory_or_none(
     assert {path.name for path in tmp_path.iterdir() if ".partial" in path.name} == set(), "a finished pull tidies up"
 
 
-@pytest.mark.on("PostgreSQL")
 def test_a_pull_never_trusts_what_an_earlier_one_left(stocked_embedded: Cli, world: World, tmp_path: Path) -> None:
     cli = stocked_embedded
     cli.ok("push", world.adapters["sql"], "acme/sql:1.0.0", "--base", "tiny")

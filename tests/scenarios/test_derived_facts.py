@@ -75,7 +75,6 @@ def test_a_channel_tells_what_it_gives_out_and_what_it_passes_over(stocked: Cli,
     assert channel_state() == [None, "1.1.0", {}]
 
 
-@pytest.mark.on("PostgreSQL")
 def test_the_first_score_of_its_author_says_which_way_a_metric_is_better(stocked: Cli, world: World) -> None:
     for name in ("sql", "support"):
         stocked.ok("push", world.adapters[name], f"acme/{name}:1.0.0", "--base", "tiny")
@@ -107,7 +106,6 @@ def test_a_moment_is_the_same_in_every_zone(stocked: Cli, world: World) -> None:
             assert bool(api.get("/v1/audit", since=naive.isoformat())["items"]) == expected, naive
 
 
-@pytest.mark.on("PostgreSQL")
 def test_a_namespace_takes_no_key_that_is_too_long(cli: Cli) -> None:
     with api_of(cli) as api, pytest.raises((Invalid, Usage)):
         api.put("/v1/namespaces/acme", {"signing_keys": ["-----BEGIN PUBLIC KEY-----\n" + "A" * 3_000]})

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.composer.small_model import TEMPLATE
+from tests.doses import further
 from tests.scenarios.conftest import stock
 from tests.scenarios.test_evaluations import write_suite
 from tests.scenarios.world import Cli, World
@@ -42,7 +43,7 @@ def set_template(base: Path, template: str) -> None:
     (base / "chat_template.jinja").write_text(template)
 
 
-@pytest.mark.parametrize("template", [LOOPS, LISTS, CALLS, "{{ " + "(" * 9999 + "1" + ")" * 9999 + " }}"])
+@pytest.mark.parametrize("template", [LOOPS, *further(LISTS, CALLS), "{{ " + "(" * 9999 + "1" + ")" * 9999 + " }}"])
 def test_a_chat_template_that_loops_ends_the_job_within_seconds(based: tuple[Cli, Path], template: str) -> None:
     cli, base = based
     set_template(base, template)

@@ -70,7 +70,6 @@ def test_a_version_labels_one_content_and_a_gate_says_when_its_suite_has_moved_o
     cli.ok("promote", "acme/sql:1.0.0", "--to", "staging")
 
 
-@pytest.mark.on("PostgreSQL")
 def test_a_suite_that_gets_its_first_version_keeps_its_digest_and_scores(stocked_embedded: Cli, tmp_path: Path) -> None:
     before = stocked_embedded.json("suite", "add", write_suite(tmp_path, "said"))
     after = stocked_embedded.json("suite", "add", write_suite(tmp_path, "said", version="1.0.0"))

@@ -87,7 +87,6 @@ def test_the_content_of_a_task_is_its_configuration_and_documents_wherever_these
     assert team.json("suite", "list")["items"][-1]["version"].startswith("2.0.0-lm-eval.")
 
 
-@pytest.mark.on("PostgreSQL")
 def test_a_harness_task_does_not_take_the_name_of_a_suite_and_errors_are_said_in_one_line(
     team: Cli, tmp_path: Path
 ) -> None:

@@ -77,7 +77,6 @@ def test_the_same_push_again_is_a_no_op_and_other_content_is_a_conflict(stocked:
     assert len(stocked.json("log", "acme/sql")["items"]) == 1
 
 
-@pytest.mark.on("PostgreSQL")
 def test_yanked_releases_are_skipped_but_still_there_by_name(stocked: Cli, world: World) -> None:
     stocked.ok("push", world.adapters["sql"], "acme/sql:1.0.0", "--base", "tiny", "--channel", "prod")
     stocked.ok("push", world.adapters["other-sql"], "acme/sql:1.1.0", "--base", "tiny", "--channel", "prod")
@@ -101,7 +100,6 @@ def test_yanked_releases_are_skipped_but_still_there_by_name(stocked: Cli, world
     assert stocked.json("show", "acme/sql@prod")["version"] == "1.1.0"
 
 
-@pytest.mark.on("PostgreSQL")
 def test_a_yank_and_taking_it_back_are_refused_without_a_reason(stocked: Cli, world: World) -> None:
     release = "/v1/adapters/acme/sql/releases/1.0.0"
     stocked.ok("push", world.adapters["sql"], "acme/sql:1.0.0", "--base", "tiny")
@@ -169,7 +167,6 @@ def test_a_gate_refuses_a_worse_release_and_force_leaves_a_trace(stocked: Cli, w
     assert acts == ["channel:promote", "gate:set", "channel:promote"], "the newest first"
 
 
-@pytest.mark.on("PostgreSQL")
 def test_a_push_whose_channel_refuses_it_tells_what_it_has_published(stocked_embedded: Cli, world: World) -> None:
     cli = stocked_embedded
     cli.ok("push", world.adapters["sql"], "acme/sql:1.0.0", "--base", "tiny", "--channel", "prod")
@@ -196,7 +193,6 @@ def test_all_that_a_push_brings_into_being_is_in_the_audit(stocked: Cli, world: 
     ]
 
 
-@pytest.mark.on("PostgreSQL")
 def test_a_list_that_is_cut_off_says_so_and_how_it_goes_on(stocked_embedded: Cli, world: World) -> None:
     cli = stocked_embedded
     cli.ok("push", world.adapters["sql"], "acme/sql:1.0.0", "--base", "tiny", "--channel", "prod")
@@ -262,7 +258,6 @@ def test_two_pulls_into_one_directory_never_mix_their_bytes(
         assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
 
 
-@pytest.mark.on("PostgreSQL")
 def test_a_yanked_release_on_a_channel_is_no_yardstick_for_its_gate(stocked_embedded: Cli, world: World) -> None:
     cli = stocked_embedded
     suite = cli.json("suite", "list")["items"]

@@ -80,7 +80,6 @@ def test_members_are_listed_in_the_recipes_order_with_its_method_whatever_was_pu
     assert [row for row in rows if row["old"] != row["new"]] == []
 
 
-@pytest.mark.on("PostgreSQL")
 def test_the_directory_of_a_local_combination_says_what_it_was_combined_from(
     embedded: Cli, world: World, tmp_path: Path
 ) -> None:

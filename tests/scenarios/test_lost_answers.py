@@ -270,7 +270,6 @@ def test_a_rollback_whose_request_or_answer_was_lost_goes_back_once(
     assert moves(stocked)[:2] == [("rollback", "1.0.1"), ("promote", "1.0.2")]
 
 
-@pytest.mark.on("PostgreSQL")
 @served
 def test_what_a_request_found_done_already_is_its_answer_too(network: Network, push: Push, somebody: Cli) -> None:
     """The request itself moved or published nothing, and repeating it later would undo changes that others made

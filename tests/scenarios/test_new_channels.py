@@ -34,7 +34,6 @@ def test_on_a_terminal_the_command_asks(team: Cli, answer: str, code: int) -> No
     assert team("show", "acme/sql@prdo").code == (0 if code == 0 else 3)
 
 
-@pytest.mark.on("PostgreSQL")
 def test_a_push_to_a_misspelt_channel_publishes_nothing(team: Cli, world: World) -> None:
     team.ok("promote", "acme/sql:1.0.0", "--to", "prod")
     path = world.adapters["other-sql"]
@@ -60,7 +59,6 @@ def test_repeating_a_promotion_says_that_nothing_changed(team: Cli) -> None:
     assert len(team.json("history", "acme/sql@prod")["items"]) == 1
 
 
-@pytest.mark.on("PostgreSQL")
 def test_a_channel_that_serves_is_not_deleted_unless_an_admin_names_what_it_serves(team: Cli, world: World) -> None:
     team.ok("promote", "acme/sql:1.0.0", "--to", "prdo")
     refused = team("channel", "delete", "acme/sql@prdo")
@@ -91,7 +89,6 @@ def test_a_channel_that_serves_nothing_is_deleted_and_one_with_a_policy_is_not(t
     assert json.loads(team.ok("channel", "delete", "acme/sql@dev", "--json").out)["served"] is None
 
 
-@pytest.mark.on("PostgreSQL")
 def test_a_time_in_a_deleted_channel_ends_with_the_deletion(team: Cli, tmp_path: Path) -> None:
     policy = tmp_path / "policy.yaml"
     policy.write_text("version: 1\nsoak: [{channel: canary, hours: 0.000001}]\n")

@@ -66,7 +66,6 @@ def test_the_same_files_for_another_base_are_another_release(cli: Cli, adapter: 
     assert (moved["release"]["base"]["name"], moved["release"]["commit"]) == ("new", first["commit"])
 
 
-@pytest.mark.on("PostgreSQL")
 def test_lists_of_bases_and_repositories_say_everything_page_by_page(cli: Cli, adapter: Path) -> None:
     add_base(cli, "wide")
     for repository in ("acme/b", "acme.lab/a", "acme/a"):

@@ -64,7 +64,6 @@ def test_a_number_that_is_none_or_too_large_is_refused(
     assert message in ran.err
 
 
-@pytest.mark.on("PostgreSQL")
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [

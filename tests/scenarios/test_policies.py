@@ -115,7 +115,6 @@ def test_a_promotion_that_another_person_must_approve_waits_for_it(
     assert acts["promotion:approve"] == "rosa"
 
 
-@pytest.mark.on("PostgreSQL")
 def test_an_evaluation_that_is_stopped_goes_on_with_what_is_not_measured(
     stocked_embedded: Cli, world: World, tmp_path: Path
 ) -> None:

@@ -152,7 +152,6 @@ def test_what_is_misspelt_is_refused_by_the_command_and_by_the_registry(
                 api.post("/v1/adapters/acme/sql/releases", {**request, "provenance": stated})
 
 
-@pytest.mark.on("PostgreSQL")
 def test_a_release_tells_which_ranks_it_uses_and_the_push_hints_at_it(stocked: Cli, tmp_path: Path) -> None:
     cli, names = stocked, [f"model.layers.{layer}.self_attn.q_proj" for layer in (0, 1)]
     strong, idle = ([size * part for part in (4.0, 1.0, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1)] for size in (1, 1e-4))

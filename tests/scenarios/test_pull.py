@@ -76,7 +76,6 @@ def test_a_blob_of_another_size_is_named_as_damaged_at_once(
         api.get(f"/v1/blobs/{digest}")
 
 
-@pytest.mark.on("PostgreSQL")
 def test_a_file_that_the_database_says_is_another_is_named_as_damaged(
     stocked_embedded: Cli, world: World, tmp_path: Path
 ) -> None:
@@ -192,7 +191,6 @@ def test_a_release_that_is_as_it_was_pulled_is_not_pulled_again(stocked_embedded
     cli.ok("inspect", "acme/sql")
 
 
-@pytest.mark.on("PostgreSQL")
 @pytest.mark.skipif(not SHARED_MEMORY.is_dir(), reason="there is one file system only")
 def test_a_cache_on_another_file_system_is_copied_from(stocked_embedded: Cli, world: World, tmp_path: Path) -> None:
     others = (path for path in (SHARED_MEMORY, Path(gettempdir())) if path.stat().st_dev != tmp_path.stat().st_dev)

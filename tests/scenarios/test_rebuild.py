@@ -104,7 +104,6 @@ def test_without_a_question_or_a_release_it_says_what_to_write(words: tuple[str,
     assert stocked_embedded("verify", *words).code == 2
 
 
-@pytest.mark.on("PostgreSQL")
 def test_an_option_that_says_nothing_here_is_refused(composed: Cli, tmp_path: Path) -> None:
     key = Keys(tmp_path, "team").public
     for words, idle in (
@@ -118,7 +117,6 @@ def test_an_option_that_says_nothing_here_is_refused(composed: Cli, tmp_path: Pa
         assert f"{idle} has no effect" in refused.err
 
 
-@pytest.mark.on("PostgreSQL")
 def test_what_merge_wrote_into_a_directory_is_made_again_from_the_base_and_adapters_that_are_named(
     stocked_embedded: Cli, world: World, tmp_path: Path
 ) -> None:

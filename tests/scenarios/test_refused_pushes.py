@@ -219,7 +219,6 @@ def test_a_file_that_shrinks_while_it_is_pushed_is_named(stocked: Cli, world: Wo
     assert traces(stocked).releases == ()
 
 
-@pytest.mark.on("PostgreSQL")
 def test_an_adapter_of_zeros_is_published_with_a_warning(stocked_embedded: Cli, world: World, tmp_path: Path) -> None:
     directory = shutil.copytree(world.adapters["sql"], tmp_path / "zeros")
     in_tensors(lambda tensors: {n: t * 0 if "lora_B" in n else t for n, t in tensors.items()})(directory)
@@ -230,7 +229,6 @@ def test_an_adapter_of_zeros_is_published_with_a_warning(stocked_embedded: Cli, 
     assert traces(stocked_embedded).releases == ("acme/sql:1.0.0",)
 
 
-@pytest.mark.on("PostgreSQL")
 def test_an_activated_lora_is_stored_and_shown_but_never_merged_or_composed(
     stocked_embedded: Cli, world: World, tmp_path: Path
 ) -> None:

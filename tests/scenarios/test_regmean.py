@@ -152,7 +152,6 @@ def test_a_recipe_is_fitted_judged_on_other_examples_and_locked_by_digest(
     assert team.json("verify", "acme/both-merged", "--rebuild")["rebuild"]["verdict"] == "same"
 
 
-@pytest.mark.on("PostgreSQL")
 def test_a_recipe_names_no_gate_against_its_inputs_and_gets_them(team: Cli, tmp_path: Path) -> None:
     expected = [
         rule
@@ -197,7 +196,6 @@ def test_a_fitted_recipe_needs_examples_and_an_adapter_to_publish(team: Cli, tmp
     assert (alone.code, "publishes only a model" in alone.err) == (2, True)
 
 
-@pytest.mark.on("PostgreSQL")
 def test_a_promotion_is_gated_by_what_went_into_the_release(team: Cli, tmp_path: Path) -> None:
     gates = ["sql-exact.nll within 1000 of inputs"]
     team.ok("compose", recipe(tmp_path, evaluate=["sql-exact"], gates=gates))

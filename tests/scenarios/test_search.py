@@ -65,7 +65,6 @@ def test_words_facts_and_channels_narrow_a_search(shelf: Cli) -> None:
     assert search(shelf, "--namespace", "acme", "--include-yanked") == ["acme/terraform:1.0.0", "acme/sql:1.0.0"]
 
 
-@pytest.mark.on("PostgreSQL")
 def test_a_channel_that_falls_back_is_searched_where_it_stands(stocked: Cli, world: World) -> None:
     for version, name in (("1.0.0", "sql"), ("1.0.1", "other-sql")):
         stocked.ok("push", world.adapters[name], f"acme/sql:{version}", "--base", "tiny", "--channel", "prod")
@@ -99,7 +98,6 @@ def test_releases_for_a_cast_of_the_base_are_found_on_request_and_say_so(
     assert "acme/tuned:1.0.0" not in search(shelf, "--base", "tiny", "--include", "related")
 
 
-@pytest.mark.on("PostgreSQL")
 def test_a_relation_between_bases_is_checked(stocked: Cli, world: World, tmp_path: Path) -> None:
     cast = changed_base(world.base, tmp_path / "cast", lambda tensor: tensor.half())
     refused = stocked("base", "add", cast, "--name", "half", "--derived-from", "tiny")
@@ -123,7 +121,6 @@ def changed_base(base: Path, target: Path, change: Callable) -> Path:
     return target
 
 
-@pytest.mark.on("PostgreSQL")
 def test_pages_do_not_shift_when_releases_arrive(shelf: Cli, world: World) -> None:
     first = shelf.json("search", "--limit", "2")
     shelf.ok("push", world.adapters["other-sql"], "acme/newer:1.0.0", "--base", "tiny")

@@ -169,7 +169,6 @@ def test_the_registry_refuses_a_signature_that_is_not_of_these_files(
         assert publish() == fingerprint(keys.pem)
 
 
-@pytest.mark.on("PostgreSQL")
 def test_a_signature_that_no_policy_asks_for_is_kept_and_claims_nothing(
     stocked_embedded: Cli, signed: Path, keys: Keys, stranger: Keys
 ) -> None:
@@ -322,7 +321,6 @@ def test_a_policy_takes_only_keys_that_can_verify(stocked_embedded: Cli, keys: K
             api.put("/v1/namespaces/acme", {"require_signature": True, "signing_keys": [keys.pem, pem]})
 
 
-@pytest.mark.on("PostgreSQL")
 def test_a_key_that_cannot_sign_or_verify_says_so(
     stocked_embedded: Cli, world: World, keys: Keys, tmp_path: Path
 ) -> None:

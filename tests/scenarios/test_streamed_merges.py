@@ -201,7 +201,6 @@ CHANGES: dict[str, tuple[str, Callable[[bytes], bytes]]] = {
 }
 
 
-@pytest.mark.on("PostgreSQL")
 @pytest.mark.parametrize("change", ["bytes of a tensor", pytest.param("its size", marks=pytest.mark.long)])
 def test_a_base_that_is_another_one_by_now_is_refused_and_nothing_is_published(
     change: str, site: Site, world: World
@@ -362,7 +361,6 @@ def test_a_merge_that_fails_leaves_nothing_in_the_store(site: Site) -> None:
     assert traces(site.cli).blobs == before.blobs
 
 
-@pytest.mark.on("PostgreSQL")
 def test_only_an_admin_of_the_registry_adds_a_location_in_a_bucket(site: Site, tmp_path: Path) -> None:
     with resources_of(site.cli.environment) as resources:
         host = Actor("host", resources.clock(), {EVERYWHERE: Role.ADMIN}, mints=True)
@@ -384,7 +382,6 @@ def test_only_an_admin_of_the_registry_adds_a_location_in_a_bucket(site: Site, t
             assert f"{site.location}-other" in api.post("/v1/bases", request)["locations"]
 
 
-@pytest.mark.on("PostgreSQL")
 def test_only_what_lies_right_below_the_prefix_is_read(site: Site, world: World) -> None:
     for key in (f"{site.prefix}-secret/notes.txt", f"{site.prefix}/deeper/notes.txt", f"{site.prefix}/.env"):
         site.s3.client().put_object(Bucket=BUCKET, Key=key, Body=b"secret")

@@ -49,7 +49,6 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-@pytest.mark.on("PostgreSQL")
 def test_a_takedown_removes_the_bytes_for_good_and_leaves_a_tombstone(
     stocked: Cli, adapter: Path, tmp_path: Path
 ) -> None:
@@ -146,7 +145,6 @@ def test_the_bytes_of_a_takedown_go_even_if_it_dies_before_it_removes_them(
     held.close()
 
 
-@pytest.mark.on("PostgreSQL")
 def test_retention_takes_down_old_yanked_releases_and_pre_releases_that_nothing_serves(
     stocked_embedded: Cli, adapter: Path
 ) -> None:

@@ -147,7 +147,6 @@ def test_who_announces_without_sending_is_stopped(embedded: Cli) -> None:
         assert (refused.value.code, refused.value.retry_after_s) == ("too_many_files", None)
 
 
-@pytest.mark.on("PostgreSQL")
 def test_what_has_expired_stops_nobody_and_until_then_the_error_says_how_long_to_wait(embedded: Cli) -> None:
     resources = opened(Cli(embedded.environment | {"ADAPTORY_MAX_OPEN_UPLOADS": "2"}))
     lasts_s = resources.settings.upload_expires_s
@@ -199,7 +198,6 @@ def deliver(resources: Resources, actor: Actor, announced: PlannedUpload, conten
     uploads.complete(resources, actor, upload_id)
 
 
-@pytest.mark.on("PostgreSQL")
 def test_an_upload_of_another_namespace_is_not_there(embedded: Cli) -> None:
     resources = opened(embedded)
     file = ManifestFile("notes.txt", 4, Digest(hashlib.sha256(b"mine").hexdigest()))
@@ -224,7 +222,6 @@ def test_an_upload_of_another_namespace_is_not_there(embedded: Cli) -> None:
     resources.close()
 
 
-@pytest.mark.on("PostgreSQL")
 def test_bytes_reported_as_present_are_kept_for_the_push(embedded: Cli) -> None:
     """An unused blob is about to be collected when a push learns that it need not send it."""
     resources = opened(embedded)

@@ -14,6 +14,7 @@ from composer.errors import RefusedOutput
 from registry.worker.runner import run_one
 from registry.worker.steps import KINDS
 from tests.composer.scorers import install_scorer
+from tests.doses import further
 from tests.eventually import eventually
 from tests.forked import start_command
 from tests.scenarios.small_hub import SmallHub, small_hub
@@ -157,7 +158,7 @@ def test_a_scorer_inherits_no_secret_of_its_worker(
     assert not any(name.startswith("ADAPTORY_") for name in names)
 
 
-@pytest.mark.parametrize("ending", ["cancelled", "queued"])
+@pytest.mark.parametrize("ending", ["cancelled", *further("queued")])
 def test_a_worker_that_fetches_a_base_from_a_slow_hub_heeds_a_cancellation_and_its_end(
     on_disk: Cli, hub: SmallHub, world: World, tmp_path: Path, ending: str
 ) -> None:

@@ -24,7 +24,7 @@ from registry.worker.host import Host
 from registry.worker.runner import JobKind, JobRun, end_unmet, run_one, run_worker
 from registry.worker.steps import KINDS
 from registry.worker.workspace import sweep_work
-from tests.doses import one_of_each
+from tests.doses import further, one_of_each
 from tests.elapsed import let_elapse
 from tests.eventually import eventually
 from tests.scenarios.conftest import stock
@@ -95,7 +95,6 @@ def failing(name: str, error: Exception) -> dict[str, JobKind]:
     return replacing(name, step)
 
 
-@pytest.mark.on("PostgreSQL")
 @pytest.mark.parametrize("disk", one_of_each(OUTAGES, lambda disk: type(OUTAGES[disk][0])))
 def test_a_composition_waits_out_a_disk_that_is(disk: str, site: Site) -> None:
     error, code = OUTAGES[disk]
@@ -125,7 +124,6 @@ def test_a_worker_without_the_base_leaves_a_composition_to_one_that_has_it(site:
     assert (site.job, site.waits_for) == ({"state": "done", "code": None}, None)
 
 
-@pytest.mark.on("PostgreSQL")
 def test_a_composition_whose_base_no_worker_has_ends_after_an_hour_and_says_so(site: Site) -> None:
     site.base.rename(site.base.with_name("away"))
     for minutes, state in ((0, "queued"), (59, "queued"), (61, "failed")):
@@ -188,7 +186,6 @@ def test_a_job_waits_for_a_device_with_its_memory_and_may_ask_for_less(site: Sit
     assert site.job == {"state": "refused", "code": "device_too_small"}
 
 
-@pytest.mark.on("PostgreSQL")
 def test_a_job_of_an_older_version_is_taken_by_a_worker_that_has_what_it_needs(site: Site) -> None:
     with site.resources.write() as session:
         session.execute(delete(JobNeed))
@@ -255,7 +252,7 @@ def test_a_worker_removes_what_other_hosts_have_ended_and_nothing_that_is_not_it
     assert (site.resources.work_directory / "other" / "model").is_dir()
 
 
-@pytest.mark.parametrize("name", ["check", "combine", "evaluate", "merge"])
+@pytest.mark.parametrize("name", ["evaluate", "merge", *further("check", "combine")])
 def test_a_stopped_step_gives_its_job_back_before_it_has_read_or_measured_all(name: str, site: Site) -> None:
     stop, ended = threading.Event(), list[str]()
     step = KINDS["composition"].steps[name]
@@ -272,7 +269,6 @@ def test_a_stopped_step_gives_its_job_back_before_it_has_read_or_measured_all(na
     assert (site.job["state"], seen[0]) == ("done", name)
 
 
-@pytest.mark.on("PostgreSQL")
 def test_a_suite_that_is_replaced_while_the_candidate_is_measured_fails_its_gate(
     sql_and_support: Cli, world: World, tmp_path: Path
 ) -> None:

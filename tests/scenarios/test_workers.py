@@ -24,6 +24,7 @@ from registry.worker.merging import SHARD
 from registry.worker.runner import JobRun, run_one
 from registry.worker.steps import KINDS
 from tests import services
+from tests.doses import further
 from tests.eventually import eventually
 from tests.forked import start_command
 from tests.scenarios.conftest import stock
@@ -41,7 +42,7 @@ from tests.scenarios.traces import home_of, traces
 from tests.scenarios.world import Cli, World, own_environment
 
 
-@pytest.mark.parametrize("step", ["check", "evaluate", "merge"])
+@pytest.mark.parametrize("step", ["merge", *further("check", "evaluate")])
 def test_a_cancelled_composition_publishes_nothing_and_leaves_nothing(
     sql_and_support: Cli, tmp_path: Path, step: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -102,7 +103,6 @@ def test_a_stopped_worker_hands_its_job_back_without_a_wait(sql_and_support: Cli
     assert (first, second) == (["check", "combine"], ["evaluate", "gate", "merge", "publish"])
 
 
-@pytest.mark.on("PostgreSQL")
 def test_code_that_exits_the_process_ends_the_worker_instead_of_silencing_it(
     sql_and_support: Cli, tmp_path: Path
 ) -> None:
@@ -176,7 +176,6 @@ def test_a_database_that_is_locked_for_a_moment_ends_no_step(on_disk: Cli) -> No
             held.progress(0.9)
 
 
-@pytest.mark.on("PostgreSQL")
 def test_a_worker_process_that_is_terminated_hands_its_job_back(sql_and_support: Cli, tmp_path: Path) -> None:
     cli = sql_and_support
     begin(cli, tmp_path)
@@ -247,7 +246,6 @@ def test_a_worker_on_another_host_makes_again_what_lies_on_the_dead_ones_disk(
     assert {"acme/both:1.0.0", "acme/merged:1.0.0"} <= set(traces(cli).releases)
 
 
-@pytest.mark.on("PostgreSQL")
 def test_a_base_that_changed_on_disk_is_neither_merged_nor_scored(embedded: Cli, world: World, tmp_path: Path) -> None:
     base = tmp_path / "base"
     shutil.copytree(world.base, base)

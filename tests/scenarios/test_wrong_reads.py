@@ -116,7 +116,6 @@ def pushed(resources: Resources, directory: Path, name: str = "new") -> Registry
     return None
 
 
-@pytest.mark.on("PostgreSQL")
 @pytest.mark.parametrize(("name", "at"), [("adapter_model.safetensors", 9), ("adapter_config.json", 0)])
 def test_a_push_whose_blob_is_read_wrongly_is_not_blamed_on_the_file(
     held: tuple[Cli, Resources, Misread], world: World, name: str, at: int
@@ -132,7 +131,6 @@ def test_a_push_whose_blob_is_read_wrongly_is_not_blamed_on_the_file(
     assert not store.wrong
 
 
-@pytest.mark.on("PostgreSQL")
 def test_a_file_that_is_wrong_itself_is_still_refused_as_such(
     held: tuple[Cli, Resources, Misread], world: World, tmp_path: Path
 ) -> None:
