@@ -4,7 +4,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -47,15 +47,19 @@ class Site:
     def here(self, *words: object) -> Any:
         """The output of a command whose units run in its own process. Its results are removed, so that no node finds
         them."""
-        made = self.cli.json(*words)
+        made = self._output(words, {**others_environ(), **self.cli.environment})
         for key in unit_etags(self):
             services.shared_s3().client().delete_object(Bucket=BUCKET, Key=key)
         return made
 
     def on_cluster(self, *words: object) -> Any:
-        """The output of a command in a process of its own, which is the driver."""
+        """The output of a command that is the driver of the cluster."""
+        return self._output(words, self.worker_environ)
+
+    def _output(self, words: Sequence[object], environ: Mapping[str, str]) -> Any:
+        """In a process of its own: Ray writes about nodes that die to the output of the tests' driver."""
         out, errors = (self.worker_home.with_name(f"command.{name}") for name in ("out", "errors"))
-        process = start_command([*map(str, words), "--json"], self.worker_environ, out, errors)
+        process = start_command([*map(str, words), "--json"], environ, out, errors)
         process.join(300)
         assert process.exitcode == 0, out.read_text() + errors.read_text()
         return json.loads(out.read_text())

@@ -249,9 +249,10 @@ def test_a_cluster_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 
 VICTIMS = ("node", "worker", "server")
+MANY_VICTIMS = (*VICTIMS, "node", "worker")
 
 
-@pytest.mark.long  # by default they do so through three deaths
+@pytest.mark.long  # by default they do so through the death of a node
 def test_a_search_and_an_evaluation_on_two_nodes_give_what_one_process_gives(site: Site, tmp_path: Path) -> None:
     here = site.here("compose", recipe(tmp_path, "1.0.0"))
     there = site.on_cluster("compose", recipe(tmp_path, "1.1.0"))
@@ -261,6 +262,7 @@ def test_a_search_and_an_evaluation_on_two_nodes_give_what_one_process_gives(sit
     assert len(unit_etags(site)) > 20, "passes and slices, which the nodes wrote"
 
 
+@pytest.mark.long  # by default nodes measure an adapter
 def test_a_merged_model_is_measured_on_nodes_that_load_it_from_the_store(site: Site, tmp_path: Path) -> None:
     here = site.here("compose", judged_model(tmp_path, "1.0.0"))
     before = unit_etags(site)
@@ -271,7 +273,7 @@ def test_a_merged_model_is_measured_on_nodes_that_load_it_from_the_store(site: S
     assert len(unit_etags(site)) > len(before) + 3, "a plan, a shard, texts, slices"
 
 
-@pytest.mark.long  # by default a probe is part of the composition that survives three deaths
+@pytest.mark.long  # by default a probe is part of the composition that survives the death of a node
 def test_a_probe_and_a_fit_are_run_by_nodes_which_alone_load_the_base(site: Site, tmp_path: Path) -> None:
     here = site.here("compose", fitted(tmp_path, "1.0.0"))
     there = site.on_cluster("compose", fitted(tmp_path, "1.1.0"))
@@ -282,7 +284,8 @@ def test_a_probe_and_a_fit_are_run_by_nodes_which_alone_load_the_base(site: Site
 
 
 @pytest.mark.parametrize(
-    ("rounds", "victims"), [(1, VICTIMS), pytest.param(10, (*VICTIMS, "node", "worker"), marks=pytest.mark.long)]
+    ("rounds", "victims"),
+    [(1, ("node",)), *(pytest.param(*more, marks=pytest.mark.long) for more in ((1, VICTIMS), (10, MANY_VICTIMS)))],
 )
 def test_a_composition_survives_the_death_of_a_node_of_its_worker_and_of_the_server(
     site: Site,
