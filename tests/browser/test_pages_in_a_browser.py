@@ -52,6 +52,17 @@ PAGES = (
     "/nobody/nothing",
 )
 STATUS = {"/nobody/nothing": 404, REFUSED: 404, "/search?score=nonsense": 400}
+FURTHER = (
+    "/acme/sql/1.0.0?channel=prod",
+    "/acme/sql/1.2.0",
+    "/acme/sql@staging",
+    "/acme/sql/1.1.0/deprecate",
+    "/acme/sql@staging/cancel",
+    "/compositions/{refused}",
+    "/conflicts?with=acme/sql:1.0.0&with=acme/terraform:1.0.0&with=acme/support:1.0.0",
+    "/audit?act=channel:promote&since=2020-01-01",
+)
+"""Pages of a template that another page shows by default."""
 VIEWS = (("light", 1280), ("light", 800), ("dark", 390))
 CHECKED = (("light", 1280), ("dark", 390))
 """The variants that axe checks: both themes, one and two columns. By default each page in one of them, since the checks
@@ -68,7 +79,7 @@ def _look(path: str, view: tuple[str, int], *, default: bool) -> ParameterSet:
 
 
 LOOKS = [
-    _look(path, view, default=(page + number) % 2 == 0)
+    _look(path, view, default=path not in FURTHER and (page + number) % 2 == 0)
     for page, path in enumerate(PAGES)
     for number, view in enumerate(CHECKED)
 ]
