@@ -91,7 +91,7 @@ def test_idle_connections_are_closed(url: str, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_what_four_processes_open_at_most_leaves_connections_to_others(url: str, tmp_path: Path) -> None:
-    databases = [Database(url, DatabaseTimeouts(connect_s=0.5)) for _ in range(PROCESSES)]
+    databases = [Database(url, DatabaseTimeouts(connect_s=1)) for _ in range(PROCESSES)]
     taken = [database.engine.connect() for database in databases for _ in range(20)]
     with pytest.raises(Unavailable), databases[0].read():
         pass
