@@ -19,6 +19,7 @@ from registry.domain.catalog.suites import Condition
 from registry.domain.search import facets, search, statement
 from registry.domain.search.ordering import NEWEST, RANK, SIZE, VERSION, Order
 from registry.domain.search.query import RELATED, Query
+from tests.doses import each_value_once
 from tests.registry.searches import NOWHERE, STATEMENTS, plain_search, queries, with_each_value
 from tests.registry.shelf import METRICS, Item, stock
 
@@ -106,9 +107,11 @@ def test_each_condition_alone_finds_what_a_look_at_every_release_finds(shelf: Sh
     assert len(set(map(tuple, results))) > 1, "no value that is tried makes a difference"
 
 
-@pytest.mark.parametrize("name", facets.FACETS)
 @pytest.mark.parametrize(
-    "query", [Query(), Query(license="apache-2.0", channel="prod"), Query(text="tick", max_rank=8)]
+    ("name", "query"),
+    each_value_once(
+        facets.FACETS, [Query(), Query(license="apache-2.0", channel="prod"), Query(text="tick", max_rank=8)]
+    ),
 )
 @pytest.mark.parametrize("actor", ACTORS, ids=lambda actor: actor.name)
 def test_a_choice_of_a_facet_finds_as_many_as_it_counts(
