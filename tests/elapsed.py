@@ -4,7 +4,7 @@ from datetime import timedelta
 
 from sqlalchemy import select, update
 
-from registry.database.tables import Job, WorkerRow
+from registry.database.tables import Job, WebhookDelivery, WorkerRow
 from registry.transfer.resources import Resources
 
 
@@ -16,3 +16,10 @@ def let_elapse(resources: Resources, by: timedelta) -> None:
             job.heartbeat_at = job.heartbeat_at and job.heartbeat_at - by
         for name, seen_at in session.execute(select(WorkerRow.name, WorkerRow.seen_at)).all():
             session.execute(update(WorkerRow).where(WorkerRow.name == name).values(seen_at=seen_at - by))
+
+
+def let_deliveries_elapse(resources: Resources, by: timedelta) -> None:
+    """Pauses before the next attempts, and leases of attempts under way, are that much shorter."""
+    with resources.write() as session:
+        for row in session.scalars(select(WebhookDelivery).where(WebhookDelivery.due_at.is_not(None))):
+            row.due_at = row.due_at and row.due_at - by

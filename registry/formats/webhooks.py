@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 from urllib.parse import urlsplit
 
 from registry.errors import Usage
-from registry.formats.addresses import Network
+from registry.formats.addresses import Network, parse_networks
 
 EventName = Literal[
     "release.published",
@@ -50,8 +50,14 @@ _PREFIX = "whsec_"
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
-_PLATFORMS = frozenset({ipaddress.ip_address("168.63.129.16")})
-"""Public addresses that the platform of a virtual machine itself answers at: that of Azure."""
+_NOT_PUBLIC = parse_networks(
+    "0.0.0.0/8,10.0.0.0/8,100.64.0.0/10,127.0.0.0/8,169.254.0.0/16,172.16.0.0/12,192.0.0.0/24,192.0.2.0/24,"
+    "192.88.99.0/24,192.168.0.0/16,198.18.0.0/15,198.51.100.0/24,203.0.113.0/24,224.0.0.0/3,168.63.129.16/32,"
+    "2001::/23,2001:db8::/32,2002::/16,3fff::/20"
+)
+"""IANA's special-purpose networks, with 6to4 and Teredo, and the address at which Azure answers its virtual machines.
+`is_global` of Python's library depends on its version: that of 3.11.7 counts 192.0.0.192 as public."""
+_PUBLIC_IPV6 = ipaddress.IPv6Network("2000::/3")
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,18 +127,18 @@ def is_allowed(address: Address, networks: Sequence[Network], *, secure: bool) -
     real = _embedded(address)
     if any(real in network for network in networks):  # one of the other version is in no network
         return True
-    return secure and real.is_global and not real.is_multicast and not real.is_reserved and real not in _PLATFORMS
+    public = real.version == 4 or real in _PUBLIC_IPV6
+    return secure and public and not any(real in network for network in _NOT_PUBLIC)
 
 
 def _embedded(address: Address) -> Address:
-    """The IPv4 address that an IPv6 address stands for (mapped, NAT64, 6to4), which the packets reach in the end."""
-    if isinstance(address, ipaddress.IPv4Address):
-        return address
-    if address.ipv4_mapped is not None:
-        return address.ipv4_mapped
-    if address in _NAT64:
-        return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
-    return address.sixtofour or address
+    """The IPv4 address that an IPv6 address stands for (mapped, NAT64), which the packets reach in the end."""
+    if isinstance(address, ipaddress.IPv6Address):
+        if address.ipv4_mapped is not None:
+            return address.ipv4_mapped
+        if address in _NAT64:
+            return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+    return address
 
 
 def shown_url(url: str, format_: str) -> str:

@@ -18,6 +18,8 @@ GET    /account                                 user
 POST   /account/tokens                          user
 POST   /account/tokens/{token_id}/revoke        user
 POST   /{namespace}/-/members                   admin
+GET    /{namespace}/-/webhooks                  admin
+POST   /{namespace}/-/webhooks/{webhook_id}/replay admin
 GET    /                                        everybody
 GET    /search                                  everybody
 GET    /bases                                   reader +

@@ -186,8 +186,15 @@ def _expected(whom: str, caller: str, namespace: str) -> int | str:
 
 def _denied(answer: httpx2.Response) -> bool:
     """Whether the page denied access. A token that does not work, one that is not the caller's to revoke, a release
-    without a spectrum and a commit without a release do not count as denials."""
-    for code in ("token_invalid", "token_unknown", "token_not_allowed", "spectrum_unknown", "no_match"):
+    without a spectrum, a commit without a release and an unknown webhook do not count as denials."""
+    for code in (
+        "token_invalid",
+        "token_unknown",
+        "token_not_allowed",
+        "spectrum_unknown",
+        "no_match",
+        "webhook_unknown",
+    ):
         if f"<code>{code}</code>" in answer.text or "You are not signed in" in answer.text:
             return False
     return answer.status_code in (401, 403, 404) and "content-security-policy" in answer.headers
@@ -195,6 +202,7 @@ def _denied(answer: httpx2.Response) -> bool:
 
 def _filled(path: str, namespace: str, things: Things | None = None) -> str:
     values = {"{namespace}": namespace, "{name}": "sql", "{version}": "1.0.0", "{token_id}": "aaaaaaaaaaaa"}
+    values |= {"{webhook_id}": "aaaaaaaaaaaa"}
     values |= {"{base:path}": "tiny", "{suite}": "exact", "{channel}": "prod", "{versions}": "1.0.0...1.1.0"}
     values |= {"{commit}": "c0ffee0", "{path:path}": "weights.safetensors"}
     if things is not None:

@@ -1,77 +1,20 @@
-"""Webhooks as an admin uses them: events reach a real receiver, signed, in order and at least once."""
+"""Webhooks as an admin uses them on the command line: events reach a real receiver, and backups have no secrets."""
 
-import base64
-import hashlib
-import hmac
-import json
-import threading
+import gzip
 from collections.abc import Generator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from registry.domain.webhooks.deliveries import LEASE
 from registry.transfer.resources import Resources
-from registry.worker.deliverer import Deliverer
+from tests.elapsed import let_deliveries_elapse
+from tests.eventually import eventually
+from tests.forked import start_command
+from tests.receiver import LOCAL, Receiver, deliver_due, receiving
 from tests.scenarios.traces import opened
-from tests.scenarios.world import Cli
-
-LOCAL = {"ADAPTORY_WEBHOOK_NETWORKS": "127.0.0.0/8"}
-
-
-@dataclass(frozen=True)
-class Received:
-    """A request that the receiver got."""
-
-    path: str
-    headers: dict[str, str]
-    body: bytes
-
-    @property
-    def event(self) -> Any:
-        return json.loads(self.body)
-
-    def is_signed_by(self, secret: str) -> bool:
-        """Verifies as a receiver does that follows the text of Standard Webhooks, with code of its own."""
-        signed = b".".join([self.headers["webhook-id"].encode(), self.headers["webhook-timestamp"].encode(), self.body])
-        key = base64.b64decode(secret.split("_", 1)[1])
-        expected = "v1," + base64.b64encode(hmac.digest(key, signed, hashlib.sha256)).decode()
-        return any(hmac.compare_digest(expected, one) for one in self.headers["webhook-signature"].split(" "))
-
-
-@dataclass
-class Receiver:
-    """A server that keeps what it gets. `answers` are the statuses of its next answers, then 204."""
-
-    url: str
-    got: list[Received] = field(default_factory=list[Received])
-    answers: list[int] = field(default_factory=list[int])
-
-
-@contextmanager
-def receiving() -> Generator[Receiver]:
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers["Content-Length"]))
-            receiver.got.append(Received(self.path, {k.lower(): v for k, v in self.headers.items()}, body))
-            self.send_response(receiver.answers.pop(0) if receiver.answers else 204)
-            self.end_headers()
-
-        def log_message(self, format: str, *args: object) -> None:  # noqa: A002
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    receiver = Receiver(f"http://127.0.0.1:{server.server_port}/hook")
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-    thread.start()
-    try:
-        yield receiver
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+from tests.scenarios.world import Cli, own_environment
 
 
 @pytest.fixture
@@ -91,16 +34,6 @@ def resources(cli: Cli) -> Generator[Resources]:
     held = opened(cli)
     yield held
     held.close()
-
-
-def deliver_due(resources: Resources) -> int:
-    """Delivers until nothing is due, as a worker does but in this thread, and returns the number of attempts."""
-    deliverer, count = Deliverer(resources), 0
-    while claimed := deliverer.claim():
-        for sent in claimed:
-            deliverer.deliver(sent)
-            count += 1
-    return count
 
 
 def test_a_promotion_reaches_the_receiver_signed_and_the_admin_sees_the_delivery(
@@ -126,3 +59,50 @@ def test_a_promotion_reaches_the_receiver_signed_and_the_admin_sees_the_delivery
     listed = cli.ok("webhook", "list").out + cli.ok("webhook", "list", "--json").out + cli.ok("audit", "--json").out
     assert added["id"] in listed
     assert added["secret"] not in listed
+
+
+def test_an_attempt_of_a_worker_that_is_killed_is_made_again_with_the_same_id(
+    cli: Cli, resources: Resources, receiver: Receiver, tmp_path: Path
+) -> None:
+    added = cli.json("webhook", "add", receiver.url, "--repo", "acme/sql")
+    receiver.goes_on.clear()
+    worker = start_command(["worker"], own_environment(cli), tmp_path / "worker.log")
+    cli.ok("promote", "acme/sql:1.0.0", "--to", "canary", "--new-channel")
+    eventually(lambda: receiver.got)
+    worker.kill()
+    worker.join()
+    receiver.goes_on.set()
+    assert deliver_due(resources) == 0, "its lease lasts"
+    let_deliveries_elapse(resources, LEASE)
+    assert deliver_due(resources) == 1
+    assert len({one.headers["webhook-id"] for one in receiver.got}) == 1
+    assert len(receiver.got) == 2
+    [delivery] = cli.json("webhook", "deliveries", added["id"], "--state", "delivered")["items"]
+    assert delivery["attempts"] == 2
+    cli.ok("webhook", "replay", added["id"], delivery["id"])
+    assert deliver_due(resources) == 1
+    assert cli("webhook", "replay", added["id"]).code == 2
+    assert "0 go out again" in cli.ok("webhook", "replay", added["id"], "--all-dead").out
+
+
+def test_a_backup_has_no_secret_and_a_restored_webhook_gets_nothing_before_a_rotation(
+    cli: Cli, receiver: Receiver, tmp_path: Path
+) -> None:
+    added = cli.json("webhook", "add", receiver.url, "--namespace", "acme")
+    cli.ok("webhook", "test", added["id"])
+    cli.ok("backup", tmp_path / "saved")
+    [rows] = (tmp_path / "saved" / "snapshots").glob("*/rows.jsonl.gz")
+    assert added["secret"].encode() not in gzip.decompress(rows.read_bytes())
+    elsewhere = Cli({**LOCAL, "ADAPTORY_HOME": str(tmp_path / "elsewhere"), "ADAPTORY_USER": "mia"})
+    elsewhere.ok("restore", tmp_path / "saved")
+    [restored] = elsewhere.json("webhook", "list")["items"]
+    assert (restored["id"], restored["signed"]) == (added["id"], False)
+    assert "webhook rotate" in elsewhere.ok("webhook", "list").err
+    held = opened(elsewhere)
+    assert deliver_due(held) == 0
+    rotated = elsewhere.ok("webhook", "rotate", added["id"]).out.strip()
+    assert deliver_due(held) == 1
+    held.close()
+    assert receiver.got[0].is_signed_by(rotated)
+    elsewhere.ok("webhook", "remove", added["id"])
+    assert elsewhere.json("webhook", "list")["items"] == []

@@ -1,4 +1,4 @@
-"""Prometheus metrics of the server: requests by route, the queue of jobs, and the rollouts of channels.
+"""Prometheus metrics of the server: requests by route, the queue of jobs, rollouts of channels, and webhooks.
 
 Labels are route templates and kinds of jobs, never paths, namespaces or repositories: those are private, and unbounded
 in number. Of several server processes, each writes its numbers to files in PROMETHEUS_MULTIPROC_DIR, and any of them
@@ -17,6 +17,7 @@ from prometheus_client.registry import Collector
 
 from registry.domain.channels import fleet
 from registry.domain.jobs import queue
+from registry.domain.webhooks import deliveries
 from registry.transfer.resources import Resources
 
 SECONDS = (0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -63,7 +64,7 @@ class ServerMetrics:
 
 
 class _Rows(Collector):
-    """The queue and the rollouts, read at each scrape."""
+    """The queue, the rollouts and the webhooks, read at each scrape."""
 
     def __init__(self, resources: Resources) -> None:
         self._resources = resources
@@ -76,6 +77,7 @@ class _Rows(Collector):
             waiting = queue.unfinished(session)
             rollouts = fleet.counts_of_all(session, self._resources.clock())
             kept = fleet.yanked_channels(session)
+            owed, owed_since = deliveries.counts(session)
         jobs = GaugeMetricFamily(
             "adaptory_jobs",
             "Jobs that are queued, running, or stalled because their worker fell silent.",
@@ -98,3 +100,14 @@ class _Rows(Collector):
             nodes.add_metric((state,), count)
         yield nodes
         yield GaugeMetricFamily("adaptory_yanked_channels", "Channels that serve a yanked release.", value=kept)
+        sent = GaugeMetricFamily(
+            "adaptory_webhook_deliveries",
+            "Deliveries to webhooks by state; those that ended are counted for 30 days.",
+            labels=("state",),
+        )
+        for state, count in owed.items():
+            sent.add_metric((state,), count)
+        yield sent
+        age_s = max(0.0, (now - owed_since).total_seconds()) if owed_since else 0.0
+        text = "Age of the oldest delivery that is neither delivered nor dead; 0 without one."
+        yield GaugeMetricFamily("adaptory_oldest_webhook_delivery_seconds", text, value=age_s)

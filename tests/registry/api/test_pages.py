@@ -50,6 +50,7 @@ ADDRESSES = (
     "/jobs",
     "/compositions/1",
     "/audit",
+    "/acme/-/webhooks",
 )
 
 
