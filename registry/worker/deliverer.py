@@ -45,8 +45,8 @@ class Deliverer:
         with ThreadPoolExecutor(AT_A_TIME, thread_name_prefix="webhook") as pool:
             while not stop.is_set():
                 try:
-                    claimed = self.claim()
                     self._look_after()
+                    claimed = self.claim()  # last: what is claimed must be delivered
                 except Unavailable as error:
                     log.warning("Webhooks wait: %s", error)
                     stop.wait(POLL_S * 4)
@@ -101,6 +101,7 @@ class Deliverer:
             log.error("A delivery failed in this worker", exc_info=error)
 
     def _look_after(self) -> None:
+        """Records drift of the fleet, and removes old deliveries."""
         if time.monotonic() >= self._drift_at:
             self._drift_at = time.monotonic() + DRIFT_S
             with self._resources.read() as session:

@@ -27,6 +27,7 @@ def send(url: str, headers: Mapping[str, str], body: bytes, networks: Sequence[N
     try:
         receiver = parse_receiver(url, networks)
         with _connected(receiver, networks, deadline) as connection:
+            connection.settimeout(_left(deadline))
             connection.sendall(_request(receiver, headers, body))
             return Outcome(_status(connection, deadline))
     except RegistryError as error:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
-from registry.database.tables import FleetNode, WebhookDelivery, WebhookSecret
+from registry.database.tables import FleetDrift, FleetNode, WebhookDelivery, WebhookSecret
 from registry.domain.channels import drift
 from registry.domain.webhooks import deliveries
 from registry.domain.webhooks.deliveries import DEAD, FAILED, Outcome
@@ -256,6 +256,26 @@ def test_admins_see_the_last_deliveries_on_a_page_and_replay_them_there(house: H
         assert "delivered" in browser.open(page).text
 
 
+def test_a_node_that_is_behind_is_announced_after_five_minutes(house: House, receiver: Receiver) -> None:
+    add(house, receiver, events=["fleet.drifted", "fleet.recovered"])
+    behind = {"channel": f"{PRIVATE}/sql@prod", "state": "following", "since": "2026-01-01T00:00:00Z"}
+    body = {"agent": "adaptory", "channels": [behind]}
+    assert house.ask("agent", "PUT", "/v1/fleet/prod/gpu-1", json=body).status_code == 200
+    with house.resources.read() as session:
+        seen_at = session.scalars(select(FleetNode.seen_at)).one()
+    for seconds in (0, 30):
+        with house.resources.write() as session:
+            drift.record(session, seen_at + timedelta(seconds=seconds))
+        assert deliver_due(house.resources) == 0
+    with house.resources.write() as session:
+        for row in session.scalars(select(FleetDrift)):
+            row.since -= drift.PATIENCE
+    with house.resources.write() as session:
+        drift.record(session, seen_at + timedelta(seconds=30))
+    assert deliver_due(house.resources) == 1
+    assert receiver.got[0].event["data"]["detail"]["nodes"][0]["state"] == "behind"
+
+
 def test_nodes_out_of_step_are_announced_once_and_once_more_when_they_are_back(
     house: House, receiver: Receiver
 ) -> None:
@@ -267,14 +287,19 @@ def test_nodes_out_of_step_are_announced_once_and_once_more_when_they_are_back(
     for _ in range(2):
         with house.resources.write() as session:
             drift.record(session, datetime.now(UTC))
+    release = house.ask("agent", "GET", f"/v1/adapters/{PRIVATE}/sql/releases/1.1.0").json()
+    served = {"state": "following", "version": "1.1.0", "commit": release["commit"], "move": 1, "error": None}
+    body = {"agent": "adaptory", "channels": [followed | served]}
+    assert house.ask("agent", "PUT", "/v1/fleet/prod/gpu-1", json=body).status_code == 200
     with house.resources.write() as session:
-        for node in session.scalars(select(FleetNode)):
-            session.delete(node)
-        session.flush()
         drift.record(session, datetime.now(UTC))
     deliver_due(house.resources)
-    [drifted] = [one.event for one in receiver.got]
+    drifted, recovered = (one.event for one in receiver.got)
     assert (drifted["type"], drifted["subject"]) == ("adaptory.fleet.drifted", "acme/sql@prod")
+    assert (recovered["type"], recovered["data"]["detail"]) == (
+        "adaptory.fleet.recovered",
+        {"nodes": [{"group": "prod", "node": "gpu-1"}], "count": 1},
+    )
     assert drifted["data"]["detail"]["count"] == 2
     assert drifted["data"]["detail"]["nodes"][0]["error"] == "full"
 

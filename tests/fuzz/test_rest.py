@@ -31,8 +31,11 @@ from registry.domain.access import namespaces
 from registry.domain.access.roles import EVERYWHERE, Role
 from registry.domain.catalog.bases import find as find_base
 from registry.domain.catalog.suites import find as find_suite
+from registry.domain.webhooks import hooks
+from registry.domain.webhooks.hooks import NewWebhook
 from registry.errors import Invalid, Refused
 from registry.formats.references import RepositoryName
+from registry.formats.webhooks import EVENTS
 from registry.transfer.fsck import check
 from registry.transfer.resources import Resources
 from tests import services
@@ -123,6 +126,8 @@ def _sites(furnished: House, document: dict[str, Any], directory: Path) -> Gener
     with resources.write() as session:
         namespaces.set_member(session, HOST, EVERYWHERE, "operator", Role.ADMIN_AGENT)
         session.add(BaseAlias(alias="tiny-alias", base_digest=find_base(session, "tiny").digest))
+        hook, _ = hooks.add(session, HOST, NewWebhook("acme", None, "https://ops.example/", "slack", [*EVENTS]))
+        delivery = hooks.send_test(session, HOST, hook.id).id
     things = furnished.things["acme"]
     known = {
         "namespace": "acme", "version": "1.0.0", "channel": "prod", "base": "tiny", "suite": "exact",
@@ -132,6 +137,7 @@ def _sites(furnished: House, document: dict[str, Any], directory: Path) -> Gener
         "repository": "acme/sql", "to": "1.0.0", "derived_from": "tiny", "size_bytes": 15, "method": "stack",
         "alias": "tiny-alias", "number": 1, "old": "tiny", "new": "tiny-alias", "promotion_id": 1, "successor": None,
         "releases": ["acme/sql:1.0.0"], "bases": ["tiny"], "suites": ["exact"],
+        "webhook_id": hook.id, "delivery_id": delivery,
     }  # fmt: skip
     app = create_app(resources, tokens=True)
     app.openapi_schema = document

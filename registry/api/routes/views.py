@@ -238,4 +238,5 @@ def audit_view(row: AuditRow) -> AuditOut:
 
 
 def delivery_view(row: WebhookDelivery) -> DeliveryOut:
-    return DeliveryOut.of(row, message_id=message_id(row.audit_id), next_at=row.due_at)
+    next_at = max(row.due_at, row.created_at) if row.due_at else None
+    return DeliveryOut.of(row, message_id=message_id(row.audit_id), next_at=next_at)

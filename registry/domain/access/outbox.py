@@ -6,7 +6,7 @@ webhook never misses a row whose id another transaction overtook.
 
 import re
 from collections.abc import Mapping
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, cast
 
 from sqlalchemy import Table, insert, or_, select
@@ -16,6 +16,8 @@ from registry.database.tables import Webhook, WebhookDelivery
 from registry.formats.webhooks import TEST
 
 PENDING = "pending"
+AT_ONCE = datetime(1970, 1, 1, tzinfo=UTC)
+"""`due_at` of a delivery that was not tried yet: a server whose clock is ahead of the database's delays none."""
 _EVENTS = {
     "release:publish": "release.published",
     "release:yank": "release.yanked",
@@ -77,6 +79,6 @@ def _owed(webhook_id: str, audit_id: int, event: str, key: str, at: datetime) ->
         "ordered_by": key,
         "state": PENDING,
         "attempts": 0,
-        "due_at": at,
+        "due_at": AT_ONCE,
         "created_at": at,
     }

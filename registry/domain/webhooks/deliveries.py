@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session, aliased
 from registry.database.tables import AuditRow, Webhook, WebhookDelivery, WebhookSecret
 from registry.domain.access import audit
 from registry.domain.access.audit import Act, Actor
-from registry.domain.access.outbox import PENDING
+from registry.domain.access.outbox import AT_ONCE, PENDING
 from registry.domain.webhooks import hooks
 from registry.errors import NotFound
 from registry.formats.webhooks import PAUSES, Event
@@ -73,7 +73,8 @@ def _due(now: datetime) -> ColumnElement[bool]:
 
 def due(session: Session, now: datetime, most: int, left: Mapping[str, int]) -> list[tuple[int, str]]:
     """Deliveries that may go out, each with its webhook: at most `most` of a webhook, or as many as are `left`."""
-    place = func.row_number().over(partition_by=WebhookDelivery.webhook_id, order_by=WebhookDelivery.due_at)
+    order = (WebhookDelivery.due_at, WebhookDelivery.id)
+    place = func.row_number().over(partition_by=WebhookDelivery.webhook_id, order_by=order)
     full = [webhook_id for webhook_id, count in left.items() if count <= 0]
     heads = select(WebhookDelivery.id, WebhookDelivery.webhook_id, WebhookDelivery.due_at, place.label("place"))
     heads = heads.where(_due(now), WebhookDelivery.webhook_id.not_in(full)).subquery()
@@ -153,7 +154,7 @@ def replay(session: Session, actor: Actor, webhook_id: str, delivery_id: int | N
     if delivery_id is not None and not rows:
         raise NotFound("delivery_unknown", f"Webhook {hook.id} has no delivery {delivery_id}.", subject=hook.id)
     for row in rows:
-        row.state, row.attempts, row.due_at, row.status, row.error = PENDING, 0, actor.at, None, None
+        row.state, row.attempts, row.due_at, row.status, row.error = PENDING, 0, AT_ONCE, None, None
     session.flush()
     if rows:
         detail: dict[str, Any] = {"deliveries": [row.id for row in rows[:100]], "count": len(rows)}
