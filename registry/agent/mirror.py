@@ -10,7 +10,7 @@ from importlib.metadata import version as package_version
 from typing import Any, TypeVar
 
 from registry.agent.directory import Check, MirrorDirectory, Routes
-from registry.agent.switching import KeptServer
+from registry.agent.switching import Checked, KeptServer
 from registry.agent.versions import ServedVersion, served_by
 from registry.client.api import Api
 from registry.errors import RegistryError
@@ -219,11 +219,17 @@ class Mirror:
                     commit=version.commit if version else None,
                     move=target.move if follows else None,
                     since=datetime.fromisoformat(routes.since[channel]),
-                    check=NodeCheck(verdict=weakest.result.verdict, at=weakest.at) if weakest else None,
+                    check=_check_of(weakest) if weakest else None,
                     error=target.error[:_MAX_TEXT] or None,
                 )
             )
         return NodeReportIn(agent=AGENT, channels=channels, servers=list(map(_row_of, self._servers)))
+
+
+def _check_of(checked: Checked) -> NodeCheck:
+    served = checked.result.served
+    figures = {"share": served.share, "worst_nats": served.worst} if served else {}
+    return NodeCheck(verdict=checked.result.verdict, at=checked.at, **figures)
 
 
 def _row_of(kept: KeptServer) -> NodeServer:

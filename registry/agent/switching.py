@@ -2,10 +2,10 @@
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TypeVar
 
@@ -13,6 +13,7 @@ from registry.agent.directory import MirrorDirectory
 from registry.agent.servers.protocol import CheckResult, Server
 from registry.agent.versions import ServedVersion, parse_served
 from registry.errors import RegistryError
+from registry.formats.evidence import EvidenceExample
 
 QUIET_LOOKS = 3
 """A name is unloaded after as many looks at which no request used it: a metric lags behind by a step, and a request may
@@ -22,6 +23,9 @@ LOOK_S = 1.0
 
 T = TypeVar("T")
 Busy = Callable[[], Set[str]]
+Evidence = Callable[[ServedVersion], Sequence[EvidenceExample] | None]
+"""Returns the attested evidence of a version, None without any."""
+CHECK_AGAIN = timedelta(seconds=60)
 
 
 @dataclass(slots=True)
@@ -45,13 +49,25 @@ class Checked:
     def failed(self) -> bool:
         return self.result.verdict == "failed"
 
+    @property
+    def is_due(self) -> bool:
+        """Whether it proved nothing a while ago: there may be evidence now."""
+        return self.result.verdict == "unproved" and datetime.now(UTC) - self.at > CHECK_AGAIN
+
 
 class KeptServer:
     """A server, and what its agent knows of it. Its work is done one after the other, so that a switch and an unload
     never overlap."""
 
-    def __init__(self, server: Server, directory: MirrorDirectory, busy_in_front: Busy | None, grace_s: float) -> None:
-        self.server, self._directory = server, directory
+    def __init__(
+        self,
+        server: Server,
+        directory: MirrorDirectory,
+        busy_in_front: Busy | None,
+        grace_s: float,
+        evidence: Evidence = lambda _version: None,
+    ) -> None:
+        self.server, self._directory, self._evidence = server, directory, evidence
         self._busy_in_front, self._grace_s = busy_in_front, grace_s
         self.loaded: Mapping[str, str] = {}
         self.answers, self.error = False, ""
@@ -127,8 +143,9 @@ class KeptServer:
                 self._ours.add(name)
             if self.commit_of(name) != version.commit:
                 return f"{self.server.address} does not list {name} as loaded."
-            if not self.has(version):
-                self.checks[name] = Checked(version.commit, self.server.check(name), datetime.now(UTC))
+            if not self.has(version) or self.checks[name].is_due:
+                result = self.server.check(name, self._evidence(version))
+                self.checks[name] = Checked(version.commit, result, datetime.now(UTC))
         except RegistryError as error:
             return error.detail
         return self.checks[name].result.why if self.checks[name].failed else ""

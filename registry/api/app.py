@@ -40,6 +40,8 @@ ROUTERS: tuple[Entry, ...] = (
     ("follow", "router", ("follow",)),
     ("fleet", "router", ("fleet",)),
     ("fleet", "repository_routes", ("rollout",)),
+    ("attestations", "repository_routes", ("attestations", "evidence")),
+    ("attestations", "router", ("worker-keys",)),
     ("releases", "repository_routes", ("adapters", "models")),
     ("suites", "repository_routes", ("scores", "target-suite")),
     ("suites", "router", ("suites", "bases")),

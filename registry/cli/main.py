@@ -20,10 +20,11 @@ MODULES = {
     "evaluation": ("evaluation", "quality"),
     "operations": (
         "access", "backup", "doctor", "jobs", "maintenance", "operations", "profiles", "publisher",
-        "webhook",
+        "webhook", "worker_keys",
     ),
     "releases": (
-        "base", "diff", "follow", "hub", "inspection", "promotion", "release", "rollout", "search", "transfer",
+        "base", "diff", "evidence", "follow", "hub", "inspection", "promotion", "release", "rollout", "search",
+        "transfer",
     ),
     "serving": ("mirror", "route"),
 }  # fmt: skip

@@ -430,11 +430,11 @@ class Settings(BaseSettings):
     waited for it."""
     signing_key: Path | None = None
     """A key in PEM that signs releases made by compositions, if their namespace trusts it. Workers need the private
-    key;
-    servers may have the public one, and then accept compositions where signatures are required."""
+    key; servers may have the public one, and then accept compositions where signatures are required."""
+    worker_key: Path | None = None
+    """A worker's Ed25519 key in PEM, which attests what it measures; by default a new `worker-key.pem` in its home."""
     drain_s: float = Field(default=0.0, ge=0, le=3600)
-    """How long a stopping server (SIGTERM) still accepts requests. /readyz reports the stop from the start, so that a
-    load balancer sends none by then."""
+    """How long a stopping server (SIGTERM) still accepts requests; /readyz shows load balancers the stop at once."""
     token: Annotated[SecretStr, AfterValidator(_token)] | None = None
     """The token that the command line sends to the registry at `url`."""
     loopback_secret: Annotated[SecretStr, AfterValidator(_token)] | None = None

@@ -5,6 +5,7 @@ input_codes.py has the codes of wrong input.
 
 REFUSED = {
     "already_served": "There is nothing to do.",
+    "attestation_untrusted": "Do not rely on it; ask an operator of the registry.",
     "approval_not_needed": "There is nothing to approve.",
     "base_changed": "Name the right directory with --base-dir, or register its current content as another base.",
     "base_not_evaluated": "Run `adaptory eval BASE --suite SUITE`, and compose again.",
@@ -55,6 +56,7 @@ REFUSED = {
     "two_rescale": "Leave out all but one, or merge them in order: --sequential.",
     "unsigned": "Sign it: `adaptory push … --sign KEY.pem`, or `adaptory sign REF --key KEY.pem`.",
     "verdict": "Change the recipe; `adaptory conflicts` shows what to change.",
+    "worker_key_revoked": "Remove `worker-key.pem` from the home of a worker that you trust, and start it again.",
     "yanked_files": "Release other files, or undo the yank: `adaptory unyank REF --reason WHY`.",
     "too_many_webhooks": "Remove one that is no longer needed: `adaptory webhook list`.",
 }
@@ -85,6 +87,8 @@ NOT_FOUND = {
     "profile_unknown": "Name one: `adaptory profile list`.",
     "upgrade_unknown": "Begin one with `adaptory base upgrade OLD NEW`.",
     "promotion_unknown": "List them with `adaptory promotion list REPO@CHANNEL`.",
+    "evidence_unknown": "Make it: `adaptory evidence REF`.",
+    "worker_key_unknown": "`adaptory worker-key list` shows them.",
     "publisher_unknown": "`adaptory publisher list REPO` shows them.",
     "release_unknown": "`adaptory log REPO` shows the releases.",
     "repository_unknown": "`adaptory list` shows the repositories, `adaptory whoami` what you may see.",
@@ -221,6 +225,7 @@ UNAVAILABLE = {
     "searches_busy": ("Try again after the seconds in Retry-After; /readyz shows whether the database answers."),
     "server_failed": "Read its output, and repeat.",
     "server_unreachable": "Check the address, and that the server runs; the mirror tries again by itself.",
+    "worker_key_missing": "Name a key in PEM that this process can read in ADAPTORY_WORKER_KEY.",
     "signing_key_missing": "Name a key in PEM that this process can read.",
     "stopping": "Send requests to another server.",
     "store_busy": "Try again after the seconds in Retry-After; /readyz shows whether the store answers.",

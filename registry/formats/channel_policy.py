@@ -5,7 +5,7 @@ rules:                               # as `adaptory gate` takes them, or with co
   - guard-general.nll within 0.1 of base
   - {rule: sql-exact.accuracy >= 0.5, min_n: 200, measured: true}
 min_n: 50                            # the least number of examples behind any score that a rule uses
-measured: true                       # no rule uses a score that was only reported
+measured: true                       # no rule uses a score that was only reported; `worker`: that no worker attests
 missing: evaluate                    # a score that is missing is measured, and the promotion waits; or `refuse`
 soak: [{channel: staging, hours: 24}]   # served there this long, and not rolled back
 approval: {role: releaser, count: 1} # of people other than the one who promotes
@@ -14,6 +14,7 @@ licenses:                            # of the base, the adapter and its data; of
   stated: [adapter, data]            # must be known
   allow: [Apache-2.0, MIT, CC-BY-4.0]
   refuse: [CC-BY-NC-4.0, {base: llama3.1, adapter: Apache-2.0}]   # a name, or a combination
+origin: worker                       # a composition that a worker attests; no release that was pushed
 verdict: ok                          # the worst accepted verdict of a composed release's conflict check
 loads_in: ["vllm:16", peft]          # servers that must load an adapter as it is
 on_yank: keep                        # go on serving a release that is yanked, until the next move; or `fall_back`
@@ -40,6 +41,7 @@ MAX_HOURS = 24 * 90
 Rule = Annotated[str, Field(min_length=1, max_length=300)]
 MinN = Annotated[int, Field(ge=1, le=2**31 - 1)]
 ChannelName = Annotated[str, Field(min_length=1, max_length=64)]
+Measured = bool | Literal["worker"]
 
 
 class ScoreRule(Document):
@@ -47,8 +49,10 @@ class ScoreRule(Document):
 
     rule: Rule = Field(description="The rule, as for `adaptory gate`: sql-exact.accuracy >= 0.5")
     min_n: MinN | None = Field(None, description="The minimum number of examples; by default that of the policy.")
-    measured: bool | None = Field(
-        None, description="Whether scores that were only reported are excluded; by default as in the policy."
+    measured: Measured | None = Field(
+        None,
+        description="Whether scores that were only reported are excluded, or, with `worker`, all that no worker "
+        "attests; by default as in the policy.",
     )
 
     @classmethod
@@ -145,7 +149,14 @@ class ChannelPolicy(Document):
         LISTED,
     ] = Field((), description="Gate rules.")
     min_n: MinN | None = Field(None, description="The minimum number of examples behind any score that a rule uses.")
-    measured: bool = Field(False, description="Whether rules ignore scores that were only reported.")
+    measured: Measured = Field(
+        False,
+        description="Whether rules ignore scores that were only reported, or, with `worker`, all that no worker "
+        "attests.",
+    )
+    origin: Literal["worker"] | None = Field(
+        None, description="`worker`: only releases that a worker composed and attests, none that was pushed."
+    )
     missing: Literal["evaluate", "refuse"] = Field(
         "evaluate", description="How to treat a missing score: measure it and wait, or refuse."
     )
@@ -193,8 +204,8 @@ class ChannelPolicy(Document):
         """The lowest role that may force a promotion. By default nobody may bypass an approval."""
         return self.force or ("releaser" if self.approval is None else "never")
 
-    def of_rule(self, row: ScoreRule) -> tuple[int, bool]:
-        """The least number of examples of a rule, and whether its scores must be measured."""
+    def of_rule(self, row: ScoreRule) -> tuple[int, Measured]:
+        """The least number of examples of a rule, and whether its scores must be measured, by a worker or at all."""
         least = self.min_n if row.min_n is None else row.min_n
         return least or 1, self.measured if row.measured is None else row.measured
 

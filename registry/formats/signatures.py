@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from composer.findings import Finding, Severity
 from registry.errors import Invalid, Refused, Unavailable
 from registry.errors.translation import refuse_errors
+from registry.formats.attestations import PAYLOAD_TYPE, STATEMENT, pre_authentication_encoding
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey, EllipticCurvePublicKey
@@ -27,8 +28,6 @@ MAX_SIGNATURE_BYTES = 16_000_000
 """A bundle over 2,000 files, the maximum of a release, has 1.2 MB."""
 Covers = Literal["release", "files"]
 
-_PAYLOAD_TYPE = "application/vnd.in-toto+json"
-_STATEMENT = "https://in-toto.io/Statement/v1"
 _PREDICATE = "https://model_signing/signature/v1.0"
 _BUNDLE = "application/vnd.dev.sigstore.bundle.v0.3+json"
 _CURVES = {"secp256r1": "SHA256", "secp384r1": "SHA384", "secp521r1": "SHA512"}
@@ -79,19 +78,21 @@ def sign(private_key: bytes, release: SignedRelease, files: Mapping[str, str]) -
         "ignore_paths": [SIGNATURE_FILE],
     }
     statement = {
-        "_type": _STATEMENT,
+        "_type": STATEMENT,
         "subject": [{"name": f"{release.repository}:{release.version}", "digest": {"sha256": root}}],
         "predicateType": _PREDICATE,
         "predicate": {"serialization": serialization, "resources": resources, "release": asdict(release)},
     }
     payload = json.dumps(statement, ensure_ascii=False, separators=(",", ":")).encode()
-    signature = key.sign(_encoded(payload), ECDSA(getattr(hashes, _CURVES[key.curve.name])()))
+    signature = key.sign(
+        pre_authentication_encoding(PAYLOAD_TYPE, payload), ECDSA(getattr(hashes, _CURVES[key.curve.name])())
+    )
     bundle = {
         "mediaType": _BUNDLE,
         "verificationMaterial": {"publicKey": {"hint": _fingerprint(key.public_key())}},
         "dsseEnvelope": {
             "payload": b64encode(payload).decode(),
-            "payloadType": _PAYLOAD_TYPE,
+            "payloadType": PAYLOAD_TYPE,
             "signatures": [{"sig": b64encode(signature).decode()}],
         },
     }
@@ -227,8 +228,8 @@ def _envelope(content: bytes) -> _Envelope:
     try:
         bundle = cast("dict[str, Any]", json.loads(content))
         envelope = bundle["dsseEnvelope"]
-        if envelope["payloadType"] != _PAYLOAD_TYPE:
-            raise _bad(f"its payload is not {_PAYLOAD_TYPE}")
+        if envelope["payloadType"] != PAYLOAD_TYPE:
+            raise _bad(f"its payload is not {PAYLOAD_TYPE}")
         (one,) = envelope["signatures"]
         return _Envelope(b64decode(envelope["payload"], validate=True), b64decode(one["sig"], validate=True))
     except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -239,7 +240,7 @@ def _statement(fingerprint: str, payload: bytes) -> Signed:
     """Parses the signed statement. Do not trust it before the signature is verified."""
     try:
         statement = cast("dict[str, Any]", json.loads(payload))
-        if (statement["_type"], statement["predicateType"]) != (_STATEMENT, _PREDICATE):
+        if (statement["_type"], statement["predicateType"]) != (STATEMENT, _PREDICATE):
             raise _bad("it is not a statement of model-signing 1.0 or later")
         resources = cast("list[dict[str, str]]", statement["predicate"]["resources"])
         if any(resource["algorithm"] != "sha256" for resource in resources):
@@ -260,15 +261,11 @@ def _is_by(key: "EllipticCurvePublicKey", envelope: _Envelope) -> bool:
     from cryptography.hazmat.primitives.asymmetric.ec import ECDSA
 
     try:
-        key.verify(envelope.signature, _encoded(envelope.payload), ECDSA(getattr(hashes, _CURVES[key.curve.name])()))
+        signed = pre_authentication_encoding(PAYLOAD_TYPE, envelope.payload)
+        key.verify(envelope.signature, signed, ECDSA(getattr(hashes, _CURVES[key.curve.name])()))
     except InvalidSignature:
         return False
     return True
-
-
-def _encoded(payload: bytes) -> bytes:
-    """DSSE's pre-authentication encoding, the bytes that a key signs."""
-    return f"DSSEv1 {len(_PAYLOAD_TYPE)} {_PAYLOAD_TYPE} {len(payload)} ".encode() + payload
 
 
 def _load_private(private_key: bytes) -> "EllipticCurvePrivateKey":

@@ -15,7 +15,8 @@ MAX_NATS = 1e100
 
 class ScoreOut(Wire):
     """`n` is 0 if a reported score does not state it. `source` is the harness that measured it, with its version, or
-    the file that reports it; null for the evaluations of this registry."""
+    the file that reports it; null for the evaluations of this registry. `measured_by` is the worker that measured and
+    attested it; without one, `stated_by` is the user who recorded it."""
 
     suite: str
     suite_digest: str
@@ -29,6 +30,8 @@ class ScoreOut(Wire):
     reported: bool
     source: str | None
     measured: datetime
+    measured_by: str | None
+    stated_by: str | None
 
 
 class ScoreIn(Wire):

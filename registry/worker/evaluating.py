@@ -8,10 +8,12 @@ from sqlalchemy.orm import Session
 
 from composer.errors import ComposerError
 from composer.formats.recipes.elsewhere import HarnessTask, SuiteContent, parse_content
+from composer.formats.recipes.suite import Suite
 from registry.database.tables import Base, Release
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import EVERYWHERE, Role, holds
 from registry.domain.catalog import bases, suites
+from registry.domain.catalog.attestations import About
 from registry.domain.catalog.releases import full_name
 from registry.domain.catalog.repositories import Kind
 from registry.domain.catalog.suites import Measurement
@@ -20,10 +22,12 @@ from registry.domain.jobs.evaluations import WantedScore
 from registry.errors import NotAllowed, RegistryError
 from registry.errors.codes import RETRYABLE
 from registry.errors.translation import of_composer, of_row
+from registry.formats.attestations import EVIDENCE
 from registry.transfer import promotions, publishing, results
 from registry.transfer.results import ExampleResults
+from registry.worker.attesting import attested, attested_scores
 from registry.worker.composition import ProgressCount
-from registry.worker.evaluation_units import Examined, examine, run_harness
+from registry.worker.evaluation_units import Examined, examine, run_harness, token_evidence
 from registry.worker.node_models import base_hints
 from registry.worker.runner import JobKind, JobRun, shown_row
 
@@ -69,27 +73,47 @@ def _evaluate(held: JobRun, wanted: WantedScore, suite: SuiteContent, progress: 
         with held.resources.write() as session:
             evaluations.add_result(session, held.job_id, {**asdict(wanted), **row})
         return None
-    results_sha256 = _stored(held, wanted, scores, by_example)
+    results_sha256, examples = _stored(held, wanted, scores, by_example), _evidence(held, wanted, suite)
     with held.resources.write() as session:
         row = {"scores": scores, "error": None, "results_sha256": results_sha256}
         evaluations.add_result(session, held.job_id, {**asdict(wanted), **row})
-        _record(held, session, wanted, [Measurement.of(score, results_sha256) for score in scores])
+        _record(held, session, wanted, [Measurement.of(score, results_sha256) for score in scores], examples)
     promotions.settle_on_base(held.resources, wanted.base)
     return None
 
 
-def _record(held: JobRun, session: Session, wanted: WantedScore, measurements: list[Measurement]) -> None:
-    """Records the scores of a base, or of a release on its own base, with the requester's current roles. Raises
-    NotAllowed if a required role was revoked."""
+def _evidence(held: JobRun, wanted: WantedScore, suite: SuiteContent) -> list[Row]:
+    """The evidence for the check of servers, of an adapter on its own base; empty if the suite does not allow it."""
+    if wanted.release is None or not isinstance(suite, Suite) or not suite.evidence:
+        return []
+    with held.resources.read() as session:
+        release = session.get_one(Release, wanted.release)
+        if release.base_digest != wanted.base or Kind(release.repository.kind) is Kind.MODEL:
+            return []
+    return token_evidence(held, _examined(held, wanted), suite)
+
+
+def _record(
+    held: JobRun, session: Session, wanted: WantedScore, measurements: list[Measurement], examples: list[Row]
+) -> None:
+    """Records the scores of a base, or of a release on its own base with its evidence, with the requester's current
+    roles. Raises NotAllowed if a required role was revoked."""
     actor = evaluations.requester(session, held.job_id, held.resources.clock())
+    suite = suites.find(session, wanted.suite)
     if wanted.release is None:  # a worker's measurement of a base counts as its owner's
         owner = replace(actor, grants={EVERYWHERE: Role.ADMIN.value})
-        suites.record(session, owner, session.get_one(Base, wanted.base), measurements)
+        base = session.get_one(Base, wanted.base)
+        made = attested_scores(session, held.resources.settings, actor, About(base, suite), measurements)
+        suites.record(session, owner, base, measurements, made)
         return
     release = session.get_one(Release, wanted.release)
     if release.base_digest == wanted.base:  # otherwise it belongs to an upgrade, whose scores are only reported
         _refuse_without_role(actor, release.repository.namespace)
-        suites.record(session, actor, release, measurements)
+        made = attested_scores(session, held.resources.settings, actor, About(release, suite), measurements)
+        suites.record(session, actor, release, measurements, made)
+        if examples:
+            stated = (EVIDENCE, {"examples": examples})
+            attested(session, held.resources.settings, actor, About(release, suite), stated)
 
 
 def _refuse_failed(held: JobRun) -> None:

@@ -15,7 +15,7 @@ from registry.worker.composition import ProgressCount
 from registry.worker.engine.protocol import Needs
 from registry.worker.engine.units import Count, Node, Result, Task, Unit, always_intact
 from registry.worker.harness import measure_task
-from registry.worker.node_files import fetched, to_rows
+from registry.worker.node_files import Row, fetched, to_rows
 from registry.worker.node_models import base_checkpoint, base_hints, loaded_base, needs_of_model
 from registry.worker.runner import JobRun
 
@@ -77,6 +77,17 @@ def examine(
     return [measured for begin in sorted(results) for measured in results[begin]]
 
 
+def token_evidence(held: JobRun, examined: Examined, suite: Suite) -> list[Row]:
+    """The evidence of an adapter on a suite; see `composer.evaluation.evidence`."""
+    content = {
+        **examined.content,
+        "suite": held.engine.node.share(json.dumps(suite.to_json(), sort_keys=True).encode()),
+    }
+    unit = Unit(name=f"evidence on {suite.name}", content=content, hints=examined.hints)
+    ((_, result),) = held.engine.map(EVIDENCE, [unit], examined.needs, held.check)
+    return result["examples"]
+
+
 def run_harness(held: JobRun, examined: Examined, task: HarnessTask, progress: ProgressCount) -> Result:
     """Runs a task of lm-evaluation-harness. Returns its `scores`, and the `examples` for their `metric`. Raises what
     `measure_task` raises."""
@@ -111,6 +122,15 @@ def _run(node: Node, unit: Unit, count: Count) -> Result:
     return {"results": [asdict(result) for result in results]}
 
 
+def _run_evidence(node: Node, unit: Unit, count: Count) -> Result:
+    from composer.evaluation.evidence import token_evidence
+
+    count(0)
+    suite = Suite.from_json(json.loads(node.shared(unit.content["suite"])))
+    loaded, deltas = _subject(node, unit.content, unit.hints)
+    return {"examples": token_evidence(loaded, suite, deltas)}
+
+
 def _run_harness(node: Node, unit: Unit, count: Count) -> Result:
     task = HarnessTask.model_validate(json.loads(node.shared(unit.content["suite"])))
     named = {name: unit.content[name] for name in ("base", "files", "model", "job")}
@@ -134,4 +154,5 @@ def _subject(node: Node, content: Mapping[str, Any], hints: Mapping[str, Any]) -
 
 
 EVALUATE = Task(name="evaluate", version=1, run=_run, intact=always_intact)
+EVIDENCE = Task(name="evidence", version=1, run=_run_evidence, intact=always_intact)
 HARNESS = Task(name="harness", version=1, run=_run_harness, intact=always_intact)

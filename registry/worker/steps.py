@@ -22,6 +22,7 @@ from registry.database.tables import Base, Namespace, Release
 from registry.domain.access import namespaces
 from registry.domain.access.audit import Actor
 from registry.domain.catalog import commits, releases, signatures, suites
+from registry.domain.catalog.attestations import About
 from registry.domain.catalog.releases import Input, NewRelease
 from registry.domain.catalog.repositories import Kind
 from registry.domain.catalog.signatures import SignedAs
@@ -39,6 +40,7 @@ from registry.transfer import publishing, results
 from registry.transfer.collect import discard
 from registry.transfer.publishing import Push
 from registry.worker import evaluating, report_units
+from registry.worker.attesting import attested_composition, attested_scores
 from registry.worker.combine_units import calibration_rows, combined_adapter, member_rows
 from registry.worker.composition import (
     CompositionRun,
@@ -242,8 +244,13 @@ def publish(held: JobRun) -> None:
         composition, _ = compositions.find(session, work.composition_id)
         composition.results = compositions.result_rows(made)
         for release in made:
+            attested_composition(session, held.resources.settings, actor, About(release, inputs=inputs), composition)
             if release.repository.kind == Kind.ADAPTER:
-                suites.record(session, actor, release, measured)
+                for digest in dict.fromkeys(score.suite_digest for score in measured):
+                    of_suite = [score for score in measured if score.suite_digest == digest]
+                    about = About(release, suites.find(session, digest))
+                    proof = attested_scores(session, held.resources.settings, actor, about, of_suite)
+                    suites.record(session, actor, release, of_suite, proof)
     held.made.clear()
 
 

@@ -47,6 +47,10 @@ GET    /v1/{kind}/{namespace}/{name}/releases/{version}/descendants             
 GET    /v1/{kind}/{namespace}/{name}/releases/{version}/spectrum                reader
 GET    /v1/{kind}/{namespace}/{name}/releases/{version}/files/{path:path}       reader
 POST   /v1/{kind}/{namespace}/{name}/next-version                               publisher
+GET    /v1/{kind}/{namespace}/{name}/releases/{version}/attestations            reader
+GET    /v1/{kind}/{namespace}/{name}/releases/{version}/evidence                inside: reader with a token
+GET    /v1/worker-keys                                                          reader somewhere
+DELETE /v1/worker-keys/{key}                                                    operator
 POST   /v1/{kind}/{namespace}/{name}/releases/{version}/signatures              publisher
 GET    /v1/{kind}/{namespace}/{name}/releases/{version}/signatures              reader
 POST   /v1/{kind}/{namespace}/{name}/releases/{version}/yank                    releaser

@@ -246,7 +246,7 @@ def _filled(method: str, path: str, things: Things) -> str:
         "{sha256}": things.sha256, "{job_id}": str(things.job_id),
         "{composition_id}": str(things.composition_id), "{check_id}": str(things.check_id),
         "{upload_id}": things.upload_id, "{number}": "1",
-        "{token_id}": "aaaaaaaaaaaa", "{publisher_id}": "aaaaaaaaaaaa",
+        "{token_id}": "aaaaaaaaaaaa", "{publisher_id}": "aaaaaaaaaaaa", "{key}": "aaaaaaaaaaaa",
         "{webhook_id}": "aaaaaaaaaaaa", "{delivery_id}": "1",
         "{promotion_id}": "4000",
         "{user}": "nobody-at-all", "{group}": "prod", "{node}": "gpu-1",

@@ -116,7 +116,7 @@ class Stock:
             "{base:path}": "tiny", "{path:path}": "adapter_model.safetensors", "{suite}": "exact", "{sha256}": blob,
             "{job_id}": self.job_id, "{composition_id}": self.composition_id, "{upload_id}": self.upload_id,
             "{token_id}": "aaaaaaaaaaaa", "{alias:path}": "Acme/Nothing", "{number}": 1, "{metric}": "nll",
-            "{promotion_id}": 1, "{user}": "ann",
+            "{promotion_id}": 1, "{user}": "ann", "{key}": "aaaaaaaaaaaa",
             "{group}": "prod", "{node}": "gpu-1", "{publisher_id}": "aaaaaaaaaaaa", "{check_id}": 1,
             "{webhook_id}": "aaaaaaaaaaaa", "{delivery_id}": 1,
         }  # fmt: skip

@@ -98,6 +98,7 @@ def test_a_recipe_is_planned_composed_and_composed_again(team: Cli, world: World
         ("sql-exact", "nll"), ("sql-exact", "accuracy"), ("guard-exact", "nll"), ("guard-exact", "accuracy"),
     }  # fmt: skip
     check_lineage(team, done)
+    check_attested(team, tmp_path)
     with api_of(team) as api:
         path = "/v1/adapters/acme/assistant/releases/1.0.0/scores/sql-exact/results"
         assert len(api.get(path)["examples"]) == 6, "to compare the next release with it, example by example"
@@ -115,6 +116,20 @@ def test_a_recipe_is_planned_composed_and_composed_again(team: Cli, world: World
     assert settled(team) == after, "the same recipe again makes nothing new"
     move = team.json("promote", "acme/assistant-merged:1.0.0", "--to", "prod")
     assert (move["to_version"], team.json("show", "acme/assistant-merged@prod")["kind"]) == ("1.0.0", "model")
+
+
+def check_attested(cli: Cli, directory: Path) -> None:
+    """A worker attests the scores and the lineage, which `origin: worker` requires of a release."""
+    verified = cli.json("verify", "acme/assistant:1.0.0")["attestations"]
+    assert [row["kind"] for row in verified] == ["composition", "scores", "scores"]
+    assert verified[0]["predicate"]["weights"] == list(WEIGHTS.values())
+    assert all(score["measured_by"] for score in cli.json("show", "acme/assistant:1.0.0")["scores"])
+    (directory / "origin.yaml").write_text("{version: 1, origin: worker}")
+    for repository in ("sql", "assistant"):
+        cli.ok("policy", "set", f"acme/{repository}@composed", directory / "origin.yaml")
+    pushed = cli("promote", "acme/sql:1.0.0", "--to", "composed", "--new-channel")
+    assert (pushed.code, "no worker attests that it composed it" in pushed.err) == (1, True)
+    cli.ok("promote", "acme/assistant:1.0.0", "--to", "composed", "--new-channel")
 
 
 def check_lock(cli: Cli, lock: dict[str, Any]) -> None:

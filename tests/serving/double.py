@@ -41,6 +41,20 @@ def weights_hash(directory: Path) -> str:
     return hashlib.sha256((directory / WEIGHTS).read_bytes()).hexdigest()[:16]
 
 
+def _fraction(*of: object) -> float:
+    """A number from 0 to 1 that is fixed by what it is of."""
+    return int(hashlib.sha256(repr(of).encode()).hexdigest()[:8], 16) / 0xFFFFFFFF
+
+
+def log_probabilities(weights: str, ids: list[int]) -> list[float]:
+    """The model: an adapter improves on the base by 2 nats a token, and by up to 1 more or less for a single one, so
+    that two adapters differ little in total and much in some token."""
+    base = [-4.0 - _fraction("base", place, token) for place, token in enumerate(ids)]
+    if weights == BASE:
+        return base
+    return [value + 1.0 + 2.0 * _fraction(weights, place) for place, value in enumerate(base)]
+
+
 class EngineDied(Exception):
     """The engine is dead, for all requests."""
 
@@ -56,8 +70,8 @@ class Loaded:
 class Engine:
     """Names, running requests and slots. `seconds` is how long a request runs."""
 
-    def __init__(self, seconds: float, max_loras: int) -> None:
-        self.seconds, self.max_loras = seconds, max_loras
+    def __init__(self, seconds: float, max_loras: int, wrong: str = "") -> None:
+        self.seconds, self.max_loras, self.wrong = seconds, max_loras, wrong
         self.names = dict[str, Loaded]()
         self.dead = False
         self.served = Counter[str]()
@@ -85,6 +99,15 @@ class Engine:
             return text
         finally:
             self._running[name, loaded.number] -= 1
+
+    def log_probabilities(self, weights: str, ids: list[int]) -> list[float]:
+        """Those of the adapter, or of what a server that goes wrong in that way applies instead."""
+        applied = {"": weights, "quantised": weights, "unapplied": BASE}.get(self.wrong, f"{self.wrong} {weights}")
+        drift = 0.8 if self.wrong.startswith("quantised") else 0.0
+        return [
+            value + drift * (_fraction("drift", place) - 0.5)
+            for place, value in enumerate(log_probabilities(applied, ids))
+        ]
 
     def _refuse_twins(self) -> None:
         """A batch maps names to slots: two ids of one name, and a third adapter, break the map."""
@@ -176,7 +199,7 @@ class VllmDouble:
             text = await self.engine.answer(name)
         except EngineDied:
             return dead()
-        return self._answered(name, text, stream=bool(body.get("stream")))
+        return self._answered(name, text, stream=bool(body.get("stream")), asked=body)
 
     async def metrics(self, _request: Request) -> Response:
         """Two samples, as the real server keeps the old label sets: the newest is the one that counts."""
@@ -185,8 +208,17 @@ class VllmDouble:
         line = 'vllm:lora_requests_info{{max_lora="2",running_lora_adapters="{}",waiting_lora_adapters=""}} {}\n'
         return PlainTextResponse(line.format("old@1.0.0", newest - 9) + line.format(running, newest))
 
-    def _answered(self, name: str, text: str, *, stream: bool) -> Response:
-        choice = {"index": 0, "text": text, "finish_reason": "length"}
+    def _answered(self, name: str, text: str, *, stream: bool, asked: dict[str, Any] | None = None) -> Response:
+        choice: dict[str, Any] = {"index": 0, "text": text, "finish_reason": "length"}
+        if asked and "prompt_logprobs" in asked:
+            ids = asked["prompt"]
+            choice["prompt_logprobs"] = [
+                None,
+                *(
+                    {str(token): {"logprob": value}}
+                    for token, value in zip(ids[1:], self.engine.log_probabilities(text, ids)[1:], strict=True)
+                ),
+            ]
         usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
         document = {"model": name, "choices": [choice], "usage": usage}
         if not stream:
@@ -223,9 +255,9 @@ class SglangDouble(VllmDouble):
 KINDS = {"vllm": VllmDouble, "sglang": SglangDouble}
 
 
-def run(kind: str, port: int, seconds: float, max_loras: int, count: int = 1) -> None:
+def run(kind: str, port: int, seconds: float, max_loras: int, count: int = 1, wrong: str = "") -> None:
     """Runs a server, at `/`; or several in one process, at `/0`, `/1` and so on."""
-    apps = [KINDS[kind](Engine(seconds, max_loras)).app() for _ in range(count)]
+    apps = [KINDS[kind](Engine(seconds, max_loras, wrong)).app() for _ in range(count)]
     mounted = Starlette(routes=[Mount(f"/{number}", each) for number, each in enumerate(apps)])
     uvicorn.run(apps[0] if count == 1 else mounted, host="127.0.0.1", port=port, log_level="error")
 
@@ -246,11 +278,11 @@ def answers(url: str) -> bool:
 
 @contextmanager
 def double(
-    kind: str = "vllm", *, port: int | None = None, seconds: float = 0.02, max_loras: int = 2
+    kind: str = "vllm", *, port: int | None = None, seconds: float = 0.02, max_loras: int = 2, wrong: str = ""
 ) -> Generator[tuple[str, BaseProcess]]:
     """A double in its own process; yields its address once it answers."""
     port = port or services.free_port()
-    url, process = f"http://127.0.0.1:{port}", start(run, {}, kind, port, seconds, max_loras)
+    url, process = f"http://127.0.0.1:{port}", start(run, {}, kind, port, seconds, max_loras, 1, wrong)
     try:
         eventually(lambda: answers(f"{url}/v1/models"), within_s=30)
         yield url, process

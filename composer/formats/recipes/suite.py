@@ -10,6 +10,7 @@ examples: sql-exact.jsonl   # lines {"prompt": ..., "completion": ...}, beside t
 metrics: {rouge_l: higher}  # optional: the better direction of metrics that `adaptory eval` does not measure
 task: generation            # teacher_forced by default; multiple_choice: each example has `choices` too
 generation: {max_new_tokens: 64, stop: [";"], temperature: 0.7, seed: 1}
+evidence: true              # servers may be asked these examples, to prove that they apply a release; default no
 scorer: json                # match by default, or one by entry point; {name: ..., settings: {...}}
 """
 
@@ -132,6 +133,10 @@ class Suite(Document):
         default_factory=dict[Metric, Better],
         description="The better direction of metrics that `adaptory eval` does not measure.",
     )
+    evidence: bool = Field(
+        False,
+        description="Whether token ids of up to 8 examples may be given to agents, which ask servers for them.",
+    )
     task: Task = Field(TEACHER_FORCED, description="The kind of task: a loss, a generated answer, or a choice.")
     generation: Generation = Field(default=Generation(), description="Settings of `task: generation`.")
     scorer: ScorerField | None = Field(None, description="match, json, likelihood, or a Python entry point.")
@@ -194,6 +199,7 @@ class Suite(Document):
             "description": self.description,
             "chat": self.chat,
             **({} if self.ends else {"ends": False}),
+            **({"evidence": True} if self.evidence else {}),
             **self._asked(),
             "examples": [example.to_json() for example in self.examples],
         }

@@ -3,13 +3,14 @@
 import json
 import shlex
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 from registry.agent.servers.protocol import CheckResult
 from registry.agent.versions import ServedVersion
 from registry.errors import Refused, RegistryError, Unavailable
+from registry.formats.evidence import EvidenceExample
 
 TIMEOUT_S = 120.0
 _MAX_TEXT = 300
@@ -48,7 +49,8 @@ class CommandServer:
             raise self._unusable("busy", "a list of names")
         return frozenset(map(str, cast(list[Any], answer)))
 
-    def check(self, name: str) -> CheckResult:
+    def check(self, name: str, evidence: Sequence[EvidenceExample] | None = None) -> CheckResult:
+        del evidence  # this kind has no log-probabilities
         try:
             self._run({"do": "check", "name": name})
         except RegistryError as error:

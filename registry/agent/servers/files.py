@@ -1,11 +1,12 @@
 """A server that watches a directory: `DIR/by-version` is what it has loaded."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from registry.agent.directory import MirrorDirectory
 from registry.agent.servers.protocol import CheckResult
 from registry.agent.versions import ServedVersion
+from registry.formats.evidence import EvidenceExample
 
 
 class DirectoryServer:
@@ -33,5 +34,6 @@ class DirectoryServer:
     def busy(self) -> None:
         return None
 
-    def check(self, name: str) -> CheckResult:
+    def check(self, name: str, evidence: Sequence[EvidenceExample] | None = None) -> CheckResult:
+        del evidence  # this kind has no log-probabilities
         return CheckResult("unproved") if name in self.loaded() else CheckResult("failed", f"{name} is gone.")

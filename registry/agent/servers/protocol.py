@@ -1,7 +1,7 @@
 """What an agent does with a server, whatever its kind."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -10,9 +10,10 @@ import httpx2
 
 from registry.agent.versions import ServedVersion
 from registry.errors import Refused, RegistryError, Unavailable
+from registry.formats.evidence import EvidenceExample, Served
 
 _MAX_TEXT = 300
-LOOK_S, CHANGE_S = 10.0, 120.0
+LOOK_S, CHANGE_S, CHECK_S = 10.0, 120.0, 60.0
 """The time for an answer. A server reads an adapter's files before it answers, and a check waits behind running
 requests."""
 MAX_ANSWER_BYTES = 16 << 20
@@ -21,10 +22,11 @@ MAX_ANSWER_BYTES = 16 << 20
 @dataclass(frozen=True, slots=True)
 class CheckResult:
     """Whether a server applies a version: `proved`, `unproved` (it answers under the name, and no more is known), or
-    `failed` and why."""
+    `failed` and why. `served` has the figures of a check that compared answers with evidence."""
 
     verdict: Literal["proved", "unproved", "failed"]
     why: str = ""
+    served: Served | None = None
 
 
 class Server(Protocol):
@@ -53,8 +55,9 @@ class Server(Protocol):
         """The names that running and waiting requests use; None if this kind cannot know."""
         ...
 
-    def check(self, name: str) -> CheckResult:
-        """Requests an answer under the name."""
+    def check(self, name: str, evidence: Sequence[EvidenceExample] | None = None) -> CheckResult:
+        """Requests an answer under the name, and compares what the server says of its tokens with the evidence. Without
+        evidence, nothing is proved."""
         ...
 
     def close(self) -> None: ...
@@ -70,9 +73,11 @@ class HttpServer:
     def close(self) -> None:
         self._http.close()
 
-    def request(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> httpx2.Response:
+    def request(
+        self, method: str, path: str, body: Mapping[str, Any] | None = None, within_s: float | None = None
+    ) -> httpx2.Response:
         """The answer, whatever its status. Raises Unavailable without one, or if it does not end in time."""
-        within_s = LOOK_S if method == "GET" else CHANGE_S
+        within_s = within_s or (LOOK_S if method == "GET" else CHANGE_S)
         until_s, content = time.monotonic() + within_s, bytearray()
         try:
             timeout = httpx2.Timeout(LOOK_S, read=within_s)

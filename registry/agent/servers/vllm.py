@@ -1,15 +1,20 @@
 """vLLM, started with `--enable-lora` and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, with one API process."""
 
 import re
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-from registry.agent.servers.protocol import CheckResult, HttpServer
+from registry.agent.servers.protocol import CHECK_S, CheckResult, HttpServer
 from registry.agent.versions import ServedVersion
 from registry.errors import RegistryError, Unavailable
+from registry.formats.evidence import EvidenceExample, decide
 
 _REQUESTS = re.compile(r"^vllm:lora_requests_info\{(.*)\} ([0-9.eE+-]+)\s*$", re.MULTILINE)
+_LEAST_LOG_PROBABILITY = -1e4
+"""In nats: a server may say minus infinity, of which no share can be computed."""
 _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 
 
@@ -56,15 +61,49 @@ class VllmServer(HttpServer):
         names = f"{labels.get('running_lora_adapters', '')},{labels.get('waiting_lora_adapters', '')}"
         return frozenset(filter(None, names.split(",")))
 
-    def check(self, name: str) -> CheckResult:
-        body = {"model": name, "prompt": "Hello", "max_tokens": 1, "temperature": 0}
+    def check(self, name: str, evidence: Sequence[EvidenceExample] | None = None) -> CheckResult:
+        """Asks for the log-probabilities of the evidence's tokens, which the server computes without its prefix cache.
+        A server that does not answer with them stays unproved."""
+        until_s = time.monotonic() + CHECK_S
         try:
-            answer = self.request("POST", "/v1/completions", body)
+            if evidence is None:
+                self._completion(name, "Hello", until_s)
+                return CheckResult("unproved")
+            answered = [self._log_probabilities(name, example, until_s) for example in evidence]
         except RegistryError as error:
             return CheckResult("failed", error.detail)
+        known = [values for values in answered if values is not None]
+        if len(known) < len(answered):
+            return CheckResult("unproved", f"{self.address} answers without log-probabilities of prompts.")
+        served = decide(evidence, known)
+        if served.proved:
+            return CheckResult("proved", served=served)
+        return CheckResult("failed", f"{self.address} does not apply {name}: {served}.", served)
+
+    def _log_probabilities(self, name: str, example: EvidenceExample, until_s: float) -> list[float] | None:
+        """The server's log-probabilities of the completion's tokens; None if its answer has none."""
+        try:
+            rows = self._completion(name, list(example.ids), until_s)["choices"][0].get("prompt_logprobs")
+            if rows is None:
+                return None
+            positions = range(example.start, len(example.ids))
+            values = [float(rows[position][str(example.ids[position])]["logprob"]) for position in positions]
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            raise Unavailable(
+                "server_unreachable",
+                f"{self.address} answers {name} with log-probabilities of other tokens.",
+                subject=self.address,
+            ) from error
+        return [max(value, _LEAST_LOG_PROBABILITY) for value in values]
+
+    def _completion(self, name: str, prompt: str | list[int], until_s: float) -> Any:
+        """The answer to a request for one token. Raises Refused or Unavailable."""
+        asked = {"prompt_logprobs": 0} if isinstance(prompt, list) else {}
+        body = {"model": name, "prompt": prompt, "max_tokens": 1, "temperature": 0, **asked}
+        answer = self.request("POST", "/v1/completions", body, max(1.0, until_s - time.monotonic()))
         if answer.status_code != 200:
-            return CheckResult("failed", self.refused(f"a request to {name}", answer).detail)
-        return CheckResult("unproved")
+            raise self.refused(f"a request to {name}", answer)
+        return answer.json()
 
 
 def _text(value: object) -> str:

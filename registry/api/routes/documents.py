@@ -258,8 +258,11 @@ def _scores(described: ReleaseDetails) -> list[Json]:
             "reported": bool(reported),
             "source": source,
             "measured": measured,
+            "measured_by": worker,
+            "stated_by": None if worker else user,
         }
         for (
-            _, suite, metric, digest, value, stderr, n, higher_is_better, reported, measured, task, source, kind
+            _, suite, metric, digest, value, stderr, n, higher_is_better, reported, measured, task, source, worker,
+            user, kind,
         ) in described.scores
     ]  # fmt: skip

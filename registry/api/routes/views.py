@@ -39,7 +39,8 @@ from registry.wire.work import AuditOut, CheckedInput, CompositionOut, Conflicts
 def score_view(row: Score) -> ScoreOut:
     suite = row.suite
     named = {"suite": suite.name, "suite_digest": suite.digest, "kind": suite.kind, "task": suite.task}
-    return ScoreOut.of(row, **named, measured=row.measured_at)
+    by = {"measured_by": row.worker, "stated_by": None if row.worker else row.measured_by}
+    return ScoreOut.of(row, **named, **by, measured=row.measured_at)
 
 
 def base_view(session: Session, row: Base, *, tensors: bool = False) -> BaseOut:

@@ -23,6 +23,7 @@ EXAMPLES = {
   --successor acme/sql-migration:1.1.0""",
     "diff": "adaptory diff acme/sql-migration:1.0.0 acme/sql-migration:1.1.0",
     "doctor": "adaptory doctor --bundle report.zip",
+    "evidence": "adaptory evidence acme/sql-migration --suite sql-exact",
     "eval": """adaptory eval acme/sql-migration acme/terraform-review smollm2 \\
   --suite sql-exact --suite guard-general""",
     "export": "adaptory export acme/sql-migration:1.0.0 hf://acme/sql-migration --private",
@@ -100,6 +101,8 @@ EXAMPLES = {
     "webhook test": "adaptory webhook test 1a2b3c4d5e6f",
     "whoami": "adaptory whoami",
     "worker": "adaptory worker",
+    "worker-key list": "adaptory worker-key list",
+    "worker-key revoke": "adaptory worker-key revoke 3f1c9a0e77b2",
     "yank": "adaptory yank acme/sql-migration:1.0.0 --reason 'wrong quoting'",
 }
 

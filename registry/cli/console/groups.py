@@ -15,7 +15,7 @@ GROUPS: tuple[tuple[str, tuple[str, ...], str], ...] = (
         (
             "push", "pull", "import", "export", "promote", "approve", "promotion", "rollback", "gate", "policy",
             "channel", "history", "follow", "rollout", "yank", "unyank", "deprecate", "takedown", "eval", "score",
-            "sign", "verify", "base", "suite",
+            "sign", "verify", "evidence", "base", "suite",
         ),
         "adaptory push ./out acme/sql --bump auto --channel prod",
     ),
@@ -37,7 +37,10 @@ GROUPS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ),
     (
         "Admin",
-        ("login", "logout", "profile", "whoami", "token", "publisher", "namespace", "user", "audit", "webhook"),
+        (
+            "login", "logout", "profile", "whoami", "token", "publisher", "worker-key", "namespace", "user", "audit",
+            "webhook",
+        ),
         "adaptory login https://adapters.example",
     ),
 )  # fmt: skip

@@ -248,9 +248,15 @@ class Scored(Protocol):
     def source(self) -> str | None: ...
 
 
+def said_by(score: object) -> str:
+    """Who says it: `measured by worker W` or `stated by U`; empty for a score that is not recorded yet."""
+    worker, user = getattr(score, "measured_by", None), getattr(score, "stated_by", None)
+    return f"measured by worker {worker}" if worker else f"stated by {user}" if user else ""
+
+
 def score_table(title: str, scores: Sequence[Scored]) -> None:
-    """A table of scores. Those that somebody only reports are marked, with the file that reports them; others have the
-    harness that measured them, if any."""
+    """A table of scores, with who says them. Those that are only reported are marked, with the file that reports them;
+    others have the harness that measured them, if any."""
     rows = [
         (
             score.suite,
@@ -258,12 +264,13 @@ def score_table(title: str, scores: Sequence[Scored]) -> None:
             with_error(score.value, score.stderr, score.n),
             score.n or "",
             " ".join(filter(None, ["reported" if score.reported else "", score.source])),
+            said_by(score),
         )
         for score in scores
     ]
-    noted = any(row[-1] for row in rows)
-    columns = ("suite", "metric", "value", "n", *(("note",) if noted else ()))
-    table(title, columns, [row[: len(columns)] for row in rows])
+    columns = ("suite", "metric", "value", "n", "note", "by")
+    used = [index for index in range(len(columns)) if index < 4 or any(row[index] for row in rows)]
+    table(title, [columns[index] for index in used], [[row[index] for index in used] for row in rows])
 
 
 def second(at: datetime | None) -> str:

@@ -190,6 +190,9 @@ def verify(  # noqa: PLR0913
     rebuild: Annotated[
         bool, typer.Option("--rebuild", help="Merge a composed model from its inputs again, and compare.")
     ] = False,
+    attestations: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write what workers attested to DIR, for other tools.")
+    ] = None,
     base_dir: Annotated[
         Path | None, typer.Option(help="The base's directory, if it is not at its registered location.")
     ] = None,
@@ -199,11 +202,11 @@ def verify(  # noqa: PLR0913
     dequantize: Annotated[bool, typer.Option("--dequantize", help="For a local merge made with --dequantize.")] = False,
     json: JsonFlag = False,
 ) -> None:
-    """Verify a signature and the signed files, or rebuild a merge and compare."""
+    """Verify what workers attested of a release, a signature and the signed files, or rebuild a merge and compare."""
     from registry.cli.releases.rebuild import rebuilt, rebuilt_here
     from registry.client.signing import read_public_key, verify_directory, verify_release
 
-    if key is None and not rebuild:
+    if key is None and not rebuild and Path(what).is_dir():
         raise Usage("nothing_to_verify", "Nothing to verify.")
     public_key, directory = read_public_key(key) if key else None, Path(what)
     local = {"--adapter": adapter, "--dequantize": dequantize}
@@ -217,7 +220,9 @@ def verify(  # noqa: PLR0913
             connection = stack.enter_context(connected())
             release = resolved(connection, what)
             refuse_idle(local, "here: it is for local merges, with DIR --rebuild", _HELP)
-            directory = release_directory(connection, release)
+            document["attestations"] = _attestations(connection, release, attestations)
+            if rebuild or public_key:
+                directory = release_directory(connection, release)
             if rebuild:
                 document["rebuild"] = rebuilt(connection, release, directory, base_dir)
         elif rebuild:
@@ -232,6 +237,19 @@ def verify(  # noqa: PLR0913
             document |= _signature(signed)
     failure = _not_rebuilt(what, directory, document["rebuild"]) if rebuild else None
     render.document(document, json, lambda: _show_verified(document), failure)
+
+
+def _attestations(connection: Connection, release: wire.search.ResolvedRelease, save_to: Path | None) -> list[Json]:
+    """What workers attested of the release, checked. The registry must not be believed about it."""
+    from registry.client.attestations import checked_attestations, save_attestations
+
+    checked = checked_attestations(connection.api, release)
+    if save_to:
+        save_attestations(checked, save_to)
+    return [
+        {"kind": row.kind, "worker": row.key.worker, "key": row.key.id, "predicate": dict(statement.predicate)}
+        for row, statement in checked
+    ]
 
 
 def _not_rebuilt(what: str, directory: Path, report: Json) -> Refused | None:
@@ -264,6 +282,12 @@ def _signature(signed: Signed | None) -> Json:
 
 
 def _show_verified(document: Json) -> None:
+    for row in document.get("attestations", []):
+        scores = ", ".join(f"{score['metric']} {score['value']:.4g}" for score in row["predicate"].get("scores", []))
+        what = f"{row['kind']}{f' ({scores})' if scores else ''}"
+        render.out(f"{what} of {document['what']} attested by worker {row['worker']}, key {row['key'][:12]}")
+    if document.get("attestations") == []:
+        render.out(f"no worker attests anything of {document['what']}")
     if "signed_by" in document:
         render.out(f"{document['what']} is signed by {document['signed_by']}")
         if named := document["signed_release"]:

@@ -13,14 +13,16 @@ from registry.cli.console import complete, render
 from registry.cli.console.connect import connected
 from registry.cli.console.groups import root
 from registry.cli.serving.route import address
-from registry.errors import Unavailable, Usage
+from registry.errors import RegistryError, Unavailable, Usage
 from registry.formats.durations import parse_duration
 from registry.formats.references import parse_channel_reference, parse_node_name, parse_reference
 
 if TYPE_CHECKING:
     from registry.agent.directory import Check, MirrorDirectory
     from registry.agent.servers.protocol import Server
+    from registry.agent.versions import ServedVersion
     from registry.client.api import Api
+    from registry.formats.evidence import EvidenceExample
     from registry.wire.search import AnyRelease
 
 Channels = Annotated[
@@ -109,7 +111,9 @@ def mirror(  # noqa: PLR0913
         if listens_at is not None:
             stack.callback(health.serve(state, *listens_at))
         busy_in_front = _busy_in(front) if front else None
-        servers = [KeptServer(kept, kept_in, busy_in_front, options.grace_s) for kept in opened]
+        servers = [
+            KeptServer(kept, kept_in, busy_in_front, options.grace_s, partial(_evidence, api)) for kept in opened
+        ]
         reporter = loop.Reporter(api, named, state) if named else None
         duties = Duties(check, reporter.may_switch if reporter else _always, partial(write_all, files))
         mirrored = Mirror(api, kept_in, servers, options, duties)
@@ -155,6 +159,19 @@ def _signed_by(api: "Api", key: Path | None) -> "Check":
         verify_release(api, release, asked, files, public_key)
 
     return check
+
+
+def _evidence(api: "Api", version: "ServedVersion") -> "Sequence[EvidenceExample] | None":
+    """The evidence of a version, checked on this machine; None without any, and while the registry is away."""
+    from registry.client.attestations import checked_evidence
+
+    try:
+        release = api.resolve(parse_reference(version.reference)).release
+        return checked_evidence(api, release) if release.commit == version.commit else None
+    except RegistryError as error:
+        if error.code != "evidence_unknown":
+            render.say(f"{version.name} is not proved: {error.detail}")
+        return None
 
 
 def _busy_in(front: str) -> "Callable[[], frozenset[str]]":

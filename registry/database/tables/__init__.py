@@ -9,6 +9,7 @@ from registry.database.tables.access import (
     TrustedPublisher,
     UsedIdToken,
 )
+from registry.database.tables.attested import Attestation, WorkerKey
 from registry.database.tables.catalog import (
     Base,
     BaseAlias,
@@ -46,6 +47,7 @@ from registry.database.tables.work import (
 
 __all__ = [
     "Approval",
+    "Attestation",
     "AuditRow",
     "Base",
     "BaseAlias",
@@ -91,6 +93,7 @@ __all__ = [
     "Webhook",
     "WebhookDelivery",
     "WebhookSecret",
+    "WorkerKey",
     "WorkerRow",
     "XetUpload",
     "XetXorb",

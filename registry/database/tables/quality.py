@@ -7,6 +7,7 @@ from sqlalchemy import JSON, CheckConstraint, ForeignKey, Index, String, UniqueC
 from sqlalchemy.orm import Mapped, mapped_column, relationship
 
 from registry.database.engine import Row, UtcDateTime
+from registry.database.tables.attested import Attestation
 from registry.database.tables.catalog import ByteOrdered, Id, Release
 
 
@@ -54,7 +55,8 @@ class Score(Row):
     `traits_id` is the release's: servers before 0.2 read it and its index, which can go once no server does.
     `results_sha256` is the blob with the results of each example, if these were recorded. `reported` scores are claims:
     no evaluation measured them on the suite, and their `n` is 0 if unknown.
-    `source` is the harness that measured it, with its version, or the file that reports it."""
+    `source` is the harness that measured it, with its version, or the file that reports it. `attestation_id` is that of
+    the worker that measured it; not a foreign key, which SQLite cannot add to a table."""
 
     __tablename__ = "scores"
     __table_args__ = (
@@ -84,7 +86,17 @@ class Score(Row):
     provenance: Mapped[dict[str, Any]] = mapped_column(JSON, default=dict)  # unused, to be dropped
     measured_at: Mapped[datetime] = mapped_column(UtcDateTime)
     measured_by: Mapped[str] = mapped_column(String(128))
+    attestation_id: Mapped[int | None] = mapped_column(Id)
     suite: Mapped[Suite] = relationship(lazy="joined", innerjoin=True)
+    attestation: Mapped[Attestation | None] = relationship(
+        lazy="joined", primaryjoin="foreign(Score.attestation_id) == Attestation.id"
+    )
+
+    @property
+    def worker(self) -> str | None:
+        """The worker that measured it; None if somebody stated it, or if the worker's key is revoked."""
+        key = self.attestation.key if self.attestation else None
+        return key.worker if key and key.revoked_at is None else None
 
 
 class Channel(Row):

@@ -108,6 +108,8 @@ class Act(StrEnum):
     WEBHOOK_REPLAY = "webhook:replay"
     WEBHOOK_ROTATE = "webhook:rotate"
     WEBHOOK_TEST = "webhook:test"
+    WORKER_REGISTER = "worker:register"
+    WORKER_REVOKE = "worker:revoke"
 
 
 def record(  # noqa: PLR0913

@@ -13,7 +13,17 @@ from sqlalchemy.orm import Session
 from registry.database.dialects import float_text, in_list, json_list, json_rows, padded, timestamp_text
 from registry.database.engine import UtcDateTime
 from registry.database.prepared import Prepared
-from registry.database.tables import Base, Release, ReleaseInput, Repository, Revision, Score, Suite
+from registry.database.tables import (
+    Attestation,
+    Base,
+    Release,
+    ReleaseInput,
+    Repository,
+    Revision,
+    Score,
+    Suite,
+    WorkerKey,
+)
 
 BATCH_SIZE = 50
 """Releases per statement: with manifests of thousands of files each, they still fit in memory."""
@@ -21,6 +31,7 @@ BATCH_SIZE = 50
 _base, _input, _release, _repository, _revision, _score, _suite = (
     table.__table__.c for table in (Base, ReleaseInput, Release, Repository, Revision, Score, Suite)
 )
+_attestation, _key = Attestation.__table__.c, WorkerKey.__table__.c
 
 _follower = Base.__table__.alias("follower")
 
@@ -76,7 +87,8 @@ SHOWN = tuple(declared.name for declared in fields(ReleaseRow) if declared.metad
 
 ScoreRow = list[Any]
 """Release id, suite, metric, digest of the suite, value, standard error or None, n, whether higher is better, whether
-it is only reported, when, task of the suite, source, kind of the suite."""
+it is only reported, when, task of the suite, source, the worker that measured it or None, who recorded it, kind of the
+suite."""
 InputRow = list[Any]
 """Id of the composed release and of the input; the input's namespace, repository, version, commit, weight."""
 
@@ -115,10 +127,16 @@ _SCORES = (
             timestamp_text(_score.measured_at),
             _suite.task,
             _score.source,
+            _key.worker,
+            _score.measured_by,
             _suite.kind,
         )
     )
-    .select_from(Score.__table__.join(Suite.__table__, _suite.id == _score.suite_id + 0))
+    .select_from(
+        Score.__table__.join(Suite.__table__, _suite.id == _score.suite_id + 0)
+        .outerjoin(Attestation.__table__, _attestation.id == _score.attestation_id)
+        .outerjoin(WorkerKey.__table__, (_key.id == _attestation.key_id) & _key.revoked_at.is_(None))
+    )
     .where(in_list(_score.release_id, "ids"), _suite.current)
 )
 _INPUTS = (

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 from composer.formats.recipes.elsewhere import ReportedBenchmark, SuiteContent
 from composer.formats.recipes.weights import real
 from registry.database.engine import insert_if_absent
-from registry.database.tables import Base, Release, Score, Suite
+from registry.database.tables import Attestation, Base, Release, Score, Suite
 from registry.database.tables.catalog import new_stamp
 from registry.domain.access import audit
 from registry.domain.access.audit import Act, Actor
@@ -280,9 +280,15 @@ def list_page(session: Session, *, after: int, limit: int) -> list[Suite]:
     return list(session.scalars(listed.order_by(Suite.id).limit(limit)))
 
 
-def record(session: Session, actor: Actor, subject: Release | Base, measurements: Sequence[Measurement]) -> list[Score]:
-    """Records scores. Recording again replaces a score; the audit row keeps the old value. Raises Conflict for a
-    reported one in the place of a measured one."""
+def record(
+    session: Session,
+    actor: Actor,
+    subject: Release | Base,
+    measurements: Sequence[Measurement],
+    attestation: Attestation | None = None,
+) -> list[Score]:
+    """Records scores, with the attestation of the worker that measured them. Recording again replaces a score; the
+    audit row keeps the old value. Raises Conflict for a reported one in the place of a measured one."""
     if isinstance(subject, Base):
         refuse_other_owner(actor, f"base {subject.name}", subject.created_by)
     else:
@@ -311,6 +317,7 @@ def record(session: Session, actor: Actor, subject: Release | Base, measurements
         score.higher_is_better, score.reported = measurement.higher_is_better, measurement.reported
         score.results_sha256, score.source = measurement.results_sha256, measurement.source
         score.measured_at, score.measured_by = actor.at, actor.name
+        score.attestation = attestation
         session.add(score)
         session.flush()
         audit.record(

@@ -28,6 +28,7 @@ from registry.domain.access.audit import Actor
 from registry.domain.catalog import intervals, metrics, suites
 from registry.domain.catalog.suites import Condition, number_text, parse_condition
 from registry.errors import Usage
+from registry.formats.channel_policy import Measured
 
 MAX_RULES = 50
 _SCORE = r"\s*(?P<suite>[a-z0-9][a-z0-9._-]*)\.(?P<metric>[a-z_][a-z0-9_]*)\s+"
@@ -42,6 +43,8 @@ class GateScore:
     n: int
     higher_is_better: bool
     reported: bool = False
+    by_worker: bool = False
+    """Whether a worker measured and attested it."""
 
     def __str__(self) -> str:
         error = intervals.error_text(self.value, self.stderr, self.n, ".3g")
@@ -165,19 +168,23 @@ class Keeps(Comparison):
 
 @dataclass(frozen=True, slots=True)
 class ScoreConditions:
-    """Conditions on every score that a rule uses: at least `min_n` examples, and not a `reported` one."""
+    """Conditions on every score that a rule uses: at least `min_n` examples, and not a `reported` one; with `worker`,
+    only one that a worker attested."""
 
     min_n: int = 1
-    measured: bool = False
+    measured: Measured = False
 
     def __str__(self) -> str:
-        words = [f"n >= {self.min_n}"] * (self.min_n > 1) + ["measured"] * self.measured
+        words = [f"n >= {self.min_n}"] * (self.min_n > 1)
+        words += ["measured by a worker" if self.measured == "worker" else "measured"] * bool(self.measured)
         return f" ({', '.join(words)})" if words else ""
 
     def objection(self, score: GateScore) -> str:
         """Why the score does not count; empty if it does."""
         if self.measured and score.reported:
             return "it is reported, not measured"
+        if self.measured == "worker" and not score.by_worker:
+            return "no worker attests that it measured it"
         if self.min_n > 1 and not score.n:
             return f"n is not stated, and at least {self.min_n} are needed"
         return f"n = {score.n}, and at least {self.min_n} are needed" if 0 < score.n < self.min_n else ""
@@ -473,4 +480,5 @@ def others(session: Session, subject: Release | Base, contents: Contents) -> Oth
 
 
 def measured(row: Score) -> GateScore:
-    return GateScore(row.value, row.stderr, row.n, row.higher_is_better, row.reported)
+    by_worker = row.worker is not None
+    return GateScore(row.value, row.stderr, row.n, row.higher_is_better, row.reported, by_worker)

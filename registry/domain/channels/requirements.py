@@ -15,7 +15,7 @@ from registry.database.tables import Approval, Base, Channel, Composition, Move,
 from registry.domain.access import namespaces, tokens
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import EVERYWHERE, Role, at_least
-from registry.domain.catalog import signatures
+from registry.domain.catalog import attestations, signatures
 from registry.domain.catalog.signatures import SignedAs
 from registry.domain.channels.gates import GateResult, lineage_of
 from registry.domain.channels.serving import CHANGES, leads_somewhere
@@ -185,6 +185,8 @@ def judge(session: Session, policy: ChannelPolicy, question: Question) -> list[G
         results.append(_signature(session, policy.signature, release))
     if policy.licenses is not None:
         results += judge_licenses(session, policy.licenses, release)
+    if policy.origin is not None:
+        results.append(_origin(session, release))
     if policy.verdict is not None:
         results.append(_verdict(session, Verdict(policy.verdict), release))
     return results + [_loads(release, parse_profile(server)) for server in policy.loads_in]
@@ -283,6 +285,12 @@ def _signature_of_publisher(session: Session, namespace: Namespace, release: Rel
     detail = "only a worker has signed it" if kinds else f"no key of {namespace.name} has signed it"
     detail = f"signed by {publishers[0][:16]}" if publishers else detail
     return GateResult("signature of the release by a publisher", bool(publishers), detail)
+
+
+def _origin(session: Session, release: Release) -> GateResult:
+    made = attestations.of_composition(session, release)
+    detail = f"composed by the worker {made.key.worker}" if made else "no worker attests that it composed it"
+    return GateResult("composed by a worker", made is not None, detail)
 
 
 def _verdict(session: Session, worst: Verdict, release: Release) -> GateResult:

@@ -23,6 +23,7 @@ def stated(policy: ChannelPolicy) -> list[tuple[str, list[str]]]:
         "Licences": _licenses(policy.licenses) if policy.licenses else [],
         "Conflict check": [f"at worst {policy.verdict}, of a composed release"] if policy.verdict else [],
         "Loads in": list(policy.loads_in),
+        "Origin": ["composed by a worker, which attests it"] if policy.origin else [],
     }
     listed = [(heading, lines) for heading, lines in needs.items() if lines]
     return [*listed, *_how(policy)] if listed else []
@@ -35,10 +36,13 @@ def _how(policy: ChannelPolicy) -> list[tuple[str, list[str]]]:
     return [*how, ("Force", [force]), ("Waits", [f"at most {_hours(policy.expires_hours)}"])]
 
 
+_MEASURED = {False: [], True: ["measured, not reported"], "worker": ["measured by a worker"]}
+
+
 def _rule(policy: ChannelPolicy, row: ScoreRule) -> str:
     least, measured = policy.of_rule(row)
     conditions = [f"from at least {least} examples"] if least > 1 else []
-    return ", ".join([row.rule, *conditions, *(["measured, not reported"] if measured else [])])
+    return ", ".join([row.rule, *conditions, *_MEASURED[measured]])
 
 
 def _approval(policy: ChannelPolicy) -> list[str]:

@@ -26,6 +26,8 @@ class ScoreLine:
     name: str
     n: int
     reported: bool
+    measured_by: str | None
+    stated_by: str | None
     value: float
     before: float | None
     base: float | None
@@ -127,6 +129,8 @@ def _line(score: ScoreOut, before: ScoreOut | None, base: ScoreOut | None) -> Sc
         name=name,
         n=score.n,
         reported=score.reported,
+        measured_by=score.measured_by,
+        stated_by=score.stated_by,
         value=score.value,
         before=None if before is None else before.value,
         base=None if base is None else base.value,

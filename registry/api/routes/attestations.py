@@ -1,0 +1,68 @@
+"""What workers attested: their keys, the attestations of a release, and its evidence for the check of servers."""
+
+from fastapi import APIRouter
+
+from registry.api.http.pagination import Cursor, Limit, decode_cursor, page
+from registry.api.http.request import ResourcesOf
+from registry.api.http.routes import Route
+from registry.api.http.rules import Caller, Member, Reader, RegistryAdmin
+from registry.api.routes.repository import RepositoryOf, RepositoryRouter
+from registry.database.tables import Attestation, WorkerKey
+from registry.domain.access import worker_keys
+from registry.domain.access.roles import Role, holds, permit, permit_somewhere
+from registry.domain.catalog import attestations
+from registry.wire.attested import AttestationOut, AttestationsOut, WorkerKeyOut
+from registry.wire.document import Page
+
+router = APIRouter(prefix="/v1", tags=["operations"], route_class=Route)
+repository_routes = RepositoryRouter(tags=["releases"], route_class=Route)
+
+
+@router.get("/worker-keys")
+def list_worker_keys(
+    resources: ResourcesOf, actor: Member, limit: Limit = 50, cursor: Cursor = None
+) -> Page[WorkerKeyOut]:
+    """List the public keys by which workers attest what they measure, revoked ones included."""
+    with resources.read() as session:
+        after = decode_cursor(cursor)
+        rows = worker_keys.list_page(session, after=after, limit=limit + 1)
+        return page([_key_view(row) for row in rows], limit, [row.id for row in rows])
+
+
+@router.delete("/worker-keys/{key}")
+def revoke_worker_key(key: str, resources: ResourcesOf, actor: RegistryAdmin) -> WorkerKeyOut:
+    """Revoke a worker's key, by its id or the first digits of it. What it signed counts as stated from then on, and the
+    worker that has it measures nothing further."""
+    with resources.write() as session:
+        return _key_view(worker_keys.revoke(session, actor, key))
+
+
+@repository_routes.get("/{namespace}/{name}/releases/{version}/attestations")
+def list_attestations(named: RepositoryOf, version: str, resources: ResourcesOf, actor: Reader) -> AttestationsOut:
+    """List what workers attested of a release: its scores, and its lineage if a worker composed it. Evidence is in a
+    document of its own."""
+    with resources.read() as session:
+        rows = attestations.of_release(session, named.release(session, version))
+        return AttestationsOut(attestations=list(map(_view, rows)))
+
+
+@repository_routes.get("/{namespace}/{name}/releases/{version}/evidence")
+def show_evidence(named: RepositoryOf, version: str, resources: ResourcesOf, actor: Caller) -> AttestationOut:
+    """Show the evidence by which a server's answers are compared with the release: token ids of up to 8 examples, and
+    their log-probabilities under the release and its base. For readers of suites and for agents of the namespace."""
+    permit(actor, Role.READER, str(named.name))
+    if not holds(actor, Role.AGENT, str(named.name)):
+        permit_somewhere(actor, Role.READER)
+    with resources.read() as session:
+        release = named.release(session, version)
+        return _view(attestations.evidence_of(session, release))
+
+
+def _view(row: Attestation) -> AttestationOut:
+    return AttestationOut.of(
+        row, kind=attestations.KINDS.get(row.predicate_type, "other"), key=_key_view(row.key), envelope=row.envelope
+    )
+
+
+def _key_view(row: WorkerKey) -> WorkerKeyOut:
+    return WorkerKeyOut.of(row)

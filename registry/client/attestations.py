@@ -1,0 +1,70 @@
+"""Checks what workers attested of a release, on the reader's own machine."""
+
+from pathlib import Path
+
+from registry.client.api import Api
+from registry.errors import Refused
+from registry.formats.attestations import SCORES, Statement, key_id, open_attestation
+from registry.formats.evidence import EvidenceExample, evidence_of
+from registry.wire.attested import AttestationOut, AttestationsOut
+from registry.wire.quality import ScoresOut
+from registry.wire.search import AnyRelease
+
+
+def checked_attestations(api: Api, release: AnyRelease) -> list[tuple[AttestationOut, Statement]]:
+    """The attestations of a release by keys that are not revoked, each with its statement.
+
+    Raises Refused for one that its key did not sign, one of other weights or another base, and for a score that is
+    shown as measured by a worker and differs from what the worker attested.
+    """
+    rows = api.get(f"{release.path}/attestations", AttestationsOut).attestations
+    checked = [(row, _checked(row, release)) for row in rows if row.key.revoked_at is None]
+    attested = {
+        (digest, score["metric"], score["value"], score["n"], row.key.worker)
+        for row, statement in checked
+        if statement.predicate_type == SCORES
+        for name, digest in statement.subjects.items()
+        if name.startswith("suite ")
+        for score in statement.predicate["scores"]
+    }
+    for score in api.get(f"{release.path}/scores", ScoresOut).scores:
+        measured = (score.suite_digest, score.metric, score.value, score.n, score.measured_by)
+        if score.measured_by is not None and measured not in attested:
+            raise _untrusted(f"{score.suite}.{score.metric} of {release.name} is not what a worker attested")
+    return checked
+
+
+def checked_evidence(api: Api, release: AnyRelease) -> tuple[EvidenceExample, ...]:
+    """The examples of a release's evidence. Raises NotFound without any, Refused as `checked_attestations` does, and
+    Invalid for evidence by which the release looks like its base."""
+    row = api.get(f"{release.path}/evidence", AttestationOut)
+    if row.key.revoked_at is not None:
+        raise _untrusted(f"the evidence of {release.name} is by a key that was revoked")
+    return evidence_of(_checked(row, release))
+
+
+def _checked(row: AttestationOut, release: AnyRelease) -> Statement:
+    if key_id(row.key.public_key) != row.key.id:
+        raise _untrusted(f"the key {row.key.id[:12]} is not the one that the registry names")
+    statement = open_attestation(row.envelope, row.key.public_key)
+    files = {file.path: file.sha256 for file in release.files} | {"base": release.base.digest}
+    for name, digest in files.items():
+        if statement.subjects.get(name, digest) != digest:
+            raise _untrusted(f"an attestation of {release.name} is about another {name}")
+    if statement.subjects.get("base") is None or not statement.subjects.keys() & {row.path for row in release.files}:
+        raise _untrusted(f"an attestation of {release.name} does not name its weights and base")
+    return statement
+
+
+def save_attestations(rows: list[tuple[AttestationOut, Statement]], directory: Path) -> list[Path]:
+    """Writes each envelope and each public key to a file of its own, for tools that read DSSE. Returns the paths."""
+    directory.mkdir(parents=True, exist_ok=True)
+    contents = {f"{row.key.id[:12]}.pub.pem": row.key.public_key for row, _ in rows}
+    contents |= {f"{number}-{row.kind}.dsse.json": row.envelope for number, (row, _) in enumerate(rows, 1)}
+    for name, content in contents.items():
+        (directory / name).write_text(content, encoding="utf-8")
+    return [directory / name for name in contents]
+
+
+def _untrusted(why: str) -> Refused:
+    return Refused("attestation_untrusted", f"{why[0].upper()}{why[1:]}.")
