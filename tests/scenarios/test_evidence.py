@@ -1,11 +1,23 @@
 """Who says that a score was measured: workers attest what they measured, and everybody else states it."""
 
 import json
+from contextlib import closing, suppress
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
-from registry.formats.attestations import open_attestation
+import pytest
+
+from registry.domain.access import worker_keys
+from registry.domain.access.audit import operator_actor
+from registry.domain.catalog import attestations, releases, suites
+from registry.domain.catalog.attestations import About
+from registry.errors import Invalid, Refused, RegistryError, Usage
+from registry.formats.attestations import EVIDENCE, SCORES, attest, new_key, open_attestation, public_half
 from registry.formats.evidence import Served, decide, evidence_of
+from registry.formats.references import parse_repository, parse_version
 from tests.scenarios.test_evaluations import write_suite
+from tests.scenarios.traces import api_of, opened
 from tests.scenarios.world import Cli
 
 POLICY = """
@@ -63,3 +75,47 @@ def test_a_rule_believes_the_worker_that_measured_and_not_what_a_publisher_typed
     assert team.json("verify", "acme/sql:1.0.0")["attestations"] == []
     stopped = team("eval", "acme/sql:1.0.0", "--suite", "said", "--queue")
     assert (stopped.code, "was revoked" in stopped.err) == (1, True)
+
+
+def test_nothing_that_a_publisher_types_passes_as_a_workers(team: Cli, tmp_path: Path) -> None:
+    digest = team.json("suite", "add", write_suite(tmp_path, "said", evidence=True))["digest"]
+    team.ok("suite", "add", write_suite(tmp_path, "other", chat=False))
+    score = {"suite_digest": digest, "metric": "accuracy", "value": 1.0, "n": 8, "higher_is_better": True}
+    path, typed = "/v1/adapters/acme/sql/releases/1.0.0", 0
+    with api_of(team) as api:
+        names = ("measured_by", "worker", "attestation", "attestation_id", "key", "envelope", "by_worker", "attested")
+        for name in names:
+            with suppress(Invalid, Usage):
+                api.post(f"{path}/scores", {"scores": [{**score, name: "gpu-1"}]})
+            typed += 1
+        for name in ("attestations", "evidence", "worker-keys"):
+            for method in (api.post, api.put):
+                with pytest.raises(RegistryError):
+                    method(f"/v1/{name}" if name == "worker-keys" else f"{path}/{name}", {"envelope": "{}"})
+                typed += 1
+    with closing(opened(team)) as resources, resources.write() as session:
+        actor = operator_actor("gpu-1", datetime.now(UTC))
+        private = new_key()
+        key = worker_keys.register(session, "gpu-1", public_half(private), actor)
+        sql, terraform = (
+            releases.find(session, parse_repository(f"acme/{name}"), parse_version("1.0.0"))
+            for name in ("sql", "terraform")
+        )
+        said, other = suites.find(session, "said"), suites.find(session, "other")
+        about = About(sql, said)
+        right = about.statement(SCORES, {"scores": []})
+        wrong = [replace(right, subjects={**right.subjects, name: "0" * 64}) for name in about.content()]
+        wrong += [About(terraform, said).statement(SCORES, {}), About(sql, other).statement(EVIDENCE, {})]
+        forged = [attest(private, statement) for statement in wrong] + [attest(new_key(), right)]
+        for envelope in forged:
+            with pytest.raises(Refused, match=r"not accepted|was not made by"):
+                attestations.keep(session, actor, about, key, envelope)
+            typed += 1
+        assert attestations.keep(session, actor, about, key, attest(private, right)).key_id == key.id
+        worker_keys.revoke(session, actor, key.id)
+        with pytest.raises(Refused, match="revoked"):
+            attestations.keep(session, actor, about, key, attest(private, right))
+        session.rollback()
+    shown = team.json("show", "acme/sql:1.0.0")["scores"]
+    assert {row["measured_by"] for row in shown} <= {None}
+    assert typed + 1 >= 20
