@@ -35,7 +35,8 @@ def send(url: str, headers: Mapping[str, str], body: bytes, networks: Sequence[N
     except TimeoutError:
         return Outcome(None, f"It took more than {ATTEMPT_S:g} s.")
     except ssl.SSLError as error:
-        return Outcome(None, f"TLS failed: {error.reason or type(error).__name__}.")
+        why = getattr(error, "verify_message", None) or error.reason or type(error).__name__
+        return Outcome(None, f"TLS failed: {why}.")
     except socket.gaierror:
         return Outcome(None, "Its host name has no address.")
     except OSError as error:
@@ -65,7 +66,7 @@ def _connected(receiver: Receiver, networks: Sequence[Network], deadline: float)
             connection.settimeout(_left(deadline))
             if not receiver.secure:
                 return connection
-            return _tls().wrap_socket(connection, server_hostname=receiver.host)
+            return tls_context().wrap_socket(connection, server_hostname=receiver.host)
         except BaseException as error:
             connection.close()
             if not isinstance(error, OSError) or isinstance(error, ssl.SSLError):
@@ -80,7 +81,8 @@ def _address(address: Sequence[object]) -> Address:
 
 
 @lru_cache(maxsize=1)
-def _tls() -> ssl.SSLContext:
+def tls_context() -> ssl.SSLContext:
+    """Trusts what this machine trusts, or the certificates of `SSL_CERT_FILE`."""
     context = ssl.create_default_context()
     context.set_alpn_protocols(["http/1.1"])
     return context

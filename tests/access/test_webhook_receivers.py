@@ -2,11 +2,14 @@
 
 import ipaddress
 import socket
+import ssl
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -135,3 +138,32 @@ def test_signatures_are_those_of_the_test_vector_of_standard_webhooks() -> None:
         "webhook-timestamp": "1614265330",
         "webhook-signature": "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE=",
     }
+
+
+def test_an_https_receiver_needs_a_certificate_that_this_machine_trusts(tmp_path: Path) -> None:
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    words = ["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=127.0.0.1"]
+    words += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run(["openssl", *words], check=True, capture_output=True)  # noqa: S607
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    statuses: list[int | None] = []
+    for trusted in (False, True):
+        if trusted:
+            receivers.tls_context().load_verify_locations(certificate)
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            thread = threading.Thread(target=_answer_by_tls, args=(server, context))
+            thread.start()
+            outcome = receivers.send(f"https://127.0.0.1:{server.getsockname()[1]}/", {}, b"{}", HERE)
+            thread.join()
+        statuses.append(outcome.status)
+        assert trusted or "TLS failed" in (outcome.error or ""), outcome
+    receivers.tls_context.cache_clear()
+    assert statuses == [None, 204]
+
+
+def _answer_by_tls(server: socket.socket, context: ssl.SSLContext) -> None:
+    connection, _ = server.accept()
+    with suppress(OSError), context.wrap_socket(connection, server_side=True) as secured:
+        secured.recv(1 << 16)
+        secured.sendall(b"HTTP/1.1 204 No Content\r\n\r\n")

@@ -304,19 +304,23 @@ def test_nodes_out_of_step_are_announced_once_and_once_more_when_they_are_back(
     assert drifted["data"]["detail"]["nodes"][0]["error"] == "full"
 
 
-@pytest.mark.parametrize(
-    "url",
-    [
-        "http://ops.example/hook", "https://localhost/hook", "https://127.0.0.1/", "https://[::1]/", "https://10.0.0.7/",
-        "https://169.254.169.254/latest/meta-data", "https://[::ffff:169.254.169.254]/", "https://[fd00:ec2::254]/",
-        "https://user:secret@ops.example/", "https://user@ops.example/", "https://ops.example/#part",
-        "https://ops.example/\r\nX-Admin: 1", "https://ops.example/ x", "https://ops.example:0/", "https://ops.example:x/",
-        "ftp://ops.example/", "https:///hook", "https://ops.example\\@10.0.0.7/", "https://ops.ex\u00e4mple/",
-    ],
+REFUSED = (
+    "http://ops.example/hook", "https://localhost/hook", "https://127.0.0.1/", "https://[::1]/", "https://10.0.0.7/",
+    "https://169.254.169.254/latest/meta-data", "https://[::ffff:169.254.169.254]/", "https://[fd00:ec2::254]/",
+    "https://user:secret@ops.example/", "https://user@ops.example/", "https://ops.example/#part",
+    "https://ops.example/\r\nX-Admin: 1", "https://ops.example/ x", "https://ops.example:0/", "https://ops.example:x/",
+    "ftp://ops.example/", "https:///hook", "https://ops.example\\@10.0.0.7/", "https://ops.ex\u00e4mple/",
 )  # fmt: skip
-def test_an_address_that_may_not_be_reached_cannot_be_added(url: str, tmp_path: Path) -> None:
+
+
+def test_addresses_that_may_not_be_reached_cannot_be_added(tmp_path: Path) -> None:
     furnished = furnished_house(services.PAIRINGS[0])
     house = entered(furnished, copy_of(furnished, tmp_path / "home"))
-    answer = house.ask("admin", "POST", "/v1/webhooks", json={"namespace": PRIVATE, "url": url})
+    for url in REFUSED:
+        answer = house.ask("admin", "POST", "/v1/webhooks", json={"namespace": PRIVATE, "url": url})
+        assert (answer.status_code, answer.json()["code"]) == (400, "bad_webhook"), url
+    answer = house.ask(
+        "admin", "POST", "/v1/webhooks", json={"namespace": PRIVATE, "url": "https://ops.example:8443/a?b"}
+    )
+    assert (answer.status_code, answer.json()["url"]) == (201, "https://ops.example:8443/a?…")
     house.close()
-    assert (answer.status_code, answer.json()["code"]) == (400, "bad_webhook"), answer.text

@@ -5,7 +5,7 @@ then. A delivery is due only if no earlier one of its webhook with the same `ord
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -34,14 +34,14 @@ _UNTRACKED = {"synchronize_session": False}
 
 @dataclass(frozen=True, slots=True)
 class Outgoing:
-    """A claimed delivery. `secrets` are those in force, newest first."""
+    """A claimed delivery. `secrets` are those in force, newest first; no log shows them or the address."""
 
     id: int
     attempt: int
     webhook_id: str
-    url: str
+    url: str = field(repr=False)
     format: str
-    secrets: Sequence[str]
+    secrets: Sequence[str] = field(repr=False)
     event: Event
 
 
