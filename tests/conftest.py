@@ -84,7 +84,8 @@ TESTS = Path(__file__).parent
 WAY = re.compile(rf"(?<=[\[-])({'|'.join(('embedded', *services.PAIRINGS, *services.DATABASES))})(?=[\]-])")
 """The part of a test's name that tells its way of running a registry, or its database."""
 ON_BOTH_DATABASES = (
-    *("test_query_plans.py", "test_prepared.py", "test_search_as_a_model.py", "test_directions.py"),
+    "test_prepared.py",
+    "test_directions.py",
     "test_the_migrated_schema_has_no_difference_from_the_models",
 )
 """Files and tests of SQL that the two databases are sent in different words."""

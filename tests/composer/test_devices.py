@@ -33,7 +33,7 @@ from composer.optimize.problem import SearchEffort, SearchMember, SearchProblem
 from tests.composer.adapted import relative
 from tests.composer.small_model import Load, dense
 from tests.composer.tiny import MakeAdapter, MakeModel, tensors_in
-from tests.doses import each_value_once
+from tests.doses import each_value_once, further
 from tests.second_device import NoArithmeticOnCpu
 
 CASES: dict[str, tuple[dict[str, object], str, dict[str, object]]] = {
@@ -185,7 +185,7 @@ def test_regmean_fits_the_cpus_factors(
         assert relative(dense(one), dense(other)) < 1e-3
 
 
-@pytest.mark.parametrize("method", ["stack", "ties", "regmean"])
+@pytest.mark.parametrize("method", ["stack", "ties", *further("regmean")])
 def test_a_probe_measures_the_cpus_numbers(
     method: str, there: LoadedModel, here: LoadedModel, red: LoadedAdapter, green: LoadedAdapter
 ) -> None:
@@ -213,6 +213,7 @@ def _ratios(measured: Activations) -> list[float]:
     return [measured.directed[pair].ratio for pair in sorted(measured.directed)]
 
 
+@pytest.mark.long
 def test_a_search_measures_the_cpus_numbers(
     there: LoadedModel, here: LoadedModel, red: LoadedAdapter, green: LoadedAdapter
 ) -> None:

@@ -13,6 +13,7 @@ from tests.composer.small_model import save_adapter, save_llama
 pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
 
 
+@pytest.mark.long
 def test_a_task_that_is_interrupted_goes_on_at_the_request_where_it_stopped(tmp_path: Path) -> None:
     from composer.evaluation.harness import load_tasks, run_task
     from composer.evaluation.harness_model import AnswerJournal, HarnessModel

@@ -2,6 +2,7 @@
 
 import re
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -33,6 +34,7 @@ def test_it_reads_as_the_mapping_that_it_was_made_of() -> None:
     assert (list(values.items()), len(values), values["a"]) == ([("b", 1), ("a.*", 2), ("a", 3)], 3, 3)
 
 
+@pytest.mark.long
 def test_a_rank_for_each_of_twenty_thousand_modules_is_found() -> None:
     """Compared one by one that would be 400 million times, which no test would see the end of."""
     paths = [f"model.layers.{n // 100}.mlp.experts.{n % 100}.up_proj" for n in range(20_000)]

@@ -29,6 +29,7 @@ from tests.composer.adapted import (
 from tests.composer.adapted import logits as logits_of
 from tests.composer.handmade import random_factors, write_adapter
 from tests.composer.tiny import load_model, tensors_in
+from tests.doses import further
 
 SMALL: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -125,7 +126,7 @@ def test_an_embedding_under_another_name_is_untied_where_it_is_tied(tmp_path: Pa
     assert relative(logits_of(tmp_path / "merged"), peft_logits(base, adapter)) <= 1e-5
 
 
-@pytest.mark.parametrize("case", ["Nemotron-H", "Kimi Linear", "Bailing"])
+@pytest.mark.parametrize("case", ["Nemotron-H", "Bailing", *further("Kimi Linear")])
 def test_trained_tokens_leave_the_head_alone_where_the_models_class_ties_nothing(case: str, tmp_path: Path) -> None:
     model_type, own, *_ = CASES[case]
     base = save_base(model_type, {**own, "tie_word_embeddings": True}, tmp_path / "base")
@@ -133,6 +134,7 @@ def test_trained_tokens_leave_the_head_alone_where_the_models_class_ties_nothing
     assert_merged_like_peft(base, save_adapted(base, config, tmp_path / "adapter"), tmp_path / "merged")
 
 
+@pytest.mark.long
 def test_the_models_that_tie_nothing_are_those_of_transformers() -> None:
     classes = {name: getattr(transformers, made) for name, made in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()}
     assert {name for name, made in classes.items() if getattr(made, "_tied_weights_keys", None) == {}} == NEVER_TIED

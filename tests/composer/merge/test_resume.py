@@ -24,7 +24,6 @@ from composer.merge.plan import MergePlan, plan_merge
 from composer.merge.run import run_merge
 from tests.composer.tiny import MakeAdapter, MakeModel
 from tests.device import DEVICE
-from tests.doses import further
 
 # Slowed down after every piece, so that a signal finds it at any point.
 SLOW_MERGE = """
@@ -115,7 +114,8 @@ def test_progress_of_a_resumed_merge_counts_every_byte_once(plan: MergePlan, tmp
     assert sum(done) == plan.size_bytes
 
 
-@pytest.mark.parametrize("seed", [0, *further(1, 2)])
+@pytest.mark.long
+@pytest.mark.parametrize("seed", [0, 1, 2])
 def test_a_merge_killed_at_random_points_ends_with_the_same_bytes(
     seed: int, plan: MergePlan, base: Path, adapter: Path, tmp_path: Path
 ) -> None:
@@ -205,6 +205,7 @@ def test_a_base_written_to_during_the_merge_is_refused(plan: MergePlan, base: Pa
     assert caught.value.code == "inputs_changed"
 
 
+@pytest.mark.long
 def test_two_processes_on_one_output_do_not_meet(plan: MergePlan, base: Path, adapter: Path, tmp_path: Path) -> None:
     out = tmp_path / "merged"
     process = subprocess.Popen([sys.executable, "-c", SLOW_MERGE, base, adapter, out], stdout=subprocess.PIPE)

@@ -69,6 +69,7 @@ def test_the_choice_is_the_best_of_the_search_that_keeps_the_limits_on_unseen_ex
     assert report.passes >= 0.8 * expected_passes(problem)
 
 
+@pytest.mark.long
 def test_the_report_is_json_and_names_the_examples_that_were_seen(
     report: OptimizeReport, problem: SearchProblem
 ) -> None:
@@ -79,6 +80,7 @@ def test_the_report_is_json_and_names_the_examples_that_were_seen(
         assert seen[suite.name] == [example_digest(example) for example in suite.sample(4)]
 
 
+@pytest.mark.long
 def test_a_fit_is_never_scored_on_an_example_that_it_has_seen(problem: SearchProblem, tmp_path: Path) -> None:
     journal = tmp_path / "search.jsonl"
     optimize(problem, journal=journal)
@@ -94,6 +96,7 @@ def test_a_fit_is_never_scored_on_an_example_that_it_has_seen(problem: SearchPro
         assert example not in fitted_on
 
 
+@pytest.mark.long
 def test_a_search_resumes_from_any_part_of_its_journal_with_the_same_choice(
     problem: SearchProblem, report: OptimizeReport, tmp_path: Path
 ) -> None:
@@ -162,6 +165,7 @@ def test_a_budget_ends_the_search_and_the_best_so_far_are_confirmed(problem: Sea
     assert {standing.outcome.k for standing in short.best} == {8}
 
 
+@pytest.mark.long
 def test_a_search_with_a_budget_resumes_with_the_same_choice_and_stops_where_it_would_have(
     problem: SearchProblem, tmp_path: Path
 ) -> None:
@@ -182,6 +186,7 @@ def test_weights_between_the_tried_ones_are_tried_as_a_family_of_their_own(repor
     assert len(set(sums)) == len(sums), "none is tried twice"
 
 
+@pytest.mark.long
 def test_the_members_own_weights_and_rules_are_part_of_what_is_chosen(problem: SearchProblem) -> None:
     """With factors 2 and 4, weights of a half and a quarter equal those of the plain adapters."""
     red, blue = problem.members
@@ -201,6 +206,7 @@ def test_the_members_own_weights_and_rules_are_part_of_what_is_chosen(problem: S
     assert kept(own, "sum") != pytest.approx(kept(reference, "sum"), abs=1e-4)
 
 
+@pytest.mark.long
 def test_a_rank_that_the_recipe_asks_for_holds_for_every_candidate(problem: SearchProblem) -> None:
     asked = {"rank": 3, "tied": "untie", "protect": [1]}
     result = optimize(replace(problem, settings=asked, effort=SearchEffort(search=2, confirm=2)))
@@ -247,6 +253,7 @@ def test_few_unseen_examples_confirm_nothing(problem: SearchProblem) -> None:
     assert "not confirmed" in str(document(few)["headline"])
 
 
+@pytest.mark.long
 def test_what_the_recipe_says_is_a_candidate_too(problem: SearchProblem) -> None:
     own = Candidate(name="as given", family="given", method="ctm_mean", factors=(1.0, 1.0))
     result = optimize(replace(problem, effort=SearchEffort(search=2, confirm=2)), [own])
@@ -293,6 +300,7 @@ def scaled_dora(load: Load) -> LoadedAdapter:
     return replace(load("dora", 3, use_dora=True), name="dora")
 
 
+@pytest.mark.long
 def test_evolved_weights_are_tried_when_asked_and_a_resumed_search_asks_for_the_same(
     problem: SearchProblem, tmp_path: Path
 ) -> None:

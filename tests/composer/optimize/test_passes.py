@@ -3,6 +3,8 @@
 import json
 from dataclasses import replace
 
+import pytest
+
 from composer.optimize.combiner import pass_runner
 from composer.optimize.optimize import optimize
 from composer.optimize.problem import SearchProblem
@@ -13,6 +15,7 @@ from tests.composer.optimize.test_optimize import decided, problem, report
 __all__ = ["problem", "report"]  # fixtures
 
 
+@pytest.mark.long
 def test_passes_that_are_run_elsewhere_give_the_same_choice_with_the_same_numbers(
     problem: SearchProblem, report: OptimizeReport
 ) -> None:
@@ -28,6 +31,7 @@ def test_passes_that_are_run_elsewhere_give_the_same_choice_with_the_same_number
     assert len(other.alone) < sum(other.rounds) / 4, "only what depends on another result is run alone"
 
 
+@pytest.mark.long
 def test_a_pass_that_cannot_be_spread_is_run_alone(problem: SearchProblem, report: OptimizeReport) -> None:
     other = Other(pass_runner(problem), left_out="tsv")
     again = optimize(problem, elsewhere=other)

@@ -74,6 +74,7 @@ def test_migrating_twice_changes_nothing(database: Database) -> None:
     assert schema_revision(database) == head_revision()
 
 
+@pytest.mark.long
 def test_processes_that_migrate_at_once_do_not_disturb_each_other(url: str, tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ADAPTORY_")}
     environment |= {"ADAPTORY_HOME": str(tmp_path / "home"), "ADAPTORY_DATABASE_URL": url}

@@ -131,6 +131,7 @@ def test_a_list_is_filled_with_its_own_values(count: int) -> None:
     assert len(padded(values)) == (max(count, PLANNED_VALUES) if count else 0)
 
 
+@pytest.mark.long
 def test_more_releases_than_one_statement_takes_come_in_the_order_asked_for(database: Database) -> None:
     ids = [item.id for item in reversed(stock(database, count=BATCH_SIZE + 10))]
     assert len(ids) > BATCH_SIZE
@@ -147,6 +148,7 @@ def test_more_releases_than_one_statement_takes_come_in_the_order_asked_for(data
     }
 
 
+@pytest.mark.long
 def test_of_a_statement_that_was_compiled_only_its_text_is_kept(session: Session) -> None:
     """Thousands of forms of searches took a gigabyte, and garbage collection took ten seconds."""
     above = prepared(lambda number: select(THINGS.c.id).where(THINGS.c.id > number).order_by(THINGS.c.id))

@@ -32,6 +32,7 @@ from tests import services
 from tests.composer.small_model import save_llama
 from tests.registry.searches import plain_search
 
+pytestmark = pytest.mark.on("PostgreSQL")  # 10,000 releases take half of the CPU that they take on SQLite
 RELEASES = 10_000
 WITH_RELEASES = ("release_words", "releases", "revisions", "scores")
 WITH_REPOSITORIES = ("channels", "moves", "repositories")
@@ -248,11 +249,11 @@ SHORT: dict[str, tuple[Actor, Query, Order, int]] = {
 80,000 for the stranger."""
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("stocked", ["SQLite"], indirect=True)
 @pytest.mark.parametrize("name", SHORT)
 def test_sqlite_does_not_walk_past_the_new_releases_to_old_ones(stocked: Stocked, name: str) -> None:
     actor, query, order, most = SHORT[name]
-    if not stocked.database.is_sqlite:
-        pytest.skip("PostgreSQL does not count")
     assert stocked.steps(lambda session: search.search(session, actor, query, order)) < most
 
 

@@ -47,6 +47,7 @@ def test_the_order_of_files_does_not_change_the_commit(listed: list[ManifestFile
     assert commit_id(canonical_manifest(shuffled)) == commit_id(canonical_manifest(listed))
 
 
+@pytest.mark.long
 @given(manifests, manifests)
 def test_other_files_are_another_commit(one: list[ManifestFile], other: list[ManifestFile]) -> None:
     same = set(one) == set(other)

@@ -68,6 +68,7 @@ ATTACKS: Mapping[str, Callable[[Rows], Rows]] = {
 }
 
 
+@pytest.mark.long
 def test_who_sends_a_blob_once_more_with_headers_of_his_own_neither_ends_nor_changes_it(corner: Corner) -> None:
     content = os.urandom(1000)
     arrival = corner.announce(content)
