@@ -39,7 +39,8 @@ def registry_of(pairing: dict[str, str], tmp_path: Path) -> dict[str, str]:
     return variables
 
 
-@pytest.mark.parametrize("processes", ["1", pytest.param("2", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("processes", ["1", "2"])
 def test_a_server_that_is_asked_to_stop_says_so_first_and_answers_until_it_does(
     environ: dict[str, str], tmp_path: Path, processes: str
 ) -> None:

@@ -128,6 +128,7 @@ def test_the_next_version_takes_over_from_this_one_without_a_failed_request(
     assert version.json(settings, "fsck")["clean"]
 
 
+@pytest.mark.long
 def test_after_a_migration_that_it_does_not_work_with_this_version_reads_on_and_changes_nothing(
     environ: dict[str, str], tmp_path: Path
 ) -> None:
@@ -265,6 +266,7 @@ def test_a_migration_leaves_to_the_code_before_it_what_that_code_uses(kind: str,
             assert breaks(old, new) == [], script.revision
 
 
+@pytest.mark.long
 def test_what_the_code_before_trips_over_is_seen(tmp_path: Path) -> None:
     old, new = (schema_of("SQLite", tmp_path / revision, revision) for revision in ("0021", "0022"))
     assert breaks(old, new) == [], "it only added"

@@ -128,6 +128,7 @@ def _endpoint(environ: Mapping[str, str]) -> list[str]:
     return ["--endpoint-url", url] if url else []
 
 
+@pytest.mark.long
 def test_rows_come_back_exactly_from_one_database_to_the_other_and_back(small: Cli, tmp_path: Path) -> None:
     saved, environ = tmp_path / "saved", small.environment
     was = rows_of(environ)
@@ -157,6 +158,7 @@ def test_a_killed_backup_does_not_exist_and_the_next_one_goes_on_with_its_blobs(
     assert restored.json("restore", saved)["fsck"]["findings"] == []
 
 
+@pytest.mark.long
 def test_a_killed_restore_leaves_an_empty_registry_and_may_be_repeated(small: Cli, tmp_path: Path) -> None:
     small.ok("backup", tmp_path / "saved")
     empty = other_kind({"ADAPTORY_DATABASE_URL": ""}, tmp_path / "restored")
@@ -263,6 +265,7 @@ def test_a_manifest_with_a_path_as_its_name_makes_no_file_there(small: Cli, tmp_
     assert not [*tmp_path.glob("elsewhere-*")]
 
 
+@pytest.mark.long
 def test_damaged_blobs_are_seen_by_a_full_backup_by_a_restore_and_by_a_backup_of_them(
     small: Cli, tmp_path: Path
 ) -> None:
@@ -343,6 +346,7 @@ def test_a_backup_has_no_secret_and_no_session_and_only_its_owner_reads_it(small
         assert len(restored.json("token", "list")["items"]) == count
 
 
+@pytest.mark.long
 def test_a_backup_of_an_earlier_schema_is_restored_and_migrated_and_of_a_later_one_refused(
     small: Cli, tmp_path: Path
 ) -> None:

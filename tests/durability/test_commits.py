@@ -243,6 +243,7 @@ class History:
         self.commits = [commit for commit in self.commits if commit[0] not in self.gone]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("pairing", services.PAIRINGS[:1], indirect=True)
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=STEPS)
@@ -282,7 +283,7 @@ def test_what_a_model_of_the_retention_keeps_is_there_and_nothing_else(
     assert [finding for finding in fsck.check(held, read_bytes=True) if finding.severity == "error"] == []
 
 
-@pytest.mark.on("PostgreSQL")
+@pytest.mark.long
 def test_a_tag_beside_a_collection_makes_a_complete_release_or_none(held: Resources, tmp_path: Path) -> None:
     """Every commit is forgotten as soon as the next one exists."""
     create(held)
@@ -307,7 +308,7 @@ def test_a_tag_beside_a_collection_makes_a_complete_release_or_none(held: Resour
     assert [finding for finding in fsck.check(held, read_bytes=True) if finding.severity == "error"] == []
 
 
-@pytest.mark.on("PostgreSQL")
+@pytest.mark.long
 def test_a_tag_of_a_commit_that_is_being_forgotten_leaves_main_where_it_is(
     held: Resources, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -354,8 +355,8 @@ def _wait_for_more(journal: Journal, before: int, deadline: float) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.on("PostgreSQL")
-@pytest.mark.parametrize("kills", [2, pytest.param(40, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("kills", [2, 40])
 def test_no_kill_of_a_committer_or_of_a_collector_loses_a_tag(
     environ: dict[str, str], tmp_path: Path, kills: int
 ) -> None:

@@ -29,7 +29,6 @@ from registry.transfer import collect
 from registry.wire.catalog import ReleaseOut
 from registry.worker.runner import run_one
 from tests import services
-from tests.doses import further
 from tests.durability.breakable import WITHOUT_DATABASE, Disk, Postgres, Stock, ask, do_jobs, furnish
 from tests.durability.conftest import broken_promises, opened
 from tests.durability.processes import CHANNEL, NAME, kill, serve, wait_for_port
@@ -154,7 +153,8 @@ def hang(postgres: Postgres) -> Callable[[], object]:
     return postgres.thaw
 
 
-@pytest.mark.parametrize("harm", [hang, *further(crash)])
+@pytest.mark.long
+@pytest.mark.parametrize("harm", [hang, crash])
 def test_a_database_that_is_away_is_a_503_on_every_route_and_is_used_again_when_it_is_back(
     on_postgres: Registry, own_postgres: Postgres, harm: Callable[[Postgres], Callable[[], object]]
 ) -> None:
@@ -180,6 +180,7 @@ def test_a_database_that_is_away_is_a_503_on_every_route_and_is_used_again_when_
     on_postgres.assert_well()
 
 
+@pytest.mark.long
 def test_connections_that_drop_in_the_middle_of_moves_lose_none_that_was_accepted(
     on_postgres: Registry, own_postgres: Postgres
 ) -> None:
@@ -211,6 +212,7 @@ def test_connections_that_drop_in_the_middle_of_moves_lose_none_that_was_accepte
     assert broken_promises(on_postgres.environ) == []
 
 
+@pytest.mark.long
 def test_a_job_whose_database_crashes_is_ended_well_when_it_is_back(
     environment_on_postgres: dict[str, str], own_postgres: Postgres, tmp_path: Path
 ) -> None:
@@ -239,6 +241,7 @@ def test_a_job_whose_database_crashes_is_ended_well_when_it_is_back(
     assert cli.json("log", "acme/both")["items"][0]["version"] == "1.0.0"
 
 
+@pytest.mark.long
 def test_a_database_that_may_not_be_written_refuses_changes_and_still_answers_questions(
     on_postgres: Registry, own_postgres: Postgres
 ) -> None:
@@ -258,6 +261,7 @@ def test_a_database_that_may_not_be_written_refuses_changes_and_still_answers_qu
     on_postgres.assert_well()
 
 
+@pytest.mark.long
 def test_a_statement_that_waits_for_a_lock_too_long_is_a_503(on_postgres: Registry, own_postgres: Postgres) -> None:
     held = opened(on_postgres.environ)
     with held.write() as session:
@@ -311,6 +315,7 @@ def send_a_megabyte(url: str, seed: int) -> httpx2.Response:
     return httpx2.put(f"{url}{planned.json()['files'][0]['put']['url']}", content=content)
 
 
+@pytest.mark.long
 def test_a_full_blob_store_is_a_503_and_is_used_again_when_there_is_space(disk: Disk, tmp_path: Path) -> None:
     store = {"ADAPTORY_STORAGE__KIND": "local", "ADAPTORY_STORAGE__DIRECTORY": str(disk.directory / "store")}
     with running({"ADAPTORY_HOME": str(tmp_path / "home"), **store, **PATIENCE}, tmp_path) as registry:
@@ -356,6 +361,7 @@ def on_s3(own_s3: S3Server, tmp_path: Path) -> Generator[Registry]:
         yield registry
 
 
+@pytest.mark.long
 def test_a_store_that_goes_away_between_upload_and_publication_leaves_no_release(
     on_s3: Registry, own_s3: S3Server
 ) -> None:
@@ -389,6 +395,7 @@ class _DiesOfADelete(S3Store):
         super().delete(sha256)
 
 
+@pytest.mark.long
 def test_a_collection_whose_store_goes_away_is_finished_by_the_next_one(on_s3: Registry, own_s3: S3Server) -> None:
     api = Api(on_s3.url)
     unused = adapter_files(on_s3.directory / "unused", 12)

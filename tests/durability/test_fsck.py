@@ -143,7 +143,7 @@ def test_no_blob_is_discarded_without_an_audit_row_wherever_it_ends(
     assert (row["subject"], row["reason"]) == (sha256, "damaged")
 
 
-@pytest.mark.on("PostgreSQL")
+@pytest.mark.long
 def test_damage_is_reported_when_nothing_of_it_can_be_discarded(
     furnished: Cli, environ: dict[str, str], tmp_path: Path
 ) -> None:

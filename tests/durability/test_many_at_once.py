@@ -78,8 +78,8 @@ def together(apis: list[Api], act: Callable[[int, Api], object]) -> list[object]
         return list(pool.map(run, range(len(apis))))
 
 
-@pytest.mark.on("PostgreSQL")
-@pytest.mark.parametrize("enough_moves", [200, *further(2_000)])
+@pytest.mark.long
+@pytest.mark.parametrize("enough_moves", [200, 2_000])
 def test_sixteen_clients_move_one_channel_and_history_has_every_accepted_move_once_in_order(
     environ: dict[str, str], url: str, tmp_path: Path, enough_moves: int
 ) -> None:
@@ -171,7 +171,7 @@ def test_of_two_releases_at_once_that_break_each_other_only_one_is_published(
     assert broken_promises(environ) == []
 
 
-@pytest.mark.on("PostgreSQL")
+@pytest.mark.long
 def test_many_pushes_that_ask_for_the_next_number_get_one_each(
     environ: dict[str, str], url: str, tmp_path: Path
 ) -> None:
@@ -206,8 +206,8 @@ def test_of_many_equal_pushes_one_makes_the_release_and_all_succeed(
     assert broken_promises(environ) == []
 
 
-@pytest.mark.on("PostgreSQL")
-@pytest.mark.parametrize("turns", [6, *further(20)])
+@pytest.mark.long
+@pytest.mark.parametrize("turns", [6, 20])
 def test_yanks_at_the_same_moment_wait_for_each_other_and_each_tells_what_was_before(
     environ: dict[str, str], url: str, tmp_path: Path, turns: int
 ) -> None:
@@ -233,7 +233,8 @@ def test_yanks_at_the_same_moment_wait_for_each_other_and_each_tells_what_was_be
     assert broken_promises(environ) == []
 
 
-@pytest.mark.parametrize("acts", [30, *further(200)])
+@pytest.mark.long
+@pytest.mark.parametrize("acts", [30, 200])
 def test_what_is_read_beside_yanks_is_of_one_moment(
     environ: dict[str, str], url: str, tmp_path: Path, acts: int
 ) -> None:
@@ -309,6 +310,7 @@ def test_of_the_first_scores_of_a_metric_all_say_the_same_of_what_is_better(
             assert sum(isinstance(answer, Invalid) for answer in answers) == 4, answers
 
 
+@pytest.mark.long
 def test_many_first_pushes_into_a_namespace_that_is_not_there_yet_all_arrive(
     environ: dict[str, str], url: str, tmp_path: Path
 ) -> None:
@@ -330,6 +332,7 @@ def test_many_first_pushes_into_a_namespace_that_is_not_there_yet_all_arrive(
     assert broken_promises(environ) == []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("pairing", services.PAIRINGS[1:], indirect=True)
 def test_searches_that_wait_for_the_database_hold_up_nobody_else(
     environ: dict[str, str], url: str, tmp_path: Path

@@ -92,7 +92,7 @@ class Push:
         return httpx2.post(f"{self.address}/{path}", content=content, headers=headers, timeout=60)
 
 
-@pytest.mark.on("PostgreSQL")
+@pytest.mark.long
 def test_a_push_survives_kills_of_the_server_and_leaves_nothing_behind(server: Server) -> None:
     chance = random.Random(os.environ.get("ADAPTORY_TEST_SEED", "xet"))
     xorbs = [b"".join(chunk(chance.randbytes(CHUNK), PLAIN) for _ in range(20)) for _ in range(2)]

@@ -101,6 +101,7 @@ def test_a_yank_waits_for_a_move_and_the_channel_gives_out_what_lies_below(
     assert broken_promises(environ) == []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("turns", [9, *further(24)])
 def test_moves_beside_yanks_leave_searches_with_what_the_channels_give_out(
     environ: dict[str, str], url: str, tmp_path: Path, turns: int
