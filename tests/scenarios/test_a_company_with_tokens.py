@@ -92,6 +92,7 @@ def test_each_sees_and_does_what_the_role_allows_and_the_audit_says_who_it_was(
     assert "ask an admin" in refused.err
 
 
+@pytest.mark.long
 def test_a_base_has_the_names_and_places_that_its_maker_and_admins_give_it_and_no_others(
     company: Company, world: World, tmp_path: Path
 ) -> None:

@@ -53,6 +53,7 @@ def test_a_merged_model_has_no_configuration_of_an_adapter_that_it_does_not_have
     assert load_model(tmp_path / "merged").model.config.model_type == "llama"
 
 
+@pytest.mark.long
 def test_a_base_from_a_hub_comes_without_the_adapter_beside_it(on_disk: Cli, world: World, tmp_path: Path) -> None:
     base = with_adapter(Path(shutil.copytree(world.base, tmp_path / "base")), world.adapters["terraform"])
     with small_hub() as hub:

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 import registry
 from tests.scenarios.world import World
 
@@ -38,6 +40,7 @@ EDITS = {
 """Text that occurs once, and the line to add below it."""
 
 
+@pytest.mark.long
 def test_a_fact_that_is_added_in_four_files_is_in_the_database_and_in_every_document(
     world: World, tmp_path: Path
 ) -> None:

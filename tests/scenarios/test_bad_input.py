@@ -248,6 +248,7 @@ def test_a_full_disk_ends_a_merge_and_leaves_nothing(on_disk: Cli, world: World,
         assert list(disk.iterdir()) == []
 
 
+@pytest.mark.long
 def test_a_full_disk_ends_a_push_and_leaves_nothing(on_disk: Cli, world: World, tmp_path: Path) -> None:
     adapter = shutil.copytree(world.adapters["sql"], tmp_path / "adapter")
     (adapter / "tokenizer.json").write_bytes(b"x" * (8 << 20))

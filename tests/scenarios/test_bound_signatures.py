@@ -15,6 +15,7 @@ from registry.errors import Invalid, Refused
 from registry.formats.references import parse_reference
 from registry.formats.signatures import SIGNATURE_FILE, fingerprint
 from registry.wire.catalog import BaseRef, ReleaseOut
+from tests.doses import further
 from tests.scenarios.test_signatures import Keys, require, stock_sign
 from tests.scenarios.traces import api_of
 from tests.scenarios.world import Cli, World
@@ -35,7 +36,7 @@ def pulled(stocked_embedded: Cli, world: World, keys: Keys, tmp_path: Path) -> P
     return tmp_path / "pulled"
 
 
-@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("known", [True, *further(False)])
 def test_files_that_were_signed_and_yanked_cannot_come_back_under_another_number_name_or_base(
     stocked_embedded: Cli, world: World, keys: Keys, pulled: Path, tmp_path: Path, known: bool
 ) -> None:
@@ -133,7 +134,7 @@ def test_a_release_is_signed_afterwards_by_a_key_that_its_namespace_trusts(
     assert stocked("pull", "acme/sql", "-o", tmp_path / "no", "--verify", stranger.public).code == 1
 
 
-@pytest.mark.on("PostgreSQL")
+@pytest.mark.long
 def test_a_release_that_two_keys_signed_can_be_promoted_while_either_key_is_trusted(
     stocked: Cli, world: World, keys: Keys, tmp_path: Path
 ) -> None:
@@ -184,6 +185,7 @@ def test_a_bump_has_its_number_before_it_is_signed_and_the_same_push_again_is_on
     assert (named["repository"], named["version"], named["base"]) == ("acme/sql", "0.1.1", other["base"]["digest"])
 
 
+@pytest.mark.long
 def test_an_unsigned_composition_is_refused_when_it_is_requested_and_a_worker_with_a_key_signs(
     stocked_embedded: Cli, world: World, keys: Keys, tmp_path: Path
 ) -> None:

@@ -53,7 +53,7 @@ def test_a_breaking_change_is_refused_with_its_reasons_and_the_number_that_would
     stocked.ok("push", world.adapters["terraform"], "acme/sql:2.0.0", "--base", "tiny")
 
 
-@pytest.mark.on("PostgreSQL")
+@pytest.mark.long
 def test_a_line_at_the_largest_number_is_not_bumped_beyond_what_can_be_asked_for(stocked: Cli, world: World) -> None:
     last = "acme/sql:999999999999999999.0.0"
     stocked.ok("push", world.adapters["sql"], last, "--base", "tiny")
@@ -237,6 +237,7 @@ def test_a_reason_that_was_not_needed_is_not_kept(stocked_embedded: Cli, tmp_pat
     assert [row["breaking_reason"] for row in stocked_embedded.json("log", "acme/sql")["items"]] == [None, None]
 
 
+@pytest.mark.long
 def test_a_composition_is_judged_like_any_other_release(stocked_embedded: Cli, world: World, tmp_path: Path) -> None:
     cli, recipe = stocked_embedded, tmp_path / "recipe.yaml"
     for name in ("sql", "support"):

@@ -79,6 +79,7 @@ def test_a_version_written_as_a_channel_is_answered_with_how_to_write_it(line: L
     assert ":1.0.0" in missing["next"]
 
 
+@pytest.mark.long
 def test_a_channel_moves_only_from_where_its_mover_saw_it(line: Line) -> None:
     problem(line.look(), 404, "channel_unknown")
     problem(line.promote("1.0.0", If_Match='"12345"'), 412, "channel_moved")
@@ -146,7 +147,7 @@ def test_of_eight_moves_that_saw_the_same_exactly_one_wins(line: Line) -> None:
         assert [move["from_version"] for move in moves[:-1]] == [move["to_version"] for move in moves[1:]]
 
 
-@pytest.mark.on("PostgreSQL")
+@pytest.mark.long
 @pytest.mark.parametrize("there", [True, False], ids=["moves of a channel", "first moves"])
 def test_moves_without_a_condition_at_once_all_succeed_and_leave_an_unbroken_history(line: Line, there: bool) -> None:
     if there:

@@ -219,6 +219,7 @@ def check_model(directory: Path, base: Path, expected: dict[str, torch.Tensor]) 
         assert torch.equal(ours[name], tensor) or any(part in name for part in TOUCHED)
 
 
+@pytest.mark.long
 def test_a_composition_that_is_refused_publishes_nothing(team: Cli, world: World, tmp_path: Path) -> None:
     """By a gate, by a missing score, and by a conflict that no weight resolves."""
     for seed, name in enumerate(("one", "two")):
@@ -254,6 +255,7 @@ def test_a_composition_that_is_refused_publishes_nothing(team: Cli, world: World
     assert states == ["refused"] * 3
 
 
+@pytest.mark.long
 def test_a_tied_weight_is_untied_unless_the_recipe_decides_otherwise(embedded: Cli, tmp_path: Path) -> None:
     cli, base = embedded, save_llama(tmp_path / "base", seed=4, tied=True)
     cli.ok("base", "add", base, "--name", "tied")
@@ -290,6 +292,7 @@ def test_a_tied_weight_is_untied_unless_the_recipe_decides_otherwise(embedded: C
         torch.testing.assert_close(ours.state_dict()[name], tensor, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.long
 def test_a_model_alone_needs_no_factors_and_is_measured_as_it_is_published(
     small_team: Cli, world: World, tmp_path: Path
 ) -> None:
@@ -314,12 +317,14 @@ def test_a_model_alone_needs_no_factors_and_is_measured_as_it_is_published(
     assert small_team.json("verify", "acme/assistant-merged", "--rebuild")["rebuild"]["verdict"] == "same"
 
 
+@pytest.mark.long
 def test_a_composition_without_scores_says_that_nothing_is_known(small_team: Cli, tmp_path: Path) -> None:
     unmeasured = [{"adapter": "acme/sql@prod"}, {"adapter": "acme/support"}]
     shown = small_team.ok("compose", write_recipe(tmp_path, probe=0, inputs=unmeasured)).out
     assert "scores: none, so what the result keeps" in shown
 
 
+@pytest.mark.long
 def test_an_input_that_no_suite_judges_is_named(small_team: Cli, tmp_path: Path) -> None:
     one_judged = [{"adapter": "acme/sql@prod", "suite": "sql-exact"}, {"adapter": "acme/support"}]
     alone = write_recipe(tmp_path, probe=0, inputs=one_judged, evaluate=[], gates=[])
@@ -372,7 +377,7 @@ def test_a_version_that_holds_something_else_is_refused_at_once(small_team: Cli,
     refuse_both(small_team, other, 4, "acme/assistant:2.0.0")
 
 
-@pytest.mark.on("PostgreSQL")
+@pytest.mark.long
 def test_an_output_for_another_base_needs_a_major_number_at_once(small_team: Cli, tmp_path: Path) -> None:
     other = save_llama(tmp_path / "other", seed=9)
     small_team.ok("base", "add", other, "--name", "other")
@@ -402,6 +407,7 @@ def test_a_namespace_that_takes_only_signed_releases_refuses_a_composition_at_on
     assert small_team.json("compose", write_recipe(tmp_path, model=None, probe=0))["state"] == "done"
 
 
+@pytest.mark.long
 def test_what_cannot_end_as_an_adapter_is_refused_by_the_plan_too(small_team: Cli, tmp_path: Path) -> None:
     idle: dict[str, Any] = {"adapter": "acme/sql@prod", "rules": [{"modules": "nothing.*", "weight": 0.5}]}
     other = "acme/support"

@@ -101,6 +101,7 @@ def test_a_reader_gets_the_report_that_the_command_computes_and_a_repeated_reque
     assert not [path for path in office.resources.work_directory.iterdir() if path.name.startswith("conflicts-")]
 
 
+@pytest.mark.long
 def test_other_weights_settings_or_an_other_order_are_another_check(office: Office) -> None:
     rex = office.apis["rex"]
     requests = [
@@ -173,6 +174,7 @@ def test_a_check_that_was_cancelled_is_computed_when_it_is_asked_for_again(offic
         rex.post(f"/v1/jobs/{again['job']}/cancel")
 
 
+@pytest.mark.long
 def test_a_report_is_kept_for_thirty_days(office: Office) -> None:
     rex = office.apis["rex"]
     check = rex.post("/v1/conflicts", wanted())

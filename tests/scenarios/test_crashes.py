@@ -139,6 +139,7 @@ def test_a_worker_that_dies_before_it_notes_a_step_is_succeeded_by_one_that_ends
     )
 
 
+@pytest.mark.long
 def test_a_search_whose_choice_is_locked_is_not_repeated_by_the_next_worker(
     sql_and_support: Cli, tmp_path: Path
 ) -> None:
@@ -169,6 +170,7 @@ def test_a_search_whose_choice_is_locked_is_not_repeated_by_the_next_worker(
     assert evidence["choice"]
 
 
+@pytest.mark.long
 def test_a_worker_that_dies_between_the_bytes_of_two_outputs_has_published_neither(
     sql_and_support: Cli, tmp_path: Path
 ) -> None:
@@ -197,6 +199,7 @@ def test_a_worker_that_dies_between_the_bytes_of_two_outputs_has_published_neith
     assert len(cli.json("log", "acme/both")["items"]) == 1
 
 
+@pytest.mark.long
 def test_a_job_that_kills_every_worker_is_given_up(sql_and_support: Cli, tmp_path: Path) -> None:
     cli, environ = sql_and_support, sql_and_support.environment
     begin(cli, tmp_path)
@@ -214,6 +217,7 @@ def test_a_job_that_kills_every_worker_is_given_up(sql_and_support: Cli, tmp_pat
     assert not traces(cli).work
 
 
+@pytest.mark.long
 def test_a_command_does_its_own_job_and_leaves_those_of_others_to_workers_and_to_their_followers(
     sql_and_support: Cli, tmp_path: Path
 ) -> None:
@@ -225,7 +229,7 @@ def test_a_command_does_its_own_job_and_leaves_those_of_others_to_workers_and_to
     assert cli.json("jobs", 1)["state"] == "done"
 
 
-@pytest.mark.on("PostgreSQL")
+@pytest.mark.long
 def test_a_server_killed_in_the_middle_of_a_composition_does_not_lose_it(
     pairing: dict[str, str], world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -397,6 +401,7 @@ def write_single(directory: Path) -> Path:
     return path
 
 
+@pytest.mark.long
 def test_a_silent_worker_that_comes_back_cannot_end_a_job_that_another_has_taken(
     sql_and_support: Cli, tmp_path: Path
 ) -> None:

@@ -56,7 +56,7 @@ def test_what_a_base_was_made_from_before_a_correction_is_in_the_audit(cli: Cli)
     assert [row[1:] for row in origins] == [(None, digests[0]), (digests[0], digests[1])]
 
 
-@pytest.mark.on("PostgreSQL")
+@pytest.mark.long
 def test_a_channel_tells_what_it_gives_out_and_what_it_passes_over(stocked: Cli, world: World) -> None:
     for name, version in (("sql", "1.0.0"), ("other-sql", "1.1.0")):
         stocked.ok("push", world.adapters[name], f"acme/sql:{version}", "--base", "tiny", "--channel", "prod")
@@ -75,6 +75,7 @@ def test_a_channel_tells_what_it_gives_out_and_what_it_passes_over(stocked: Cli,
     assert channel_state() == [None, "1.1.0", {}]
 
 
+@pytest.mark.long
 def test_the_first_score_of_its_author_says_which_way_a_metric_is_better(stocked: Cli, world: World) -> None:
     for name in ("sql", "support"):
         stocked.ok("push", world.adapters[name], f"acme/{name}:1.0.0", "--base", "tiny")

@@ -77,7 +77,7 @@ def test_a_suite_that_gets_its_first_version_keeps_its_digest_and_scores(stocked
     assert before["digest"] == after["digest"]
 
 
-@pytest.mark.on("PostgreSQL")
+@pytest.mark.long
 def test_several_releases_and_their_base_are_evaluated_on_several_suites_at_once(
     stocked_embedded: Cli, world: World, tmp_path: Path
 ) -> None:
@@ -150,6 +150,7 @@ def test_releases_are_compared_example_by_example_and_the_results_outlive_a_coll
     assert traces(cli).blobs == stored
 
 
+@pytest.mark.long
 def test_a_job_whose_worker_stops_inside_a_suite_goes_on_at_the_example_where_it_stopped(
     stocked_on_disk: Cli, world: World, tmp_path: Path
 ) -> None:

@@ -53,6 +53,7 @@ def test_a_line_and_a_command_for_each_change_until_interrupted(
     assert process.exitcode in (130, 143, -signal.SIGTERM)
 
 
+@pytest.mark.long
 def test_a_follower_goes_on_after_the_server_has_restarted(
     stocked_embedded: Cli, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

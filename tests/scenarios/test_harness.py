@@ -69,7 +69,7 @@ def test_harness_tasks_are_recorded_as_suites_with_the_version_of_the_harness(
     assert (planned.code, "it is a task of an evaluation harness" in planned.err) == (2, True)
 
 
-@pytest.mark.on("PostgreSQL")
+@pytest.mark.long
 def test_the_content_of_a_task_is_its_configuration_and_documents_wherever_these_are(team: Cli, tmp_path: Path) -> None:
     for copy in ("first", "second"):
         write_task(tmp_path / copy, "colours", CHOICES, [0, 1, 2])
@@ -144,6 +144,7 @@ def test_how_a_task_is_asked_is_a_part_of_its_content_and_of_its_version(team: C
     assert len(set(scores.values())) == 3
 
 
+@pytest.mark.long
 def test_a_worker_runs_a_task_if_it_makes_the_same_content_of_it(team: Cli, tmp_path: Path) -> None:
     tasks, others = tmp_path / "tasks", tmp_path / "others"
     for directory, answers in ((tasks, [0, 1, 2, 0, 1]), (others, [0, 1, 2, 0, 2])):

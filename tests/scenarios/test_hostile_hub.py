@@ -44,6 +44,7 @@ def variants(document: Any) -> Iterator[Any]:
             yield changed
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("answer", ["revision", "tree"])
 def test_an_answer_with_any_part_wrong_is_used_or_refused_with_a_code(
     hub: SmallHub, tmp_path: Path, answer: str
@@ -118,7 +119,7 @@ ANSWERS: dict[str, Answer] = {
     "a long one": lambda handler: send(handler, b" " * HUGE),
     "an endless one": endless,
     "a slow one": lambda handler: endless(handler, b" ", 0.05),
-    "a silent one": lambda handler: endless(handler, b" ", 5),
+    "a silent one": lambda handler: endless(handler, b" ", 1),
     "endless pages": endless_pages,
     "no page": lambda handler: send(handler, Link='<http://[>; rel="next"'),
     "a redirect to itself": lambda handler: send(handler, status=302, Location=handler.path),
@@ -129,8 +130,8 @@ ANSWERS: dict[str, Answer] = {
 
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "DOCUMENTS_S", 3.0)
-    monkeypatch.setattr(limits, "READ_S", 1.0)
+    monkeypatch.setattr(limits, "DOCUMENTS_S", 1.5)
+    monkeypatch.setattr(limits, "READ_S", 0.5)
 
 
 @pytest.mark.usefixtures("short")

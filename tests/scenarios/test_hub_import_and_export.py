@@ -165,6 +165,7 @@ def _is_read_by_the_client(directory: Path) -> None:
     assert entry.notes == "n=6, standard error 0.1"
 
 
+@pytest.mark.long
 def test_a_tag_that_names_something_else_is_not_moved(
     stocked_on_disk: Cli, far: Far, world: World, tmp_path: Path
 ) -> None:
@@ -212,6 +213,7 @@ def card_of(base: str) -> bytes:
     return f"---\nbase_model: {base}\n---\n".encode()
 
 
+@pytest.mark.long
 def test_what_cannot_be_imported_says_why(stocked_on_disk: Cli, hub: SmallHub, world: World, tmp_path: Path) -> None:
     me, adapter = online(stocked_on_disk, tmp_path / "me"), stored(world.adapters["sql"])
     pickled = {("adapter_model.bin" if path == WEIGHTS else path): content for path, content in adapter.items()}
@@ -243,6 +245,7 @@ def test_what_cannot_be_imported_says_why(stocked_on_disk: Cli, hub: SmallHub, w
     assert "evil.json" not in hub.downloads()
 
 
+@pytest.mark.long
 def test_a_branch_that_moves_during_an_import_does_not_mix_two_commits(
     stocked_on_disk: Cli, hub: SmallHub, world: World, tmp_path: Path
 ) -> None:
@@ -264,6 +267,7 @@ def test_a_branch_that_moves_during_an_import_does_not_mix_two_commits(
     assert bumped["release"]["version"] != "1.0.0"
 
 
+@pytest.mark.long
 def test_a_network_that_goes_leaves_nothing_half_published_and_the_next_import_goes_on(
     stocked_on_disk: Cli, hub: SmallHub, world: World, tmp_path: Path
 ) -> None:
@@ -330,6 +334,7 @@ def test_without_the_extra_the_error_says_what_to_install(command: tuple[str, ..
     assert (ran.returncode, "pip install 'adaptory[hub]'" in ran.stderr) == (7, True), ran.stderr
 
 
+@pytest.mark.long
 def test_a_model_is_imported_without_the_pickles_beside_its_weights(
     stocked_on_disk: Cli, hub: SmallHub, world: World, tmp_path: Path
 ) -> None:
@@ -385,6 +390,7 @@ def test_a_machine_without_a_base_brings_it_from_its_hub(
     offline.ok("base", "add", location, "--name", "tiny")
 
 
+@pytest.mark.long
 def test_a_location_whose_content_is_not_the_base_is_refused(
     stocked_on_disk: Cli, hub: SmallHub, world: World, tmp_path: Path
 ) -> None:
@@ -416,6 +422,7 @@ def test_a_location_whose_content_is_not_the_base_is_refused(
     assert (wrong.code, wrong.json["error"]["code"]) == (1, "base_changed")
 
 
+@pytest.mark.long
 def test_a_private_export_is_not_made_where_everybody_reads_it(
     stocked_on_disk: Cli, templates: Templates, world: World, tmp_path: Path
 ) -> None:
@@ -442,6 +449,7 @@ def test_a_private_export_is_not_made_where_everybody_reads_it(
         me.ok("import", "hf://closed/sql@1.0.0", "acme/copy:1.0.0")
 
 
+@pytest.mark.long
 def test_what_is_left_out_or_left_alone_is_said(
     stocked_on_disk: Cli, far: Far, hub: SmallHub, world: World, tmp_path: Path
 ) -> None:

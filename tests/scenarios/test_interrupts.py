@@ -82,7 +82,8 @@ def test_an_interrupt_at_any_moment_ends_without_a_traceback(stocked_on_disk: Cl
         assert (code, lines) in ((130, ["interrupted"]), (-signal.SIGINT, [])), "a shell shows 130 for both"
 
 
-@pytest.mark.parametrize("code", [STUCK, *further(DESTRUCTOR)], ids=["cleaning up for ever", "in a destructor"])
+@pytest.mark.long
+@pytest.mark.parametrize("code", [STUCK, DESTRUCTOR], ids=["cleaning up for ever", "in a destructor"])
 def test_an_interrupt_ends_what_is_stuck_within_two_seconds(stocked_on_disk: Cli, code: str) -> None:
     process = begin(stocked_on_disk, code + START, "pull", "acme/sql")
     assert process.stdout is not None
@@ -96,6 +97,7 @@ def test_an_interrupt_ends_what_is_stuck_within_two_seconds(stocked_on_disk: Cli
     assert seconds < 3, "two, and what a busy machine takes to end a process"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("again", [False, True], ids=["once", "twice"])
 def test_a_composition_of_a_server_goes_on_unless_it_is_interrupted_twice(
     stocked_on_disk: Cli, world: World, tmp_path: Path, again: bool

@@ -77,6 +77,7 @@ def test_the_same_push_again_is_a_no_op_and_other_content_is_a_conflict(stocked:
     assert len(stocked.json("log", "acme/sql")["items"]) == 1
 
 
+@pytest.mark.long
 def test_yanked_releases_are_skipped_but_still_there_by_name(stocked: Cli, world: World) -> None:
     stocked.ok("push", world.adapters["sql"], "acme/sql:1.0.0", "--base", "tiny", "--channel", "prod")
     stocked.ok("push", world.adapters["other-sql"], "acme/sql:1.1.0", "--base", "tiny", "--channel", "prod")
@@ -258,6 +259,7 @@ def test_two_pulls_into_one_directory_never_mix_their_bytes(
         assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
 
 
+@pytest.mark.long
 def test_a_yanked_release_on_a_channel_is_no_yardstick_for_its_gate(stocked_embedded: Cli, world: World) -> None:
     cli = stocked_embedded
     suite = cli.json("suite", "list")["items"]

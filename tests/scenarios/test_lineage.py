@@ -35,7 +35,7 @@ def recipe(path: Path, version: str, weight: float = 1.0, **changes: Any) -> Pat
     return path
 
 
-@pytest.mark.on("PostgreSQL")
+@pytest.mark.long
 def test_plan_show_and_diff_tell_rules_method_and_settings(team: Cli, tmp_path: Path) -> None:
     first = recipe(tmp_path / "recipe.yaml", "1.0.0")
     planned = team.ok("compose", first, "--plan", "--wide").out
@@ -67,6 +67,7 @@ def test_plan_show_and_diff_tell_rules_method_and_settings(team: Cli, tmp_path: 
     assert team.json("diff", "acme/sql", "acme/terraform")["composition"] == []
 
 
+@pytest.mark.long
 def test_members_are_listed_in_the_recipes_order_with_its_method_whatever_was_published_first(
     team: Cli, tmp_path: Path
 ) -> None:

@@ -151,6 +151,7 @@ def moves(cli: Cli) -> list[tuple[str, str]]:
     return [(row["kind"], row["to_version"]) for row in cli.json("history", "acme/sql@prod")["items"]]
 
 
+@pytest.mark.long
 @served
 def test_files_are_published_once_although_others_publish_before_the_answer_is_missed(
     network: Network, push: Push, somebody: Cli
@@ -193,6 +194,7 @@ def test_a_bump_whose_request_or_answer_was_lost_gets_one_number(network: Networ
     assert push("second", *AUTO).out.startswith("published acme/sql:1.0.4 ")  # not 1.0.2, of the same files
 
 
+@pytest.mark.long
 @remote
 def test_a_push_without_any_answer_says_that_it_may_be_out_and_how_to_see(
     network: Network, push: Push, somebody: Cli
@@ -256,9 +258,9 @@ def test_a_rollback_before_the_answer_to_a_move_is_missed_stays(
     assert moves(somebody) == [("rollback", "1.0.0"), ("promote", "1.0.1"), ("promote", "1.0.0")]
 
 
-@pytest.mark.on("PostgreSQL")
+@pytest.mark.long
 @served
-@pytest.mark.parametrize("reaches", [True, *further(False)])
+@pytest.mark.parametrize("reaches", [True, False])
 def test_a_rollback_whose_request_or_answer_was_lost_goes_back_once(
     network: Network, push: Push, stocked: Cli, reaches: bool
 ) -> None:
@@ -270,6 +272,7 @@ def test_a_rollback_whose_request_or_answer_was_lost_goes_back_once(
     assert moves(stocked)[:2] == [("rollback", "1.0.1"), ("promote", "1.0.2")]
 
 
+@pytest.mark.long
 @served
 def test_what_a_request_found_done_already_is_its_answer_too(network: Network, push: Push, somebody: Cli) -> None:
     """The request itself moved or published nothing, and repeating it later would undo changes that others made

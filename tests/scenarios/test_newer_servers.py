@@ -81,6 +81,7 @@ def with_new_fields(value: Any) -> Any:
     return {**known, NEW: {"n": 1}}
 
 
+@pytest.mark.long
 def test_every_command_ignores_the_fields_that_it_does_not_know_and_prints_them_as_json(
     proxy: tuple[Rewriting, Cli], world: World, tmp_path: Path
 ) -> None:

@@ -44,7 +44,7 @@ def adapter(tmp_path: Path) -> Path:
     return directory
 
 
-@pytest.mark.on("PostgreSQL")
+@pytest.mark.long
 def test_an_adapter_with_hundreds_of_targets_is_released_and_found(cli: Cli, adapter: Path) -> None:
     add_base(cli, "wide")
     cli.ok("push", adapter, "acme/wide:1.0.0", "--base", "wide")
@@ -66,6 +66,7 @@ def test_the_same_files_for_another_base_are_another_release(cli: Cli, adapter: 
     assert (moved["release"]["base"]["name"], moved["release"]["commit"]) == ("new", first["commit"])
 
 
+@pytest.mark.long
 def test_lists_of_bases_and_repositories_say_everything_page_by_page(cli: Cli, adapter: Path) -> None:
     add_base(cli, "wide")
     for repository in ("acme/b", "acme.lab/a", "acme/a"):

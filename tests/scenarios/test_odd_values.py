@@ -109,6 +109,7 @@ def test_a_rank_that_is_given_twice_is_refused(on_disk: Cli, world: World, tmp_p
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.long
 def test_a_command_whose_output_nobody_takes_does_its_work(world: World, tmp_path: Path) -> None:
     command = (
         f"{sys.executable} -m registry.cli.main combine --adapter {world.adapters['sql']} -o {tmp_path / 'out'} >&-"

@@ -61,6 +61,7 @@ def test_a_plan_searches_too_and_publishes_nothing(small_team: Cli, tmp_path: Pa
     assert plan["results"] == []
 
 
+@pytest.mark.long
 def test_if_nothing_fits_the_composition_is_refused_and_the_evidence_stays(small_team: Cli, tmp_path: Path) -> None:
     impossible = {"thresholds": {"probe_loss": -100, "probe_answers": 0}}
     recipe = recipe_of(tmp_path, policy=impossible, optimize={"search": 2, "confirm": 2})

@@ -52,6 +52,7 @@ def test_every_list_fits_80_columns_and_is_whole_with_wide(busy: Cli, world: Wor
         )
 
 
+@pytest.mark.long
 def test_on_a_terminal_of_80_columns_no_line_is_longer(busy: Cli, world: World, tmp_path: Path) -> None:
     busy.ok("push", world.adapters["terraform"], "acme/a-terraform-adapter:1.0.0", "--base", "tiny")
     recipe = tmp_path / "recipe.yaml"
@@ -137,6 +138,7 @@ for words in sys.argv[1:]:
 """
 
 
+@pytest.mark.long
 def test_the_shell_completes_references_channels_suites_and_methods(busy: Cli) -> None:
     """All in one process, whereas a shell starts one for each."""
     with environment(busy.environment, []):

@@ -115,6 +115,7 @@ def test_a_promotion_that_another_person_must_approve_waits_for_it(
     assert acts["promotion:approve"] == "rosa"
 
 
+@pytest.mark.long
 def test_an_evaluation_that_is_stopped_goes_on_with_what_is_not_measured(
     stocked_embedded: Cli, world: World, tmp_path: Path
 ) -> None:
@@ -144,6 +145,7 @@ def test_an_evaluation_that_is_stopped_goes_on_with_what_is_not_measured(
     resources.close()
 
 
+@pytest.mark.long
 def test_what_a_recipe_ignores_does_not_count_as_ok_on_a_channel(
     stocked_embedded: Cli, world: World, tmp_path: Path
 ) -> None:

@@ -42,6 +42,7 @@ def damage(path: Path) -> None:
     path.chmod(mode)
 
 
+@pytest.mark.long
 def test_a_blob_damaged_in_the_store_is_named_and_never_delivered_nor_published(
     stocked: Cli, world: World, tmp_path: Path
 ) -> None:

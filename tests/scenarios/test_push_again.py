@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from registry.transfer.fsck import check, discard
+from tests.doses import further
 from tests.scenarios import stored
 from tests.scenarios.test_signatures import Keys
 from tests.scenarios.traces import hashes, home_of, opened, traces
@@ -34,7 +35,7 @@ def beside(cli: Cli) -> Cli:
     return Cli({**cli.environment, **cli.served_with, "ADAPTORY_HOME": str(home_of(cli)), "ADAPTORY_URL": ""})
 
 
-@pytest.mark.on("PostgreSQL")
+@pytest.mark.long
 def test_the_same_signed_push_again_changes_nothing(stocked: Cli, adapter: Path, keys: Keys, tmp_path: Path) -> None:
     signed = ("--base", "tiny", "--include", "data.txt", "--sign", keys.private)
     first = stocked.json("push", adapter, "acme/sql:1.0.0", *signed)
@@ -77,7 +78,7 @@ def test_a_signature_of_another_key_is_not_taken_over(
     assert (again["created"], again["release"]["version"]) == (True, "2.0.1"), "above one that nobody signed"
 
 
-@pytest.mark.parametrize("file", [WEIGHTS, "data.txt"])
+@pytest.mark.parametrize("file", ["data.txt", *further(WEIGHTS)])
 def test_a_damaged_blob_is_healed_by_fsck_and_the_same_push_again(
     stocked: Cli, adapter: Path, file: str, tmp_path: Path
 ) -> None:

@@ -36,12 +36,13 @@ def person(request: pytest.FixtureRequest, templates: Templates, tmp_path: Path)
         yield Cli({"ADAPTORY_HOME": str(tmp_path / "home"), "ADAPTORY_URL": url, "ADAPTORY_TOKEN": token})
 
 
-@pytest.mark.on("PostgreSQL")
+@pytest.mark.long
 def test_a_release_lives_in_this_process(stocked_embedded: Cli, world: World, tmp_path: Path) -> None:
     with environment(stocked_embedded.environment, []), Registry() as registry:
         live(registry, stocked_embedded, world, tmp_path)
 
 
+@pytest.mark.long
 def test_a_release_lives_on_a_server_that_wants_a_token(
     person: Cli, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,7 +10,6 @@ from registry.worker.host import Host
 from registry.worker.runner import end_unmet, run_one
 from registry.worker.steps import KINDS
 from tests.composer.scorers import install_scorer
-from tests.doses import further
 from tests.elapsed import let_elapse
 from tests.scenarios.test_evaluations import write_suite
 from tests.scenarios.traces import opened
@@ -37,8 +36,8 @@ def recorded(cli: Cli, reference: str) -> set[str]:
     return {row["suite"] for row in cli.json("show", reference)["scores"]}
 
 
-@pytest.mark.on("PostgreSQL")
-@pytest.mark.parametrize("queued", [True, *further(False)], ids=["worker", "command"])
+@pytest.mark.long
+@pytest.mark.parametrize("queued", [True, False], ids=["worker", "command"])
 def test_a_scorer_that_fails_or_never_ends_costs_no_score_of_another_suite(scored: Cli, queued: bool) -> None:
     suites = [word for name in ("broken", "endless", "fine", "sql-exact") for word in ("--suite", name)]
     ran = scored("eval", "acme/sql:1.0.0", "acme/terraform:1.0.0", *suites, *(["--queue"] if queued else []))

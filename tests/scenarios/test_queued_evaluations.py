@@ -109,6 +109,7 @@ def test_an_upgrade_measures_the_new_base_for_its_owner_alone(team: Cli, world: 
                 assert {release and f"acme/{release.repository.name}" for release in wanted} == measured
 
 
+@pytest.mark.long
 def test_an_upgrade_whose_job_is_cancelled_exits_as_an_evaluation_does(
     stocked_on_disk: Cli, world: World, tmp_path: Path
 ) -> None:

@@ -33,7 +33,7 @@ def test_a_composed_model_is_rebuilt_from_its_lineage(composed: Cli) -> None:
     assert "rebuilt: same" in composed.ok("verify", MODEL, "--rebuild").out
 
 
-@pytest.mark.on("PostgreSQL")
+@pytest.mark.long
 def test_a_recipe_may_name_its_inputs_in_another_order_than_they_were_published_in(
     composed: Cli, tmp_path: Path
 ) -> None:
@@ -52,6 +52,7 @@ def test_a_seed_without_stochastic_rounding_is_refused(world: World, on_disk: Cl
     assert not (tmp_path / "merged").exists()
 
 
+@pytest.mark.long
 def test_a_recipe_that_rounds_by_chance_gives_bytes_that_it_gives_again(composed: Cli, tmp_path: Path) -> None:
     rounding = {"mode": "stochastic", "seed": 2**64 - 1}
     weights: list[list[bytes]] = []
@@ -82,6 +83,7 @@ def test_every_output_tells_the_recipe_and_the_lock_that_it_came_from_by_commits
         ]
 
 
+@pytest.mark.long
 def test_a_copy_that_was_spoiled_after_it_was_pulled_is_pulled_anew(composed: Cli) -> None:
     composed.ok("verify", MODEL, "--rebuild")  # now it is in the cache, where a disk or a user may damage it
     cache = Path(composed.environment["ADAPTORY_HOME"]) / "cache"
@@ -93,6 +95,7 @@ def test_a_copy_that_was_spoiled_after_it_was_pulled_is_pulled_anew(composed: Cl
     assert composed.json("verify", MODEL, "--rebuild")["rebuild"]["verdict"] == "same"
 
 
+@pytest.mark.long
 def test_what_no_composition_made_has_nothing_to_be_rebuilt_from(composed: Cli, world: World) -> None:
     refused = composed("verify", "acme/sql:1.0.0", "--rebuild")
     assert refused.code == 1
@@ -104,6 +107,7 @@ def test_without_a_question_or_a_release_it_says_what_to_write(words: tuple[str,
     assert stocked_embedded("verify", *words).code == 2
 
 
+@pytest.mark.long
 def test_an_option_that_says_nothing_here_is_refused(composed: Cli, tmp_path: Path) -> None:
     key = Keys(tmp_path, "team").public
     for words, idle in (
@@ -172,6 +176,7 @@ main()
 """
 
 
+@pytest.mark.long
 def test_an_interrupted_merge_says_what_is_left_and_is_resumed(world: World, tmp_path: Path) -> None:
     """The signal comes when the first shard is finished: the real command, in its own process."""
     merge = ["merge", "--base", world.base, "--adapter", world.adapters["sql"], "-o", tmp_path / "merged"]

@@ -152,6 +152,7 @@ def test_a_recipe_is_fitted_judged_on_other_examples_and_locked_by_digest(
     assert team.json("verify", "acme/both-merged", "--rebuild")["rebuild"]["verdict"] == "same"
 
 
+@pytest.mark.long
 def test_a_recipe_names_no_gate_against_its_inputs_and_gets_them(team: Cli, tmp_path: Path) -> None:
     expected = [
         rule
@@ -176,6 +177,7 @@ def test_without_gates_the_comparison_with_the_inputs_warns(team: Cli, tmp_path:
     assert not all(gate["passed"] for gate in warned["gates"])
 
 
+@pytest.mark.long
 def test_inputs_are_measured_on_a_suite_that_is_no_inputs_own(team: Cli, tmp_path: Path) -> None:
     gates = ["terraform-exact.nll within 1000 of inputs"]
     changes = {"method": "stack", "settings": {}, "evaluate": ["sql-exact", "terraform-exact"], "gates": gates}
@@ -196,6 +198,7 @@ def test_a_fitted_recipe_needs_examples_and_an_adapter_to_publish(team: Cli, tmp
     assert (alone.code, "publishes only a model" in alone.err) == (2, True)
 
 
+@pytest.mark.long
 def test_a_promotion_is_gated_by_what_went_into_the_release(team: Cli, tmp_path: Path) -> None:
     gates = ["sql-exact.nll within 1000 of inputs"]
     team.ok("compose", recipe(tmp_path, evaluate=["sql-exact"], gates=gates))

@@ -65,6 +65,7 @@ def test_words_facts_and_channels_narrow_a_search(shelf: Cli) -> None:
     assert search(shelf, "--namespace", "acme", "--include-yanked") == ["acme/terraform:1.0.0", "acme/sql:1.0.0"]
 
 
+@pytest.mark.long
 def test_a_channel_that_falls_back_is_searched_where_it_stands(stocked: Cli, world: World) -> None:
     for version, name in (("1.0.0", "sql"), ("1.0.1", "other-sql")):
         stocked.ok("push", world.adapters[name], f"acme/sql:{version}", "--base", "tiny", "--channel", "prod")
@@ -121,6 +122,7 @@ def changed_base(base: Path, target: Path, change: Callable) -> Path:
     return target
 
 
+@pytest.mark.long
 def test_pages_do_not_shift_when_releases_arrive(shelf: Cli, world: World) -> None:
     first = shelf.json("search", "--limit", "2")
     shelf.ok("push", world.adapters["other-sql"], "acme/newer:1.0.0", "--base", "tiny")

@@ -89,6 +89,7 @@ def test_several_processes_answer_without_torch_and_stop_together(
             httpx2.get(f"{url}/healthz")
 
 
+@pytest.mark.long
 def test_a_process_that_dies_is_replaced_and_named(pairing: dict[str, str], tmp_path: Path) -> None:
     with served(tmp_path / "home", "--processes", "2", **pairing) as (url, process, said):
         httpx2.get(f"{url}/healthz", timeout=30)
@@ -102,6 +103,7 @@ def test_a_process_that_dies_is_replaced_and_named(pairing: dict[str, str], tmp_
             assert httpx2.get(f"{url}/readyz", timeout=30).status_code == 200
 
 
+@pytest.mark.long
 def test_a_process_that_cannot_start_ends_all_and_says_why(pairing: dict[str, str], tmp_path: Path) -> None:
     with served(tmp_path / "home", "--processes", "2", **pairing) as (url, process, said):
         httpx2.get(f"{url}/healthz", timeout=30)
@@ -113,6 +115,7 @@ def test_a_process_that_cannot_start_ends_all_and_says_why(pairing: dict[str, st
         assert "Install a newer adaptory" in said.read_text()
 
 
+@pytest.mark.long
 def test_server_processes_do_not_outlive_the_one_that_watches_over_them(tmp_path: Path) -> None:
     with served(tmp_path / "home", "--processes", "2") as (url, process, _):
         httpx2.get(f"{url}/healthz", timeout=30)
@@ -129,10 +132,8 @@ def address_in_the_audit(url: str, claimed: str) -> str:
     return str(row["source"]).partition(" ")[0]
 
 
-@pytest.mark.parametrize(
-    ("processes", "kind"),
-    [("1", services.PAIRINGS[0]), pytest.param("2", services.PAIRINGS[1], marks=pytest.mark.long)],
-)
+@pytest.mark.long
+@pytest.mark.parametrize(("processes", "kind"), [("1", services.PAIRINGS[0]), ("2", services.PAIRINGS[1])])
 def test_what_a_request_says_of_where_it_comes_from_is_believed_of_a_named_proxy_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: str, kind: str
 ) -> None:
@@ -172,6 +173,7 @@ def test_answers_to_requests_that_are_sent_together_come_in_their_order(tmp_path
             assert (b'"status"' in first, b'"user"' in second) == (True, True)
 
 
+@pytest.mark.long
 def test_a_head_that_does_not_go_on_or_does_not_begin_is_given_up(tmp_path: Path) -> None:
     port = services.free_port()
     serving = start(_serve_with_short_heads, {"ADAPTORY_HOME": str(tmp_path / "home")}, port)

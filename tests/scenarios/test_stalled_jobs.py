@@ -72,6 +72,7 @@ def test_a_job_whose_only_worker_was_killed_is_shown_as_stalled_until_the_next_o
     assert (ended["state"], ended["since"], ended["page"], ended["doctor"]) == ("done", None, False, ("ok", False))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("off", [timedelta(hours=2), timedelta(hours=-2)])
 def test_a_worker_whose_clock_is_wrong_neither_takes_jobs_from_others_nor_keeps_them(
     sql_and_support: Cli, tmp_path: Path, off: timedelta

@@ -70,7 +70,7 @@ def crash(s3: S3Server) -> Callable[[], None]:
     return start_again
 
 
-@pytest.mark.parametrize("harm", [hang, *further(crash)])
+@pytest.mark.parametrize("harm", [crash, *further(hang)])
 def test_a_store_that_is_away_is_a_503_in_time_and_is_used_again_when_it_is_back(
     registry: Cli,
     own_s3: S3Server,
@@ -136,6 +136,7 @@ def carded(cli: Cli, adapter: Path, directory: Path) -> Path:
     return directory / "README.md"
 
 
+@pytest.mark.long
 def test_a_release_is_shown_while_the_store_is_away(
     registry: Cli, own_s3: S3Server, world: World, tmp_path: Path
 ) -> None:
@@ -281,7 +282,8 @@ _OF_ADAPTER_BYTES = 15_000
 SOON = timedelta(seconds=1)
 
 
-@pytest.mark.parametrize("harm", [crash, *further(hang)])
+@pytest.mark.long
+@pytest.mark.parametrize("harm", [crash, hang])
 def test_a_composition_whose_store_goes_away_as_it_merges_is_published_when_it_is_back(
     workshop: Workshop, own_s3: S3Server, harm: Callable[[S3Server], Callable[[], None]]
 ) -> None:
@@ -300,6 +302,7 @@ def test_a_composition_whose_store_goes_away_as_it_merges_is_published_when_it_i
     assert after.work == frozenset()
 
 
+@pytest.mark.long
 def test_a_store_that_stays_away_ends_the_job_after_its_last_attempt(workshop: Workshop, own_s3: S3Server) -> None:
     heal, rest = crash(own_s3), timedelta(seconds=12)  # more than a slow machine needs between two runs
     assert workshop.run() == (True, [])
@@ -314,6 +317,7 @@ def test_a_store_that_stays_away_ends_the_job_after_its_last_attempt(workshop: W
     assert traces(workshop.cli).work == frozenset()
 
 
+@pytest.mark.long
 def test_a_job_that_waits_for_its_store_is_cancelled_and_leaves_nothing(workshop: Workshop, own_s3: S3Server) -> None:
     away = HarmedStore(workshop.resources.store, lambda: crash(own_s3))
     assert workshop.run(store=away) == (True, STEPS[:-2])
@@ -325,6 +329,7 @@ def test_a_job_that_waits_for_its_store_is_cancelled_and_leaves_nothing(workshop
     assert traces(workshop.cli).work == frozenset()
 
 
+@pytest.mark.long
 def test_a_base_that_is_on_another_host_is_no_outage(workshop: Workshop, world: World, tmp_path: Path) -> None:
     moved = world.base.rename(tmp_path / "moved")
     try:
@@ -334,7 +339,8 @@ def test_a_base_that_is_on_another_host_is_no_outage(workshop: Workshop, world: 
     assert (workshop.job["state"], workshop.job["error"]["code"]) == ("failed", "base_not_here")
 
 
-@pytest.mark.parametrize("files", [2, *further(4)])
+@pytest.mark.long
+@pytest.mark.parametrize("files", [2, 4])
 def test_the_registry_grows_by_nothing_while_weights_go_by_it(
     own_s3: S3Server, world: World, tmp_path: Path, files: int
 ) -> None:

@@ -130,6 +130,7 @@ def test_a_base_in_a_bucket_is_hashed_and_merged_where_it_is(
     assert set(site.weights_on_disk()) <= {"model.safetensors"}, "those that `pull` keeps"
 
 
+@pytest.mark.long
 def test_a_base_that_suites_load_is_downloaded_once(site: Site, world: World, tmp_path: Path) -> None:
     site.cli.ok("suite", "add", world.suites["sql"])
     recipe = tmp_path / "recipe.yaml"
@@ -144,7 +145,7 @@ def test_a_base_that_suites_load_is_downloaded_once(site: Site, world: World, tm
     assert changed.stat().st_mtime_ns == before
 
 
-@pytest.mark.on("PostgreSQL")
+@pytest.mark.long
 def test_processes_that_need_a_base_at_once_wait_for_one_download(site: Site, world: World) -> None:
     """Like the runners of one node."""
     bases = Bases(Settings(home=home_of(site.cli)))
@@ -156,7 +157,7 @@ def test_processes_that_need_a_base_at_once_wait_for_one_download(site: Site, wo
     assert (list(directory.parent.iterdir()), reasons) == ([directory], ())
 
 
-@pytest.mark.on("PostgreSQL")
+@pytest.mark.long
 def test_weights_that_the_index_does_not_name_are_not_downloaded(site: Site, world: World) -> None:
     """For example a copy for other programs, which some models have beside their shards."""
     site.s3.client().put_object(Bucket=BUCKET, Key=f"{site.prefix}/consolidated.safetensors", Body=b"other" * 1000)
@@ -165,6 +166,7 @@ def test_weights_that_the_index_does_not_name_are_not_downloaded(site: Site, wor
     assert {path.name for path in directory.iterdir()} == {path.name for path in world.base.iterdir()}
 
 
+@pytest.mark.long
 def test_a_download_stops_with_its_job_and_leaves_what_others_use(site: Site, world: World) -> None:
     settings = Settings(home=home_of(site.cli))
     user, bases = Bases(settings), Bases(settings)
@@ -201,7 +203,8 @@ CHANGES: dict[str, tuple[str, Callable[[bytes], bytes]]] = {
 }
 
 
-@pytest.mark.parametrize("change", ["bytes of a tensor", pytest.param("its size", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("change", CHANGES)
 def test_a_base_that_is_another_one_by_now_is_refused_and_nothing_is_published(
     change: str, site: Site, world: World
 ) -> None:
@@ -216,6 +219,7 @@ def test_a_base_that_is_another_one_by_now_is_refused_and_nothing_is_published(
     assert traces(site.cli).releases == before
 
 
+@pytest.mark.long
 def test_a_base_that_was_another_one_for_a_while_is_merged_once_it_is_back(
     site: Site, world: World, tmp_path: Path
 ) -> None:
@@ -285,6 +289,7 @@ class Watched(WorkerEngine):
             self.after()
 
 
+@pytest.mark.long
 def test_shards_of_one_merge_are_not_made_of_files_that_are_laid_out_otherwise(site: Site, world: World) -> None:
     """As when two nodes have the same weights in other files: each shard alone would be right."""
     site.begin()
@@ -302,6 +307,7 @@ def test_shards_of_one_merge_are_not_made_of_files_that_are_laid_out_otherwise(s
     assert site.job == {"state": "refused", "code": "base_changed"}
 
 
+@pytest.mark.long
 def test_an_object_that_changes_during_the_merge_is_refused_and_nothing_is_published(site: Site, world: World) -> None:
     site.begin()
     last = min(world.base.glob("*.safetensors"))
@@ -315,7 +321,7 @@ def test_an_object_that_changes_during_the_merge_is_refused_and_nothing_is_publi
     assert traces(site.cli).releases == before
 
 
-@pytest.mark.on("PostgreSQL")
+@pytest.mark.long
 def test_a_killed_merge_goes_on_with_its_finished_shards_and_leaves_what_a_sweep_removes(
     site: Site, world: World, tmp_path: Path
 ) -> None:
@@ -382,6 +388,7 @@ def test_only_an_admin_of_the_registry_adds_a_location_in_a_bucket(site: Site, t
             assert f"{site.location}-other" in api.post("/v1/bases", request)["locations"]
 
 
+@pytest.mark.long
 def test_only_what_lies_right_below_the_prefix_is_read(site: Site, world: World) -> None:
     for key in (f"{site.prefix}-secret/notes.txt", f"{site.prefix}/deeper/notes.txt", f"{site.prefix}/.env"):
         site.s3.client().put_object(Bucket=BUCKET, Key=key, Body=b"secret")
@@ -394,6 +401,7 @@ def test_only_what_lies_right_below_the_prefix_is_read(site: Site, world: World)
     assert paths == {path.name for path in world.base.iterdir()} | {"adaptory.json"}
 
 
+@pytest.mark.long
 def test_a_copy_of_a_base_that_was_downloaded_wrongly_is_downloaded_again(site: Site, tmp_path: Path) -> None:
     for name in ("one", "other"):
         site.cli.ok("suite", "add", write_suite(tmp_path, name))

@@ -145,6 +145,7 @@ def test_the_bytes_of_a_takedown_go_even_if_it_dies_before_it_removes_them(
     held.close()
 
 
+@pytest.mark.long
 def test_retention_takes_down_old_yanked_releases_and_pre_releases_that_nothing_serves(
     stocked_embedded: Cli, adapter: Path
 ) -> None:

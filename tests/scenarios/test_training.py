@@ -128,7 +128,7 @@ class Meanwhile(TrainerCallback):
                 registry.push(self._directory, "acme/sql:1.0.0", base="tiny")
 
 
-@pytest.mark.on("SQLite")
+@pytest.mark.long
 def test_a_push_that_fails_at_the_end_raises_and_the_adapter_is_kept(cli: Cli, world: World, tmp_path: Path) -> None:
     output = tmp_path / "out"
     callback = AdaptoryCallback("acme/sql:1.0.0", base="tiny")
@@ -140,6 +140,7 @@ def test_a_push_that_fails_at_the_end_raises_and_the_adapter_is_kept(cli: Cli, w
     cli.ok("push", output / "adaptory", "acme/sql:1.0.1", "--base", "tiny")
 
 
+@pytest.mark.long
 def test_what_would_fail_at_the_end_fails_before_the_first_step(cli: Cli, world: World, tmp_path: Path) -> None:
     cli.ok("push", world.adapters["sql"], "acme/sql:1.0.0", "--base", "tiny")
     for callback, error in (

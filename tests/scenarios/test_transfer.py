@@ -96,7 +96,7 @@ def test_a_file_that_changes_while_it_is_sent_is_named_and_nothing_of_it_kept(
     assert not traces(stocked).blobs & promised
 
 
-@pytest.mark.on("PostgreSQL")
+@pytest.mark.long
 def test_two_who_push_the_same_bytes_at_once_both_succeed(stocked: Cli, world: World, tmp_path: Path) -> None:
     adapter = shutil.copytree(world.adapters["sql"], tmp_path / "adapter")
     (adapter / "data.txt").write_bytes(os.urandom(12 << 20))
@@ -125,6 +125,7 @@ def killed_when(cli: Cli, arguments: list[object], far_enough: Callable[[], bool
     assert process.exitcode == -signal.SIGKILL, f"it was not killed in the middle: {log.read_text()}"
 
 
+@pytest.mark.long
 def test_a_killed_push_and_a_killed_pull_go_on_where_they_stopped(on_s3: Cli, world: World, tmp_path: Path) -> None:
     adapter = shutil.copytree(world.adapters["sql"], tmp_path / "adapter")
     with (adapter / "data.txt").open("wb") as data:

@@ -91,6 +91,7 @@ def test_a_job_publishes_with_the_token_that_the_client_got_for_it(ci: Ci, world
     assert used[ci.rule["id"]] is not None
 
 
+@pytest.mark.long
 def test_hf_upload_publishes_with_an_id_token_and_no_secret(ci: Ci, world: World, tmp_path: Path) -> None:
     """As in the jobs of docs/how-to/publish-from-ci.md: one command with each ID token, and a new repository."""
     trained = shutil.copytree(world.adapters["sql"], tmp_path / "trained")

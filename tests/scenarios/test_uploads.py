@@ -353,6 +353,7 @@ def test_a_wrong_part_is_refused_by_the_store_and_the_others_stay(on_s3: Cli) ->
         complete(api, planned)
 
 
+@pytest.mark.long
 def test_those_who_announce_the_same_large_file_at_once_send_one_upload(on_s3: Cli) -> None:
     client, bucket, prefix = s3_of(on_s3)
     with api_of(on_s3) as api, ThreadPoolExecutor(8) as pool:

@@ -66,6 +66,7 @@ def test_weights_of_a_composition_that_are_pushed_again_keep_its_inputs_licences
         assert "not composed here" not in results["verdict ok"]["detail"]
 
 
+@pytest.mark.long
 def test_weights_of_a_composition_that_has_been_taken_down_keep_its_inputs(
     stocked_embedded: Cli, world: World, tmp_path: Path
 ) -> None:
@@ -112,6 +113,7 @@ def test_an_adapter_that_others_have_composed_alone_is_still_its_authors(
     assert cli.json("push", tmp_path / "own", "acme/own:1.0.1", "--base", "tiny")["release"]["inputs"] == []
 
 
+@pytest.mark.long
 def test_a_tag_of_the_hub_keeps_the_inputs_of_the_weights_that_it_publishes(
     stocked_embedded: Cli, world: World, tmp_path: Path
 ) -> None:

@@ -14,7 +14,6 @@ from composer.errors import RefusedOutput
 from registry.worker.runner import run_one
 from registry.worker.steps import KINDS
 from tests.composer.scorers import install_scorer
-from tests.doses import further
 from tests.eventually import eventually
 from tests.forked import start_command
 from tests.scenarios.small_hub import SmallHub, small_hub
@@ -40,6 +39,7 @@ def hub() -> Generator[SmallHub]:
         yield hub
 
 
+@pytest.mark.long
 def test_a_job_sends_the_workers_hub_token_for_the_named_organisations_only(
     on_disk: Cli, hub: SmallHub, world: World, tmp_path: Path
 ) -> None:
@@ -61,6 +61,7 @@ def test_a_job_sends_the_workers_hub_token_for_the_named_organisations_only(
         assert {token for _, _, token in hub.requests} == {sent}
 
 
+@pytest.mark.long
 def test_without_the_token_the_job_says_which_setting_names_the_organisation(
     on_disk: Cli, hub: SmallHub, world: World, tmp_path: Path
 ) -> None:
@@ -158,7 +159,8 @@ def test_a_scorer_inherits_no_secret_of_its_worker(
     assert not any(name.startswith("ADAPTORY_") for name in names)
 
 
-@pytest.mark.parametrize("ending", ["cancelled", *further("queued")])
+@pytest.mark.long
+@pytest.mark.parametrize("ending", ["cancelled", "queued"])
 def test_a_worker_that_fetches_a_base_from_a_slow_hub_heeds_a_cancellation_and_its_end(
     on_disk: Cli, hub: SmallHub, world: World, tmp_path: Path, ending: str
 ) -> None:

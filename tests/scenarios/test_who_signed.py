@@ -82,7 +82,7 @@ def test_a_composition_of_unsigned_releases_is_unsigned_where_no_signature_is_re
     assert compose(signing, tmp_path, ["open/evil:1.0.0"], adapter="strict/evil:1.0.0").code == 0
 
 
-@pytest.mark.on("PostgreSQL")
+@pytest.mark.long
 def test_a_release_and_a_policy_tell_a_workers_signature_from_a_publishers(
     signing: Cli, world: World, team_keys: Keys, worker_keys: Keys, tmp_path: Path
 ) -> None:

@@ -95,6 +95,7 @@ def failing(name: str, error: Exception) -> dict[str, JobKind]:
     return replacing(name, step)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("disk", one_of_each(OUTAGES, lambda disk: type(OUTAGES[disk][0])))
 def test_a_composition_waits_out_a_disk_that_is(disk: str, site: Site) -> None:
     error, code = OUTAGES[disk]
@@ -105,6 +106,7 @@ def test_a_composition_waits_out_a_disk_that_is(disk: str, site: Site) -> None:
     assert site.job == {"state": "done", "code": None}
 
 
+@pytest.mark.long
 def test_a_disk_that_stays_full_ends_a_composition_at_its_third_attempt(site: Site) -> None:
     full = failing("combine", OUTAGES["full"][0])
     for minutes in (0, 1, 10):
@@ -186,6 +188,7 @@ def test_a_job_waits_for_a_device_with_its_memory_and_may_ask_for_less(site: Sit
     assert site.job == {"state": "refused", "code": "device_too_small"}
 
 
+@pytest.mark.long
 def test_a_job_of_an_older_version_is_taken_by_a_worker_that_has_what_it_needs(site: Site) -> None:
     with site.resources.write() as session:
         session.execute(delete(JobNeed))
@@ -209,7 +212,7 @@ def test_a_job_of_a_newer_version_is_left_to_its_workers(site: Site) -> None:
     assert site.waits_for == "a worker that has enclave:sealed"
 
 
-@pytest.mark.on("PostgreSQL")
+@pytest.mark.long
 def test_the_command_that_does_the_work_itself_says_at_once_that_the_base_is_not_here(
     site: Site, tmp_path: Path
 ) -> None:
@@ -221,6 +224,7 @@ def test_the_command_that_does_the_work_itself_says_at_once_that_the_base_is_not
     assert "adaptory base add DIR" in refused.err
 
 
+@pytest.mark.long
 def test_what_lies_on_a_host_that_another_took_a_composition_from_goes_once_that_has_ended(
     site: Site, tmp_path: Path
 ) -> None:
@@ -252,7 +256,8 @@ def test_a_worker_removes_what_other_hosts_have_ended_and_nothing_that_is_not_it
     assert (site.resources.work_directory / "other" / "model").is_dir()
 
 
-@pytest.mark.parametrize("name", ["evaluate", "merge", *further("check", "combine")])
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["merge", *further("evaluate", "check", "combine")])
 def test_a_stopped_step_gives_its_job_back_before_it_has_read_or_measured_all(name: str, site: Site) -> None:
     stop, ended = threading.Event(), list[str]()
     step = KINDS["composition"].steps[name]
@@ -269,6 +274,7 @@ def test_a_stopped_step_gives_its_job_back_before_it_has_read_or_measured_all(na
     assert (site.job["state"], seen[0]) == ("done", name)
 
 
+@pytest.mark.long
 def test_a_suite_that_is_replaced_while_the_candidate_is_measured_fails_its_gate(
     sql_and_support: Cli, world: World, tmp_path: Path
 ) -> None:

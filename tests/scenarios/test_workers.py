@@ -142,6 +142,7 @@ def note_begun(node: Node, unit: Unit, count: Count) -> Result:
     return SHARD.run(node, unit, count)
 
 
+@pytest.mark.long
 def test_a_worker_stopped_in_a_merge_leaves_what_is_finished_to_the_next_one(
     sql_and_support: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -176,6 +177,7 @@ def test_a_database_that_is_locked_for_a_moment_ends_no_step(on_disk: Cli) -> No
             held.progress(0.9)
 
 
+@pytest.mark.long
 def test_a_worker_process_that_is_terminated_hands_its_job_back(sql_and_support: Cli, tmp_path: Path) -> None:
     cli = sql_and_support
     begin(cli, tmp_path)
@@ -225,6 +227,7 @@ def test_a_worker_counts_its_jobs_and_steps_for_those_who_have_a_token(sql_and_s
     assert cli("worker", "--metrics", "here").code == 2
 
 
+@pytest.mark.long
 def test_a_worker_on_another_host_makes_again_what_lies_on_the_dead_ones_disk(
     sql_and_support: Cli, tmp_path: Path
 ) -> None:
@@ -246,6 +249,7 @@ def test_a_worker_on_another_host_makes_again_what_lies_on_the_dead_ones_disk(
     assert {"acme/both:1.0.0", "acme/merged:1.0.0"} <= set(traces(cli).releases)
 
 
+@pytest.mark.long
 def test_a_base_that_changed_on_disk_is_neither_merged_nor_scored(embedded: Cli, world: World, tmp_path: Path) -> None:
     base = tmp_path / "base"
     shutil.copytree(world.base, base)
@@ -282,6 +286,7 @@ def test_a_recipe_that_cannot_end_well_is_refused_before_any_work(
     assert cli.json("jobs")["items"] == []
 
 
+@pytest.mark.long
 def test_the_probe_measures_the_weights_that_the_method_ends_up_with(sql_and_support: Cli, tmp_path: Path) -> None:
     cli = sql_and_support
     plain = {

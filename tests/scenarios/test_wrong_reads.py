@@ -68,7 +68,7 @@ def held(sql_and_support: Cli) -> Generator[tuple[Cli, Resources, Misread]]:
         yield cli, replace(resources, store=store), store  # type: ignore[arg-type]
 
 
-@pytest.mark.on("PostgreSQL")
+@pytest.mark.long
 def test_one_wrong_read_does_not_disturb_a_job_and_two_postpone_it(
     held: tuple[Cli, Resources, Misread], tmp_path: Path
 ) -> None:
