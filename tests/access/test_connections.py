@@ -43,6 +43,7 @@ def count(url: str) -> int:
     return int(mine or 0) - 1
 
 
+@pytest.mark.long
 def test_a_process_that_gets_no_further_connection_waits_for_one_of_its_own(url: str) -> None:
     others = [Database(url, pool_size=90), Database(url, DatabaseTimeouts(connect_s=2), pool_size=20)]
     taken = [others[0].engine.connect() for _ in range(90)]

@@ -234,6 +234,7 @@ def test_streams_and_polls_of_a_token_are_limited_and_are_free_again_after_a_han
     eventually(lambda: ask(house, f"/v1/follow?channels={SQL}", Prefer="wait=1").status_code == 200, within_s=10)
 
 
+@pytest.mark.long
 def test_an_idle_registry_is_not_read_however_many_follow(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     with ExitStack() as open_ones:
         callers = ("reader", "publisher", "releaser") * 3

@@ -187,6 +187,7 @@ def test_a_token_has_a_limited_number_of_streams_and_gets_one_back_by_hanging_up
     limited.close()
 
 
+@pytest.mark.long
 def test_one_reader_reads_a_job_once_for_all_streams_that_follow_it(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:

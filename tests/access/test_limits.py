@@ -344,6 +344,7 @@ def test_asking_without_a_token_is_no_guess(furnished: House) -> None:
     house.close()
 
 
+@pytest.mark.long
 def test_bodies_that_stall_hold_up_no_one_else(furnished: House) -> None:
     house = limited(furnished, max_concurrent_uploads=1000)
     things, go_on = house.things["acme"], threading.Event()

@@ -94,6 +94,7 @@ def house(request: pytest.FixtureRequest, tmp_path: Path) -> Generator[House]:
     built.close()
 
 
+@pytest.mark.long
 def test_what_needs_no_store_does_not_wait_while_more_than_all_threads_ask_one_that_hangs(house: House) -> None:
     with hung(house, "stat") as there:
         downloads = there.fill(MANY)
@@ -109,6 +110,7 @@ def test_what_needs_no_store_does_not_wait_while_more_than_all_threads_ask_one_t
         assert there.house.ask("reader", "GET", FILE).status_code in (200, 307), "the threads are free again"
 
 
+@pytest.mark.long
 def test_every_route_that_asks_the_store_answers_503_when_its_threads_are_taken(house: House) -> None:
     things = house.things[PRIVATE]
     file = {"path": "weights.safetensors", "size_bytes": 15, "sha256": things.sha256}
@@ -132,7 +134,7 @@ def test_every_route_that_asks_the_store_answers_503_when_its_threads_are_taken(
             assert (answer.status_code, "Retry-After" in answer.headers) == (503, True), route
 
 
-@pytest.mark.on("PostgreSQL")
+@pytest.mark.long
 def test_a_request_that_finds_all_threads_taken_gets_one_when_it_is_soon_free(house: House) -> None:
     with hung(house, "stat") as there:
         there.fill(STORE_THREADS)
@@ -143,6 +145,7 @@ def test_a_request_that_finds_all_threads_taken_gets_one_when_it_is_soon_free(ho
         assert late.result(60).status_code in (200, 307)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("house", services.PAIRINGS[:1], indirect=True)
 def test_what_a_request_sent_that_found_no_thread_is_kept_no_longer(house: House) -> None:
     """The threads' own queue drops abandoned requests only when a thread is free, possibly hours later."""
@@ -157,6 +160,7 @@ def test_what_a_request_sent_that_found_no_thread_is_kept_no_longer(house: House
         assert not [object_ for object_ in gc.get_objects() if type(object_) is UploadIn]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("house", services.PAIRINGS[:1], indirect=True)
 def test_a_directory_that_hangs_in_the_middle_of_downloads_holds_up_no_one_else(house: House) -> None:
     """With S3, the bytes do not pass the server."""

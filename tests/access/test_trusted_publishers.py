@@ -389,6 +389,7 @@ def test_an_issuer_leads_the_server_nowhere_else() -> None:
             IssuerKeys().find(ci.url, "rsa")
 
 
+@pytest.mark.long
 def test_an_issuer_that_hangs_stops_only_exchanges(
     house: House, ci: Issuer, rule: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,5 +1,6 @@
 """A composer's story in a browser: a comparison, a plan, a composition, and the result beside its inputs."""
 
+import pytest
 from playwright.sync_api import Browser, Locator, Page, expect
 
 from tests.browser.conftest import Site
@@ -40,6 +41,7 @@ def planned(tab: Page) -> None:
     expect(tab.get_by_role("region", name="The recipe can be composed")).to_be_visible()
 
 
+@pytest.mark.long
 def test_adapters_are_compared_planned_and_composed(site: Site, tab: Page, complaints: list[str]) -> None:
     tab.set_viewport_size({"width": 1280, "height": 800})
     compared(site, tab).get_by_role("link", name="--probe 8").click()

@@ -1,5 +1,6 @@
 """A release manager's story in a browser: refused, forced, rolled back; and one whose page is out of date."""
 
+import pytest
 from playwright.sync_api import Browser, Page, expect
 
 from tests.browser.conftest import Site, grave_findings
@@ -66,6 +67,7 @@ def test_a_promotion_is_refused_forced_and_rolled_back(
     assert not [complaint for complaint in complaints if "412" not in complaint]
 
 
+@pytest.mark.long
 def test_a_release_is_deprecated_and_yanked_with_reasons(site: Site, world: World, tab: Page) -> None:
     site.cli.ok("push", world.adapters["sql"], "acme/withdrawn:1.0.0", "--base", "tiny", "--channel", "prod")
     tab.goto(f"{site.url}/acme/withdrawn/1.0.0")

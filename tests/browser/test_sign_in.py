@@ -34,6 +34,7 @@ def readable(tab: Page) -> None:
         assert tab.evaluate("document.documentElement.scrollWidth") <= 390, tab.url
 
 
+@pytest.mark.long
 def test_somebody_signs_in_changes_a_member_creates_a_token_and_signs_out(
     served: tuple[str, str], browser: Browser
 ) -> None:

@@ -24,7 +24,6 @@ from registry.worker.engine.local import LocalEngine
 from registry.worker.engine.protocol import MAX_DEATHS, Needs
 from registry.worker.engine.template import launch
 from registry.worker.engine.units import HostNode, Result, Task, Unit, open_node
-from tests.doses import further
 from tests.engine import counted, prying
 from tests.eventually import eventually
 from tests.s3_server import BUCKET, S3Server
@@ -225,7 +224,8 @@ print(list(engine.map(prying.STICK, [unit], Needs(), lambda _done: None)))
 """
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, *further(signal.SIGTERM)])
+@pytest.mark.long
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_it_ends_with_its_worker(how: signal.Signals, tmp_path: Path) -> None:
     journal, home = tmp_path / "journal", tmp_path / "home"
     worker = subprocess.Popen(

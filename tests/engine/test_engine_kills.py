@@ -32,7 +32,7 @@ def doomed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
         started.stop()
 
 
-@pytest.mark.long  # by default a composition survives five kills (test_ray.py)
+@pytest.mark.long
 @pytest.mark.parametrize("kills", [50])
 def test_units_that_were_finished_survive_the_death_of_a_node_and_of_the_driver(
     doomed: RayCluster, tmp_path: Path, record_property: Callable[[str, object], None], kills: int

@@ -46,6 +46,7 @@ def test_units_run_on_both_nodes_and_what_is_finished_is_not_run_again(engine: R
     assert set(counted.events(journal).values()) == {1}, "the local engine has the same keys"
 
 
+@pytest.mark.long
 def test_a_process_serves_the_next_map_if_it_has_what_that_one_needs(engine: RayEngine, journal: Path) -> None:
     def process(number: int, needs: Needs) -> int:
         unit = Unit(name=f"next {number}", content={"next": number, "number": number}, hints={"journal": str(journal)})
@@ -120,6 +121,7 @@ def test_a_node_that_dies_costs_the_units_that_it_was_doing(
     assert len(begun_again) <= 1, "the dead node had one CPU"
 
 
+@pytest.mark.long
 def test_a_process_that_dies_between_its_result_and_its_answer_costs_nothing(engine: RayEngine, journal: Path) -> None:
     units = counted.units(3, journal)
     assert sorted(result["number"] for _, result in engine.map(counted.DIE, units, Needs(), go_on)) == [0, 1, 2]
@@ -136,7 +138,10 @@ def _slow(journal: Path) -> dict[str, Any]:
     [
         ("refused", Invalid, "pickle", "bad unit: it is a pickle."),
         ("defect", Unavailable, "unit_failed", "ZeroDivisionError in counted.py:"),
-        ("killed", Unavailable, "unit_lost", f"The process of bad unit died {MAX_DEATHS} times"),
+        pytest.param(
+            *("killed", Unavailable, "unit_lost", f"The process of bad unit died {MAX_DEATHS} times"),
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_a_unit_that_cannot_be_done_ends_the_map_with_its_cause(
@@ -154,6 +159,7 @@ def test_a_unit_that_cannot_be_done_ends_the_map_with_its_cause(
         assert any("line 299" in line for line in caught.value.log_lines)
 
 
+@pytest.mark.long
 def test_units_share_a_device_only_if_its_memory_has_room_for_both(
     cluster: RayCluster, engine: RayEngine, tmp_path: Path
 ) -> None:
@@ -174,6 +180,7 @@ def test_units_share_a_device_only_if_its_memory_has_room_for_both(
     assert most == {101: 1, 60: 1, 50: 2}, "what is larger than a device has one to itself"
 
 
+@pytest.mark.long
 def test_a_unit_that_no_node_has_room_for_does_not_wait_forever(
     engine: RayEngine, journal: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -198,6 +205,7 @@ class Stopped(Exception):
     """Raised by a check."""
 
 
+@pytest.mark.long
 def test_a_map_that_is_stopped_ends_its_units_within_seconds_also_while_the_store_is_away(
     cluster: RayCluster, engine: RayEngine, journal: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -228,6 +236,7 @@ def _endless(journal: Path) -> dict[str, Any]:
     return {"journal": str(journal), "seconds": 600}
 
 
+@pytest.mark.long
 def test_a_cluster_without_tokens_is_refused(tmp_path: Path) -> None:
     environ = {"ADAPTORY_HOME": str(tmp_path / "home")}
     open_cluster = RayCluster(environ, secured=False)
@@ -252,7 +261,7 @@ VICTIMS = ("node", "worker", "server")
 MANY_VICTIMS = (*VICTIMS, "node", "worker")
 
 
-@pytest.mark.long  # by default they do so through the death of a node
+@pytest.mark.long
 def test_a_search_and_an_evaluation_on_two_nodes_give_what_one_process_gives(site: Site, tmp_path: Path) -> None:
     here = site.here("compose", recipe(tmp_path, "1.0.0"))
     there = site.on_cluster("compose", recipe(tmp_path, "1.1.0"))
@@ -262,7 +271,7 @@ def test_a_search_and_an_evaluation_on_two_nodes_give_what_one_process_gives(sit
     assert len(unit_etags(site)) > 20, "passes and slices, which the nodes wrote"
 
 
-@pytest.mark.long  # by default nodes measure an adapter
+@pytest.mark.long
 def test_a_merged_model_is_measured_on_nodes_that_load_it_from_the_store(site: Site, tmp_path: Path) -> None:
     here = site.here("compose", judged_model(tmp_path, "1.0.0"))
     before = unit_etags(site)
@@ -273,7 +282,7 @@ def test_a_merged_model_is_measured_on_nodes_that_load_it_from_the_store(site: S
     assert len(unit_etags(site)) > len(before) + 3, "a plan, a shard, texts, slices"
 
 
-@pytest.mark.long  # by default a probe is part of the composition that survives the death of a node
+@pytest.mark.long
 def test_a_probe_and_a_fit_are_run_by_nodes_which_alone_load_the_base(site: Site, tmp_path: Path) -> None:
     here = site.here("compose", fitted(tmp_path, "1.0.0"))
     there = site.on_cluster("compose", fitted(tmp_path, "1.1.0"))
@@ -283,18 +292,17 @@ def test_a_probe_and_a_fit_are_run_by_nodes_which_alone_load_the_base(site: Site
         assert files_of(site, f"{repository}:1.1.0") == files_of(site, f"{repository}:1.0.0")
 
 
-@pytest.mark.parametrize(
-    ("rounds", "victims"),
-    [(1, ("node",)), *(pytest.param(*more, marks=pytest.mark.long) for more in ((1, VICTIMS), (10, MANY_VICTIMS)))],
-)
-def test_a_composition_survives_the_death_of_a_node_of_its_worker_and_of_the_server(
+@pytest.mark.long
+@pytest.mark.parametrize(("rounds", "victims"), [(1, ("node",)), (1, VICTIMS), (10, MANY_VICTIMS)])
+def test_a_composition_survives_the_deaths_of_a_node_its_worker_and_the_server(
     site: Site,
     tmp_path: Path,
     record_property: Callable[[str, object], None],
     rounds: int,
     victims: tuple[str, ...],
 ) -> None:
-    """Deaths in random order at random moments: the worker dies at most twice, since the third ends its job."""
+    """Once of a node alone, then of all in random order at random moments: the worker dies at most twice, since the
+    third death ends its job."""
     seed = int(os.environ.get("ADAPTORY_TEST_SEED", random.SystemRandom().randrange(10**6)))
     record_property("ADAPTORY_TEST_SEED", seed)
     chance = random.Random(seed)

@@ -22,6 +22,7 @@ def test_every_pair_of_the_twelve_adapters_was_measured_once() -> None:
     assert len(names) == 12
 
 
+@pytest.mark.long
 def test_the_documents_correlations_are_those_of_the_rows(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

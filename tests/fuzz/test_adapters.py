@@ -56,6 +56,7 @@ def test_the_adapter_that_the_others_are_made_of_is_good(directory: Path) -> Non
     assert errors_of(Adapter().write(directory / "good")) == []
 
 
+@pytest.mark.long
 def test_a_thousand_malformed_adapters_are_one_clear_error_each(directory: Path) -> None:
     seen: Counter[str] = Counter()
 

@@ -217,6 +217,7 @@ def api(embedded: Resources) -> Generator[Api]:
     opened.close()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("pairing", services.PAIRINGS, indirect=True)
 def test_malformed_adapters_are_refused_by_the_registry_and_leave_nothing_published(
     embedded: Resources, api: Api, tmp_path: Path

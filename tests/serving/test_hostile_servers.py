@@ -203,6 +203,7 @@ def test_a_registry_that_lies_about_versions_reaches_no_path_and_no_route(
     assert directory.routes().channels == {CHANNEL: {"acme/sql@0.9.0": 100}}
 
 
+@pytest.mark.long
 def test_a_name_never_changes_what_it_stands_for_even_if_the_registry_says_so(directory: MirrorDirectory) -> None:
     with double() as (url, _):
         kept = KeptServer(VllmServer(url), directory, None, 0.0)
@@ -216,6 +217,7 @@ def test_a_name_never_changes_what_it_stands_for_even_if_the_registry_says_so(di
         assert VllmServer(url).loaded() == {VERSION.name: str(directory.path(VERSION.commit))}
 
 
+@pytest.mark.long
 def test_two_agents_of_one_server_do_not_replace_each_others_names_again_and_again(
     directory: MirrorDirectory, tmp_path: Path
 ) -> None:
@@ -265,7 +267,7 @@ STREAMS = [
     STREAM + b"\r\nid: 1\ndata: {\n\n",
     STREAM + b"\r\nid: 1\ndata: " + b"[" * 100_000 + b"\n\n",
     STREAM + b'\r\nid: 1\ndata: {"channels": {"acme/sql@prod": {"move": NaN, "version": 1, "commit": []}}}\n\n',
-    STREAM + b"\r\ndata: " + b"x" * (17 << 20),
+    pytest.param(STREAM + b"\r\ndata: " + b"x" * (17 << 20), marks=pytest.mark.long),
     ok(b"<html>Sign in</html>", "text/html"),
     b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n",
 ]

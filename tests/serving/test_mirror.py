@@ -112,6 +112,7 @@ def test_a_restarted_server_gets_what_its_routes_name(site: Site) -> None:
             agent.kill()
 
 
+@pytest.mark.long
 def test_an_agent_that_was_killed_goes_on_from_what_the_server_lists(site: Site) -> None:
     with double() as (server, _), mirrored(site, "--server", f"vllm={server}") as agent:
         agent.wait_for(OLD)
@@ -123,6 +124,7 @@ def test_an_agent_that_was_killed_goes_on_from_what_the_server_lists(site: Site)
         eventually(lambda: set(loaded(server)) == {NEW}, within_s=30)
 
 
+@pytest.mark.long
 def test_while_the_registry_is_away_a_restarted_server_is_loaded_from_the_directory(site: Site) -> None:
     port = services.free_port()
     with double(port=port) as (server, process), mirrored(site, "--server", f"vllm={server}") as agent:
@@ -169,6 +171,7 @@ def test_a_channel_that_serves_nothing_keeps_its_last_version_and_says_so(site: 
         assert OLD in loaded(server)
 
 
+@pytest.mark.long
 def test_with_unload_a_channel_that_serves_nothing_is_routed_nowhere(site: Site) -> None:
     with double() as (server, _), mirrored(site, "--server", f"vllm={server}", "--on-empty", "unload") as agent:
         agent.wait_for(OLD)
@@ -177,6 +180,7 @@ def test_with_unload_a_channel_that_serves_nothing_is_routed_nowhere(site: Site)
         eventually(lambda: loaded(server) == {}, within_s=30)
 
 
+@pytest.mark.long
 def test_a_name_that_was_loaded_by_hand_is_replaced_when_no_request_uses_it(site: Site, world: World) -> None:
     with double() as (server, _):
         body = {"lora_name": OLD, "lora_path": str(world.adapters["terraform"])}
@@ -202,6 +206,7 @@ def test_an_unsigned_release_is_not_served(site: Site, tmp_path: Path) -> None:
         assert loaded(server) == {}
 
 
+@pytest.mark.long
 def test_files_of_an_earlier_release_go_after_the_grace_period_and_not_before_it_is_unloaded(site: Site) -> None:
     words = ("--keep", "0", "--grace", "1s")
     with double() as (server, _), mirrored(site, "--server", f"vllm={server}", *words) as agent:

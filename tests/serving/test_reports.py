@@ -3,6 +3,7 @@
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 
+import pytest
 from transformers import LlamaForCausalLM
 
 from tests.composer.small_model import save_adapter
@@ -39,6 +40,7 @@ def test_a_promotion_waits_until_every_node_gives_users_the_release(site: Site) 
         assert [agent.routed() for agent in agents] == [NEW, NEW], ran.out
 
 
+@pytest.mark.long
 def test_a_node_that_cannot_follow_is_named_with_its_reason(site: Site, world: World) -> None:
     large = site.directory / "large"
     model = LlamaForCausalLM.from_pretrained(world.base)
@@ -53,6 +55,7 @@ def test_a_node_that_cannot_follow_is_named_with_its_reason(site: Site, world: W
         assert site.cli.json("rollout", "status", "acme/sql@prod")["nodes"][0]["version"] == "1.0.0"
 
 
+@pytest.mark.long
 def test_nodes_of_a_group_switch_in_turn(site: Site) -> None:
     with nodes(site, 3, "--max-unavailable", "1") as agents:
         eventually(lambda: set(states(site.cli).values()) == {"following"}, within_s=60)

@@ -27,7 +27,10 @@ SMALL = Path(__file__).parent / "small"
 PAGES = ("quick-start.md", *sorted(f"tutorials/{path.name}" for path in (DOCS / "tutorials").glob("*.md")))
 SHOWN = {"tutorials/demo.md": "what `make demo` prints, which is a program", "tutorials/in-python.md": "a notebook"}
 """Pages without commands of their own."""
-LONGEST = ("tutorials/compose-and-merge.md", "tutorials/gates.md", "tutorials/run-in-production.md")
+LONGEST = (
+    *("tutorials/compose-and-merge.md", "tutorials/gates.md", "tutorials/run-in-production.md"),
+    *("tutorials/push-from-peft.md", "tutorials/release-and-roll-back.md", "tutorials/serve-with-vllm.md"),
+)
 PORT = "8470"
 MAKE_BASE = "import shutil, sys\nshutil.copytree({small!r}, sys.argv[1])\n"
 
@@ -100,6 +103,7 @@ def _is_ready(port: str) -> bool:
         return False
 
 
+@pytest.mark.long
 def test_every_cell_of_the_notebook_runs(checkout: Path, environment: dict[str, str]) -> None:
     notebook = nbformat.read(DOCS / "tutorials" / "in-python.ipynb", as_version=4)
     assert [cell for cell in notebook.cells if cell.get("outputs")] == [], "it is kept without outputs"

@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 HEAVY = ("torch", "transformers", "boto3", "botocore", "alembic")
 SERVER = ("fastapi", "starlette", "sqlalchemy", "httpx2", "uvicorn", "numpy", "rich")
 
@@ -15,6 +17,7 @@ def loaded_by(code: str) -> set[str]:
     return set(json.loads(ran.stdout.splitlines()[-1]))
 
 
+@pytest.mark.long
 def test_importing_the_web_application_loads_neither_torch_nor_boto3() -> None:
     loaded = loaded_by("import registry.api.app")
     assert "fastapi" in loaded
