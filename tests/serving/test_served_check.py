@@ -51,7 +51,7 @@ def directory_of(world: World, root: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("kinds", "lengths"),
-    [pytest.param(WRONG[:4:3], LENGTHS[:3], id="6"), pytest.param(WRONG, LENGTHS, id="30", marks=pytest.mark.long)],
+    [pytest.param(WRONG[:1], LENGTHS, id="6"), pytest.param(WRONG, LENGTHS, id="30", marks=pytest.mark.long)],
 )
 def test_no_wrong_thing_is_proved(
     kinds: Sequence[str], lengths: Sequence[Sequence[int]], world: World, tmp_path: Path
