@@ -102,7 +102,7 @@ def test_what_no_composition_made_has_nothing_to_be_rebuilt_from(composed: Cli, 
     assert "cannot be rebuilt" in refused.err
 
 
-@pytest.mark.parametrize("words", [("acme/sql",), (".", "--rebuild")])
+@pytest.mark.parametrize("words", [(".",), (".", "--rebuild")])
 def test_without_a_question_or_a_release_it_says_what_to_write(words: tuple[str, ...], stocked_embedded: Cli) -> None:
     assert stocked_embedded("verify", *words).code == 2
 
