@@ -91,6 +91,7 @@ def test_idle_connections_are_closed(url: str, monkeypatch: pytest.MonkeyPatch) 
     database.close()
 
 
+@pytest.mark.long
 def test_what_four_processes_open_at_most_leaves_connections_to_others(url: str, tmp_path: Path) -> None:
     databases = [Database(url, DatabaseTimeouts(connect_s=1)) for _ in range(PROCESSES)]
     taken = [database.engine.connect() for database in databases for _ in range(20)]
@@ -105,7 +106,7 @@ def test_what_four_processes_open_at_most_leaves_connections_to_others(url: str,
         database.close()
 
 
-@pytest.mark.long  # by default without servers
+@pytest.mark.long
 def test_pg_dump_and_the_command_line_get_in_while_four_processes_are_loaded(url: str, tmp_path: Path) -> None:
     """At PostgreSQL's default limit, with Adaptory's default settings."""
     database = Database(url)

@@ -173,7 +173,6 @@ def test_a_token_for_one_namespace_works_in_that_one_alone(company: Company, wor
     assert ("unlimited" in listed, "acme=reader" in listed, "*=admin" in listed) == (True, True, False)
 
 
-@pytest.mark.on("PostgreSQL")
 def test_knowing_the_digest_of_a_private_file_opens_nothing(company: Company, world: World) -> None:
     olga = company.person("olga")
     olga.ok("base", "add", world.base, "--name", "tiny")

@@ -322,6 +322,7 @@ def test_a_token_goes_only_to_the_hub_that_it_is_for(
     assert {token for _, _, token in hub.requests} == {"Bearer hf_x"}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "command", [("import", "hf://acme/sql", "acme/sql:1.0.0"), ("base", "add", "hf://a/b", "--name", "b")]
 )
