@@ -48,9 +48,11 @@ class Routes:
     servers: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
 
     def version(self, channel: str) -> ServedVersion | None:
-        """The version with the largest weight."""
-        weights = self.channels.get(channel, {})
-        return self._served(max(weights, key=lambda name: weights[name])) if weights else None
+        """The version that the channel serves: the first; a canary's candidate comes after it."""
+        return next(iter(self.weights(channel)), None)
+
+    def weights(self, channel: str) -> Mapping[ServedVersion, int]:
+        return {self._served(name): weight for name, weight in self.channels.get(channel, {}).items()}
 
     def versions(self) -> frozenset[ServedVersion]:
         return frozenset(self._served(name) for weights in self.channels.values() for name in weights)

@@ -9,12 +9,13 @@ import hashlib
 import json
 import secrets
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
+from math import ceil, log
 from typing import Any, cast
 
 import anyio
@@ -31,7 +32,9 @@ from registry.agent.directory import MirrorDirectory, Routes
 
 PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
 """What is passed on. The rest of a server's API, such as that which loads adapters, is not for users."""
-UNDER_WAY = "/-/under-way"
+UNDER_WAY, FIGURES = "/-/under-way", "/-/figures"
+BOUND_S, BOUND_RATIO, BOUNDS = 0.01, 1.1, 116
+"""Times are counted by the bounds BOUND_S x BOUND_RATIO^i, as `registry.wire.fleet` states them."""
 MAX_BODY_BYTES = 64 << 20
 _TIMEOUT = httpx2.Timeout(10.0, read=600.0)
 _KEPT_S = 2.0
@@ -45,6 +48,8 @@ _TAIL_BYTES = 4096
 _MAX_COUNTED_BYTES = 4 << 20
 """A longer answer that is not streamed is passed on, and its tokens are not counted."""
 _MAX_NAME_CHARS = 500
+LEFT = 499
+"""The status of a request whose client left."""
 _OTHER = "other"
 """Stands in metrics for the models that no route names, and for unknown finish reasons: clients and servers can make up
 any number of these."""
@@ -80,6 +85,25 @@ def choose(weights: Mapping[str, int], user: str) -> str:
 
 
 @dataclass(slots=True)
+class _Counts:
+    """The requests to a version that were answered, as a canary is judged by. Requests that a client left, or that were
+    wrong, are not failures."""
+
+    requests: int = 0
+    errors: int = 0
+    seconds: Counter[int] = field(default_factory=Counter[int])
+
+    def add(self, seconds: float, *, failed: bool) -> None:
+        self.requests += 1
+        self.errors += failed
+        index = ceil(log(max(seconds, BOUND_S) / BOUND_S, BOUND_RATIO) - 1e-9)
+        self.seconds[min(index, BOUNDS)] += 1
+
+    def document(self) -> dict[str, Any]:
+        return {"requests": self.requests, "errors": self.errors, "seconds": dict(self.seconds)}
+
+
+@dataclass(slots=True)
 class _Outcome:
     """A request to a model, as it is counted. `label` is the model's name in metrics."""
 
@@ -94,6 +118,8 @@ class Figures:
 
     def __init__(self) -> None:
         self.under_way = Counter[str]()
+        self.source = secrets.token_hex(4)
+        self.versions = defaultdict[str, _Counts](_Counts)
         self._registry = CollectorRegistry()
         names = ["model"]
         self._requests = Total(
@@ -122,7 +148,10 @@ class Figures:
         if not self.under_way[outcome.model]:
             del self.under_way[outcome.model]
         self._requests.labels(outcome.label, str(status)).inc()
-        self._seconds.labels(outcome.label).observe(time.monotonic() - outcome.began_s)
+        seconds = time.monotonic() - outcome.began_s
+        self._seconds.labels(outcome.label).observe(seconds)
+        if outcome.label != _OTHER and status != LEFT:
+            self.versions[outcome.label].add(seconds, failed=status >= 500)
         if answer:
             self._count(outcome.label, answer)
 
@@ -152,6 +181,7 @@ class Front:
     def app(self) -> Starlette:
         routes = [Route(path, self.forward, methods=["POST"]) for path in PATHS]
         routes += [Route("/v1/models", self.models), Route(UNDER_WAY, self.counts), Route("/metrics", self.metrics)]
+        routes.append(Route(FIGURES, self.count_versions))
         return Starlette(routes=[*routes, Route("/healthz", self.health)])
 
     async def health(self, _request: Request) -> Response:
@@ -159,6 +189,11 @@ class Front:
 
     async def counts(self, _request: Request) -> Response:
         return JSONResponse(dict(self.figures.under_way))
+
+    async def count_versions(self, _request: Request) -> Response:
+        """The figures by version since this front started, for canaries."""
+        counted = {name: counts.document() for name, counts in self.figures.versions.items()}
+        return JSONResponse({"source": self.figures.source, "versions": counted})
 
     async def metrics(self, _request: Request) -> Response:
         return Response(self.figures.text(), media_type="text/plain; version=0.0.4")
@@ -232,7 +267,7 @@ class Front:
             self.figures.end(outcome, 504)
             return _error(504, f"A server of {model} took too long: {type(lost).__name__}.")
         except BaseException:
-            self.figures.end(outcome, 499)
+            self.figures.end(outcome, LEFT)
             raise
         self.figures.end(outcome, 503)
         return _error(503, error)
@@ -257,7 +292,7 @@ class _PassedOn(StreamingResponse):
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._count(499)  # unless it has ended
+            self._count(LEFT)  # unless it has ended
             with anyio.CancelScope(shield=True):
                 await self._answer.aclose()
 

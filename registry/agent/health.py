@@ -21,7 +21,7 @@ class Health:
     def __init__(self) -> None:
         self._lock, self._at_s = threading.Lock(), time.monotonic()
         self._report: NodeReportIn | None = None
-        self._errors = {"registry": "", "round": "", "report": ""}
+        self._errors = {"registry": "", "round": "", "report": "", "watch": ""}
 
     def record(self, report: NodeReportIn) -> None:
         """Records the report of a round."""
@@ -29,8 +29,8 @@ class Health:
             self._report = report
 
     def record_error(self, of: str, error: str) -> None:
-        """Records what is wrong with following the registry, with rounds, or with reports; empty if nothing is. A round
-        counts, whether it failed or not."""
+        """Records what is wrong with following the registry, with rounds, or with reports of the node or of figures;
+        empty if nothing is. A round counts, whether it failed or not."""
         with self._lock:
             self._errors[of] = error
             if of == "round":

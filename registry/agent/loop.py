@@ -4,20 +4,24 @@ reports to the registry in another thread, so that a slow server does not make i
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from urllib.parse import quote
 
+from registry.agent.front import FIGURES
 from registry.agent.health import Health
 from registry.agent.mirror import AGENT, Mirror
+from registry.agent.servers.protocol import HttpServer
 from registry.agent.switching import LOOK_S
-from registry.client.api import Api
+from registry.client.api import Api, read
 from registry.client.follow import follow
-from registry.errors import RegistryError
-from registry.wire.fleet import NodeReportIn, NodeReportOut, SwitchIn
+from registry.errors import Conflict, RegistryError
+from registry.formats.references import parse_channel_reference
+from registry.wire.fleet import CanaryOut, FrontFigures, NodeReportIn, NodeReportOut, SwitchIn, WatchIn
 from registry.wire.quality import FollowedOut
 
 ROUND_S = 5.0
-REPORT_S = 20.0
+REPORT_S, WATCH_S = 20.0, 5.0
 _REFUSED_S = 10.0
 """The pause after an error that only an operator can mend, such as a revoked token."""
 
@@ -105,11 +109,44 @@ class Reporter:
         return answer
 
 
-def run(mirror: Mirror, followed: Followed, reporter: Reporter | None, health: Health) -> None:
+class Watcher:
+    """Reports a front's figures by version, while a followed channel has a canary."""
+
+    def __init__(self, api: Api, followed: Followed, front: HttpServer, name: str, health: Health) -> None:
+        self._api, self._followed, self._front, self._name, self._health = api, followed, front, name, health
+
+    def run(self) -> None:
+        while True:
+            try:
+                self._report()
+                problem = ""
+            except RegistryError as error:
+                problem = f"Figures of canaries were not reported: {error.detail}"
+            self._health.record_error("watch", problem)
+            time.sleep(WATCH_S)
+
+    def _report(self) -> None:
+        channels = [name for name, state in self._followed.states.items() if state and state.candidate]
+        if not channels:
+            return
+        counted = read(FrontFigures, FIGURES, self._front.document(FIGURES))
+        for channel in channels:
+            repository, name = parse_channel_reference(channel)
+            own = {
+                model.partition("@")[2]: figures
+                for model, figures in counted.versions.items()
+                if model.startswith(f"{repository}@")
+            }
+            body = WatchIn(source=f"{self._name}/{counted.source}", versions=own).model_dump(mode="json")
+            path = f"{self._api.repository_path(str(repository))}/channels/{name}/watch"
+            with suppress(Conflict):  # it has ended: the next event says so
+                self._api.post(path, body, CanaryOut)
+
+
+def run(mirror: Mirror, followed: Followed, reporter: Reporter | None, watcher: Watcher | None, health: Health) -> None:
     """Runs until interrupted. A round that cannot write the directory changes nothing and is tried again."""
-    threading.Thread(target=followed.run, name="follow", daemon=True).start()
-    if reporter is not None:
-        threading.Thread(target=reporter.run, name="report", daemon=True).start()
+    for thread in filter(None, (followed, reporter, watcher)):
+        threading.Thread(target=thread.run, name=type(thread).__name__, daemon=True).start()
     while True:
         try:
             report, problem = mirror.round(followed.states, followed.channels), ""

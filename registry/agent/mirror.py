@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from registry.agent.directory import Check, MirrorDirectory, Routes
 from registry.agent.switching import Checked, KeptServer
-from registry.agent.versions import ServedVersion, served_by
+from registry.agent.versions import ALL, ServedVersion, weights_of
 from registry.client.api import Api
 from registry.errors import RegistryError
 from registry.wire.fleet import (
@@ -25,7 +25,6 @@ from registry.wire.fleet import (
 )
 from registry.wire.quality import FollowedOut
 
-WEIGHT = 100
 WAIT_S = 20.0
 """A round waits no longer for a server. One whose work takes longer is late: it keeps what it has, and the round goes
 on with the others."""
@@ -38,11 +37,13 @@ AGENT = f"adaptory {package_version('adaptory')}"
 @dataclass(frozen=True, slots=True)
 class Options:
     """`keep` earlier releases for each channel keep their directories, and every release for `grace_s` after its last
-    need. A channel that serves nothing keeps its last version, unless `unload_empty`."""
+    need. A channel that serves nothing keeps its last version, unless `unload_empty`. `splits` says whether a front
+    gives canaries their share of the requests."""
 
     keep: int = 2
     grace_s: float = 600.0
     unload_empty: bool = False
+    splits: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +58,15 @@ class Duties:
 
 @dataclass(slots=True)
 class _Target:
-    """The version to which a channel should be routed; None for no route."""
+    """The versions to which a channel should be routed, the one that it serves first; empty for no route."""
 
-    version: ServedVersion | None
+    weights: Mapping[ServedVersion, int]
     error: str = ""
     move: int | None = None
+
+    @property
+    def version(self) -> ServedVersion | None:
+        return next(iter(self.weights), None)
 
 
 class Mirror:
@@ -88,10 +93,15 @@ class Mirror:
         Unavailable if the directory cannot be written: then nothing that is served changes."""
         routes = self._directory.routes()
         targets = {channel: self._target(channel, wanted, routes) for channel in channels}
-        goals = {channel: target.version for channel, target in targets.items()}
-        differ = any(version not in (None, routes.version(channel)) for channel, version in goals.items())
+        differ = any(target.version not in (None, routes.version(channel)) for channel, target in targets.items())
         switches = differ and self._duties.may_switch()
-        needed = routes.versions() | {version for version in goals.values() if version and switches}
+        goals = {
+            version
+            for channel, target in targets.items()
+            for version in target.weights
+            if switches or target.version == routes.version(channel)
+        }
+        needed = routes.versions() | goals
         failures = self._bring(needed)
         after = self._moved(routes, targets, failures, switches=switches)
         if after != routes and (after.channels or routes.channels):  # damaged routes stay until there are others
@@ -106,24 +116,24 @@ class Mirror:
         return report
 
     def _target(self, channel: str, wanted: Mapping[str, FollowedOut | None], routes: Routes) -> _Target:
-        current = routes.version(channel)
+        current = routes.weights(channel)
         if channel not in wanted:
             return _Target(current, "" if current else "The registry has not answered yet.")
         served = wanted[channel]
         if served is None:
             return _Target(current, "The channel does not exist, or this token may not read it.")
         try:
-            version = served_by(channel, served)
+            weights = weights_of(channel, served)
         except RegistryError as error:
             return _Target(current, error.detail)
-        if version is None:
+        if not weights:
             if self._options.unload_empty:
-                return _Target(None, move=served.move)
+                return _Target({}, move=served.move)
             error = (
                 "The channel serves nothing; its last version goes on." if current else "The channel serves nothing."
             )
             return _Target(current, error, served.move)
-        return _Target(version, move=served.move)
+        return _Target(weights, move=served.move)
 
     def _bring(self, needed: frozenset[ServedVersion]) -> Mapping[ServedVersion, str]:
         """Fetches the versions, and loads and checks them on all servers. Returns why some cannot be used."""
@@ -176,16 +186,29 @@ class Mirror:
                 version = current
             since[channel] = routes.since.get(channel, now) if version == current else now
             if version is not None:
-                channels[channel], commits[version.name] = {version.name: WEIGHT}, version.commit
+                weights = self._split(target, ready, failures) if version == target.version else {version: ALL}
+                channels[channel] = {each.name: weight for each, weight in weights.items()}
+                commits |= {each.name: each.commit for each in weights}
         servers = {
             name: tuple(kept.server.address for kept in answering if kept.commit_of(name) == commit)
             for name, commit in commits.items()
         }
         return Routes(channels, since, commits, servers)
 
+    def _split(
+        self, target: _Target, ready: Sequence[KeptServer], failures: Mapping[ServedVersion, str]
+    ) -> Mapping[ServedVersion, int]:
+        """The target's weights. A canary's candidate gets requests once every server that answers has it."""
+        for candidate in list(target.weights)[1:]:
+            if why := failures.get(candidate, ""):
+                target.error = target.error or f"The canary {candidate.version} gets no requests: {why}"
+            if why or not (ready and all(kept.has(candidate) for kept in ready)):
+                return {next(iter(target.weights)): ALL}
+        return target.weights
+
     def _tidy(self, routes: Routes, targets: Mapping[str, _Target]) -> None:
         """Unloads what nothing is routed to any more, then removes directories that no server has loaded."""
-        wanted = routes.versions() | {target.version for target in targets.values() if target.version}
+        wanted = routes.versions() | {version for target in targets.values() for version in target.weights}
         names = frozenset(version.name for version in wanted)
         self._on_each(lambda kept: kept.retire(names))
         if not all(kept.ready for kept in self._servers):
@@ -215,6 +238,7 @@ class Mirror:
                 NodeChannel(
                     channel=channel,
                     state=state,
+                    splits=self._options.splits,
                     version=version.version if version else None,
                     commit=version.commit if version else None,
                     move=target.move if follows else None,

@@ -1,6 +1,7 @@
 """A version of an adapter, as servers and routes name it."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from registry.client.api import untrusted
@@ -8,6 +9,8 @@ from registry.errors import RegistryError
 from registry.formats.references import RepositoryName, parse_repository, parse_version
 from registry.wire.quality import FollowedOut
 
+ALL = 100
+"""The weight of a channel's only version."""
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -42,18 +45,28 @@ def is_commit(text: str) -> bool:
     return _COMMIT.fullmatch(text) is not None
 
 
-def served_by(channel: str, served: FollowedOut) -> ServedVersion | None:
-    """The version that a channel serves; None for nothing. Raises Invalid for a version or a commit of another form:
-    both become parts of local paths."""
+def weights_of(channel: str, served: FollowedOut) -> Mapping[ServedVersion, int]:
+    """The versions to which a channel's requests go, in per cent: what it serves, then a canary's candidate; empty for
+    nothing. Raises Invalid for a version or a commit of another form: both become parts of local paths."""
     if served.version is None or served.commit is None:
-        return None
+        return {}
+    beside = served.candidate
+    if beside is None or not 0 < beside.weight < ALL:
+        return {_version(channel, served.move, served.version, served.commit): ALL}
+    return {
+        _version(channel, served.move, served.version, served.commit): ALL - beside.weight,
+        _version(channel, served.move, beside.version, beside.commit): beside.weight,
+    }
+
+
+def _version(channel: str, move: int, version: str, commit: str) -> ServedVersion:
     try:
-        version = str(parse_version(served.version))
+        parsed = str(parse_version(version))
     except RegistryError as error:
         raise untrusted("bad_answer", error.detail) from error
-    if served.move < 1 or not is_commit(served.commit):
+    if move < 1 or not is_commit(commit):
         raise untrusted(
             "bad_answer",
-            f"{channel}: commit {served.commit[:100]!r} lacks 40 hex digits, or move {served.move} is less than 1",
+            f"{channel}: commit {commit[:100]!r} lacks 40 hex digits, or move {move} is less than 1",
         )
-    return ServedVersion(channel.partition("@")[0], version, served.commit)
+    return ServedVersion(channel.partition("@")[0], parsed, commit)

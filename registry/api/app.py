@@ -42,6 +42,7 @@ ROUTERS: tuple[Entry, ...] = (
     ("fleet", "repository_routes", ("rollout",)),
     ("attestations", "repository_routes", ("attestations", "evidence")),
     ("attestations", "router", ("worker-keys",)),
+    ("canaries", "repository_routes", ("canary", "watch")),
     ("releases", "repository_routes", ("adapters", "models")),
     ("suites", "repository_routes", ("scores", "target-suite")),
     ("suites", "router", ("suites", "bases")),

@@ -23,7 +23,8 @@ MODULES = {
         "webhook", "worker_keys",
     ),
     "releases": (
-        "base", "diff", "evidence", "follow", "hub", "inspection", "promotion", "release", "rollout", "search",
+        *("base", "canary", "diff", "evidence", "follow", "hub", "inspection", "promotion", "release", "rollout"),
+        "search",
         "transfer",
     ),
     "serving": ("mirror", "route"),

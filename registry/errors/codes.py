@@ -4,6 +4,8 @@ input_codes.py has the codes of wrong input.
 """
 
 REFUSED = {
+    "serves_nothing": "Promote the release instead.",
+    "too_many_sources": "Report under the same source while it runs.",
     "already_served": "There is nothing to do.",
     "attestation_untrusted": "Do not rely on it; ask an operator of the registry.",
     "approval_not_needed": "There is nothing to approve.",
@@ -32,6 +34,7 @@ REFUSED = {
     "not_earlier": "A rollback goes only back. Promote it: `adaptory promote REPO:VERSION --to CHANNEL`.",
     "no_lineage": "Name a model with inputs (adaptory show REF).",
     "not_rebuilt": "Rebuild only releases made by a composition.",
+    "nothing_splits": "Serve it by `adaptory mirror --front` and `adaptory route`, or promote without a canary.",
     "nothing_below": "`adaptory history REPO@CHANNEL` shows its moves; promote another release.",
     "nothing_fits": "Serve the adapters separately, and route each request to its own.",
     "promotion_expired": "Promote it again once it has what it waited for.",
@@ -62,6 +65,7 @@ REFUSED = {
 }
 
 NOT_FOUND = {
+    "canary_unknown": "`adaptory promote REF --to CHANNEL --canary 10` begins one.",
     "address_expired": "Ask the registry for the file again.",
     "alias_unknown": "`adaptory base list` shows the aliases; a base's own name stays.",
     "backup_missing": "Name the target of `adaptory backup`; a backup that was interrupted does not count.",
@@ -107,6 +111,8 @@ NOT_FOUND = {
 }
 
 CONFLICT = {
+    "canary_running": "`adaptory watch REPO@CHANNEL --stop` ends it.",
+    "no_canary": "`adaptory promote REF --to CHANNEL --canary 10` begins one.",
     "already_restored": "Run `adaptory migrate` and `adaptory fsck`, then start the servers.",
     "subject_linked": "Grant the other user the roles, or remove that name.",
     "alias_taken": "Choose another alias.",

@@ -18,6 +18,7 @@ USAGE = {
     "bad_digest": "Give 64 lower-case hexadecimal digits.",
     "bad_evaluation": "Request several evaluations.",
     "bad_grant": "Send the fields that docs/how-to/publish-from-ci.md lists: grant_type, subject_token and others.",
+    "bad_share": "Write it as 10%.",
     "bad_duration": "Write days, hours, minutes and seconds, as in 90s, 5m or 1h30m.",
     "bad_http": "Send HTTP/1.1, one request after the other.",
     "bad_kind": "Use adapter or model.",
@@ -101,6 +102,7 @@ USAGE = {
     "bad_webhook": "Correct the address; `ADAPTORY_WEBHOOK_NETWORKS` allows private networks, and http to them.",
 }
 INVALID = {
+    "figures_fell": "Count since the source started, and name it anew after a restart.",
     "base_not_stated": "Name a registered base in adapter_config.json or in the model card.",
     "backup_damaged": "Restore another backup.",
     "bad_answer": "Check ADAPTORY_URL, and inform the registry's operators.",

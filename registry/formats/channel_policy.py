@@ -17,6 +17,7 @@ licenses:                            # of the base, the adapter and its data; of
 origin: worker                       # a composition that a worker attests; no release that was pushed
 verdict: ok                          # the worst accepted verdict of a composed release's conflict check
 loads_in: ["vllm:16", peft]          # servers that must load an adapter as it is
+watch: {for: 30m, rules: [errors <= served + 0.01]}   # how a canary proceeds (`registry.formats.watch`)
 on_yank: keep                        # go on serving a release that is yanked, until the next move; or `fall_back`
 force: admin                         # the role that may force a promotion; or `never`, as without it beside an approval
 expires_hours: 24                    # how long a promotion waits for what it lacks
@@ -31,6 +32,7 @@ from composer.findings import Verdict
 from composer.formats.adapters.serving import parse_profile
 from composer.formats.recipes.documents import LISTED, Document, ParsedBy, RefusedValues, load_yaml, one_of, problem_of
 from registry.errors import Invalid
+from registry.formats.watch import Watch
 
 VERSION = 1
 MAX_CHARS = 50_000
@@ -183,6 +185,7 @@ class ChannelPolicy(Document):
         None,
         description="The lowest role that may force a promotion; by default never with an approval, else releaser.",
     )
+    watch: Watch | None = Field(None, description="How a canary proceeds: its steps, and the rules that end it.")
     on_yank: Literal["fall_back", "keep"] = Field(
         "fall_back",
         description="What the channel serves when its release is yanked: the one before, or the same until it is "
@@ -194,7 +197,7 @@ class ChannelPolicy(Document):
 
     def to_json(self) -> dict[str, Any]:
         """The document, without unset fields; a rule without conditions is only its text."""
-        document = self.model_dump(mode="json", exclude_unset=True)
+        document = self.model_dump(mode="json", exclude_unset=True, by_alias=True)
         if "rules" in document:
             document["rules"] = [row["rule"] if len(row) == 1 else row for row in document["rules"]]
         return document

@@ -28,10 +28,12 @@ class NodeCheck(Wire):
 
 class NodeChannel(Wire):
     """A channel that a node follows, such as `acme/sql@prod`. `version`, `commit` and `move` are what the node's routes
-    give users now, null for nothing, `since` is when this began, and `error` what is wrong."""
+    give users now, null for nothing, `since` is when this began, and `error` what is wrong. `splits` says whether the
+    node gives a canary its share of the requests, and reports figures by version."""
 
     channel: str = Field(min_length=1, max_length=MAX_CHANNEL_CHARS)
     state: Literal["following", "switching", "failed"]
+    splits: bool = False
     version: str | None = Field(default=None, max_length=100)
     commit: str | None = Field(default=None, pattern=_COMMIT)
     move: int | None = Field(default=None, ge=1, le=MAX_INT64)
@@ -147,3 +149,81 @@ class RolloutOut(Wire):
     totals: dict[str, int]
     proved: int
     nodes: list[RolloutNodeOut]
+
+
+class VersionFiguresIn(Wire):
+    """What a source has counted of a version since it started. `errors` are the requests that failed by the server's
+    fault. `seconds` counts requests by the time to the end of the answer, by index into the bounds 0.01 x 1.1^i
+    seconds, i from 0 to 115; 116 stands for all above. `metrics` are [n, sum] of values from 0 to 1."""
+
+    requests: int = Field(ge=0, le=MAX_INT64)
+    errors: int = Field(default=0, ge=0, le=MAX_INT64)
+    seconds: dict[Annotated[int, Field(ge=0, le=116)], Annotated[int, Field(ge=0, le=MAX_INT64)]] = Field(default={})
+    metrics: dict[
+        Annotated[str, Field(min_length=1, max_length=100)],
+        tuple[Annotated[int, Field(ge=0, le=MAX_INT64)], Annotated[float, Field(ge=0, allow_inf_nan=False)]],
+    ] = Field(default={}, max_length=50)
+
+    @model_validator(mode="after")
+    def _refuse_more_than_all(self) -> Self:
+        if self.errors > self.requests or sum(self.seconds.values()) > self.requests:
+            raise ValueError("errors or seconds count more than there are requests")
+        if any(total > n for n, total in self.metrics.values()):
+            raise ValueError("a metric's sum is larger than n: its values are from 0 to 1")
+        return self
+
+
+class FrontFigures(Wire):
+    """What a front has counted since it started, by model, such as acme/sql@1.2.0. `source` is new after a restart."""
+
+    source: str = Field(min_length=1, max_length=100)
+    versions: dict[str, VersionFiguresIn] = Field(max_length=10_000)
+
+
+class WatchIn(WireIn):
+    """Figures of one source, by version. They only grow while `source` is the same; name it anew after a restart."""
+
+    source: str = Field(min_length=1, max_length=200)
+    versions: dict[Annotated[str, Field(min_length=1, max_length=100)], VersionFiguresIn] = Field(max_length=100)
+
+
+class CanaryIn(WireIn):
+    """The release that is to get `weight` per cent of the channel's requests."""
+
+    version: str = Field(max_length=100)
+    weight: int = Field(ge=1, le=99)
+    reason: str = Field(default="", max_length=1000)
+
+
+class StandingOut(Wire):
+    """A rule, and the figures of both releases; null before there are any. It is `broken` once the evidence
+    suffices."""
+
+    rule: str
+    candidate: float | None
+    served: float | None
+    broken: bool
+
+
+class CanaryOut(Wire):
+    """A channel's last canary. `state` is running, promoted, rolled_back, stopped or replaced; `why` says how it ended,
+    or what holds it. `requests` counts those of the candidate and those of the served version. `next_weight` is null
+    for a canary that is not watched: somebody promotes or stops it."""
+
+    id: int
+    repository: str
+    channel: str
+    version: str
+    served: str
+    weight: int
+    next_weight: int | None
+    state: str
+    why: str
+    actor: str
+    reason: str
+    requests: tuple[int, int]
+    rules: list[StandingOut]
+    created_at: datetime
+    step_at: datetime
+    figures_at: datetime | None
+    ended_at: datetime | None

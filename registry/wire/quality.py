@@ -120,13 +120,22 @@ class ChannelOut(Wire):
     move: int
 
 
+class CandidateOut(Wire):
+    """The release of a running canary, and its share of the channel's requests in per cent."""
+
+    version: str
+    commit: str
+    weight: int
+
+
 class FollowedOut(Wire):
-    """A followed channel: its last move, and the version and commit that it serves; these are null if every candidate
-    is yanked."""
+    """A followed channel: its last move, and the version and commit that it serves; these are null if every release is
+    yanked. `candidate` is null without a canary."""
 
     move: int
     version: str | None
     commit: str | None
+    candidate: CandidateOut | None = None
 
 
 class FollowOut(Wire):

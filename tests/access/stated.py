@@ -20,6 +20,10 @@ PUT    /v1/fleet/{group}/{node}                                                 
 DELETE /v1/fleet/{group}/{node}                                                 inside: agent or admin
 GET    /v1/fleet                                                                inside: everybody
 GET    /v1/{kind}/{namespace}/{name}/channels/{channel}/rollout                 reader
+PUT    /v1/{kind}/{namespace}/{name}/channels/{channel}/canary                  releaser
+GET    /v1/{kind}/{namespace}/{name}/channels/{channel}/canary                  reader
+DELETE /v1/{kind}/{namespace}/{name}/channels/{channel}/canary                  releaser
+POST   /v1/{kind}/{namespace}/{name}/channels/{channel}/watch                   agent
 GET    /v1/{kind}/{namespace}/{name}/channels                                   reader
 GET    /v1/{kind}/{namespace}/{name}/channels/{channel}                         reader
 DELETE /v1/{kind}/{namespace}/{name}/channels/{channel}                         releaser

@@ -173,6 +173,8 @@ class Stock:
             "quota": {"max_bytes": 10**12, "max_releases": None},
             "retention": {"keep_yanked_days": 30, "keep_prerelease_days": None},
             "{channel}": {"version": self.version},
+            "canary": {"version": self.version, "weight": 10},
+            "watch": {"source": "front", "versions": {}},
             "{number}": {"sha256": self.announced},
             "priority": {"priority": "low"},
             "gates": {"channel": "prod", "rules": ["exact.nll <= 9"]},

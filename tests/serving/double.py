@@ -195,6 +195,8 @@ class VllmDouble:
             return self._answered(name, "base", stream=bool(body.get("stream")))
         if name not in self.engine.names:
             return error(404, f"The model `{name}` does not exist.")
+        if body.get("prompt") == f"fails on {name}":
+            return error(500, "This prompt fails on this adapter.")
         try:
             text = await self.engine.answer(name)
         except EngineDied:

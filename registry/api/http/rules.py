@@ -104,6 +104,7 @@ CallersOf = Annotated[ActorCache, Depends(_callers)]
 Reader = Annotated[Actor, Depends(Rule(Where.NAMESPACE, Role.READER))]
 PUBLISHES = Rule(Where.NAMESPACE, Role.PUBLISHER)
 Publisher = Annotated[Actor, Depends(PUBLISHES)]
+Agent = Annotated[Actor, Depends(Rule(Where.NAMESPACE, Role.AGENT))]
 Releaser = Annotated[Actor, Depends(Rule(Where.NAMESPACE, Role.RELEASER))]
 Admin = Annotated[Actor, Depends(Rule(Where.NAMESPACE, Role.ADMIN))]
 Member = Annotated[Actor, Depends(Rule(Where.ANYWHERE, Role.READER))]

@@ -69,7 +69,7 @@ def report(group: str, node: str, body: NodeReportIn, resources: ResourcesOf, ac
 def _live(channel: NodeChannel) -> LiveChannel:
     name = ChannelName(*parse_channel_reference(channel.channel))
     check = channel.check.model_dump(mode="json") if channel.check else None
-    live = (channel.state, channel.version, channel.commit, channel.move, channel.since)
+    live = (channel.state, channel.splits, channel.version, channel.commit, channel.move, channel.since)
     return LiveChannel(name, *live, check, channel.error)
 
 

@@ -29,7 +29,7 @@ from registry.domain.channels.serving import ChannelName, ChannelState, states
 from registry.errors import Usage
 from registry.formats.references import parse_reference
 from registry.transfer.resources import Resources
-from registry.wire.quality import FollowedOut, FollowOut
+from registry.wire.quality import CandidateOut, FollowedOut, FollowOut
 
 router = APIRouter(tags=["channels"], route_class=Route)
 
@@ -107,10 +107,15 @@ def _event(snapshots: Mapping[Key, Hashable | None], actor: Actor) -> Event:
     shown: dict[str, FollowedOut | None] = {}
     for (_, name), state in snapshots.items():
         if isinstance(name, ChannelName):
-            readable = may_read(actor, name.repository.namespace) and isinstance(state, ChannelState)
-            shown[str(name)] = FollowedOut.of(state) if readable else None
+            readable = may_read(actor, name.repository.namespace)
+            shown[str(name)] = _followed(state) if readable and isinstance(state, ChannelState) else None
     text = FollowOut(channels=dict(sorted(shown.items()))).model_dump_json()
     return Event(sha256(text.encode()).hexdigest()[:16], text)
+
+
+def _followed(state: ChannelState) -> FollowedOut:
+    beside = state.candidate
+    return FollowedOut.of(state, candidate=CandidateOut.of(beside) if beside else None)
 
 
 def _parse(channels: str) -> list[ChannelName]:

@@ -72,6 +72,7 @@ EXAMPLES = {
     "route": "adaptory route ./served --listen 0.0.0.0:8080",
     "restore": "adaptory restore /backup/adaptory",
     "rollback": "adaptory rollback acme/sql-migration@prod --reason 'wrong quoting'",
+    "watch": "adaptory watch acme/sql-migration@prod",
     "rollout forget": "adaptory rollout forget acme prod/gpu-7",
     "rollout status": "adaptory rollout status acme/sql-migration@prod",
     "score delete": "adaptory score delete acme/sql-migration sql-exact.accuracy",

@@ -14,8 +14,8 @@ GROUPS: tuple[tuple[str, tuple[str, ...], str], ...] = (
         "Release",
         (
             "push", "pull", "import", "export", "promote", "approve", "promotion", "rollback", "gate", "policy",
-            "channel", "history", "follow", "rollout", "yank", "unyank", "deprecate", "takedown", "eval", "score",
-            "sign", "verify", "evidence", "base", "suite",
+            "channel", "history", "follow", "rollout", "watch", "yank", "unyank", "deprecate", "takedown", "eval",
+            "score", "sign", "verify", "evidence", "base", "suite",
         ),
         "adaptory push ./out acme/sql --bump auto --channel prod",
     ),

@@ -14,6 +14,7 @@ from registry.cli.console.connect import connected, jobs_running, resolved
 from registry.cli.console.groups import group, refuse_idle, root
 from registry.cli.console.interrupt import interrupts
 from registry.cli.console.render import JsonFlag
+from registry.cli.releases.canary import parse_share, show_canary
 from registry.cli.releases.release import Channel, Ref, show_move
 from registry.cli.releases.rollout import WaitForNodes, end_with, waited_for_nodes
 from registry.errors import NotFound, Usage
@@ -41,6 +42,12 @@ def promote(  # noqa: PLR0913
         bool, typer.Option("--no-wait", help="Do not wait for what the release lacks, such as a score or an approval.")
     ] = False,
     new_channel: NewChannel = False,
+    canary: Annotated[
+        int | None,
+        typer.Option(
+            metavar="SHARE", parser=parse_share, help="Give the release this share of the requests first, such as 10%."
+        ),
+    ] = None,
     json: JsonFlag = False,
 ) -> None:
     """Move a channel to a release; evaluates and prints every gate.
@@ -48,11 +55,18 @@ def promote(  # noqa: PLR0913
     A release that lacks only what may still come waits for it: the promotion then completes or fails automatically.
     """
     refuse_idle({"--wait": no_wait and wait}, "with --no-wait", "Leave one of the two out.")
+    others = {"--force": force, "--wait": wait, "--no-wait": no_wait, "--new-channel": new_channel}
+    refuse_idle(others if canary is not None else {}, "with --canary", "A canary begins where every gate passes.")
     from registry.cli.releases.release import warn_of_move_since
     from registry.client import channel_moves
 
     with connected() as connection:
         release = resolved(connection, ref)
+        if canary is not None:
+            body = {"version": release.version, "weight": canary, "reason": reason}
+            begun = connection.api.put(f"{release.line}/channels/{to}/canary", body, wire.fleet.CanaryOut)
+            render.document(begun, json, lambda: show_canary(begun))
+            return
         confirm_new_channel(connection, release.line, to, agreed=new_channel)
         answer, since = channel_moves.promote(connection.api, release, to, reason, force=force)
         if isinstance(answer, wire.quality.PromotionOut) and not no_wait:

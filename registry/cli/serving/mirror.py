@@ -19,6 +19,7 @@ from registry.formats.references import parse_channel_reference, parse_node_name
 
 if TYPE_CHECKING:
     from registry.agent.directory import Check, MirrorDirectory
+    from registry.agent.loop import Node
     from registry.agent.servers.protocol import Server
     from registry.agent.versions import ServedVersion
     from registry.client.api import Api
@@ -89,6 +90,7 @@ def mirror(  # noqa: PLR0913
     from registry.agent.directory import MirrorDirectory
     from registry.agent.gateways import GatewayFile, write_all
     from registry.agent.mirror import Duties, Mirror, Options
+    from registry.agent.servers.protocol import HttpServer
     from registry.agent.switching import KeptServer
 
     names = ["@".join(map(str, parse_channel_reference(name))) for name in dict.fromkeys(channels)]
@@ -100,7 +102,7 @@ def mirror(  # noqa: PLR0913
     if group is not None:
         host = parse_node_name(node or socket.gethostname().lower(), "node")
         named = loop.Node(parse_node_name(group, "group"), host, max_unavailable)
-    options = Options(keep, parse_duration(grace), on_empty == "unload")
+    options = Options(keep, parse_duration(grace), on_empty == "unload", splits=front is not None)
     kept_in, state = MirrorDirectory(directory), health.Health()
     opened, listens_at = _servers(server, kept_in), address(listen) if listen else None
     files = [GatewayFile(text, pool) for text in write or ()]
@@ -118,7 +120,14 @@ def mirror(  # noqa: PLR0913
         duties = Duties(check, reporter.may_switch if reporter else _always, partial(write_all, files))
         mirrored = Mirror(api, kept_in, servers, options, duties)
         stack.callback(mirrored.close)
-        loop.run(mirrored, loop.Followed(api, names, state, render.say), reporter, state)
+        followed = loop.Followed(api, names, state, render.say)
+        watcher = loop.Watcher(api, followed, HttpServer(front), _source(named), state) if front else None
+        loop.run(mirrored, followed, reporter, watcher, state)
+
+
+def _source(node: "Node | None") -> str:
+    """The name under which a front's figures are reported."""
+    return f"{node.group}/{node.name}" if node else socket.gethostname().lower()
 
 
 def _always() -> bool:

@@ -30,7 +30,7 @@ from registry.database.tables.catalog import (
     XetUpload,
     XetXorb,
 )
-from registry.database.tables.fleet import FleetChannel, FleetNode, FleetRelease
+from registry.database.tables.fleet import Canary, CanaryFigures, FleetChannel, FleetNode, FleetRelease
 from registry.database.tables.quality import Approval, Channel, Gate, Move, Promotion, Score, Suite, SuiteMetric
 from registry.database.tables.webhooks import FleetDrift, Webhook, WebhookDelivery, WebhookSecret
 from registry.database.tables.work import (
@@ -54,6 +54,8 @@ __all__ = [
     "BaseLocation",
     "Blob",
     "BlobHolder",
+    "Canary",
+    "CanaryFigures",
     "Channel",
     "Commit",
     "Composition",

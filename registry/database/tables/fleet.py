@@ -1,13 +1,13 @@
-"""The fleet: nodes that serve channels, as they reported last."""
+"""The fleet: nodes that serve channels, as they reported last, and canaries with their figures."""
 
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import JSON, BigInteger, ForeignKey, Index, String, UniqueConstraint
-from sqlalchemy.orm import Mapped, mapped_column
+from sqlalchemy import JSON, BigInteger, ForeignKey, Index, String, UniqueConstraint, false, text
+from sqlalchemy.orm import Mapped, mapped_column, relationship
 
 from registry.database.engine import Row, UtcDateTime
-from registry.database.tables.catalog import Id
+from registry.database.tables.catalog import Id, Release
 
 
 class FleetNode(Row):
@@ -40,6 +40,7 @@ class FleetChannel(Row):
     repository: Mapped[str] = mapped_column(String(64), primary_key=True)
     channel: Mapped[str] = mapped_column(String(64), primary_key=True)
     state: Mapped[str] = mapped_column(String(16))
+    splits: Mapped[bool] = mapped_column(server_default=false())
     version: Mapped[str | None] = mapped_column(String(100))
     commit: Mapped[str | None] = mapped_column(String(40))
     move: Mapped[int | None] = mapped_column(BigInteger)
@@ -55,3 +56,54 @@ class FleetRelease(Row):
 
     node_id: Mapped[int] = mapped_column(ForeignKey("fleet_nodes.id", ondelete="CASCADE"), primary_key=True)
     release_id: Mapped[int] = mapped_column(ForeignKey("releases.id"), primary_key=True, index=True)
+
+
+class Canary(Row):
+    """A release that gets `weight` per cent of a channel's requests, beside the one that the channel's move `move_id`
+    serves. It ends when the channel moves. `watch` is the policy's at the beginning, None for none; `report` has the
+    standing of its rules. `state` is running, promoted, rolled_back, stopped or replaced; `why` says how it ended, or
+    what holds it."""
+
+    __tablename__ = "canaries"
+    __table_args__ = (
+        Index(
+            "uq_canaries_running",
+            "channel_id",
+            unique=True,
+            sqlite_where=text("state = 'running'"),
+            postgresql_where=text("state = 'running'"),
+        ),
+    )
+
+    id: Mapped[int] = mapped_column(Id, primary_key=True)
+    channel_id: Mapped[int] = mapped_column(ForeignKey("channels.id"), index=True)
+    move_id: Mapped[int] = mapped_column(ForeignKey("moves.id"))
+    release_id: Mapped[int] = mapped_column(ForeignKey("releases.id"), index=True)
+    weight: Mapped[int]
+    watch: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+    state: Mapped[str] = mapped_column(String(16))
+    why: Mapped[str] = mapped_column(default="")
+    report: Mapped[list[dict[str, Any]]] = mapped_column(JSON)
+    actor: Mapped[str] = mapped_column(String(64))
+    token_id: Mapped[str | None] = mapped_column(String(16))
+    source: Mapped[str | None] = mapped_column(String(200))
+    reason: Mapped[str]
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    step_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    figures_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    ended_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+
+    release: Mapped[Release] = relationship()
+
+
+class CanaryFigures(Row):
+    """What one source has counted, by version, since it started: at its first report (`first`) and at its last. The
+    difference is the canary's."""
+
+    __tablename__ = "canary_figures"
+
+    canary_id: Mapped[int] = mapped_column(ForeignKey("canaries.id", ondelete="CASCADE"), primary_key=True)
+    source: Mapped[str] = mapped_column(String(200), primary_key=True)
+    first: Mapped[dict[str, Any]] = mapped_column(JSON)
+    last: Mapped[dict[str, Any]] = mapped_column(JSON)
+    at: Mapped[datetime] = mapped_column(UtcDateTime)

@@ -42,6 +42,7 @@ class LiveChannel:
 
     name: ChannelName
     state: str
+    splits: bool
     version: str | None
     commit: str | None
     move: int | None
@@ -238,6 +239,7 @@ def _replace(session: Session, row: FleetNode, namespace: str, part: _Part) -> N
             "repository": channel.name.repository.name,
             "channel": channel.name.channel,
             "state": channel.state,
+            "splits": channel.splits,
             "version": channel.version,
             "commit": channel.commit,
             "move": channel.move,
@@ -343,6 +345,20 @@ def nodes_of(session: Session, name: ChannelName, now: datetime) -> list[Rollout
         said.channel == name.channel,
     )
     return [RolloutNode(*row) for row in session.execute(query.order_by(own.group, own.node))]
+
+
+def whether_split(session: Session, name: ChannelName, now: datetime) -> dict[str, bool]:
+    """The nodes that follow a channel and report, GROUP/NODE, and whether they split its requests for a canary."""
+    query = select(FleetNode.group, FleetNode.node, FleetChannel.splits).join(
+        FleetChannel, FleetChannel.node_id == FleetNode.id
+    )
+    query = query.where(
+        FleetNode.namespace == name.repository.namespace,
+        FleetChannel.repository == name.repository.name,
+        FleetChannel.channel == name.channel,
+        FleetNode.seen_at > now - LEASE,
+    )
+    return {f"{group}/{node}": splits for group, node, splits in session.execute(query)}
 
 
 def totals(nodes: Iterable[RolloutNode]) -> dict[str, int]:

@@ -8,7 +8,7 @@ from sqlalchemy import Select, Table, bindparam, func, insert, literal_column, s
 from sqlalchemy.orm import Session, joinedload
 
 from registry.database.engine import insert_if_absent
-from registry.database.tables import Channel, Gate, Move, Namespace, Promotion, Release, Repository, Revision
+from registry.database.tables import Canary, Channel, Gate, Move, Namespace, Promotion, Release, Repository, Revision
 from registry.domain.access import audit, namespaces
 from registry.domain.access.audit import Act, Actor
 from registry.domain.catalog import releases, repositories, signatures
@@ -25,15 +25,15 @@ from registry.domain.channels.requirements import Question
 from registry.domain.channels.serving import move_before, serving_move, way_back
 from registry.domain.channels.timeline import ChannelMove
 from registry.domain.jobs.evaluations import WantedScore
-from registry.errors import Refused, Stale
+from registry.errors import Conflict, Refused, Stale
 from registry.formats.channel_policy import ChannelPolicy
 from registry.formats.references import RepositoryName, Version, parse_name, refuse_ambiguous_channel
 
 NOTHING_YET = 0
 """The expected move of a channel that must not exist yet."""
 
-_channel, _gate, _move, _namespace, _promotion, _release, _repository, _revision = (
-    table.__table__.c for table in (Channel, Gate, Move, Namespace, Promotion, Release, Repository, Revision)
+_canary, _channel, _gate, _move, _namespace, _promotion, _release, _repository, _revision = (
+    table.__table__.c for table in (Canary, Channel, Gate, Move, Namespace, Promotion, Release, Repository, Revision)
 )
 
 # A promotion is these five statements on columns; with mapped objects it took twice as long.
@@ -75,6 +75,7 @@ _STATE = (
         _gate.rules,
         _gate.policy,
         _promotion.id.label("pending_id"),
+        _canary.id.label("canary_id"),
         _move.to_release_id,
         _revision.commit,
         _served.c.version.label("served_version"),
@@ -85,6 +86,7 @@ _STATE = (
     .outerjoin(
         Promotion.__table__, (_promotion.channel_id == _channel.id) & (_promotion.state == literal_column("'pending'"))
     )
+    .outerjoin(Canary.__table__, (_canary.channel_id == _channel.id) & (_canary.state == literal_column("'running'")))
     .outerjoin(Move.__table__, _move.id == _channel.move_id)
     .outerjoin(Release.__table__, _release.id == _move.to_release_id)
     .outerjoin(Revision.__table__, _revision.id == _release.revision_id)
@@ -132,7 +134,7 @@ def attempt(
     refuse_unsigned(session, release.id, release, (release.signed_by, release.covers), wanted)
     current = session.execute(_STATE, {"channel": release.channel_id, "release": release.id}).one()
     policies.refuse_unpromotable(current.yank_reason, wanted)
-    _check_expected(current.move_id, current.served_version, wanted.expected, wanted.subject)
+    check_expected(current.move_id, current.served_version, wanted.expected, wanted.subject)
     # A request that waited here may be older than the last move.
     actor = replace(actor, at=max(actor.at, current.at or actor.at))
     policy = policies.of_columns(current.rules, current.policy)
@@ -150,6 +152,8 @@ def attempt(
     move = _record_promotion(session, actor, wanted, release, current, report, completing)
     if current.pending_id not in (None, completing):
         pending.end_moved(session, actor, current.pending_id)
+    if current.canary_id is not None:
+        pending.end_canary(session, release.channel_id, release.id, actor.at)
     return move
 
 
@@ -207,7 +211,14 @@ def roll_back(  # noqa: PLR0913
     session.scalar(locked(repository, channel_name))
     channel = find(session, repository, channel_name)
     subject = f"{repositories.name_of(repository)}@{channel_name}"
-    _check_expected(channel.move_id, served_version(session, channel), expected, subject)
+    check_expected(channel.move_id, served_version(session, channel), expected, subject)
+    if canary := pending.running_canary(session, channel.id):
+        raise Conflict(
+            "canary_running",
+            f"{subject} runs a canary of {canary.release.version}, and still serves what it served before.",
+            subject=subject,
+            next_step=f"`adaptory watch {subject} --stop` ends it; then roll back if you still want to.",
+        )
     current = current_of(session, channel)
     actor = replace(actor, at=max(actor.at, current.at))
     target = _served_before(session, channel, current, to, subject) if to else move_before(session, current)
@@ -397,7 +408,7 @@ def served_version(session: Session, channel: Channel) -> str | None:
     return session.get_one(Release, channel.served_id).version if channel.served_id else None
 
 
-def _check_expected(move_id: int | None, served: str | None, expected: Expected | None, subject: str) -> None:
+def check_expected(move_id: int | None, served: str | None, expected: Expected | None, subject: str) -> None:
     if expected is None:
         return
     if (move_id or NOTHING_YET) != expected.move_id or expected.served not in (None, served or SERVES_NOTHING):

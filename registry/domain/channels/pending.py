@@ -1,11 +1,11 @@
-"""Waiting promotions: listed, and ended within the transaction that decides about them."""
+"""Waiting promotions and running canaries: listed, and ended within the transaction that decides about them."""
 
 from datetime import datetime
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from registry.database.tables import Channel, Job, Promotion, Release, Repository
+from registry.database.tables import Canary, Channel, Job, Promotion, Release, Repository
 from registry.domain.access import audit
 from registry.domain.access.audit import Act, Actor
 from registry.domain.catalog import repositories
@@ -153,3 +153,21 @@ def end_replaced(session: Session, actor: Actor, promotion: Promotion, version: 
         next_step=f"`adaptory promotion list {named}` shows both.",
     )
     end(session, actor, promotion, "replaced", error)
+
+
+RUNNING = "running"
+
+
+def running_canary(session: Session, channel_id: int) -> Canary | None:
+    """The canary that the channel runs."""
+    return session.scalar(select(Canary).where(Canary.channel_id == channel_id, Canary.state == RUNNING))
+
+
+def end_canary(session: Session, channel_id: int, reached: int, at: datetime) -> None:
+    """Ends the canary of a channel that has moved to the release with the id `reached`."""
+    canary = running_canary(session, channel_id)
+    if canary is not None:
+        promoted = canary.release_id == reached
+        canary.state, canary.ended_at = "promoted" if promoted else "replaced", at
+        canary.weight = 100 if promoted else canary.weight
+        canary.why = "" if promoted else "The channel moved to another release."

@@ -4,12 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, Select, func, or_, select
+from sqlalchemy import ColumnElement, Select, func, literal_column, or_, select
 from sqlalchemy.orm import Session
 
 from registry.database.dialects import in_list
 from registry.database.prepared import Prepared
-from registry.database.tables import Channel, Gate, Move, Release, Repository, Revision
+from registry.database.tables import Canary, Channel, Gate, Move, Release, Repository, Revision
 from registry.domain.access import audit
 from registry.domain.access.audit import Act, Actor
 from registry.domain.catalog import repositories
@@ -156,7 +156,10 @@ def way_back(current: Move) -> Select[Any, Any]:
 
 # The states of channels that are followed.
 
-_channel, _release, _repository, _revision = (table.__table__.c for table in (Channel, Release, Repository, Revision))
+_canary, _channel, _release, _repository, _revision = (
+    table.__table__.c for table in (Canary, Channel, Release, Repository, Revision)
+)
+_candidate, _candidate_revision = Release.__table__.alias("candidate"), Revision.__table__.alias("candidate_revision")
 # The lists are read separately, each by its index; the few combinations that nobody named are left out afterwards.
 _STATES = Prepared(
     select(
@@ -166,11 +169,22 @@ _STATES = Prepared(
         _channel.move_id,
         _release.version,
         _revision.commit,
+        _candidate.c.version.label("candidate_version"),
+        _candidate_revision.c.commit.label("candidate_commit"),
+        _canary.weight,
     )
     .select_from(Repository.__table__)
     .join(Channel.__table__, _channel.repository_id == _repository.id)
     .outerjoin(Release.__table__, _release.id == _channel.served_id)
     .outerjoin(Revision.__table__, _revision.id == _release.revision_id)
+    .outerjoin(
+        Canary.__table__,
+        (_canary.channel_id == _channel.id)
+        & (_canary.move_id == _channel.move_id)
+        & (_canary.state == literal_column("'running'")),
+    )
+    .outerjoin(_candidate, (_candidate.c.id == _canary.release_id) & ~_candidate.c.yanked)
+    .outerjoin(_candidate_revision, _candidate_revision.c.id == _candidate.c.revision_id)
     .where(
         in_list(_repository.namespace, "namespaces"),
         in_list(_repository.name, "repositories"),
@@ -192,12 +206,22 @@ class ChannelName:
 
 
 @dataclass(frozen=True, slots=True)
+class Candidate:
+    """The release of a running canary, and its share of the requests in per cent."""
+
+    version: str
+    commit: str
+    weight: int
+
+
+@dataclass(frozen=True, slots=True)
 class ChannelState:
-    """A channel's last move, and the release that it serves: none if every candidate is yanked."""
+    """A channel's last move, the release that it serves, none if all are yanked, and the candidate beside it."""
 
     move: int
     version: str | None
     commit: str | None
+    candidate: Candidate | None = None
 
 
 def states(session: Session, names: Sequence[ChannelName]) -> Mapping[ChannelName, ChannelState]:
@@ -209,8 +233,9 @@ def states(session: Session, names: Sequence[ChannelName]) -> Mapping[ChannelNam
     }
     wanted = frozenset(names)
     by_name: dict[ChannelName, ChannelState] = {}
-    for namespace, repository, channel, *state in _STATES.rows(session, values):
+    for namespace, repository, channel, move, version, commit, *candidate in _STATES.rows(session, values):
         name = ChannelName(RepositoryName(namespace, repository), channel)
         if name in wanted:
-            by_name[name] = ChannelState(*state)
+            beside = Candidate(*candidate) if version and candidate[0] else None
+            by_name[name] = ChannelState(move, version, commit, beside)
     return by_name

@@ -1,0 +1,97 @@
+"""Canaries of channels: their beginning and end, and the live figures that decide about them."""
+
+from typing import Annotated
+
+from fastapi import Header, Query
+
+from registry.api.http.pagination import expected_from
+from registry.api.http.request import ResourcesOf
+from registry.api.http.routes import Route
+from registry.api.http.rules import Agent, Reader, Releaser
+from registry.api.routes.repository import NamedRepository, RepositoryOf, RepositoryRouter
+from registry.database.engine import Session
+from registry.database.tables import Canary
+from registry.domain.channels import canaries, moves
+from registry.domain.channels.canaries import Figures
+from registry.domain.channels.policies import PromotionRequest
+from registry.domain.channels.sequential import Sample
+from registry.formats.references import parse_version
+from registry.formats.watch import Watch
+from registry.wire.fleet import CanaryIn, CanaryOut, StandingOut, VersionFiguresIn, WatchIn
+
+repository_routes = RepositoryRouter(tags=["channels"], route_class=Route)
+
+CANARY = "/{namespace}/{name}/channels/{channel}/canary"
+IfMatch = Annotated[str | None, Header(description="The channel's ETag that you last saw.")]
+
+
+@repository_routes.put(CANARY)
+def begin(
+    named: RepositoryOf, channel: str, body: CanaryIn, resources: ResourcesOf, actor: Releaser, if_match: IfMatch = None
+) -> CanaryOut:
+    """Give a release a share of the channel's requests, if its promotion would pass now. Replaces a running canary.
+
+    422 if a gate does not pass, or if a node that serves the channel cannot split its requests. With `watch` in the
+    channel's policy, live figures lead it to its promotion or end it; without, somebody promotes or stops it.
+    """
+    wanted = PromotionRequest(
+        named.name,
+        parse_version(body.version),
+        channel,
+        named.kind,
+        reason=body.reason,
+        expected=expected_from(if_match, None),
+    )
+    with resources.write() as session:
+        return _view(session, canaries.begin(session, actor, wanted, body.weight), named, channel)
+
+
+@repository_routes.get(CANARY)
+def show(named: RepositoryOf, channel: str, resources: ResourcesOf, actor: Reader) -> CanaryOut:
+    """Show the channel's last canary, with the standing of its rules."""
+    with resources.snapshot() as session:
+        row = moves.find(session, named.find(session), channel)
+        return _view(session, canaries.latest(session, row), named, channel)
+
+
+@repository_routes.delete(CANARY)
+def stop(
+    named: RepositoryOf,
+    channel: str,
+    resources: ResourcesOf,
+    actor: Releaser,
+    reason: Annotated[str, Query(max_length=1000)] = "",
+) -> CanaryOut:
+    """Stop the canary: all requests go to the served release again. 409 if none is running."""
+    with resources.write() as session:
+        return _view(session, canaries.stop(session, actor, named.find(session), channel, reason), named, channel)
+
+
+@repository_routes.post("/{namespace}/{name}/channels/{channel}/watch")
+def watch(named: RepositoryOf, channel: str, body: WatchIn, resources: ResourcesOf, actor: Agent) -> CanaryOut:
+    """Report live figures by version, counted since the source started. A broken rule ends the canary at once, and a
+    step that has lasted is followed by the next one. 409 if no canary is running."""
+    counted = {version: _figures(row) for version, row in body.versions.items()}
+    with resources.write() as session:
+        canary = canaries.report(session, actor, named.find(session), channel, body.source, counted)
+        return _view(session, canary, named, channel)
+
+
+def _figures(row: VersionFiguresIn) -> Figures:
+    metrics = {name: Sample(n, total) for name, (n, total) in row.metrics.items()}
+    return Figures(row.requests, row.errors, row.seconds, metrics)
+
+
+def _view(session: Session, canary: Canary, named: NamedRepository, channel: str) -> CanaryOut:
+    own, served = canaries.figures(session, canary)
+    running = Watch.model_validate(canary.watch) if canary.watch and canary.ended_at is None else None
+    return CanaryOut.of(
+        canary,
+        repository=str(named.name),
+        channel=channel,
+        version=canary.release.version,
+        served=canaries.served_version(session, canary),
+        next_weight=running.after(canary.weight) if running else None,
+        requests=(own.requests, served.requests),
+        rules=[StandingOut.model_validate(row) for row in canary.report],
+    )

@@ -1,0 +1,351 @@
+"""Canaries: a release gets a share of a channel's requests, and live figures decide whether it is promoted."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timedelta
+from math import inf, log, sqrt
+from typing import Any
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from registry.database.tables import Canary, CanaryFigures, Channel, Move, Repository
+from registry.domain.access import audit, tokens
+from registry.domain.access.audit import Act, Actor
+from registry.domain.access.roles import Role, holds
+from registry.domain.catalog import releases, repositories
+from registry.domain.channels import fleet, moves, pending, policies, promotions
+from registry.domain.channels.policies import Expected, PromotionRequest, PromotionVerdict
+from registry.domain.channels.sequential import Sample, above_limit, above_other
+from registry.domain.channels.serving import ChannelName
+from registry.domain.channels.timeline import ChannelMove
+from registry.errors import Conflict, Invalid, NotAllowed, NotFound, Refused, RegistryError
+from registry.formats.references import parse_version
+from registry.formats.watch import ERRORS, Watch, WatchRule
+
+ALPHA = 0.01
+"""The probability at most, over all rules and all time, that a canary ends although it breaks no rule."""
+STALE = timedelta(minutes=5)
+"""Without figures for this long, a canary is held: its step begins anew with the next ones."""
+BOUNDS_S = tuple(round(0.01 * 1.1**number, 4) for number in range(116))
+"""The upper bounds of the histogram of times: 10 ms to about 10 minutes, 10 % apart."""
+MAX_SOURCES, MAX_METRICS = 1_000, 50
+ROLLED_BACK, STOPPED = "rolled_back", "stopped"
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """Counts of a version's requests. `seconds` are counts by index into `BOUNDS_S`, the last one for all above;
+    `metrics` are values from 0 to 1."""
+
+    requests: int = 0
+    errors: int = 0
+    seconds: Mapping[int, int] = field(default_factory=dict[int, int])
+    metrics: Mapping[str, Sample] = field(default_factory=dict[str, Sample])
+
+    @classmethod
+    def of_json(cls, row: Mapping[str, Any]) -> "Figures":
+        seconds = {int(index): count for index, count in row["seconds"].items()}
+        return cls(
+            row["requests"], row["errors"], seconds, {name: Sample(**own) for name, own in row["metrics"].items()}
+        )
+
+    def plus(self, other: "Figures", sign: int = 1) -> "Figures":
+        """The sum or, with the sign -1, the difference."""
+        seconds = {
+            index: self.seconds.get(index, 0) + sign * other.seconds.get(index, 0)
+            for index in {*self.seconds, *other.seconds}
+        }
+        metrics = {name: self.sample(name).plus(other.sample(name), sign) for name in {*self.metrics, *other.metrics}}
+        return Figures(self.requests + sign * other.requests, self.errors + sign * other.errors, seconds, metrics)
+
+    def sample(self, name: str) -> Sample:
+        """The values of a figure that is a mean."""
+        return Sample(self.requests, self.errors) if name == ERRORS else self.metrics.get(name, Sample())
+
+    def slower_than(self, bound_s: float) -> Sample:
+        """The requests that took longer than a time; those of the bucket that contains it count as faster."""
+        slower = sum(count for index, count in self.seconds.items() if index > 0 and BOUNDS_S[index - 1] >= bound_s)
+        return Sample(sum(self.seconds.values()), slower)
+
+    def quantile_s(self, quantile: float) -> float | None:
+        """The upper bound of the bucket with the quantile; None without requests, infinite above all bounds."""
+        total, seen = sum(self.seconds.values()), 0
+        for index in sorted(self.seconds):
+            seen += self.seconds[index]
+            if seen >= quantile * total:
+                return BOUNDS_S[index] if index < len(BOUNDS_S) else inf
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """A rule and the figures of both releases; `broken` once the evidence against it suffices."""
+
+    rule: str
+    candidate: float | None
+    served: float | None
+    broken: bool
+
+
+def judge(watch: Watch, candidate: Figures, served: Figures) -> list[Standing]:
+    """Judges the rules. None is broken before `min` requests are in."""
+    needed = log(len(watch.rules) / ALPHA)
+    decides = candidate.requests + served.requests >= watch.least
+    return [_standing(rule, candidate, served, needed, decides=decides) for rule in watch.parsed]
+
+
+def _standing(rule: WatchRule, candidate: Figures, served: Figures, needed: float, *, decides: bool) -> Standing:
+    if rule.quantile is not None:
+        evidence = _slower(rule, rule.quantile, candidate, served, needed)
+        shown = candidate.quantile_s(rule.quantile), served.quantile_s(rule.quantile)
+    else:
+        own, other = candidate.sample(rule.name), served.sample(rule.name)
+        shown = own.mean if own.n else None, other.mean if other.n else None
+        worse = (own.inverted, other.inverted) if rule.at_least else (own, other)
+        if rule.limit is not None:
+            evidence = above_limit(worse[0], 1 - rule.limit if rule.at_least else rule.limit)
+        else:
+            evidence = above_other(*worse, rule.margin * (_error(*worse) if rule.in_errors else 1))
+    finite = [None if value is None or value == inf else round(value, 6) for value in shown]
+    return Standing(rule.text, finite[0], finite[1], decides and evidence >= needed)
+
+
+def _error(own: Sample, other: Sample) -> float:
+    """The standard error of the difference of two means of values from 0 to 1: at most that of shares."""
+    return sqrt(sum(sample.mean * (1 - sample.mean) / sample.n for sample in (own, other) if sample.n))
+
+
+def _slower(rule: WatchRule, quantile: float, candidate: Figures, served: Figures, needed: float) -> float:
+    """The evidence that the candidate's quantile is above the limit. The served release's own is bounded from above by
+    the first bound that surely no more than 1 - quantile of its requests exceed, at half the error."""
+    if rule.limit is not None:
+        return above_limit(candidate.slower_than(rule.limit), 1 - quantile)
+    for bound_s in BOUNDS_S:
+        faster = served.slower_than(bound_s).inverted
+        if above_limit(faster, quantile) >= needed + log(2):
+            return above_limit(candidate.slower_than(rule.factor * bound_s), 1 - quantile) - log(2)
+    return -inf
+
+
+# Canaries of channels.
+
+
+def begin(session: Session, actor: Actor, wanted: PromotionRequest, weight: int) -> Canary:
+    """Gives the release `weight` per cent of the channel's requests, if the promotion would pass now. Replaces a
+    running canary. Raises Refused if a gate does not pass, if the channel serves nothing or the release already, or if
+    a node that follows the channel does not split requests; Stale for another expected move."""
+    repository = repositories.find(session, wanted.repository, wanted.kind)
+    session.scalar(moves.locked(repository, wanted.channel))
+    channel = moves.find(session, repository, wanted.channel)
+    moves.check_expected(channel.move_id, moves.served_version(session, channel), wanted.expected, wanted.subject)
+    judged = promotions.judge(session, actor, wanted)
+    if judged.error is not None:
+        raise judged.error
+    _refuse_unfit(session, actor.at, wanted, judged)
+    policy, _ = policies.find(session, repository, wanted.channel)
+    earlier = pending.running_canary(session, channel.id)
+    if earlier is not None:
+        _end(earlier, "replaced", f"{actor.name} began another canary.", actor.at)
+        session.flush()
+    release = releases.find(session, wanted.repository, wanted.version, wanted.kind)
+    canary = Canary(
+        channel_id=channel.id,
+        move_id=channel.move_id,
+        release=release,
+        weight=weight,
+        watch=policy.watch.to_json() if policy.watch else None,
+        state=pending.RUNNING,
+        report=[],
+        actor=actor.name,
+        token_id=actor.token_id,
+        source=actor.source,
+        reason=wanted.reason,
+        created_at=actor.at,
+        step_at=actor.at,
+    )
+    session.add(canary)
+    session.flush()
+    _record(session, actor, canary, wanted.subject, Act.CHANNEL_CANARY, wanted.reason)
+    return canary
+
+
+def _refuse_unfit(session: Session, now: datetime, wanted: PromotionRequest, judged: promotions.Judgement) -> None:
+    if judged.served is None:
+        raise Refused(
+            "serves_nothing",
+            f"{wanted.subject} serves nothing that a canary could stand beside.",
+            subject=wanted.subject,
+        )
+    if judged.served == str(wanted.version):
+        raise Refused("already_served", f"{wanted.subject} already serves {wanted.version}.", subject=wanted.subject)
+    if judged.verdict is not PromotionVerdict.PASSES:
+        open_rules = "; ".join(f"{result.rule}: {result.detail}" for result in judged.results if not result.passed)
+        raise Refused(
+            "gate_failed",
+            f"A canary of {wanted.version} begins once its promotion to {wanted.subject} passes: {open_rules}.",
+            subject=wanted.subject,
+            findings=[result.to_json() for result in judged.results],
+        )
+    nodes = fleet.whether_split(session, ChannelName(wanted.repository, wanted.channel), now)
+    whole = [name for name, splits in nodes.items() if not splits]
+    if whole or not nodes:
+        who = f"{', '.join(whole[:5])} does not" if whole else "no node that reports does"
+        raise Refused("nothing_splits", f"{wanted.subject} cannot have a canary: {who}.", subject=wanted.subject)
+
+
+def latest(session: Session, channel: Channel) -> Canary:
+    """The channel's last canary. Raises NotFound if it never had one."""
+    query = select(Canary).where(Canary.channel_id == channel.id).order_by(Canary.id.desc()).limit(1)
+    canary = session.scalar(query)
+    if canary is None:
+        raise NotFound("canary_unknown", f"{channel.name} has had no canary.", subject=channel.name)
+    return canary
+
+
+def stop(session: Session, actor: Actor, repository: Repository, name: str, reason: str) -> Canary:
+    """Ends the canary: all requests go to the served release again. Raises Conflict if none is running."""
+    session.scalar(moves.locked(repository, name))
+    canary = _running(session, repository, name)
+    subject = f"{repositories.name_of(repository)}@{name}"
+    _end(canary, STOPPED, reason or f"{actor.name} stopped it.", actor.at)
+    _record(session, actor, canary, subject, Act.CHANNEL_CANARY, reason)
+    return canary
+
+
+def report(
+    session: Session,
+    actor: Actor,
+    repository: Repository,
+    name: str,
+    source: str,
+    counted: Mapping[str, Figures],
+) -> Canary:
+    """Records what a source has counted by version since it started, and decides: a broken rule ends the canary, and a
+    step that has lasted leads to the next one. Raises Conflict if no canary is running."""
+    session.scalar(moves.locked(repository, name))
+    canary = _running(session, repository, name)
+    wanted = {canary.release.version, served_version(session, canary)}
+    row = session.get(CanaryFigures, (canary.id, source))
+    document = {version: asdict(figures) for version, figures in counted.items() if version in wanted}
+    if row is None:
+        known = session.scalar(select(func.count()).where(CanaryFigures.canary_id == canary.id)) or 0
+        if known >= MAX_SOURCES:
+            raise Refused("too_many_sources", f"The canary has figures of {known:,} sources.", subject=source)
+        row = CanaryFigures(canary_id=canary.id, source=source, first=document, last=document, at=actor.at)
+        session.add(row)
+    _refuse_fewer(row, document)
+    # A version that the source counts for the first time had no requests before.
+    row.last, row.at = document, actor.at
+    if canary.figures_at is None or actor.at - canary.figures_at > STALE:
+        canary.step_at = actor.at
+    canary.figures_at = actor.at
+    session.flush()
+    _decide(session, actor, canary, repository, name)
+    return canary
+
+
+def _refuse_fewer(row: CanaryFigures, document: Mapping[str, Any]) -> None:
+    for version, last in row.last.items():
+        now = document.get(version)
+        if now is None or now["requests"] < last["requests"] or now["errors"] < last["errors"]:
+            raise Invalid(
+                "figures_fell",
+                f"{row.source} counts fewer requests of {version} than before.",
+                subject=row.source,
+            )
+
+
+def figures(session: Session, canary: Canary) -> tuple[Figures, Figures]:
+    """The figures of the candidate and of the served release since the canary began, of all sources."""
+    rows = session.scalars(select(CanaryFigures).where(CanaryFigures.canary_id == canary.id)).all()
+    own, served = Figures(), Figures()
+    for row in rows:
+        own = own.plus(_of(row.last, canary.release.version)).plus(_of(row.first, canary.release.version), -1)
+        version = served_version(session, canary)
+        served = served.plus(_of(row.last, version)).plus(_of(row.first, version), -1)
+    return own, served
+
+
+def _of(document: Mapping[str, Any], version: str) -> Figures:
+    return Figures.of_json(document[version]) if version in document else Figures()
+
+
+def _decide(session: Session, actor: Actor, canary: Canary, repository: Repository, name: str) -> None:
+    subject = f"{repositories.name_of(repository)}@{name}"
+    if canary.release.yanked:
+        _end(canary, ROLLED_BACK, f"{canary.release.version} was yanked.", actor.at)
+        _record(session, actor, canary, subject, Act.CHANNEL_WATCH, canary.why)
+        return
+    if canary.watch is None:
+        return
+    watch = Watch.model_validate(canary.watch)
+    own, served = figures(session, canary)
+    standings = judge(watch, own, served)
+    canary.report = [asdict(standing) for standing in standings]
+    if broken := [standing.rule for standing in standings if standing.broken]:
+        _end(canary, ROLLED_BACK, f"broken: {'; '.join(broken)}", actor.at)
+        _record(session, actor, canary, subject, Act.CHANNEL_WATCH, canary.why)
+    elif actor.at - canary.step_at >= timedelta(seconds=watch.step_s) and own.requests + served.requests >= watch.least:
+        _proceed(session, actor, canary, subject, watch.after(canary.weight))
+
+
+def _proceed(session: Session, actor: Actor, canary: Canary, subject: str, weight: int) -> None:
+    """Goes to the next step. The last one is a promotion by the one who began the canary, with today's rights and
+    gates; while it is refused, the canary is held."""
+    if weight < 100:
+        canary.weight, canary.step_at, canary.why = weight, actor.at, ""
+        _record(session, actor, canary, subject, Act.CHANNEL_CANARY, f"step to {weight} %")
+        return
+    release = canary.release
+    by = tokens.actor_now(session, canary.actor, canary.token_id, canary.source, actor.at)
+    name = repositories.name_of(release.repository)
+    wanted = PromotionRequest(
+        name,
+        parse_version(release.version),
+        subject.rpartition("@")[2],
+        None,
+        reason=canary.reason or "the canary passed",
+        expected=Expected(canary.move_id),
+    )
+    try:
+        if not holds(by, Role.RELEASER, name.namespace):
+            raise NotAllowed("role_lost", f"{by.name} no longer has the role {Role.RELEASER} in {name.namespace}.")
+        with session.begin_nested():
+            outcome = moves.attempt(session, by, wanted)
+    except RegistryError as error:
+        canary.why = f"held: {error.detail}"
+        return
+    canary.why = "" if isinstance(outcome, ChannelMove) else "held: the promotion waits for scores or approvals"
+
+
+def _running(session: Session, repository: Repository, name: str) -> Canary:
+    channel = moves.find(session, repository, name)
+    canary = pending.running_canary(session, channel.id)
+    if canary is None:
+        subject = f"{repositories.name_of(repository)}@{name}"
+        raise Conflict("no_canary", f"{subject} has no running canary.", subject=subject)
+    return canary
+
+
+def served_version(session: Session, canary: Canary) -> str:
+    """The version of the move that the canary stands beside."""
+    return session.get_one(Move, canary.move_id).to_release.version
+
+
+def _end(canary: Canary, state: str, why: str, at: datetime) -> None:
+    canary.state, canary.why, canary.ended_at = state, why, at
+
+
+def _record(session: Session, actor: Actor, canary: Canary, subject: str, act: Act, reason: str) -> None:
+    audit.record(
+        session,
+        actor,
+        act,
+        subject,
+        namespace=subject.partition("/")[0],
+        reason=reason,
+        after={"version": canary.release.version, "weight": canary.weight, "state": canary.state},
+        canary=canary.id,
+        figures=canary.report,
+    )

@@ -1,0 +1,74 @@
+"""Tests of live figures that may be repeated after every request.
+
+The figures are means of values from 0 to 1: whether a request failed, whether an answer was right. Against a mean p, n
+values with the sum S are the evidence
+
+    ln ∫ q^S (1-q)^(n-S) Beta(q; 1/2, 1/2) dq  -  ln p^S (1-p)^(n-S)
+
+a mixture of likelihood ratios (Robbins, "Statistical methods related to the law of the iterated logarithm", 1970). If p
+is the true mean, exp(evidence) is a supermartingale, also for values between 0 and 1, since a^x b^(1-x) is at most
+x a + (1-x) b. By Ville's inequality it ever exceeds 1/alpha with a probability of at most alpha, however often somebody
+looks. The evidence of two groups of requests adds up.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import inf, lgamma, log
+
+_PRIOR = 0.5
+_TINY = 1e-9
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """The number of values, and their sum."""
+
+    n: int = 0
+    total: float = 0.0
+
+    @property
+    def mean(self) -> float:
+        return self.total / self.n if self.n else 0.0
+
+    def plus(self, other: "Sample", sign: int = 1) -> "Sample":
+        return Sample(self.n + sign * other.n, self.total + sign * other.total)
+
+    @property
+    def inverted(self) -> "Sample":
+        """The sample of 1 - x."""
+        return Sample(self.n, self.n - self.total)
+
+    def evidence(self, mean: float) -> float:
+        """The evidence against a true mean, in nats; see above."""
+        p = min(max(mean, _TINY), 1 - _TINY)
+        wins, losses = self.total, self.n - self.total
+        mixture = _log_beta(wins + _PRIOR, losses + _PRIOR) - _log_beta(_PRIOR, _PRIOR)
+        return mixture - wins * log(p) - losses * log(1 - p)
+
+
+def above_limit(sample: Sample, limit: float) -> float:
+    """The evidence that the true mean is above the limit: that against each mean up to it."""
+    return sample.evidence(limit) if sample.mean > limit else -inf
+
+
+def above_other(sample: Sample, other: Sample, margin: float) -> float:
+    """The evidence that the true mean is above that of the other sample plus the margin: the least against any pair of
+    means that are not so."""
+    if not sample.n or not other.n or sample.mean <= other.mean + margin:
+        return -inf
+    return _least(lambda mean: other.evidence(mean) + sample.evidence(mean + margin), other.mean, sample.mean - margin)
+
+
+def _least(of: Callable[[float], float], low: float, high: float) -> float:
+    """The minimum of a convex function."""
+    for _ in range(40):
+        third = (high - low) / 3
+        if of(low + third) < of(high - third):
+            high -= third
+        else:
+            low += third
+    return of((low + high) / 2)
+
+
+def _log_beta(a: float, b: float) -> float:
+    return lgamma(a) + lgamma(b) - lgamma(a + b)

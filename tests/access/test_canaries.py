@@ -1,0 +1,158 @@
+"""Canaries: who may begin, report and stop them, what live figures decide, and what everybody else sees meanwhile."""
+
+from datetime import UTC, datetime
+from typing import Any
+
+import httpx2
+import pytest
+
+from tests.access.house import PRIVATE, House
+from tests.access.test_fleet import SQL, Clock, Json, clock, furnished, house, live, put
+
+__all__ = ["clock", "furnished", "house"]
+
+CANARY, WATCH, CHANNEL = f"{SQL}/channels/prod/canary", f"{SQL}/channels/prod/watch", f"{SQL}/channels/prod"
+POLICY = {
+    "version": 1,
+    "watch": {"for": "1m", "steps": [10, 50, 100], "rules": ["errors <= served + 0.01", "p95_seconds <= 1.2 x served"]},
+}
+FAST, SLOW = 20, 40
+"""Indices of 0.067 and 0.45 seconds."""
+
+
+def begun(house: House, version: str = "1.0.0", weight: int = 10, **more: Any) -> httpx2.Response:
+    return house.ask("releaser", "PUT", CANARY, json={"version": version, "weight": weight, **more})
+
+
+def figures(requests: int, errors: int = 0, at: int = FAST, **metrics: tuple[int, float]) -> Json:
+    return {"requests": requests, "errors": errors, "seconds": {str(at): requests}, "metrics": metrics}
+
+
+def report(house: House, candidate: Json, served: Json, source: str = "front") -> httpx2.Response:
+    body = {"source": source, "versions": {"1.0.0": candidate, "1.1.0": served}}
+    return house.ask("agent", "POST", WATCH, json=body)
+
+
+def reported(house: House, candidate: Json, served: Json, source: str = "front") -> Json:
+    answer = report(house, candidate, served, source)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def followed(house: House) -> Json:
+    name = f"{PRIVATE}/sql@prod"
+    return house.ask("reader", "GET", f"/v1/follow?channels={name}").json()["channels"][name]
+
+
+@pytest.fixture
+def splitting(house: House) -> House:
+    """The channel's policy watches, and a node splits its requests."""
+    assert house.ask("admin", "PUT", f"{CHANNEL}/policy", json=POLICY).status_code == 200
+    assert put(house, "a", live(splits=True)).status_code == 200
+    return house
+
+
+def test_a_canary_with_good_figures_reaches_its_promotion_step_by_step(splitting: House, clock: Clock) -> None:
+    house = splitting
+    answer = begun(house)
+    assert answer.status_code == 200, answer.text
+    assert (answer.json()["weight"], answer.json()["next_weight"]) == (10, 50)
+    assert followed(house)["version"] == "1.1.0"
+    assert followed(house)["candidate"] == {"version": "1.0.0", "weight": 10, "commit": followed(house)["commit"]}
+    assert house.ask("reader", "GET", f"/v1/resolve?ref={PRIVATE}/sql@prod").json()["release"]["version"] == "1.1.0"
+    reported(house, figures(0), figures(0))
+    seen = list[int]()
+    for minute in (1, 2):
+        clock.passes(61)
+        assert put(house, "a", live(splits=True)).status_code == 200
+        shown = reported(house, figures(100 * minute, minute), figures(900 * minute, 9 * minute))
+        seen.append(shown["weight"])
+    assert seen == [50, 100]
+    assert shown["state"] == "promoted"
+    assert followed(house)["version"] == "1.0.0"
+    assert followed(house)["candidate"] is None
+    assert report(house, figures(400), figures(4000)).status_code == 409
+
+
+def test_a_broken_rule_ends_the_canary_and_the_audit_has_the_figures(splitting: House) -> None:
+    house = splitting
+    assert begun(house).status_code == 200
+    reported(house, figures(0), figures(0))
+    assert reported(house, figures(100, 2), figures(900, 9))["state"] == "running"
+    shown = reported(house, figures(300, 45), figures(2700, 27))
+    assert (shown["state"], shown["why"]) == ("rolled_back", "broken: errors <= served + 0.01")
+    assert followed(house)["candidate"] is None
+    [row] = house.ask("admin", "GET", "/v1/audit?act=channel:watch").json()["items"]
+    assert row["detail"]["figures"][0]["candidate"] == pytest.approx(0.15)
+
+
+def test_a_slow_candidate_and_a_worse_metric_break_their_rules(splitting: House) -> None:
+    house = splitting
+    watch = POLICY["watch"] | {"rules": ["p95_seconds <= 1.2 x served", "live.accuracy >= served - 2 se"]}  # pyright: ignore[reportOperatorIssue]
+    assert house.ask("admin", "PUT", f"{CHANNEL}/policy", json=POLICY | {"watch": watch}).status_code == 200
+    for worse, rule in (
+        (figures(300, at=SLOW), "p95_seconds <= 1.2 x served"),
+        (figures(300, **{"live.accuracy": (300, 150.0)}), "live.accuracy >= served - 2 se"),
+    ):
+        assert begun(house).status_code == 200
+        reported(house, figures(0), figures(0))
+        served = figures(2700, **{"live.accuracy": (2700, 2400.0)})
+        assert reported(house, worse, served)["why"] == f"broken: {rule}"
+
+
+def test_without_figures_a_canary_is_held_and_never_promoted(splitting: House, clock: Clock) -> None:
+    house = splitting
+    assert begun(house, weight=50).status_code == 200
+    reported(house, figures(0), figures(0))
+    clock.passes(600)
+    assert put(house, "a", live(splits=True)).status_code == 200
+    assert reported(house, figures(500), figures(500))["state"] == "running"
+    clock.passes(61)
+    assert reported(house, figures(600), figures(600))["state"] == "promoted"
+
+
+def test_a_canary_is_refused_where_nothing_splits_its_requests_or_a_gate_fails(house: House) -> None:
+    assert begun(house).json()["code"] == "nothing_splits"
+    assert put(house, "a", live(splits=True)).status_code == 200
+    assert put(house, "b", live()).status_code == 200
+    refused = begun(house).json()
+    assert refused["code"] == "nothing_splits"
+    assert "prod/b" in refused["detail"]
+    assert put(house, "b", live(splits=True)).status_code == 200
+    assert begun(house, "1.1.0").json()["code"] == "already_served"
+    house.ask("admin", "PUT", f"{CHANNEL}/policy", json={"version": 1, "soak": [{"channel": "staging", "hours": 24}]})
+    assert begun(house).json()["code"] == "gate_failed"
+
+
+def test_a_rollback_waits_for_the_end_of_a_canary_and_a_promotion_replaces_it(splitting: House) -> None:
+    house = splitting
+    assert begun(house).status_code == 200
+    refused = house.ask("releaser", "POST", f"{CHANNEL}/rollback", json={})
+    assert refused.json()["code"] == "canary_running"
+    stopped = house.ask("releaser", "DELETE", f"{CANARY}?reason=enough")
+    assert (stopped.json()["state"], stopped.json()["why"]) == ("stopped", "enough")
+    assert house.ask("releaser", "DELETE", CANARY).status_code == 409
+    assert begun(house).status_code == 200
+    assert begun(house, weight=20).json()["weight"] == 20
+    assert house.ask("releaser", "PUT", CHANNEL, json={"version": "1.0.0"}).status_code == 200
+    assert house.ask("reader", "GET", CANARY).json()["state"] == "promoted"
+
+
+def test_a_yanked_candidate_gets_no_requests(splitting: House) -> None:
+    house = splitting
+    assert begun(house).status_code == 200
+    assert house.ask("releaser", "POST", f"{SQL}/releases/1.0.0/yank", json={"reason": "wrong"}).status_code == 200
+    assert followed(house)["candidate"] is None
+    assert reported(house, figures(0), figures(0))["why"] == "1.0.0 was yanked."
+
+
+def test_figures_of_several_sources_add_up_and_never_fall(splitting: House) -> None:
+    house = splitting
+    assert begun(house).status_code == 200
+    reported(house, figures(1000), figures(1000))  # counted before the canary
+    assert reported(house, figures(1010, 1), figures(1090, 1))["requests"] == [10, 90]
+    assert reported(house, figures(5), figures(5), "second")["requests"] == [10, 90]
+    assert reported(house, figures(6), figures(14), "second")["requests"] == [11, 99]
+    assert report(house, figures(3), figures(3), "second").json()["code"] == "figures_fell"
+    assert report(house, figures(3, 4), figures(3), "third").status_code == 422
+    assert datetime.fromisoformat(house.ask("reader", "GET", CANARY).json()["figures_at"]) <= datetime.now(UTC)

@@ -1,0 +1,65 @@
+"""A canary behind `adaptory mirror --front` and `adaptory route`: its share, and what live figures do."""
+
+from pathlib import Path
+
+import httpx2
+import yaml
+
+from tests import services
+from tests.eventually import eventually
+from tests.serving.conftest import Site, mirrored
+from tests.serving.double import double
+from tests.serving.test_mirror import NEW, OLD, SQL, front
+
+REQUESTS = 200
+WATCH = {"for": "1s", "steps": [50, 100], "min": 50, "rules": ["errors <= served + 0.01"]}
+
+
+def served_by(url: str, prompt: str, count: int = REQUESTS) -> dict[str, int]:
+    """Sends requests to the channel; returns how many each version answered, or failed to."""
+    versions = dict[str, int]()
+    with httpx2.Client(timeout=60) as http:
+        for number in range(count):
+            body = {"model": SQL, "prompt": prompt, "user": str(number)}
+            name = http.post(f"{url}/v1/completions", json=body).headers["x-served-model"]
+            versions[name] = versions.get(name, 0) + 1
+    return versions
+
+
+def test_a_failing_canary_is_rolled_back_by_live_figures_and_a_sound_one_is_promoted(
+    site: Site, tmp_path: Path
+) -> None:
+    policy, port = tmp_path / "policy.yaml", services.free_port()
+    policy.write_text(yaml.safe_dump({"version": 1, "watch": WATCH}))
+    site.cli.ok("policy", "set", SQL, policy)
+    words = ("--front", f"http://127.0.0.1:{port}", "--group", "gpus", "--node", "a")
+    refused = site.cli("promote", "acme/sql:1.1.0", "--to", "prod", "--canary", "50%")
+    assert "no node that reports" in refused.err
+    with (
+        double(seconds=0.001) as (server, _),
+        mirrored(site, "--server", f"vllm={server}", *words) as agent,
+        front(agent, port) as url,
+    ):
+        agent.wait_for(OLD)
+        eventually(lambda: site.cli("promote", "acme/sql:1.1.0", "--to", "prod", "--canary", "50%").code == 0)
+        eventually(lambda: NEW in served_by(url, "x", 4), within_s=30)
+        shares = served_by(url, f"fails on {NEW}")
+        assert 0.3 < shares[NEW] / REQUESTS < 0.7
+
+        def is_rolled_back() -> bool:
+            served_by(url, f"fails on {NEW}", 20)
+            return "rolled back" in site.cli("watch", SQL, "--once").out
+
+        eventually(is_rolled_back)
+        ended = site.cli("watch", SQL)
+        assert (ended.code, "broken: errors <= served + 0.01" in ended.out) == (1, True), ended.out
+        eventually(lambda: served_by(url, f"fails on {NEW}", 20) == {OLD: 20}, within_s=30)
+        site.cli.ok("promote", "acme/sql:1.1.0", "--to", "prod", "--canary", "50%")
+
+        def is_promoted() -> bool:
+            served_by(url, "x", 20)
+            return agent.routed() == NEW
+
+        eventually(is_promoted, within_s=60)
+        assert "promoted" in site.cli.ok("watch", SQL).out
+        assert "canary 1.1.0 beside 1.0.0" in site.cli.ok("watch", SQL, "--once").out
