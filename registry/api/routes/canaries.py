@@ -8,16 +8,15 @@ from registry.api.http.pagination import expected_from
 from registry.api.http.request import ResourcesOf
 from registry.api.http.routes import Route
 from registry.api.http.rules import Agent, Reader, Releaser
-from registry.api.routes.repository import NamedRepository, RepositoryOf, RepositoryRouter
-from registry.database.engine import Session
-from registry.database.tables import Canary
+from registry.api.routes.repository import RepositoryOf, RepositoryRouter
+from registry.api.routes.views import canary_view
 from registry.domain.channels import canaries, moves
 from registry.domain.channels.canaries import Figures
 from registry.domain.channels.policies import PromotionRequest
 from registry.domain.channels.sequential import Sample
+from registry.errors import NotFound
 from registry.formats.references import parse_version
-from registry.formats.watch import Watch
-from registry.wire.fleet import CanaryIn, CanaryOut, StandingOut, VersionFiguresIn, WatchIn
+from registry.wire.fleet import CanaryIn, CanaryOut, VersionFiguresIn, WatchIn
 
 repository_routes = RepositoryRouter(tags=["channels"], route_class=Route)
 
@@ -43,7 +42,7 @@ def begin(
         expected=expected_from(if_match, None),
     )
     with resources.write() as session:
-        return _view(session, canaries.begin(session, actor, wanted, body.weight), named, channel)
+        return canary_view(session, canaries.begin(session, actor, wanted, body.weight), named.name, channel)
 
 
 @repository_routes.get(CANARY)
@@ -51,7 +50,10 @@ def show(named: RepositoryOf, channel: str, resources: ResourcesOf, actor: Reade
     """Show the channel's last canary, with the standing of its rules."""
     with resources.snapshot() as session:
         row = moves.find(session, named.find(session), channel)
-        return _view(session, canaries.latest(session, row), named, channel)
+        canary = canaries.latest(session, row)
+        if canary is None:
+            raise NotFound("canary_unknown", f"{named.name}@{channel} has had no canary.", subject=channel)
+        return canary_view(session, canary, named.name, channel)
 
 
 @repository_routes.delete(CANARY)
@@ -64,7 +66,8 @@ def stop(
 ) -> CanaryOut:
     """Stop the canary: all requests go to the served release again. 409 if none is running."""
     with resources.write() as session:
-        return _view(session, canaries.stop(session, actor, named.find(session), channel, reason), named, channel)
+        ended = canaries.stop(session, actor, named.find(session), channel, reason)
+        return canary_view(session, ended, named.name, channel)
 
 
 @repository_routes.post("/{namespace}/{name}/channels/{channel}/watch")
@@ -74,24 +77,9 @@ def watch(named: RepositoryOf, channel: str, body: WatchIn, resources: Resources
     counted = {version: _figures(row) for version, row in body.versions.items()}
     with resources.write() as session:
         canary = canaries.report(session, actor, named.find(session), channel, body.source, counted)
-        return _view(session, canary, named, channel)
+        return canary_view(session, canary, named.name, channel)
 
 
 def _figures(row: VersionFiguresIn) -> Figures:
     metrics = {name: Sample(n, total) for name, (n, total) in row.metrics.items()}
     return Figures(row.requests, row.errors, row.seconds, metrics)
-
-
-def _view(session: Session, canary: Canary, named: NamedRepository, channel: str) -> CanaryOut:
-    own, served = canaries.figures(session, canary)
-    running = Watch.model_validate(canary.watch) if canary.watch and canary.ended_at is None else None
-    return CanaryOut.of(
-        canary,
-        repository=str(named.name),
-        channel=channel,
-        version=canary.release.version,
-        served=canaries.served_version(session, canary),
-        next_weight=running.after(canary.weight) if running else None,
-        requests=(own.requests, served.requests),
-        rules=[StandingOut.model_validate(row) for row in canary.report],
-    )

@@ -7,6 +7,7 @@ from registry.database.engine import Session, database_now
 from registry.database.tables import (
     AuditRow,
     Base,
+    Canary,
     Channel,
     Composition,
     ConflictCheck,
@@ -20,7 +21,7 @@ from registry.database.tables import (
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import Role, holds
 from registry.domain.catalog import bases, metrics, repositories, suites
-from registry.domain.channels import fleet, moves, resolve
+from registry.domain.channels import canaries, fleet, moves, resolve
 from registry.domain.channels.moves import PromotionRequest
 from registry.domain.channels.promotions import Judgement
 from registry.domain.channels.serving import ChannelName, serving_move
@@ -28,9 +29,10 @@ from registry.domain.channels.timeline import ChannelMove
 from registry.domain.compositions import compositions
 from registry.domain.jobs import needs, queue
 from registry.formats.references import RepositoryName
+from registry.formats.watch import Watch
 from registry.formats.webhooks import message_id
 from registry.wire.catalog import BaseOut, BaseRef, RepositoryOut, TensorRow
-from registry.wire.fleet import RolloutNodeOut, RolloutOut
+from registry.wire.fleet import CanaryOut, RolloutNodeOut, RolloutOut, StandingOut
 from registry.wire.quality import ChannelOut, JudgementOut, MoveOut, PromotionOut, ScoreOut, SuiteOut
 from registry.wire.webhooks import DeliveryOut
 from registry.wire.work import AuditOut, CheckedInput, CompositionOut, ConflictsOut, JobOut, Priority
@@ -132,6 +134,21 @@ def rollout_view(session: Session, actor: Actor, row: Channel, repository: Repos
         totals=fleet.totals(nodes),
         proved=sum(node.is_proved for node in nodes),
         nodes=[RolloutNodeOut.of(node) for node in nodes] if holds(actor, Role.READER, str(named)) else [],
+    )
+
+
+def canary_view(session: Session, canary: Canary, repository: RepositoryName, channel: str) -> CanaryOut:
+    own, served = canaries.figures(session, canary)
+    watch = Watch.model_validate(canary.watch) if canary.watch and canary.ended_at is None else None
+    return CanaryOut.of(
+        canary,
+        repository=str(repository),
+        channel=channel,
+        version=canary.release.version,
+        served=canaries.served_version(session, canary),
+        next_weight=watch.after(canary.weight) if watch else None,
+        requests=(own.requests, served.requests),
+        rules=[StandingOut.model_validate(row) for row in canary.report],
     )
 
 

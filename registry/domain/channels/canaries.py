@@ -19,7 +19,7 @@ from registry.domain.channels.policies import Expected, PromotionRequest, Promot
 from registry.domain.channels.sequential import Sample, above_limit, above_other
 from registry.domain.channels.serving import ChannelName
 from registry.domain.channels.timeline import ChannelMove
-from registry.errors import Conflict, Invalid, NotAllowed, NotFound, Refused, RegistryError
+from registry.errors import Conflict, Invalid, NotAllowed, Refused, RegistryError
 from registry.formats.references import parse_version
 from registry.formats.watch import ERRORS, Watch, WatchRule
 
@@ -188,19 +188,16 @@ def _refuse_unfit(session: Session, now: datetime, wanted: PromotionRequest, jud
             findings=[result.to_json() for result in judged.results],
         )
     nodes = fleet.whether_split(session, ChannelName(wanted.repository, wanted.channel), now)
-    whole = [name for name, splits in nodes.items() if not splits]
-    if whole or not nodes:
-        who = f"{', '.join(whole[:5])} does not" if whole else "no node that reports does"
+    others = [name for name, splits in nodes.items() if not splits]
+    if others or not nodes:
+        who = f"{', '.join(others[:5])} does not split requests" if others else "no node that reports splits requests"
         raise Refused("nothing_splits", f"{wanted.subject} cannot have a canary: {who}.", subject=wanted.subject)
 
 
-def latest(session: Session, channel: Channel) -> Canary:
-    """The channel's last canary. Raises NotFound if it never had one."""
+def latest(session: Session, channel: Channel) -> Canary | None:
+    """The channel's last canary, running or ended."""
     query = select(Canary).where(Canary.channel_id == channel.id).order_by(Canary.id.desc()).limit(1)
-    canary = session.scalar(query)
-    if canary is None:
-        raise NotFound("canary_unknown", f"{channel.name} has had no canary.", subject=channel.name)
-    return canary
+    return session.scalar(query)
 
 
 def stop(session: Session, actor: Actor, repository: Repository, name: str, reason: str) -> Canary:

@@ -25,7 +25,7 @@ from registry.domain.channels.requirements import Question
 from registry.domain.channels.serving import move_before, serving_move, way_back
 from registry.domain.channels.timeline import ChannelMove
 from registry.domain.jobs.evaluations import WantedScore
-from registry.errors import Conflict, Refused, Stale
+from registry.errors import Refused, Stale
 from registry.formats.channel_policy import ChannelPolicy
 from registry.formats.references import RepositoryName, Version, parse_name, refuse_ambiguous_channel
 
@@ -212,13 +212,7 @@ def roll_back(  # noqa: PLR0913
     channel = find(session, repository, channel_name)
     subject = f"{repositories.name_of(repository)}@{channel_name}"
     check_expected(channel.move_id, served_version(session, channel), expected, subject)
-    if canary := pending.running_canary(session, channel.id):
-        raise Conflict(
-            "canary_running",
-            f"{subject} runs a canary of {canary.release.version}, and still serves what it served before.",
-            subject=subject,
-            next_step=f"`adaptory watch {subject} --stop` ends it; then roll back if you still want to.",
-        )
+    pending.refuse_running_canary(session, channel.id, subject)
     current = current_of(session, channel)
     actor = replace(actor, at=max(actor.at, current.at))
     target = _served_before(session, channel, current, to, subject) if to else move_before(session, current)

@@ -163,6 +163,17 @@ def running_canary(session: Session, channel_id: int) -> Canary | None:
     return session.scalar(select(Canary).where(Canary.channel_id == channel_id, Canary.state == RUNNING))
 
 
+def refuse_running_canary(session: Session, channel_id: int, subject: str) -> None:
+    """Raises Conflict if the channel runs a canary. A rollback would change what all other requests get."""
+    if canary := running_canary(session, channel_id):
+        raise Conflict(
+            "canary_running",
+            f"{subject} runs a canary of {canary.release.version}, and still serves what it served before.",
+            subject=subject,
+            next_step=f"`adaptory watch {subject} --stop` ends it; then roll back if you still want to.",
+        )
+
+
 def end_canary(session: Session, channel_id: int, reached: int, at: datetime) -> None:
     """Ends the canary of a channel that has moved to the release with the id `reached`."""
     canary = running_canary(session, channel_id)

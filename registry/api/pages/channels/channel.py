@@ -9,7 +9,7 @@ from registry.api.pages.channels import policy, rollout
 from registry.api.pages.html import gates
 from registry.api.pages.html.render import page_about
 from registry.api.pages.html.wire import CHANNEL, ChannelRequestOf, PageReader, PageRoute
-from registry.api.routes.views import channel_view, move_view, promotion_view, rollout_view
+from registry.api.routes.views import canary_view, channel_view, move_view, promotion_view, rollout_view
 from registry.database.engine import Session
 from registry.database.tables import Promotion, Repository
 from registry.domain.access.audit import Actor
@@ -78,14 +78,16 @@ def _promotable(session: Session, repository: Repository, serving: ChannelOut | 
     return [release.version for release in highest if not release.yanked and release.version != served]
 
 
-_EMPTY: dict[str, Any] = {"serving": None, "move": None, "since": None, "timeline": [], "more": None, "rollout": None}
-"""The values of `_moved` for a channel without moves."""
+_EMPTY: dict[str, Any] = {
+    **dict.fromkeys(("serving", "move", "since", "more", "rollout", "canary")),
+    "timeline": [],
+}
 
 
 def _moved(session: Session, actor: Actor, repository: Repository, channel: str, cursor: str | None) -> dict[str, Any]:
     """The release that the channel serves, since when and why, which nodes serve it, and a page of its moves."""
     named, row = repositories.name_of(repository), moves.find(session, repository, channel)
-    served = serving_move(session, row)
+    served, running = serving_move(session, row), pending.running_canary(session, row.id)
     rows = timeline.history(session, row, before=decode_number(cursor), limit=SHOWN + 1)
     listed, more = first_rows(rows, SHOWN, lambda move: move.id)
     views = [move_view(move, named, channel) for move in listed]
@@ -96,5 +98,6 @@ def _moved(session: Session, actor: Actor, repository: Repository, channel: str,
         "since": served.at if served else None,
         "timeline": [(move, gates.lines(move.gates), gates.summary(move.gates)) for move in views],
         "more": more,
+        "canary": canary_view(session, running, named, channel) if running else None,
         "rollout": rollout.shown(rollout_view(session, actor, row, repository), actor.at),
     }
