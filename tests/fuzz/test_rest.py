@@ -27,13 +27,14 @@ from registry.client.inprocess import InProcessTransport
 from registry.client.push import collect, push
 from registry.client.selection import select_files
 from registry.database.tables import BaseAlias
-from registry.domain.access import namespaces
+from registry.domain.access import namespaces, worker_keys
 from registry.domain.access.roles import EVERYWHERE, Role
 from registry.domain.catalog.bases import find as find_base
 from registry.domain.catalog.suites import find as find_suite
 from registry.domain.webhooks import hooks
 from registry.domain.webhooks.hooks import NewWebhook
 from registry.errors import Invalid, Refused
+from registry.formats.attestations import new_key, public_half
 from registry.formats.references import RepositoryName
 from registry.formats.webhooks import EVENTS
 from registry.transfer.fsck import check
@@ -76,6 +77,8 @@ OF_WHAT_IS_THERE = {
     "evaluation_unknown",
     "publisher_unknown",
     "node_unknown",
+    "evidence_unknown",
+    "canary_unknown",
 }
 """Codes with status 404 that concern a missing part of a thing that exists."""
 
@@ -128,6 +131,7 @@ def _sites(furnished: House, document: dict[str, Any], directory: Path) -> Gener
         session.add(BaseAlias(alias="tiny-alias", base_digest=find_base(session, "tiny").digest))
         hook, _ = hooks.add(session, HOST, NewWebhook("acme", None, "https://ops.example/", "slack", [*EVENTS]))
         delivery = hooks.send_test(session, HOST, hook.id).id
+        key = worker_keys.register(session, "gpu-1", public_half(new_key()), HOST).id
     things = furnished.things["acme"]
     known = {
         "namespace": "acme", "version": "1.0.0", "channel": "prod", "base": "tiny", "suite": "exact",
@@ -137,7 +141,7 @@ def _sites(furnished: House, document: dict[str, Any], directory: Path) -> Gener
         "repository": "acme/sql", "to": "1.0.0", "derived_from": "tiny", "size_bytes": 15, "method": "stack",
         "alias": "tiny-alias", "number": 1, "old": "tiny", "new": "tiny-alias", "promotion_id": 1, "successor": None,
         "releases": ["acme/sql:1.0.0"], "bases": ["tiny"], "suites": ["exact"],
-        "webhook_id": hook.id, "delivery_id": delivery,
+        "webhook_id": hook.id, "delivery_id": delivery, "key": key,
     }  # fmt: skip
     app = create_app(resources, tokens=True)
     app.openapi_schema = document
