@@ -24,7 +24,7 @@ def upgrade() -> None:
         sa.Column("state", sa.String(16), nullable=False),
         sa.Column("why", sa.String, nullable=False),
         sa.Column("report", sa.JSON, nullable=False),
-        sa.Column("actor", sa.String(64), nullable=False),
+        sa.Column("actor", sa.String(128), nullable=False),
         sa.Column("token_id", sa.String(16)),
         sa.Column("source", sa.String(200)),
         sa.Column("reason", sa.String, nullable=False),

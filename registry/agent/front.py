@@ -86,8 +86,8 @@ def choose(weights: Mapping[str, int], user: str) -> str:
 
 @dataclass(slots=True)
 class _Counts:
-    """The requests to a version that were answered, as a canary is judged by. Requests that a client left, or that were
-    wrong, are not failures."""
+    """The requests to a channel that a version answered, as a canary is judged by. Requests that a client left, or that
+    were wrong, are not failures."""
 
     requests: int = 0
     errors: int = 0
@@ -105,21 +105,24 @@ class _Counts:
 
 @dataclass(slots=True)
 class _Outcome:
-    """A request to a model, as it is counted. `label` is the model's name in metrics."""
+    """A request to a model, as it is counted. `label` is the model's name in metrics, and `channel` the channel that
+    was requested, if any."""
 
     model: str
     label: str
+    channel: str | None
     began_s: float
     ended: bool = False
 
 
 class Figures:
-    """Requests under way, and outcomes by version. vLLM labels neither its errors nor its latency by adapter."""
+    """Requests under way, and outcomes by version: vLLM labels neither its errors nor its latency by adapter. Requests
+    to a channel are counted apart, since a version may also serve another channel or be requested by its own name."""
 
     def __init__(self) -> None:
         self.under_way = Counter[str]()
         self.source = secrets.token_hex(4)
-        self.versions = defaultdict[str, _Counts](_Counts)
+        self.channels = defaultdict[str, defaultdict[str, _Counts]](lambda: defaultdict(_Counts))
         self._registry = CollectorRegistry()
         names = ["model"]
         self._requests = Total(
@@ -135,9 +138,9 @@ class Figures:
             "adaptory_front_finished", "Answers by finish reason.", [*names, "reason"], registry=self._registry
         )
 
-    def begin(self, model: str, *, is_routed: bool) -> _Outcome:
+    def begin(self, model: str, channel: str | None, *, is_routed: bool) -> _Outcome:
         self.under_way[model] += 1
-        return _Outcome(model, model if is_routed else _OTHER, time.monotonic())
+        return _Outcome(model, model if is_routed else _OTHER, channel, time.monotonic())
 
     def end(self, outcome: _Outcome, status: int, answer: Mapping[str, Any] | None = None) -> None:
         """Counts the end of a request, once."""
@@ -150,8 +153,8 @@ class Figures:
         self._requests.labels(outcome.label, str(status)).inc()
         seconds = time.monotonic() - outcome.began_s
         self._seconds.labels(outcome.label).observe(seconds)
-        if outcome.label != _OTHER and status != LEFT:
-            self.versions[outcome.label].add(seconds, failed=status >= 500)
+        if outcome.channel is not None and status != LEFT:
+            self.channels[outcome.channel][outcome.model].add(seconds, failed=status >= 500)
         if answer:
             self._count(outcome.label, answer)
 
@@ -191,9 +194,12 @@ class Front:
         return JSONResponse(dict(self.figures.under_way))
 
     async def count_versions(self, _request: Request) -> Response:
-        """The figures by version since this front started, for canaries."""
-        counted = {name: counts.document() for name, counts in self.figures.versions.items()}
-        return JSONResponse({"source": self.figures.source, "versions": counted})
+        """The figures by channel and version since this front started, for canaries."""
+        counted = {
+            channel: {name: counts.document() for name, counts in versions.items()}
+            for channel, versions in self.figures.channels.items()
+        }
+        return JSONResponse({"source": self.figures.source, "channels": counted})
 
     async def metrics(self, _request: Request) -> Response:
         return Response(self.figures.text(), media_type="text/plain; version=0.0.4")
@@ -218,8 +224,9 @@ class Front:
             return _error(400, "`model` is not a text.")
         if not requested.isprintable() or len(requested) > _MAX_NAME_CHARS:
             return _error(400, f"`model` has characters that cannot be printed, or more than {_MAX_NAME_CHARS}.")
-        routes = self.table.routes
+        routes, channel = self.table.routes, None
         if weights := routes.channels.get(requested):
+            channel = requested
             user = document.get("user")
             model = choose(weights, user if isinstance(user, str) and user else secrets.token_hex(8))
         elif "@" in requested and requested not in routes.commits:
@@ -227,7 +234,7 @@ class Front:
         else:
             model = requested
         # Written anew, so that the server reads the same name: a body may have the field twice.
-        return await self._send(request, model, json.dumps({**document, "model": model}).encode(), routes)
+        return await self._send(request, model, channel, json.dumps({**document, "model": model}).encode(), routes)
 
     def _servers(self, routes: Routes, model: str) -> Sequence[str]:
         """The servers that have the model, in turn. A server that watches a directory has no address there."""
@@ -238,12 +245,12 @@ class Front:
         first = self._turn % max(1, len(servers))
         return (*servers[first:], *servers[:first])
 
-    async def _send(self, request: Request, model: str, body: bytes, routes: Routes) -> Response:
+    async def _send(self, request: Request, model: str, channel: str | None, body: bytes, routes: Routes) -> Response:
         """Sends the request to the first server that begins to answer. Moves on to the next server if one cannot be
         reached, has closed the connection, or was restarted and does not know the model yet. Then tries the first
         server once more, since it may have closed only an idle connection."""
         headers, servers = _passed(request.headers.raw), self._servers(routes, model)
-        outcome = self.figures.begin(model, is_routed=model in routes.commits)
+        outcome = self.figures.begin(model, channel, is_routed=model in routes.commits)
         error = f"No server has {model}."
         try:
             for server in (*servers, *servers[:1]):

@@ -4,7 +4,6 @@ reports to the registry in another thread, so that a slow server does not make i
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from urllib.parse import quote
 
@@ -118,29 +117,38 @@ class Watcher:
     def run(self) -> None:
         while True:
             try:
-                self._report()
-                problem = ""
+                problems = self._report()
             except RegistryError as error:
-                problem = f"Figures of canaries were not reported: {error.detail}"
-            self._health.record_error("watch", problem)
+                problems = [error.detail]
+            text = f"Figures of canaries were not reported: {' '.join(problems)}" if problems else ""
+            self._health.record_error("watch", text)
             time.sleep(WATCH_S)
 
-    def _report(self) -> None:
-        channels = [name for name, state in self._followed.states.items() if state and state.candidate]
-        if not channels:
-            return
+    def _report(self) -> list[str]:
+        """Reports about each channel that has a canary, and returns why some reports failed. Raises the error of a
+        front that does not answer."""
+        problems = list[str]()
+        watched = {name: state for name, state in self._followed.states.items() if state and state.candidate}
+        if not watched:
+            return problems
         counted = read(FrontFigures, FIGURES, self._front.document(FIGURES))
-        for channel in channels:
+        for channel, state in watched.items():
             repository, name = parse_channel_reference(channel)
-            own = {
-                model.partition("@")[2]: figures
-                for model, figures in counted.versions.items()
-                if model.startswith(f"{repository}@")
+            by_model = counted.channels.get(channel, {})
+            versions = {
+                version: by_model[model]
+                for version in (state.version, state.candidate and state.candidate.version)
+                if version and (model := f"{repository}@{version}") in by_model
             }
-            body = WatchIn(source=f"{self._name}/{counted.source}", versions=own).model_dump(mode="json")
+            body = WatchIn(source=f"{self._name}/{counted.source}", versions=versions).model_dump(mode="json")
             path = f"{self._api.repository_path(str(repository))}/channels/{name}/watch"
-            with suppress(Conflict):  # it has ended: the next event says so
+            try:
                 self._api.post(path, body, CanaryOut)
+            except Conflict:
+                pass  # it has ended: the next event says so
+            except RegistryError as error:
+                problems.append(f"{channel}: {error.detail}")
+        return problems
 
 
 def run(mirror: Mirror, followed: Followed, reporter: Reporter | None, watcher: Watcher | None, health: Health) -> None:

@@ -10,6 +10,8 @@ from registry.wire.attested import AttestationOut, AttestationsOut
 from registry.wire.quality import ScoresOut
 from registry.wire.search import AnyRelease
 
+_COMPARED = ("metric", "value", "stderr", "n", "higher_is_better")
+
 
 def checked_attestations(api: Api, release: AnyRelease) -> list[tuple[AttestationOut, Statement]]:
     """The attestations of a release by keys that are not revoked, each with its statement.
@@ -20,7 +22,7 @@ def checked_attestations(api: Api, release: AnyRelease) -> list[tuple[Attestatio
     rows = api.get(f"{release.path}/attestations", AttestationsOut).attestations
     checked = [(row, _checked(row, release)) for row in rows if row.key.revoked_at is None]
     attested = {
-        (digest, score["metric"], score["value"], score["n"], row.key.worker)
+        (digest, row.key.worker, *(score[name] for name in _COMPARED))
         for row, statement in checked
         if statement.predicate_type == SCORES
         for name, digest in statement.subjects.items()
@@ -28,7 +30,7 @@ def checked_attestations(api: Api, release: AnyRelease) -> list[tuple[Attestatio
         for score in statement.predicate["scores"]
     }
     for score in api.get(f"{release.path}/scores", ScoresOut).scores:
-        measured = (score.suite_digest, score.metric, score.value, score.n, score.measured_by)
+        measured = (score.suite_digest, score.measured_by, *(getattr(score, name) for name in _COMPARED))
         if score.measured_by is not None and measured not in attested:
             raise _untrusted(f"{score.suite}.{score.metric} of {release.name} is not what a worker attested")
     return checked

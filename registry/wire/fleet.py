@@ -174,10 +174,11 @@ class VersionFiguresIn(Wire):
 
 
 class FrontFigures(Wire):
-    """What a front has counted since it started, by model, such as acme/sql@1.2.0. `source` is new after a restart."""
+    """What a front has counted since it started, by the channel that was requested, such as acme/sql@prod, and the
+    model that answered, such as acme/sql@1.2.0. `source` is new after a restart."""
 
     source: str = Field(min_length=1, max_length=100)
-    versions: dict[str, VersionFiguresIn] = Field(max_length=10_000)
+    channels: dict[str, dict[str, VersionFiguresIn]]
 
 
 class WatchIn(WireIn):
@@ -207,8 +208,9 @@ class StandingOut(Wire):
 
 class CanaryOut(Wire):
     """A channel's last canary. `state` is running, promoted, rolled_back, stopped or replaced; `why` says how it ended,
-    or what holds it. `requests` counts those of the candidate and those of the served version. `next_weight` is null
-    for a canary that is not watched: somebody promotes or stops it."""
+    or what holds it. `requests` counts those of the candidate and those of the served version; it is null, and `rules`
+    empty, for a caller without a role in the namespace, who reads the channel because the namespace is public.
+    `next_weight` is null for a canary that is not watched: somebody promotes or stops it."""
 
     id: int
     repository: str
@@ -221,7 +223,7 @@ class CanaryOut(Wire):
     why: str
     actor: str
     reason: str
-    requests: tuple[int, int]
+    requests: tuple[int, int] | None
     rules: list[StandingOut]
     created_at: datetime
     step_at: datetime

@@ -1,13 +1,15 @@
 """Canaries: who may begin, report and stop them, what live figures decide, and what everybody else sees meanwhile."""
 
+import json
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import Any
 
 import httpx2
 import pytest
 
-from tests.access.house import PRIVATE, House
-from tests.access.test_fleet import SQL, Clock, Json, clock, furnished, house, live, put
+from tests.access.house import PRIVATE, PUBLIC, House
+from tests.access.test_fleet import SQL, Clock, Json, clock, furnished, holder, house, live, put
 
 __all__ = ["clock", "furnished", "house"]
 
@@ -156,3 +158,96 @@ def test_figures_of_several_sources_add_up_and_never_fall(splitting: House) -> N
     assert report(house, figures(3), figures(3), "second").json()["code"] == "figures_fell"
     assert report(house, figures(3, 4), figures(3), "third").status_code == 422
     assert datetime.fromisoformat(house.ask("reader", "GET", CANARY).json()["figures_at"]) <= datetime.now(UTC)
+
+
+def test_a_step_waits_for_requests_to_the_candidate_and_for_figures_of_each_rule(
+    splitting: House, clock: Clock
+) -> None:
+    house = splitting
+    watch = {"for": "1m", "steps": [10, 100], "rules": ["errors <= 0.1", "live.accuracy >= served - 2 se"]}
+    assert house.ask("admin", "PUT", f"{CHANNEL}/policy", json={"version": 1, "watch": watch}).status_code == 200
+    assert begun(house).status_code == 200
+    reported(house, figures(0), figures(0))
+
+    def a_minute_later(candidate: Json, served: Json) -> tuple[str, str]:
+        clock.passes(61)
+        assert put(house, "a", live(splits=True)).status_code == 200
+        shown = reported(house, candidate, served)
+        return shown["state"], shown["why"]
+
+    served = figures(5000, **{"live.accuracy": (10, 9.0)})
+    assert a_minute_later(figures(0), served) == ("running", "held: 1.0.0 has answered 0 of 20 requests")
+    assert a_minute_later(figures(19, **{"live.accuracy": (1, 1.0)}), served)[1].startswith("held: 1.0.0 has answered")
+    assert a_minute_later(figures(20), served) == ("running", "held: no figures for live.accuracy >= served - 2 se")
+    assert a_minute_later(figures(20, **{"live.accuracy": (10, 9.0)}), served) == ("promoted", "")
+
+
+def test_huge_and_odd_figures_are_counted_or_refused_and_never_an_error_of_the_server(splitting: House) -> None:
+    house, most = splitting, 2**63 - 1
+    assert begun(house).status_code == 200
+    reported(house, figures(0), figures(0))
+    for source in ("a", "b"):
+        reported(house, figures(0), figures(0), source)
+        reported(house, figures(most, m=(most, 0.5)), figures(most), source)
+    assert house.ask("reader", "GET", CANARY).json()["requests"] == [2 * most, 2 * most]
+    odd = (
+        ("source", {"x\ud800": {}}),
+        ("source", {"1.0.0": {"requests": most + 1}}),
+        ("source", {"1.0.0": {"requests": 1, "seconds": {"117": 1}}}),
+        ("source", {"1.0.0": {"requests": -1}}),
+        ("source", {"1.0.0": {"requests": 1, "metrics": {"m": [1, float("nan")]}}}),
+        ("source", {f"1.0.{number}": {"requests": 1} for number in range(101)}),
+        ("so\x00urce", {}), ("so\ud800urce", {}), ("so\x1b[2Jurce", {}),
+    )  # fmt: skip
+    for source, versions in odd:
+        body = json.dumps({"source": source, "versions": versions})
+        answer = house.ask("agent", "POST", WATCH, content=body, headers={"Content-Type": "application/json"})
+        assert answer.status_code < 500, (source, answer.text)
+
+
+def test_reports_promotions_and_yanks_at_once_end_a_canary_once(splitting: House, clock: Clock) -> None:
+    house = splitting
+    assert begun(house, weight=50).status_code == 200
+    for source in range(8):
+        reported(house, figures(0), figures(0), f"front {source}")
+    clock.passes(61)
+    assert put(house, "a", live(splits=True)).status_code == 200
+
+    def act(number: int) -> int:
+        if number == 3:
+            return house.ask("releaser", "PUT", CHANNEL, json={"version": "1.0.0"}).status_code
+        if number == 6:
+            yank = {"reason": "wrong"}
+            return house.ask("releaser", "POST", f"{SQL}/releases/1.1.0/yank", json=yank).status_code
+        return report(house, figures(500), figures(500), f"front {number}").status_code
+
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(act, range(8))) <= {200, 201, 409}
+    assert house.ask("reader", "GET", CANARY).json()["state"] in ("promoted", "rolled_back", "replaced", "stopped")
+    moves = house.ask("admin", "GET", f"/v1/audit?act=channel:promote&subject={PRIVATE}/sql@prod&limit=50").json()
+    assert sum(row["after"]["version"] == "1.0.0" for row in moves["items"]) <= 2, "the furnished one, and this"
+
+
+def test_readers_without_a_role_see_no_live_figures(house: House) -> None:
+    channel = f"/v1/adapters/{PUBLIC}/sql/channels/prod"
+    watch = {"for": "1m", "rules": ["errors <= 0.5"]}
+    assert house.ask("admin", "PUT", f"{channel}/policy", json={"version": 1, "watch": watch}).status_code == 200
+    assert put(house, "a", live(channel=f"{PUBLIC}/sql@prod", splits=True)).status_code == 200
+    body = {"version": "1.0.0", "weight": 10}
+    assert house.ask("releaser", "PUT", f"{channel}/canary", json=body).status_code == 200
+    for count in (0, 4321):
+        counted = {"source": "front", "versions": {"1.0.0": figures(count), "1.1.0": figures(count)}}
+        assert house.ask("agent", "POST", f"{channel}/watch", json=counted).status_code == 200
+    assert house.ask("reader", "GET", f"{channel}/canary").json()["requests"] == [4321, 4321]
+    for caller in ("nobody", "stranger"):
+        shown = house.ask(caller, "GET", f"{channel}/canary").json()
+        assert (shown["version"], shown["weight"], shown["requests"], shown["rules"]) == ("1.0.0", 10, None, [])
+        assert "4,321" not in house.ask(caller, "GET", f"/{PUBLIC}/sql/channels/prod").text
+
+
+def test_a_user_with_a_long_name_begins_a_canary_and_is_forgotten_when_removed(splitting: House) -> None:
+    house, user = splitting, "u" * 120
+    assert house.ask(holder(house, user, "releaser"), "PUT", CANARY, json={"version": "1.0.0", "weight": 9}).is_success
+    assert house.ask("reader", "GET", CANARY).json()["actor"] == user
+    assert house.ask("operator", "DELETE", f"/v1/users/{user}").status_code == 200
+    assert house.ask("reader", "GET", CANARY).json()["actor"].startswith("removed-user-")

@@ -11,15 +11,18 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
+from composer.formats.recipes.recipe import parse_recipe
 from registry.database.tables import FleetDrift, FleetNode, WebhookDelivery, WebhookSecret
 from registry.domain.channels import drift
+from registry.domain.compositions import compositions
+from registry.domain.jobs import queue
 from registry.domain.webhooks import deliveries
 from registry.domain.webhooks.deliveries import DEAD, FAILED, Outcome
 from registry.formats.webhooks import EVENTS, PAUSES
 from registry.worker.deliverer import Deliverer
 from tests import services
 from tests.access.browser import Browser
-from tests.access.house import OTHER, PRIVATE, House, copy_of, entered, furnished_house
+from tests.access.house import HOST, OTHER, PRIVATE, House, copy_of, entered, furnished_house
 from tests.elapsed import let_deliveries_elapse
 from tests.eventually import eventually
 from tests.receiver import Receiver, deliver_due, receiving
@@ -230,6 +233,27 @@ def test_each_event_comes_once_and_what_did_not_happen_is_not_announced(house: H
     assert seen.count(("job.ended", f"job/{job}")) == 1
     assert {kind for kind, _ in seen} <= set(EVENTS)
     assert len({one.headers["webhook-id"] for one in receiver.got}) == len(receiver.got)
+
+
+def test_a_job_that_failed_does_not_name_inputs_that_admins_of_its_namespace_may_not_read(
+    house: House, receiver: Receiver
+) -> None:
+    add(house, receiver, events=["job.ended"])
+    output, secret = f"{PRIVATE}/sql:2.0.0", f"{OTHER}/sql:1.0.0"
+    recipe = parse_recipe({"base": "tiny", "inputs": [{"adapter": secret}], "method": "stack", "adapter": output})
+    with house.resources.write() as session:
+        job = queue.find(session, compositions.create(session, HOST, recipe, plan_only=False).job_id)
+        job.state, job.worker, job.heartbeat_at = "running", "w", house.resources.clock()
+        error = {"code": "release_yanked", "detail": f"{secret} was yanked."}
+        session.flush()
+        assert queue.finish(session, job.id, "w", "failed", house.resources.clock(), error)
+        shown = f"/v1/jobs/{job.id}"
+    assert house.ask("admin", "GET", shown).status_code == 404
+    assert house.ask("operator", "GET", shown).json()["error"]["detail"] == error["detail"]
+    assert deliver_due(house.resources) == 1
+    [sent] = receiver.got
+    assert sent.event["data"]["after"] == {"state": "failed", "error": {"code": "release_yanked"}}
+    assert OTHER not in house.ask("admin", "GET", "/v1/audit?act=job:end").text
 
 
 def test_admins_see_the_last_deliveries_on_a_page_and_replay_them_there(house: House, receiver: Receiver) -> None:

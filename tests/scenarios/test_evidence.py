@@ -7,7 +7,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from sqlalchemy import select
 
+from registry.database.tables import Score
 from registry.domain.access import worker_keys
 from registry.domain.access.audit import operator_actor
 from registry.domain.catalog import attestations, releases, suites
@@ -69,6 +71,16 @@ def test_a_rule_believes_the_worker_that_measured_and_not_what_a_publisher_typed
     assert envelope["payloadType"] == "application/vnd.in-toto+json"
     team.ok("promote", "acme/sql:1.0.0", "--to", "prod")
 
+    attested_one = select(Score).where(Score.metric == "accuracy", Score.attestation_id.is_not(None))
+    with closing(opened(team)) as resources:
+        for name, edited in (("value", 0.99), ("stderr", 0.5), ("n", 8_000), ("higher_is_better", False)):
+            with resources.write() as session:
+                score = session.scalars(attested_one).one()
+                before = getattr(score, name)
+                setattr(score, name, edited)
+            assert "not what a worker attested" in team("verify", "acme/sql:1.0.0").err, name
+            with resources.write() as session:
+                setattr(session.scalars(attested_one).one(), name, before)
     team.ok("worker-key", "revoke", key["id"][:12])
     revoked = team.json("show", "acme/sql:1.0.0")["scores"]
     assert {score["measured_by"] for score in revoked} == {None}

@@ -82,6 +82,9 @@ def test_a_channel_becomes_a_version_and_a_user_keeps_it(tmp_path: Path, world: 
         assert set().union(*served.values()) == {OLD, NEW}
         named = client.post("/v1/completions", json=request(NEW))
         assert named.json()["model"] == named.headers["x-served-model"] == NEW
+        counted = client.get("/-/figures").json()["channels"]
+        assert counted.keys() == {CHANNEL}
+        assert sum(row["requests"] for row in counted[CHANNEL].values()) == 36, "without the one to a version by name"
 
 
 def test_a_stream_is_passed_on_and_its_tokens_and_end_are_counted(tmp_path: Path, world: World) -> None:

@@ -42,7 +42,7 @@ def begin(
         expected=expected_from(if_match, None),
     )
     with resources.write() as session:
-        return canary_view(session, canaries.begin(session, actor, wanted, body.weight), named.name, channel)
+        return canary_view(session, actor, canaries.begin(session, actor, wanted, body.weight), named.name, channel)
 
 
 @repository_routes.get(CANARY)
@@ -53,7 +53,7 @@ def show(named: RepositoryOf, channel: str, resources: ResourcesOf, actor: Reade
         canary = canaries.latest(session, row)
         if canary is None:
             raise NotFound("canary_unknown", f"{named.name}@{channel} has had no canary.", subject=channel)
-        return canary_view(session, canary, named.name, channel)
+        return canary_view(session, actor, canary, named.name, channel)
 
 
 @repository_routes.delete(CANARY)
@@ -67,7 +67,7 @@ def stop(
     """Stop the canary: all requests go to the served release again. 409 if none is running."""
     with resources.write() as session:
         ended = canaries.stop(session, actor, named.find(session), channel, reason)
-        return canary_view(session, ended, named.name, channel)
+        return canary_view(session, actor, ended, named.name, channel)
 
 
 @repository_routes.post("/{namespace}/{name}/channels/{channel}/watch")
@@ -77,7 +77,7 @@ def watch(named: RepositoryOf, channel: str, body: WatchIn, resources: Resources
     counted = {version: _figures(row) for version, row in body.versions.items()}
     with resources.write() as session:
         canary = canaries.report(session, actor, named.find(session), channel, body.source, counted)
-        return canary_view(session, canary, named.name, channel)
+        return canary_view(session, actor, canary, named.name, channel)
 
 
 def _figures(row: VersionFiguresIn) -> Figures:

@@ -137,7 +137,9 @@ def rollout_view(session: Session, actor: Actor, row: Channel, repository: Repos
     )
 
 
-def canary_view(session: Session, canary: Canary, repository: RepositoryName, channel: str) -> CanaryOut:
+def canary_view(session: Session, actor: Actor, canary: Canary, repository: RepositoryName, channel: str) -> CanaryOut:
+    """Only members of the namespace see live figures."""
+    is_member = holds(actor, Role.READER, str(repository))
     own, served = canaries.figures(session, canary)
     watch = Watch.model_validate(canary.watch) if canary.watch and canary.ended_at is None else None
     return CanaryOut.of(
@@ -147,8 +149,8 @@ def canary_view(session: Session, canary: Canary, repository: RepositoryName, ch
         version=canary.release.version,
         served=canaries.served_version(session, canary),
         next_weight=watch.after(canary.weight) if watch else None,
-        requests=(own.requests, served.requests),
-        rules=[StandingOut.model_validate(row) for row in canary.report],
+        requests=(own.requests, served.requests) if is_member else None,
+        rules=[StandingOut.model_validate(row) for row in canary.report if is_member],
     )
 
 

@@ -78,9 +78,9 @@ def _figure(value: float | None) -> str:
 
 def _headline(canary: "wire.fleet.CanaryOut") -> str:
     """`acme/sql@prod canary 1.1.0 beside 1.0.0: 10 % running, 120 and 1,080 requests; then 50 %`."""
-    own, served = canary.requests
+    counted = ", {:,} and {:,} requests".format(*canary.requests) if canary.requests else ""
     follows = f"; then {canary.next_weight} %" if canary.next_weight else ""
     return (
         f"{canary.repository}@{canary.channel} canary {canary.version} beside {canary.served}: {canary.weight} % "
-        f"{canary.state.replace('_', ' ')}, {own:,} and {served:,} requests{follows}"
+        f"{canary.state.replace('_', ' ')}{counted}{follows}"
     )

@@ -84,7 +84,7 @@ class Canary(Row):
     state: Mapped[str] = mapped_column(String(16))
     why: Mapped[str] = mapped_column(default="")
     report: Mapped[list[dict[str, Any]]] = mapped_column(JSON)
-    actor: Mapped[str] = mapped_column(String(64))
+    actor: Mapped[str] = mapped_column(String(128))
     token_id: Mapped[str | None] = mapped_column(String(16))
     source: Mapped[str | None] = mapped_column(String(200))
     reason: Mapped[str]

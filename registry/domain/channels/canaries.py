@@ -1,9 +1,9 @@
 """Canaries: a release gets a share of a channel's requests, and live figures decide whether it is promoted."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta
-from math import inf, log, sqrt
+from math import ceil, inf, log, sqrt
 from typing import Any
 
 from sqlalchemy import func, select
@@ -284,7 +284,23 @@ def _decide(session: Session, actor: Actor, canary: Canary, repository: Reposito
         _end(canary, ROLLED_BACK, f"broken: {'; '.join(broken)}", actor.at)
         _record(session, actor, canary, subject, Act.CHANNEL_WATCH, canary.why)
     elif actor.at - canary.step_at >= timedelta(seconds=watch.step_s) and own.requests + served.requests >= watch.least:
-        _proceed(session, actor, canary, subject, watch.after(canary.weight))
+        canary.why = _lacking(canary, watch, own, standings)
+        if not canary.why:
+            _proceed(session, actor, canary, subject, watch.after(canary.weight))
+
+
+def _lacking(canary: Canary, watch: Watch, own: Figures, standings: Sequence[Standing]) -> str:
+    """What holds a canary at the end of a step; empty for nothing. A server may not have been able to load the
+    candidate, or the program that reports a metric may not run."""
+    needed = ceil(watch.least * canary.weight / 100)
+    if own.requests < needed:
+        return f"held: {canary.release.version} has answered {own.requests:,} of {needed:,} requests"
+    unknown = (
+        standing.rule
+        for rule, standing in zip(watch.parsed, standings, strict=True)
+        if standing.candidate is None or (rule.limit is None and standing.served is None)
+    )
+    return next((f"held: no figures for {rule}" for rule in unknown), "")
 
 
 def _proceed(session: Session, actor: Actor, canary: Canary, subject: str, weight: int) -> None:
@@ -313,7 +329,10 @@ def _proceed(session: Session, actor: Actor, canary: Canary, subject: str, weigh
     except RegistryError as error:
         canary.why = f"held: {error.detail}"
         return
-    canary.why = "" if isinstance(outcome, ChannelMove) else "held: the promotion waits for scores or approvals"
+    if isinstance(outcome, ChannelMove):
+        _record(session, actor, canary, subject, Act.CHANNEL_WATCH, "the last step has passed")
+    else:
+        canary.why = "held: the promotion waits for scores or approvals"
 
 
 def _running(session: Session, repository: Repository, name: str) -> Canary:

@@ -266,9 +266,9 @@ def finish(
 
 
 def _record_end(session: Session, job: Job, now: datetime) -> None:
-    """Records that a job ended, by the user who began it: no other user has, and webhooks announce it."""
-    error = {name: job.error.get(name) for name in ("code", "detail")} if job.error else None
-    after = {"state": job.state, "error": error}
+    """Records that a job ended, by the user who began it: no other user has, and webhooks announce it. Only with the
+    code of its error, since the text may name inputs from namespaces that admins of this one may not read."""
+    after = {"state": job.state, "error": {"code": job.error.get("code")} if job.error else None}
     actor = Actor(job.created_by, now, {})
     audit.record(session, actor, Act.JOB_END, f"job/{job.id}", namespace=job.namespace, after=after, kind=job.kind)
 

@@ -98,6 +98,6 @@ def _moved(session: Session, actor: Actor, repository: Repository, channel: str,
         "since": served.at if served else None,
         "timeline": [(move, gates.lines(move.gates), gates.summary(move.gates)) for move in views],
         "more": more,
-        "canary": canary_view(session, running, named, channel) if running else None,
+        "canary": canary_view(session, actor, running, named, channel) if running else None,
         "rollout": rollout.shown(rollout_view(session, actor, row, repository), actor.at),
     }
