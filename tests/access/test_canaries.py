@@ -106,8 +106,10 @@ def test_without_figures_a_canary_is_held_and_never_promoted(splitting: House, c
     house = splitting
     assert begun(house, weight=50).status_code == 200
     reported(house, figures(0), figures(0))
+    reported(house, figures(400), figures(400))
     clock.passes(600)
     assert put(house, "a", live(splits=True)).status_code == 200
+    assert reported(house, figures(400), figures(400))["why"] == "held: no new requests"
     assert reported(house, figures(500), figures(500))["state"] == "running"
     clock.passes(61)
     assert reported(house, figures(600), figures(600))["state"] == "promoted"

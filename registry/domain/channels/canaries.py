@@ -26,7 +26,7 @@ from registry.formats.watch import ERRORS, Watch, WatchRule
 ALPHA = 0.01
 """The probability at most, over all rules and all time, that a canary ends although it breaks no rule."""
 STALE = timedelta(minutes=5)
-"""Without figures for this long, a canary is held: its step begins anew with the next ones."""
+"""Without new figures for this long, a canary is held: its step begins anew with the next ones."""
 BOUNDS_S = tuple(round(0.01 * 1.1**number, 4) for number in range(116))
 """The upper bounds of the histogram of times: 10 ms to about 10 minutes, 10 % apart."""
 MAX_SOURCES, MAX_METRICS = 1_000, 50
@@ -232,11 +232,13 @@ def report(
         row = CanaryFigures(canary_id=canary.id, source=source, first=document, last=document, at=actor.at)
         session.add(row)
     _refuse_fewer(row, document)
+    grew = any(_of(row.last, version) != counted[version] for version in document)
     # A version that the source counts for the first time had no requests before.
     row.last, row.at = document, actor.at
-    if canary.figures_at is None or actor.at - canary.figures_at > STALE:
+    if canary.figures_at is None or (grew and actor.at - canary.figures_at > STALE):
         canary.step_at = actor.at
-    canary.figures_at = actor.at
+    if canary.figures_at is None or grew:
+        canary.figures_at = actor.at
     session.flush()
     _decide(session, actor, canary, repository, name)
     return canary
@@ -284,7 +286,8 @@ def _decide(session: Session, actor: Actor, canary: Canary, repository: Reposito
         _end(canary, ROLLED_BACK, f"broken: {'; '.join(broken)}", actor.at)
         _record(session, actor, canary, subject, Act.CHANNEL_WATCH, canary.why)
     elif actor.at - canary.step_at >= timedelta(seconds=watch.step_s) and own.requests + served.requests >= watch.least:
-        canary.why = _lacking(canary, watch, own, standings)
+        is_stale = canary.figures_at is None or actor.at - canary.figures_at > STALE
+        canary.why = "held: no new requests" if is_stale else _lacking(canary, watch, own, standings)
         if not canary.why:
             _proceed(session, actor, canary, subject, watch.after(canary.weight))
 
