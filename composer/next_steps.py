@@ -32,6 +32,8 @@ NEXT_STEPS = {
     "exists": "Choose another output directory.",
     "experts": "Merge them into the base.",
     "fp8_scale": "Use the unquantized base, or --dequantize.",
+    "gguf_model": "Serve it with vLLM or SGLang, or merge it and convert the merged model.",
+    "gguf_module": "Merge it and convert the merged model.",
     "harness_differs": "Install the same version of lm-eval where workers run, with the same data.",
     "harness_task_unknown": "`lm-eval ls tasks` lists its own tasks; --harness-path DIR names others.",
     "harness_task_unusable": "Run it with `lm-eval` itself to see more; a task's data may need the network.",

@@ -14,7 +14,8 @@ PREFIXES = ("layout_", "part_", "variant_")
 _OF_COMPOSER: dict[type[RegistryError], str] = {
     Refused: """
         adapter_type architecture_differs bias_delta changed_base_layer conflict_members diffusers_variant
-        dora empty_completion empty_prompt example_too_long experts fp8_scale harness_differs layout_peft
+        dora empty_completion empty_prompt example_too_long experts fp8_scale gguf_model gguf_module
+        harness_differs layout_peft
         loha_rank lokr_factors lokr_layer mixed_types mlx_full module_class needs_base no_chat_template
         no_cuda no_eos no_examples_left no_factors no_pairs no_prompts no_rank not_decomposable
         not_extractable not_quantized not_rebased nothing_added nothing_to_extract other_adapter padded

@@ -138,7 +138,9 @@ def combine(  # noqa: PLR0913
 
 @root.command()
 def convert(
-    source: Annotated[Path, typer.Argument(help="An adapter of kohya, diffusers or MLX: a directory or file.")],
+    source: Annotated[
+        Path, typer.Argument(help="An adapter of kohya, diffusers or MLX, or a PEFT directory with --to gguf.")
+    ],
     base: Annotated[
         Path, typer.Option(help="The base's checkpoint directory; its tensor names decide what each key means.")
     ],
@@ -147,15 +149,27 @@ def convert(
         bool,
         typer.Option("--residual-base", help="The base is the residual that a PiSSA, OLoRA, … adapter left."),
     ] = False,
+    to: Annotated[str, typer.Option(help="peft, or gguf for llama.cpp.")] = "peft",
     json: JsonFlag = False,
 ) -> None:
-    """Convert an adapter of another layout to an equivalent PEFT adapter."""
+    """Convert an adapter of another layout to an equivalent PEFT adapter, or a PEFT adapter to a GGUF file."""
     from composer.export.convert import convert as convert_adapter
     from composer.export.convert import convert_rebased
     from composer.formats.checkpoints.checkpoint import open_checkpoint
 
-    write = convert_rebased if residual_base else convert_adapter
-    document = write(source, output, open_checkpoint(base).architecture).to_json()
+    if to not in ("peft", "gguf"):
+        raise Usage("bad_setting", f"--to is {to!r}.", subject="--to", next_step="Write --to peft or --to gguf.")
+    if to == "gguf" and residual_base:
+        message = "--residual-base writes a PEFT adapter, so it has no effect with --to gguf."
+        raise Usage("idle_option", message, subject="--residual-base", next_step="Convert to PEFT first, then to GGUF.")
+    checkpoint = open_checkpoint(base)
+    if to == "gguf":
+        from composer.export.gguf import convert_to_gguf
+
+        document = convert_to_gguf(source, output, checkpoint).to_json()
+    else:
+        write = convert_rebased if residual_base else convert_adapter
+        document = write(source, output, checkpoint.architecture).to_json()
     render.document(document, json, lambda: render.lines(f"converted to {output}", render.fields(document, "out_dir")))
 
 
