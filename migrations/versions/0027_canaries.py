@@ -17,7 +17,7 @@ def upgrade() -> None:
         "canaries",
         sa.Column("id", _ID, nullable=False),
         sa.Column("channel_id", _ID, nullable=False),
-        sa.Column("move_id", _ID, nullable=False),
+        sa.Column("served_id", _ID, nullable=False),
         sa.Column("release_id", _ID, nullable=False),
         sa.Column("weight", sa.Integer, nullable=False),
         sa.Column("watch", sa.JSON),
@@ -34,7 +34,7 @@ def upgrade() -> None:
         sa.Column("ended_at", sa.DateTime(timezone=True)),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_canaries")),
         sa.ForeignKeyConstraint(["channel_id"], ["channels.id"], name=op.f("fk_canaries_channel_id")),
-        sa.ForeignKeyConstraint(["move_id"], ["moves.id"], name=op.f("fk_canaries_move_id")),
+        sa.ForeignKeyConstraint(["served_id"], ["releases.id"], name=op.f("fk_canaries_served_id")),
         sa.ForeignKeyConstraint(["release_id"], ["releases.id"], name=op.f("fk_canaries_release_id")),
     )
     op.create_index("ix_canaries_channel_id", "canaries", ["channel_id"])

@@ -150,6 +150,14 @@ def test_a_yanked_candidate_gets_no_requests(splitting: House) -> None:
     assert reported(house, figures(0), figures(0))["why"] == "1.0.0 was yanked."
 
 
+def test_a_yank_of_the_served_release_ends_its_canary(splitting: House) -> None:
+    house = splitting
+    assert begun(house, "1.0.0").status_code == 200
+    assert house.ask("releaser", "POST", f"{SQL}/releases/1.1.0/yank", json={"reason": "wrong"}).status_code == 200
+    assert followed(house)["candidate"] is None
+    assert reported(house, figures(0), figures(0))["why"].endswith("serves another release now.")
+
+
 def test_figures_of_several_sources_add_up_and_never_fall(splitting: House) -> None:
     house = splitting
     assert begun(house).status_code == 200
@@ -158,6 +166,10 @@ def test_figures_of_several_sources_add_up_and_never_fall(splitting: House) -> N
     assert reported(house, figures(5), figures(5), "second")["requests"] == [10, 90]
     assert reported(house, figures(6), figures(14), "second")["requests"] == [11, 99]
     assert report(house, figures(3), figures(3), "second").json()["code"] == "figures_fell"
+    assert report(house, figures(6, at=SLOW), figures(14), "second").json()["code"] == "figures_fell"
+    reported(house, figures(6, **{"live.accuracy": (10, 0.0)}), figures(14), "second")
+    worse = figures(6, **{"live.accuracy": (11, 9.0)})
+    assert report(house, worse, figures(14), "second").json()["code"] == "figures_fell"
     assert report(house, figures(3, 4), figures(3), "third").status_code == 422
     assert datetime.fromisoformat(house.ask("reader", "GET", CANARY).json()["figures_at"]) <= datetime.now(UTC)
 

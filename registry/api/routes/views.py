@@ -147,7 +147,7 @@ def canary_view(session: Session, actor: Actor, canary: Canary, repository: Repo
         repository=str(repository),
         channel=channel,
         version=canary.release.version,
-        served=canaries.served_version(session, canary),
+        served=canary.served.version,
         next_weight=watch.after(canary.weight) if watch else None,
         requests=(own.requests, served.requests) if is_member else None,
         rules=[StandingOut.model_validate(row) for row in canary.report if is_member],

@@ -59,8 +59,8 @@ class FleetRelease(Row):
 
 
 class Canary(Row):
-    """A release that gets `weight` per cent of a channel's requests, beside the one that the channel's move `move_id`
-    serves. It ends when the channel moves. `watch` is the policy's at the beginning, None for none; `report` has the
+    """A release that gets `weight` per cent of a channel's requests, beside the one that the channel serves. It ends
+    when the channel serves another one. `watch` is the policy's at the beginning, None for none; `report` has the
     standing of its rules. `state` is running, promoted, rolled_back, stopped or replaced; `why` says how it ended, or
     what holds it."""
 
@@ -77,7 +77,7 @@ class Canary(Row):
 
     id: Mapped[int] = mapped_column(Id, primary_key=True)
     channel_id: Mapped[int] = mapped_column(ForeignKey("channels.id"), index=True)
-    move_id: Mapped[int] = mapped_column(ForeignKey("moves.id"))
+    served_id: Mapped[int] = mapped_column(ForeignKey("releases.id"))
     release_id: Mapped[int] = mapped_column(ForeignKey("releases.id"), index=True)
     weight: Mapped[int]
     watch: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
@@ -93,7 +93,8 @@ class Canary(Row):
     figures_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
     ended_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
 
-    release: Mapped[Release] = relationship()
+    release: Mapped[Release] = relationship(foreign_keys=release_id)
+    served: Mapped[Release] = relationship(foreign_keys=served_id)
 
 
 class CanaryFigures(Row):

@@ -9,13 +9,13 @@ from typing import Any
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from registry.database.tables import Canary, CanaryFigures, Channel, Move, Repository
+from registry.database.tables import Canary, CanaryFigures, Channel, Repository
 from registry.domain.access import audit, tokens
 from registry.domain.access.audit import Act, Actor
 from registry.domain.access.roles import Role, holds
 from registry.domain.catalog import releases, repositories
 from registry.domain.channels import fleet, moves, pending, policies, promotions
-from registry.domain.channels.policies import Expected, PromotionRequest, PromotionVerdict
+from registry.domain.channels.policies import PromotionRequest, PromotionVerdict
 from registry.domain.channels.sequential import Sample, above_limit, above_other
 from registry.domain.channels.serving import ChannelName
 from registry.domain.channels.timeline import ChannelMove
@@ -58,6 +58,12 @@ class Figures:
         }
         metrics = {name: self.sample(name).plus(other.sample(name), sign) for name in {*self.metrics, *other.metrics}}
         return Figures(self.requests + sign * other.requests, self.errors + sign * other.errors, seconds, metrics)
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether these can be counts of requests: false for the difference to counts that have fallen."""
+        samples = [self.sample(ERRORS), *self.metrics.values()]
+        return min(self.seconds.values(), default=0) >= 0 and all(0 <= each.total <= each.n for each in samples)
 
     def sample(self, name: str) -> Sample:
         """The values of a figure that is a mean."""
@@ -151,7 +157,7 @@ def begin(session: Session, actor: Actor, wanted: PromotionRequest, weight: int)
     release = releases.find(session, wanted.repository, wanted.version, wanted.kind)
     canary = Canary(
         channel_id=channel.id,
-        move_id=channel.move_id,
+        served_id=channel.served_id,
         release=release,
         weight=weight,
         watch=policy.watch.to_json() if policy.watch else None,
@@ -222,7 +228,7 @@ def report(
     step that has lasted leads to the next one. Raises Conflict if no canary is running."""
     session.scalar(moves.locked(repository, name))
     canary = _running(session, repository, name)
-    wanted = {canary.release.version, served_version(session, canary)}
+    wanted = {canary.release.version, canary.served.version}
     row = session.get(CanaryFigures, (canary.id, source))
     document = {version: asdict(figures) for version, figures in counted.items() if version in wanted}
     if row is None:
@@ -245,12 +251,11 @@ def report(
 
 
 def _refuse_fewer(row: CanaryFigures, document: Mapping[str, Any]) -> None:
-    for version, last in row.last.items():
-        now = document.get(version)
-        if now is None or now["requests"] < last["requests"] or now["errors"] < last["errors"]:
+    for version in row.last:
+        if not _of(document, version).plus(_of(row.last, version), -1).is_sound:
             raise Invalid(
                 "figures_fell",
-                f"{row.source} counts fewer requests of {version} than before.",
+                f"{row.source} counts less of {version} than before.",
                 subject=row.source,
             )
 
@@ -261,7 +266,7 @@ def figures(session: Session, canary: Canary) -> tuple[Figures, Figures]:
     own, served = Figures(), Figures()
     for row in rows:
         own = own.plus(_of(row.last, canary.release.version)).plus(_of(row.first, canary.release.version), -1)
-        version = served_version(session, canary)
+        version = canary.served.version
         served = served.plus(_of(row.last, version)).plus(_of(row.first, version), -1)
     return own, served
 
@@ -272,8 +277,11 @@ def _of(document: Mapping[str, Any], version: str) -> Figures:
 
 def _decide(session: Session, actor: Actor, canary: Canary, repository: Repository, name: str) -> None:
     subject = f"{repositories.name_of(repository)}@{name}"
-    if canary.release.yanked:
-        _end(canary, ROLLED_BACK, f"{canary.release.version} was yanked.", actor.at)
+    channel = session.get_one(Channel, canary.channel_id)
+    if canary.release.yanked or channel.served_id != canary.served_id:
+        yanked = canary.release.yanked
+        why = f"{canary.release.version} was yanked." if yanked else f"{subject} serves another release now."
+        _end(canary, ROLLED_BACK, why, actor.at)
         _record(session, actor, canary, subject, Act.CHANNEL_WATCH, canary.why)
         return
     if canary.watch is None:
@@ -322,7 +330,6 @@ def _proceed(session: Session, actor: Actor, canary: Canary, subject: str, weigh
         subject.rpartition("@")[2],
         None,
         reason=canary.reason or "the canary passed",
-        expected=Expected(canary.move_id),
     )
     try:
         if not holds(by, Role.RELEASER, name.namespace):
@@ -345,11 +352,6 @@ def _running(session: Session, repository: Repository, name: str) -> Canary:
         subject = f"{repositories.name_of(repository)}@{name}"
         raise Conflict("no_canary", f"{subject} has no running canary.", subject=subject)
     return canary
-
-
-def served_version(session: Session, canary: Canary) -> str:
-    """The version of the move that the canary stands beside."""
-    return session.get_one(Move, canary.move_id).to_release.version
 
 
 def _end(canary: Canary, state: str, why: str, at: datetime) -> None:

@@ -180,7 +180,7 @@ _STATES = Prepared(
     .outerjoin(
         Canary.__table__,
         (_canary.channel_id == _channel.id)
-        & (_canary.move_id == _channel.move_id)
+        & (_canary.served_id == _channel.served_id)
         & (_canary.state == literal_column("'running'")),
     )
     .outerjoin(_candidate, (_candidate.c.id == _canary.release_id) & ~_candidate.c.yanked)
