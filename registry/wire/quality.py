@@ -30,8 +30,8 @@ class ScoreOut(Wire):
     reported: bool
     source: str | None
     measured: datetime
-    measured_by: str | None
-    stated_by: str | None
+    measured_by: str | None = None
+    stated_by: str | None = None
 
 
 class ScoreIn(Wire):
