@@ -9,7 +9,7 @@ computes, without a registry.
 import random
 import sys
 
-from registry.domain.channels.canaries import Figures, judge
+from registry.domain.rollouts.canaries import Figures, judge
 from registry.formats.watch import Watch
 
 WATCH = Watch.model_validate({"for": "30m", "rules": ["errors <= served + 0.01"]})

@@ -6,8 +6,7 @@ from registry.client.api import Api
 from registry.errors import Refused
 from registry.formats.attestations import SCORES, Statement, key_id, open_attestation
 from registry.formats.evidence import EvidenceExample, evidence_of
-from registry.wire.attested import AttestationOut, AttestationsOut
-from registry.wire.quality import ScoresOut
+from registry.wire.quality import AttestationOut, AttestationsOut, ScoresOut
 from registry.wire.search import AnyRelease
 
 _COMPARED = ("metric", "value", "stderr", "n", "higher_is_better")

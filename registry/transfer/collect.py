@@ -25,9 +25,10 @@ from registry.database.tables import Blob, RevisionFile, Score, Upload, XetUploa
 from registry.domain.access import audit
 from registry.domain.access.audit import Act
 from registry.domain.catalog import commits
-from registry.domain.channels import fleet, withdrawals
+from registry.domain.channels import withdrawals
 from registry.domain.compositions import checks
 from registry.domain.jobs import queue
+from registry.domain.rollouts import fleet
 from registry.environment.settings import Settings
 from registry.errors import Conflict
 from registry.formats.references import Digest

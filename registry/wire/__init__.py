@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from registry.wire import access as access
-    from registry.wire import attested as attested
     from registry.wire import catalog as catalog
     from registry.wire import fleet as fleet
     from registry.wire import quality as quality
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
     from registry.wire import webhooks as webhooks
     from registry.wire import work as work
 
-_MODULES = ("access", "attested", "catalog", "fleet", "quality", "search", "webhooks", "work")
+_MODULES = ("access", "catalog", "fleet", "quality", "search", "webhooks", "work")
 
 
 def __getattr__(name: str) -> Any:

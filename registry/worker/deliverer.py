@@ -7,7 +7,7 @@ from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from registry.database.engine import database_now
-from registry.domain.channels import drift
+from registry.domain.rollouts import drift
 from registry.domain.webhooks import deliveries
 from registry.domain.webhooks.deliveries import Outcome, Outgoing
 from registry.errors import Unavailable

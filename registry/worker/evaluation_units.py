@@ -78,7 +78,7 @@ def examine(
 
 
 def token_evidence(held: JobRun, examined: Examined, suite: Suite) -> list[Row]:
-    """The evidence of an adapter on a suite; see `composer.evaluation.evidence`."""
+    """The evidence of an adapter on a suite; see `composer.evaluation.measure`."""
     content = {
         **examined.content,
         "suite": held.engine.node.share(json.dumps(suite.to_json(), sort_keys=True).encode()),
@@ -123,7 +123,7 @@ def _run(node: Node, unit: Unit, count: Count) -> Result:
 
 
 def _run_evidence(node: Node, unit: Unit, count: Count) -> Result:
-    from composer.evaluation.evidence import token_evidence
+    from composer.evaluation.measure import token_evidence
 
     count(0)
     suite = Suite.from_json(json.loads(node.shared(unit.content["suite"])))

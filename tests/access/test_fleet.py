@@ -15,7 +15,7 @@ from registry.client.inprocess import InProcessTransport
 from registry.domain.access import tokens
 from registry.domain.access.roles import EVERYWHERE, Role
 from registry.domain.access.tokens import NewToken
-from registry.domain.channels import fleet
+from registry.domain.rollouts import fleet
 from registry.transfer.collect import collect, sweep
 from registry.wire.access import RoleName
 from tests import services

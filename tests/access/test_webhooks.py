@@ -13,9 +13,9 @@ from sqlalchemy import select
 
 from composer.formats.recipes.recipe import parse_recipe
 from registry.database.tables import FleetDrift, FleetNode, WebhookDelivery, WebhookSecret
-from registry.domain.channels import drift
 from registry.domain.compositions import compositions
 from registry.domain.jobs import queue
+from registry.domain.rollouts import drift
 from registry.domain.webhooks import deliveries
 from registry.domain.webhooks.deliveries import DEAD, FAILED, Outcome
 from registry.formats.webhooks import EVENTS, PAUSES

@@ -15,8 +15,8 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
-from registry.domain.channels import fleet
 from registry.domain.jobs import queue
+from registry.domain.rollouts import fleet
 from registry.domain.webhooks import deliveries
 from registry.transfer.resources import Resources
 

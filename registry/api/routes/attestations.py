@@ -11,8 +11,8 @@ from registry.database.tables import Attestation, WorkerKey
 from registry.domain.access import worker_keys
 from registry.domain.access.roles import Role, holds, permit, permit_somewhere
 from registry.domain.catalog import attestations
-from registry.wire.attested import AttestationOut, AttestationsOut, WorkerKeyOut
 from registry.wire.document import Page
+from registry.wire.quality import AttestationOut, AttestationsOut, WorkerKeyOut
 
 router = APIRouter(prefix="/v1", tags=["operations"], route_class=Route)
 repository_routes = RepositoryRouter(tags=["releases"], route_class=Route)

@@ -10,10 +10,11 @@ from registry.api.http.routes import Route
 from registry.api.http.rules import Agent, Reader, Releaser
 from registry.api.routes.repository import RepositoryOf, RepositoryRouter
 from registry.api.routes.views import canary_view
-from registry.domain.channels import canaries, moves
-from registry.domain.channels.canaries import Figures
+from registry.domain.channels import moves
 from registry.domain.channels.policies import PromotionRequest
-from registry.domain.channels.sequential import Sample
+from registry.domain.rollouts import canaries
+from registry.domain.rollouts.canaries import Figures
+from registry.domain.rollouts.sequential import Sample
 from registry.errors import NotFound
 from registry.formats.references import parse_version
 from registry.wire.fleet import CanaryIn, CanaryOut, VersionFiguresIn, WatchIn

@@ -12,9 +12,10 @@ from registry.api.routes.repository import RepositoryOf, RepositoryRouter
 from registry.api.routes.views import rollout_view
 from registry.database.tables import FleetChannel, FleetNode
 from registry.domain.access.audit import Actor
-from registry.domain.channels import fleet, moves
-from registry.domain.channels.fleet import LiveChannel, LoadedRelease, NodeReport, Server
+from registry.domain.channels import moves
 from registry.domain.channels.serving import ChannelName
+from registry.domain.rollouts import fleet
+from registry.domain.rollouts.fleet import LiveChannel, LoadedRelease, NodeReport, Server
 from registry.errors import Usage
 from registry.formats.references import (
     is_version,

@@ -21,8 +21,9 @@ from registry.domain.access.audit import Actor
 from registry.domain.access.roles import Role, permit
 from registry.domain.catalog import deprecations, lineage, releases, repositories, signatures
 from registry.domain.catalog.repositories import RepositoryFilter
-from registry.domain.channels import fleet, withdrawals
+from registry.domain.channels import withdrawals
 from registry.domain.channels.serving import ServedChange
+from registry.domain.rollouts import fleet
 from registry.formats.manifest import ManifestFile
 from registry.formats.references import parse_digest, parse_name, parse_version
 from registry.transfer.resources import Resources

@@ -21,13 +21,14 @@ from registry.database.tables import (
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import Role, holds
 from registry.domain.catalog import bases, metrics, repositories, suites
-from registry.domain.channels import canaries, fleet, moves, resolve
+from registry.domain.channels import moves, resolve
 from registry.domain.channels.moves import PromotionRequest
 from registry.domain.channels.promotions import Judgement
 from registry.domain.channels.serving import ChannelName, serving_move
 from registry.domain.channels.timeline import ChannelMove
 from registry.domain.compositions import compositions
 from registry.domain.jobs import needs, queue
+from registry.domain.rollouts import canaries, fleet
 from registry.formats.references import RepositoryName
 from registry.formats.watch import Watch
 from registry.formats.webhooks import message_id

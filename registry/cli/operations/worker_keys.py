@@ -19,7 +19,7 @@ worker_key_app = group("worker-key", "Manage the keys by which workers attest wh
 def list_keys(json: JsonFlag = False) -> None:
     """List the keys of workers."""
     with connected() as connection:
-        items = list(connection.api.pages(_PATH, wire.attested.WorkerKeyOut))
+        items = list(connection.api.pages(_PATH, wire.quality.WorkerKeyOut))
     rows = [
         (row.id[:12], row.worker, render.minute(row.created_at), f"by {row.revoked_by}" if row.revoked_by else "")
         for row in items
@@ -34,5 +34,5 @@ def revoke(
 ) -> None:
     """Revoke a worker's key. What it signed counts as stated from then on, and its worker measures nothing further."""
     with connected() as connection:
-        row = connection.api.delete(f"{_PATH}/{quote(key, safe='')}", wire.attested.WorkerKeyOut)
+        row = connection.api.delete(f"{_PATH}/{quote(key, safe='')}", wire.quality.WorkerKeyOut)
     render.document(row, json, lambda: render.out(f"revoked {row.id[:12]} of the worker {row.worker}"))

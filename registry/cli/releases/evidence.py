@@ -36,7 +36,7 @@ def evidence(
             report = queued_evaluation.queue(connection, [release.name], made, {}, wait=True)
             if error := queued_evaluation.error_of(report.job, report.state, report.error):
                 raise error
-        document = connection.api.get(f"{release.path}/evidence", wire.attested.AttestationOut)
+        document = connection.api.get(f"{release.path}/evidence", wire.quality.AttestationOut)
     examples = unverified(document.envelope).predicate["examples"]
     tokens = sum(len(example["release"]) for example in examples)
     shown = f"{render.counted(len(examples), 'example')}, {render.counted(tokens, 'completion token')}"

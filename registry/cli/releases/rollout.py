@@ -12,7 +12,7 @@ from registry.cli.console.connect import connected
 from registry.cli.console.groups import group
 from registry.cli.console.render import JsonFlag
 from registry.errors import Refused
-from registry.formats.durations import parse_duration
+from registry.formats.watch import parse_duration
 from registry.sdk.connection import Connection
 
 Channel = Annotated[

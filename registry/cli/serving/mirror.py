@@ -14,8 +14,8 @@ from registry.cli.console.connect import connected
 from registry.cli.console.groups import root
 from registry.cli.serving.route import address
 from registry.errors import RegistryError, Unavailable, Usage
-from registry.formats.durations import parse_duration
 from registry.formats.references import parse_channel_reference, parse_node_name, parse_reference
+from registry.formats.watch import parse_duration
 
 if TYPE_CHECKING:
     from registry.agent.directory import Check, MirrorDirectory

@@ -9,7 +9,6 @@ from registry.database.tables.access import (
     TrustedPublisher,
     UsedIdToken,
 )
-from registry.database.tables.attested import Attestation, WorkerKey
 from registry.database.tables.catalog import (
     Base,
     BaseAlias,
@@ -31,7 +30,18 @@ from registry.database.tables.catalog import (
     XetXorb,
 )
 from registry.database.tables.fleet import Canary, CanaryFigures, FleetChannel, FleetNode, FleetRelease
-from registry.database.tables.quality import Approval, Channel, Gate, Move, Promotion, Score, Suite, SuiteMetric
+from registry.database.tables.quality import (
+    Approval,
+    Attestation,
+    Channel,
+    Gate,
+    Move,
+    Promotion,
+    Score,
+    Suite,
+    SuiteMetric,
+    WorkerKey,
+)
 from registry.database.tables.webhooks import FleetDrift, Webhook, WebhookDelivery, WebhookSecret
 from registry.database.tables.work import (
     AuditRow,

@@ -18,8 +18,9 @@ from registry.database.engine import Session
 from registry.database.tables import Release
 from registry.domain.access.audit import Actor
 from registry.domain.catalog import deprecations, releases
-from registry.domain.channels import fleet, withdrawals
+from registry.domain.channels import withdrawals
 from registry.domain.channels.serving import ServedChange
+from registry.domain.rollouts import fleet
 from registry.errors import RegistryError, Unavailable
 from registry.formats.references import RepositoryName, Version
 from registry.transfer.resources import Resources

@@ -16,7 +16,7 @@ from registry.database.engine import insert_if_absent
 from registry.database.tables import FleetDrift, FleetNode
 from registry.domain.access import audit
 from registry.domain.access.audit import Act, Actor
-from registry.domain.channels import fleet
+from registry.domain.rollouts import fleet
 
 PATIENCE = timedelta(minutes=5)
 ACTOR = "registry"

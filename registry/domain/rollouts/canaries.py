@@ -14,11 +14,12 @@ from registry.domain.access import audit, tokens
 from registry.domain.access.audit import Act, Actor
 from registry.domain.access.roles import Role, holds
 from registry.domain.catalog import releases, repositories
-from registry.domain.channels import fleet, moves, pending, policies, promotions
+from registry.domain.channels import moves, pending, policies, promotions
 from registry.domain.channels.policies import PromotionRequest, PromotionVerdict
-from registry.domain.channels.sequential import Sample, above_limit, above_other
 from registry.domain.channels.serving import ChannelName
 from registry.domain.channels.timeline import ChannelMove
+from registry.domain.rollouts import fleet
+from registry.domain.rollouts.sequential import Sample, above_limit, above_other
 from registry.errors import Conflict, Invalid, NotAllowed, Refused, RegistryError
 from registry.formats.references import parse_version
 from registry.formats.watch import ERRORS, Watch, WatchRule
