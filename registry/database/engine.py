@@ -190,7 +190,7 @@ def _sqlite_wait_s(patience: DatabaseTimeouts) -> float:
 
 def _sqlite(url: URL, patience: DatabaseTimeouts) -> Engine:
     connect = {"check_same_thread": False, "timeout": _sqlite_wait_s(patience)}
-    engine = create_engine(url, connect_args=connect, pool_size=SQLITE_POOL_SIZE, max_overflow=0)
+    engine = create_engine(url, connect_args=connect, pool_size=SQLITE_POOL_SIZE, max_overflow=0, hide_parameters=True)
 
     @event.listens_for(engine, "connect")
     def _prepare(connection: Any, _record: object) -> None:  # pyright: ignore[reportUnusedFunction]

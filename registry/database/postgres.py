@@ -16,7 +16,7 @@ import psycopg
 from psycopg.abc import PQGen
 from psycopg.pq import TransactionStatus
 from sqlalchemy import Engine, create_engine, event
-from sqlalchemy.engine import URL
+from sqlalchemy.engine import URL, ExceptionContext
 from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.pool import ConnectionPoolEntry, QueuePool
 from sqlalchemy.util.queue import Empty
@@ -133,6 +133,7 @@ def postgresql_engine(url: URL, pool_size: int, connect_s: int, statement_s: flo
         max_overflow=0,
         isolation_level="AUTOCOMMIT",
         skip_autocommit_rollback=True,
+        hide_parameters=True,
         connect_args={"options": options, "connect_timeout": connect_s, "fallback_application_name": _name(role)},
     )
 
@@ -145,6 +146,14 @@ def postgresql_engine(url: URL, pool_size: int, connect_s: int, statement_s: flo
         connection = Connection.connect(*arguments, **parameters)
         connection.longest_wait_s = None if statement_s is None else statement_s + _GRACE_S
         return connection
+
+    @event.listens_for(engine, "handle_error")
+    def _hide_row(context: ExceptionContext) -> None:  # pyright: ignore[reportUnusedFunction]
+        """Removes the detail of an error: that of a violated constraint has the row, with any secret in it."""
+        original, wrapped = context.original_exception, context.sqlalchemy_exception
+        if isinstance(original, psycopg.Error) and original.diag.message_detail and wrapped is not None:
+            original.args = (original.diag.message_primary,)
+            wrapped.args = (f"({type(original).__name__}) {original.diag.message_primary}",)
 
     @event.listens_for(engine, "checkout")
     def _look(connection: Connection, _record: object, _proxy: object) -> None:  # pyright: ignore[reportUnusedFunction]

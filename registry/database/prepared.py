@@ -101,7 +101,13 @@ class _Compiled:
         except errors as error:
             lost = connection.dialect.is_disconnect(error, driver, None)
             wrapped: BaseException = DBAPIError.instance(
-                self.text, parameters, error, errors, connection_invalidated=lost, dialect=connection.dialect
+                self.text,
+                parameters,
+                error,
+                errors,
+                hide_parameters=True,
+                connection_invalidated=lost,
+                dialect=connection.dialect,
             )
             if lost:
                 connection.invalidate(error)

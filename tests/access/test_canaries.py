@@ -8,6 +8,7 @@ from typing import Any
 import httpx2
 import pytest
 
+from registry.domain.rollouts import canaries
 from tests.access.house import PRIVATE, PUBLIC, House
 from tests.access.test_fleet import SQL, Clock, Json, clock, furnished, holder, house, live, put
 
@@ -147,7 +148,10 @@ def test_a_yanked_candidate_gets_no_requests(splitting: House) -> None:
     assert begun(house).status_code == 200
     assert house.ask("releaser", "POST", f"{SQL}/releases/1.0.0/yank", json={"reason": "wrong"}).status_code == 200
     assert followed(house)["candidate"] is None
-    assert reported(house, figures(0), figures(0))["why"] == "1.0.0 was yanked."
+    shown = house.ask("reader", "GET", CANARY).json()
+    assert (shown["state"], shown["why"]) == ("rolled_back", "1.0.0 was yanked.")
+    assert report(house, figures(0), figures(0)).json()["code"] == "no_canary"
+    assert house.ask("releaser", "POST", f"{CHANNEL}/rollback", json={}).json()["code"] != "canary_running"
 
 
 def test_a_yank_of_the_served_release_ends_its_canary(splitting: House) -> None:
@@ -155,7 +159,7 @@ def test_a_yank_of_the_served_release_ends_its_canary(splitting: House) -> None:
     assert begun(house, "1.0.0").status_code == 200
     assert house.ask("releaser", "POST", f"{SQL}/releases/1.1.0/yank", json={"reason": "wrong"}).status_code == 200
     assert followed(house)["candidate"] is None
-    assert reported(house, figures(0), figures(0))["why"].endswith("serves another release now.")
+    assert house.ask("reader", "GET", CANARY).json()["why"].endswith("serves another release now.")
 
 
 def test_figures_of_several_sources_add_up_and_never_fall(splitting: House) -> None:
@@ -265,3 +269,60 @@ def test_a_user_with_a_long_name_begins_a_canary_and_is_forgotten_when_removed(s
     assert house.ask("reader", "GET", CANARY).json()["actor"] == user
     assert house.ask("operator", "DELETE", f"/v1/users/{user}").status_code == 200
     assert house.ask("reader", "GET", CANARY).json()["actor"].startswith("removed-user-")
+
+
+def test_a_canary_of_a_deleted_channel_ends(splitting: House) -> None:
+    house = splitting
+    assert begun(house).status_code == 200
+    assert house.ask("admin", "PUT", f"{CHANNEL}/policy", json={"version": 1}).status_code == 200
+    gone = house.ask("admin", "DELETE", f"{CHANNEL}?serving=1.1.0&reason=unused")
+    assert gone.status_code == 200, gone.text
+    assert house.ask("releaser", "PUT", CHANNEL, json={"version": "1.1.0"}).status_code == 200
+    shown = house.ask("reader", "GET", CANARY).json()
+    assert (shown["state"], shown["why"]) == ("replaced", "The channel was deleted.")
+
+
+def test_figures_that_no_requests_since_the_last_report_can_have_are_refused(splitting: House) -> None:
+    house = splitting
+    assert begun(house).status_code == 200
+    cases = (
+        (figures(100), figures(101, 50)),
+        (figures(100, m=(100, 0.0)), figures(101, m=(101, 50.0))),
+        (figures(100, m=(100, 90.5)), figures(101, m=(101, 90.0))),
+        (figures(100, m=(100, 9.0)), figures(101)),
+        ({**figures(100), "seconds": {}}, figures(101)),
+        (figures(100), {**figures(101), "seconds": {}}),
+        (figures(100), figures(101, at=SLOW)),
+    )
+    for number, (first, then) in enumerate(cases):
+        reported(house, first, first, f"front {number}")
+        refused = report(house, then, figures(200), f"front {number}")
+        assert (refused.status_code, refused.json()["code"]) == (422, "figures_fell"), (first, then)
+
+
+def test_a_holder_of_the_role_agent_fills_no_room_of_another_and_names_no_source_of_its(
+    splitting: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    house = splitting
+    other = holder(house, "other-agent", "agent")
+    monkeypatch.setattr(canaries, "MAX_SOURCES", 2)
+    assert begun(house).status_code == 200
+    reported(house, figures(5), figures(5))
+    reported(house, figures(5), figures(5), "second")
+    assert report(house, figures(5), figures(5), "third").json()["code"] == "too_many_sources"
+    for count, requests in ((0, [0, 0]), (7, [7, 7])):
+        body = {"source": "front", "versions": {"1.0.0": figures(count), "1.1.0": figures(count)}}
+        answer = house.ask(other, "POST", WATCH, json=body)
+        assert answer.json()["requests"] == requests, answer.text
+    assert reported(house, figures(6), figures(6))["requests"] == [8, 8]
+
+
+def test_the_audit_names_the_reporter_of_the_figures_that_ended_a_canary(splitting: House) -> None:
+    house = splitting
+    other = holder(house, "grader", "agent")
+    assert begun(house).status_code == 200
+    for failed in (0, 300):
+        body = {"source": "g", "versions": {"1.0.0": figures(failed, failed), "1.1.0": figures(failed)}}
+        assert house.ask(other, "POST", WATCH, json=body).status_code == 200
+    [row] = house.ask("admin", "GET", "/v1/audit?act=channel:watch").json()["items"]
+    assert (row["actor"], row["after"]["state"]) == ("grader", "rolled_back")

@@ -60,9 +60,9 @@ class FleetRelease(Row):
 
 class Canary(Row):
     """A release that gets `weight` per cent of a channel's requests, beside the one that the channel serves. It ends
-    when the channel serves another one. `watch` is the policy's at the beginning, None for none; `report` has the
-    standing of its rules. `state` is running, promoted, rolled_back, stopped or replaced; `why` says how it ended, or
-    what holds it."""
+    when the channel serves another one. `watch` is the policy's at the beginning, None for none; `totals` has the
+    figures of the candidate and of the served release, of all sources, and `report` the standing of its rules. `state`
+    is running, promoted, rolled_back, stopped or replaced; `why` says how it ended, or what holds it."""
 
     __tablename__ = "canaries"
     __table_args__ = (
@@ -83,6 +83,7 @@ class Canary(Row):
     watch: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
     state: Mapped[str] = mapped_column(String(16))
     why: Mapped[str] = mapped_column(default="")
+    totals: Mapped[list[dict[str, Any]] | None] = mapped_column(JSON(none_as_null=True))
     report: Mapped[list[dict[str, Any]]] = mapped_column(JSON)
     actor: Mapped[str] = mapped_column(String(128))
     token_id: Mapped[str | None] = mapped_column(String(16))
@@ -99,11 +100,12 @@ class Canary(Row):
 
 class CanaryFigures(Row):
     """What one source has counted, by version, since it started: at its first report (`first`) and at its last. The
-    difference is the canary's."""
+    difference is the canary's. Two users who name a source alike have two sources."""
 
     __tablename__ = "canary_figures"
 
     canary_id: Mapped[int] = mapped_column(ForeignKey("canaries.id", ondelete="CASCADE"), primary_key=True)
+    reporter: Mapped[str] = mapped_column(String(128), primary_key=True, server_default=text("''"))
     source: Mapped[str] = mapped_column(String(200), primary_key=True)
     first: Mapped[dict[str, Any]] = mapped_column(JSON)
     last: Mapped[dict[str, Any]] = mapped_column(JSON)

@@ -155,7 +155,7 @@ def end_replaced(session: Session, actor: Actor, promotion: Promotion, version: 
     end(session, actor, promotion, "replaced", error)
 
 
-RUNNING = "running"
+RUNNING, ROLLED_BACK = "running", "rolled_back"
 
 
 def running_canary(session: Session, channel_id: int) -> Canary | None:
@@ -174,11 +174,50 @@ def refuse_running_canary(session: Session, channel_id: int, subject: str) -> No
         )
 
 
-def end_canary(session: Session, channel_id: int, reached: int, at: datetime) -> None:
-    """Ends the canary of a channel that has moved to the release with the id `reached`."""
+def end_canary(session: Session, channel_id: int, reached: int | None, at: datetime) -> None:
+    """Ends the canary of a channel that has moved to the release with the id `reached`, or was deleted."""
     canary = running_canary(session, channel_id)
-    if canary is not None:
-        promoted = canary.release_id == reached
-        canary.state, canary.ended_at = "promoted" if promoted else "replaced", at
-        canary.weight = 100 if promoted else canary.weight
-        canary.why = "" if promoted else "The channel moved to another release."
+    if canary is None:
+        return
+    if canary.release_id == reached:
+        close_canary(canary, "promoted", "", at)
+        canary.weight = 100
+    else:
+        why = "The channel moved to another release." if reached else "The channel was deleted."
+        close_canary(canary, "replaced", why, at)
+
+
+def end_canaries_by_yank(session: Session, actor: Actor, repository: Repository) -> None:
+    """Ends the canaries whose release was yanked, and those whose channels serve another release since. Nobody may
+    report figures any more that would end them."""
+    query = select(Canary, Channel).join(Channel, Channel.id == Canary.channel_id)
+    query = query.where(Channel.repository_id == repository.id, Canary.state == RUNNING)
+    for canary, channel in session.execute(query).all():
+        subject = f"{repositories.name_of(repository)}@{channel.name}"
+        if canary.release.yanked:
+            why = f"{canary.release.version} was yanked."
+        elif channel.served_id != canary.served_id:
+            why = f"{subject} serves another release now."
+        else:
+            continue
+        close_canary(canary, ROLLED_BACK, why, actor.at)
+        record_canary(session, actor, canary, subject, Act.CHANNEL_WATCH, why)
+
+
+def close_canary(canary: Canary, state: str, why: str, at: datetime) -> None:
+    canary.state, canary.why, canary.ended_at = state, why, at
+
+
+def record_canary(session: Session, actor: Actor, canary: Canary, subject: str, act: Act, reason: str) -> None:
+    """Adds an audit row with the standing of the canary's rules."""
+    audit.record(
+        session,
+        actor,
+        act,
+        subject,
+        namespace=subject.partition("/")[0],
+        reason=reason,
+        after={"version": canary.release.version, "weight": canary.weight, "state": canary.state},
+        canary=canary.id,
+        figures=canary.report,
+    )

@@ -13,6 +13,7 @@ from registry.database.tables import Canary, Channel, Gate, Move, Release, Repos
 from registry.domain.access import audit
 from registry.domain.access.audit import Act, Actor
 from registry.domain.catalog import repositories
+from registry.domain.channels import pending
 from registry.formats.references import RepositoryName
 
 DELETION = "delete"
@@ -59,8 +60,9 @@ class ServedChange:
 def refresh_served(
     session: Session, actor: Actor, repository: Repository, kind: str, reason: str
 ) -> list[ServedChange]:
-    """Sets what each channel of the repository serves, after a yank, an unyank or a new policy. Locks the channels.
-    Records a change, of this `kind`, in the channel's history and in the audit log, and returns it."""
+    """Sets what each channel of the repository serves, after a yank, an unyank or a new policy. Locks the channels,
+    and ends the canaries of what is withdrawn. Records a change, of this `kind`, in the channel's history and in the
+    audit log, and returns it."""
     query = select(Channel).where(Channel.repository_id == repository.id).order_by(Channel.id)
     changes: list[ServedChange] = []
     for channel in session.scalars(query.with_for_update().execution_options(populate_existing=True)).all():
@@ -74,6 +76,7 @@ def refresh_served(
         subject, last = f"{repositories.name_of(repository)}@{channel.name}", session.get_one(Move, channel.move_id)
         record_entry(session, actor, subject, last, Entry(kind, reason, left, reached))
         changes.append(ServedChange(channel.name, left.version if left else None, reached.version if reached else None))
+    pending.end_canaries_by_yank(session, actor, repository)
     return changes
 
 

@@ -343,6 +343,7 @@ def _forget(session: Session, actor: Actor, repository: Repository, channel: Cha
     last = moves.current_of(session, channel)
     if waiting := pending.of_channel(session, channel.id):
         pending.end_moved(session, actor, waiting.id)
+    pending.end_canary(session, channel.id, None, actor.at)
     channel.move_id = channel.served_id = channel.served_key = None
     subject = f"{repositories.name_of(repository)}@{channel.name}"
     record_entry(session, actor, subject, last, Entry(DELETION, reason, left=last.to_release))

@@ -10,7 +10,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from registry.database.tables import Canary, CanaryFigures, Channel, Repository
-from registry.domain.access import audit, tokens
+from registry.domain.access import tokens
 from registry.domain.access.audit import Act, Actor
 from registry.domain.access.roles import Role, holds
 from registry.domain.catalog import releases, repositories
@@ -31,7 +31,7 @@ STALE = timedelta(minutes=5)
 BOUNDS_S = tuple(round(0.01 * 1.1**number, 4) for number in range(116))
 """The upper bounds of the histogram of times: 10 ms to about 10 minutes, 10 % apart."""
 MAX_SOURCES, MAX_METRICS = 1_000, 50
-ROLLED_BACK, STOPPED = "rolled_back", "stopped"
+STOPPED = "stopped"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ class Figures:
     @property
     def is_sound(self) -> bool:
         """Whether these can be counts of requests: false for the difference to counts that have fallen."""
-        samples = [self.sample(ERRORS), *self.metrics.values()]
+        samples = [self.sample(ERRORS), *self.metrics.values(), Sample(self.requests, sum(self.seconds.values()))]
         return min(self.seconds.values(), default=0) >= 0 and all(0 <= each.total <= each.n for each in samples)
 
     def sample(self, name: str) -> Sample:
@@ -153,7 +153,7 @@ def begin(session: Session, actor: Actor, wanted: PromotionRequest, weight: int)
     policy, _ = policies.find(session, repository, wanted.channel)
     earlier = pending.running_canary(session, channel.id)
     if earlier is not None:
-        _end(earlier, "replaced", f"{actor.name} began another canary.", actor.at)
+        pending.close_canary(earlier, "replaced", f"{actor.name} began another canary.", actor.at)
         session.flush()
     release = releases.find(session, wanted.repository, wanted.version, wanted.kind)
     canary = Canary(
@@ -173,7 +173,7 @@ def begin(session: Session, actor: Actor, wanted: PromotionRequest, weight: int)
     )
     session.add(canary)
     session.flush()
-    _record(session, actor, canary, wanted.subject, Act.CHANNEL_CANARY, wanted.reason)
+    pending.record_canary(session, actor, canary, wanted.subject, Act.CHANNEL_CANARY, wanted.reason)
     return canary
 
 
@@ -198,7 +198,13 @@ def _refuse_unfit(session: Session, now: datetime, wanted: PromotionRequest, jud
     others = [name for name, splits in nodes.items() if not splits]
     if others or not nodes:
         who = f"{', '.join(others[:5])} does not split requests" if others else "no node that reports splits requests"
-        raise Refused("nothing_splits", f"{wanted.subject} cannot have a canary: {who}.", subject=wanted.subject)
+        raise Refused(
+            "nothing_splits",
+            f"{wanted.subject} cannot have a canary: {who}.",
+            subject=wanted.subject,
+            next_step="Run `adaptory mirror --front URL --group NAME` on each node; one that has ended is removed with "
+            f"`adaptory rollout forget {wanted.repository.namespace} GROUP/NODE`.",
+        )
 
 
 def latest(session: Session, channel: Channel) -> Canary | None:
@@ -212,8 +218,8 @@ def stop(session: Session, actor: Actor, repository: Repository, name: str, reas
     session.scalar(moves.locked(repository, name))
     canary = _running(session, repository, name)
     subject = f"{repositories.name_of(repository)}@{name}"
-    _end(canary, STOPPED, reason or f"{actor.name} stopped it.", actor.at)
-    _record(session, actor, canary, subject, Act.CHANNEL_CANARY, reason)
+    pending.close_canary(canary, STOPPED, reason or f"{actor.name} stopped it.", actor.at)
+    pending.record_canary(session, actor, canary, subject, Act.CHANNEL_CANARY, reason)
     return canary
 
 
@@ -229,18 +235,28 @@ def report(
     step that has lasted leads to the next one. Raises Conflict if no canary is running."""
     session.scalar(moves.locked(repository, name))
     canary = _running(session, repository, name)
-    wanted = {canary.release.version, canary.served.version}
-    row = session.get(CanaryFigures, (canary.id, source))
+    wanted = (canary.release.version, canary.served.version)
+    row = session.get(CanaryFigures, (canary.id, actor.name, source))
     document = {version: asdict(figures) for version, figures in counted.items() if version in wanted}
     if row is None:
-        known = session.scalar(select(func.count()).where(CanaryFigures.canary_id == canary.id)) or 0
-        if known >= MAX_SOURCES:
-            raise Refused("too_many_sources", f"The canary has figures of {known:,} sources.", subject=source)
-        row = CanaryFigures(canary_id=canary.id, source=source, first=document, last=document, at=actor.at)
+        own = (CanaryFigures.canary_id == canary.id, CanaryFigures.reporter == actor.name)
+        if (session.scalar(select(func.count()).where(*own)) or 0) >= MAX_SOURCES:
+            raise Refused(
+                "too_many_sources",
+                f"{actor.name} has reported figures of {MAX_SOURCES:,} sources, the most there may be.",
+                subject=source,
+            )
+        row = CanaryFigures(
+            canary_id=canary.id, reporter=actor.name, source=source, first=document, last=document, at=actor.at
+        )
         session.add(row)
     _refuse_fewer(row, document)
     grew = any(_of(row.last, version) != counted[version] for version in document)
     # A version that the source counts for the first time had no requests before.
+    canary.totals = [
+        asdict(total.plus(_of(document, version)).plus(_of(row.last, version), -1))
+        for total, version in zip(figures(session, canary), wanted, strict=True)
+    ]
     row.last, row.at = document, actor.at
     if canary.figures_at is None or (grew and actor.at - canary.figures_at > STALE):
         canary.step_at = actor.at
@@ -263,6 +279,9 @@ def _refuse_fewer(row: CanaryFigures, document: Mapping[str, Any]) -> None:
 
 def figures(session: Session, canary: Canary) -> tuple[Figures, Figures]:
     """The figures of the candidate and of the served release since the canary began, of all sources."""
+    if canary.totals is not None:
+        own, served = map(Figures.of_json, canary.totals)
+        return own, served
     rows = session.scalars(select(CanaryFigures).where(CanaryFigures.canary_id == canary.id)).all()
     own, served = Figures(), Figures()
     for row in rows:
@@ -278,13 +297,6 @@ def _of(document: Mapping[str, Any], version: str) -> Figures:
 
 def _decide(session: Session, actor: Actor, canary: Canary, repository: Repository, name: str) -> None:
     subject = f"{repositories.name_of(repository)}@{name}"
-    channel = session.get_one(Channel, canary.channel_id)
-    if canary.release.yanked or channel.served_id != canary.served_id:
-        yanked = canary.release.yanked
-        why = f"{canary.release.version} was yanked." if yanked else f"{subject} serves another release now."
-        _end(canary, ROLLED_BACK, why, actor.at)
-        _record(session, actor, canary, subject, Act.CHANNEL_WATCH, canary.why)
-        return
     if canary.watch is None:
         return
     watch = Watch.model_validate(canary.watch)
@@ -292,8 +304,8 @@ def _decide(session: Session, actor: Actor, canary: Canary, repository: Reposito
     standings = judge(watch, own, served)
     canary.report = [asdict(standing) for standing in standings]
     if broken := [standing.rule for standing in standings if standing.broken]:
-        _end(canary, ROLLED_BACK, f"broken: {'; '.join(broken)}", actor.at)
-        _record(session, actor, canary, subject, Act.CHANNEL_WATCH, canary.why)
+        pending.close_canary(canary, pending.ROLLED_BACK, f"broken: {'; '.join(broken)}", actor.at)
+        pending.record_canary(session, actor, canary, subject, Act.CHANNEL_WATCH, canary.why)
     elif actor.at - canary.step_at >= timedelta(seconds=watch.step_s) and own.requests + served.requests >= watch.least:
         is_stale = canary.figures_at is None or actor.at - canary.figures_at > STALE
         canary.why = "held: no new requests" if is_stale else _lacking(canary, watch, own, standings)
@@ -320,7 +332,7 @@ def _proceed(session: Session, actor: Actor, canary: Canary, subject: str, weigh
     gates; while it is refused, the canary is held."""
     if weight < 100:
         canary.weight, canary.step_at, canary.why = weight, actor.at, ""
-        _record(session, actor, canary, subject, Act.CHANNEL_CANARY, f"step to {weight} %")
+        pending.record_canary(session, actor, canary, subject, Act.CHANNEL_CANARY, f"step to {weight} %")
         return
     release = canary.release
     by = tokens.actor_now(session, canary.actor, canary.token_id, canary.source, actor.at)
@@ -341,7 +353,7 @@ def _proceed(session: Session, actor: Actor, canary: Canary, subject: str, weigh
         canary.why = f"held: {error.detail}"
         return
     if isinstance(outcome, ChannelMove):
-        _record(session, actor, canary, subject, Act.CHANNEL_WATCH, "the last step has passed")
+        pending.record_canary(session, actor, canary, subject, Act.CHANNEL_WATCH, "the last step has passed")
     else:
         canary.why = "held: the promotion waits for scores or approvals"
 
@@ -353,21 +365,3 @@ def _running(session: Session, repository: Repository, name: str) -> Canary:
         subject = f"{repositories.name_of(repository)}@{name}"
         raise Conflict("no_canary", f"{subject} has no running canary.", subject=subject)
     return canary
-
-
-def _end(canary: Canary, state: str, why: str, at: datetime) -> None:
-    canary.state, canary.why, canary.ended_at = state, why, at
-
-
-def _record(session: Session, actor: Actor, canary: Canary, subject: str, act: Act, reason: str) -> None:
-    audit.record(
-        session,
-        actor,
-        act,
-        subject,
-        namespace=subject.partition("/")[0],
-        reason=reason,
-        after={"version": canary.release.version, "weight": canary.weight, "state": canary.state},
-        canary=canary.id,
-        figures=canary.report,
-    )

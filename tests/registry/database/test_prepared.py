@@ -1,6 +1,7 @@
 """Answers of both databases to a prepared statement: the same texts, whatever they store internally."""
 
 import gc
+import traceback
 from collections.abc import Generator
 from datetime import UTC, datetime
 from typing import Any
@@ -182,3 +183,14 @@ def test_connections_that_drop_as_soon_as_they_are_made_are_a_database_that_is_a
         assert caught.value.code == "database_unavailable"
     finally:
         event.remove(migrated.reading, "checkout", drop)
+
+
+def test_errors_of_the_database_do_not_repeat_a_secret(database: Database) -> None:
+    for values in ({"until": "no time"}, {"webhook_id": None}, {"webhook_id": "x" * 3000}):
+        rows = {"webhook_id": "unknown", "secret": "whsec_do_not_log", "until": None} | values
+        with pytest.raises(Exception, match=r"\S") as raised, database.write() as session:
+            session.execute(
+                text("INSERT INTO webhook_secrets (webhook_id, secret, until) VALUES (:webhook_id, :secret, :until)"),
+                rows,
+            )
+        assert "whsec_do_not_log" not in "".join(traceback.format_exception(raised.value)), values
