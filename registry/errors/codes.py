@@ -61,7 +61,7 @@ REFUSED = {
     "verdict": "Change the recipe; `adaptory conflicts` shows what to change.",
     "worker_key_revoked": "Remove `worker-key.pem` from the home of a worker that you trust, and start it again.",
     "yanked_files": "Release other files, or undo the yank: `adaptory unyank REF --reason WHY`.",
-    "too_many_webhooks": "Remove one that is no longer needed: `adaptory webhook list`.",
+    "too_many_webhooks": "Remove one that nobody needs: `adaptory webhook list`.",
 }
 
 NOT_FOUND = {

@@ -14,7 +14,7 @@ from registry.formats.evidence import EvidenceExample, decide
 
 _REQUESTS = re.compile(r"^vllm:lora_requests_info\{(.*)\} ([0-9.eE+-]+)\s*$", re.MULTILINE)
 _LEAST_LOG_PROBABILITY = -1e4
-"""In nats: a server may say minus infinity, of which no share can be computed."""
+"""In nats: a server may answer minus infinity, which would leave no share to compute."""
 _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 
 
