@@ -3,8 +3,10 @@
 import json
 import subprocess
 import sys
+from importlib.metadata import packages_distributions, requires
 
 import pytest
+from packaging.requirements import Requirement
 
 HEAVY = ("torch", "transformers", "boto3", "botocore", "alembic")
 SERVER = ("fastapi", "starlette", "sqlalchemy", "httpx2", "uvicorn", "numpy", "rich")
@@ -45,3 +47,12 @@ def test_a_remote_registry_in_python_loads_no_server_and_no_database_and_no_torc
     )
     assert "httpx2" in loaded
     assert not loaded & {*HEAVY, "fastapi", "sqlalchemy", "starlette", "uvicorn"}
+
+
+def test_a_server_with_its_worker_starts_without_any_extra() -> None:
+    wanted = [Requirement(text) for text in requires("adaptory") or ()]
+    core = {row.name for row in wanted if row.marker is None or row.marker.evaluate({"extra": ""})}
+    extras = {row.name for row in wanted} - core
+    assert {"torch", "transformers", "boto3"} <= extras
+    loaded = loaded_by("import registry.cli.operations.operations, registry.worker.runner, registry.worker.steps")
+    assert not {module for module, names in packages_distributions().items() if extras & set(names)} & loaded
