@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from registry.environment.sections import EngineSettings, PrometheusSettings
 from registry.formats.addresses import is_loopback, parse_networks, registry_url
 
 if TYPE_CHECKING:
@@ -38,12 +39,6 @@ def _http_url(text: str) -> str:
         return registry_url(text) if text else text
     except ValueError as error:
         raise PydanticCustomError("url", "{why}", {"why": str(error)}) from error
-
-
-def _cluster(text: str) -> str:
-    if text != "auto" and not re.fullmatch(r"[^\s/@]+:[0-9]{1,5}", text):
-        raise PydanticCustomError("address", "it is neither `auto` nor HOST:PORT, such as 10.0.0.5:6379")
-    return text
 
 
 def _store_url(text: str) -> str | None:
@@ -295,28 +290,6 @@ class SignInSettings(BaseModel):
         return [(group, *cast("tuple[str, str]", tuple(right.split(":")))) for group, _, right in parts]
 
 
-class EngineSettings(BaseModel):
-    """Settings of the engine, which runs the parts of a job: in a child of the worker, or on a Ray cluster."""
-
-    model_config = ConfigDict(frozen=True, defer_build=True)
-    kind: Literal["local", "ray"] = "local"
-    """`local`: in a process for each job. `ray`: on a Ray cluster, with the extra `ray` on workers and nodes."""
-    address: Annotated[str, AfterValidator(_cluster)] = "auto"
-    """The address of the cluster's head, such as `10.0.0.5:6379`. `auto` is that of this host, a node of it."""
-    token_path: Path | None = None
-    """A file with the cluster's token; without one, `RAY_AUTH_TOKEN` or Ray's own file."""
-    insecure: bool = False
-    """Use a cluster without tokens: anyone who reaches its ports can run code on all nodes."""
-    runners: int = Field(default=64, gt=0, le=10_000)
-    """Maximum processes on the cluster for one job."""
-    device: Literal["auto", "cpu", "gpu"] = "auto"
-    """Where units that load a model run; `auto`: on GPUs if the cluster has any."""
-    job_seconds: float = Field(default=12 * 3600.0, gt=0)
-    """Maximum time of a job with `local`; beyond it the job ends with `job_time_limit`."""
-    job_memory_bytes: int | None = Field(default=None, gt=0)
-    """Maximum memory of its process; beyond it `job_memory_limit`. By default 90 % of the host's or container's."""
-
-
 class Settings(BaseSettings):
     """Environment variables start with `ADAPTORY_`; nested fields are joined by `__` (`ADAPTORY_STORAGE__KIND`)."""
 
@@ -336,6 +309,9 @@ class Settings(BaseSettings):
     """Where blobs are; the sections below have the settings of each kind."""
     engine: EngineSettings = EngineSettings()
     """Where the parts of a job run; the section below has its settings."""
+    prometheus: PrometheusSettings | None = None
+    """A Prometheus that workers ask for the figures of canaries; none by default. The section below has its settings.
+    """
     url: Annotated[str, AfterValidator(_http_url)] | None = None
     """The registry that the command line talks to. Without it, and without an active profile, the registry in `home` is
     opened in this process."""
@@ -451,7 +427,9 @@ class Settings(BaseSettings):
         stores = {f"storage__{name}" for storage in STORAGES for name in storage.model_fields}
         sign_in = {f"sign_in__{name}" for name in SignInSettings.model_fields}
         engine = {f"engine__{name}" for name in EngineSettings.model_fields}
-        names = (set(cls.model_fields) - {"storage", "sign_in", "engine"}) | stores | sign_in | engine
+        prometheus = {f"prometheus__{name}" for name in PrometheusSettings.model_fields}
+        sections = stores | sign_in | engine | prometheus
+        names = (set(cls.model_fields) - {"storage", "sign_in", "engine", "prometheus"}) | sections
         return {f"ADAPTORY_{name}".upper() for name in names} | {"ADAPTORY_STORAGE"}
 
     @property

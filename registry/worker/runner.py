@@ -22,6 +22,7 @@ from registry.errors.codes import RETRYABLE
 from registry.errors.translation import of_failed_work
 from registry.formats.paths import document_without_directories, without_directories
 from registry.formats.references import Digest
+from registry.transfer.prometheus import measure_canaries
 from registry.transfer.promotions import settle_due
 from registry.transfer.resources import Resources
 from registry.worker.deliverer import Deliverer
@@ -33,6 +34,8 @@ BEAT_S = 3.0
 POLL_S = 1.0
 SETTLE_S = 2.0
 """How often waiting promotions are checked."""
+MEASURE_S = 10.0
+"""How often Prometheus is asked for the figures of canaries."""
 SWEEP_S = 600.0
 UNMET_S = 30.0
 """How often a worker looks for jobs whose needs no worker has met for a long time."""
@@ -161,12 +164,17 @@ def run_worker(
 
     With `only`, runs just that job, which its own command started, and fails at once if the host cannot meet its needs
     or the cluster is absent. Otherwise claims any job whose needs this host meets. A separate thread judges waiting
-    promotions, even while a job runs, and another one delivers to webhooks unless a command has started the worker.
+    promotions, even while a job runs. Unless a command has started the worker, others deliver to webhooks, and ask the
+    Prometheus of the settings for the figures of canaries.
     """
-    duties = [threading.Thread(target=_settle_promotions, args=(resources, stop), daemon=True, name="promotions")]
+    settle = (resources, stop, SETTLE_S, settle_due)
+    duties = [threading.Thread(target=_repeat, args=settle, daemon=True, name="promotions")]
     if only is None:
         deliver = Deliverer(resources).run
         duties.append(threading.Thread(target=deliver, args=(stop,), daemon=True, name="webhooks"))
+    if only is None and resources.settings.prometheus is not None:
+        measure = (resources, stop, MEASURE_S, measure_canaries)
+        duties.append(threading.Thread(target=_repeat, args=measure, daemon=True, name="canaries"))
     for duty in duties:
         duty.start()
     try:
@@ -177,14 +185,15 @@ def run_worker(
             duty.join()
 
 
-def _settle_promotions(resources: Resources, stop: threading.Event) -> None:
-    while not stop.wait(SETTLE_S):
+def _repeat(resources: Resources, stop: threading.Event, every_s: float, act: Callable[[Resources], None]) -> None:
+    """Acts every few seconds until `stop` is set. After an error the next turn tries again."""
+    while not stop.wait(every_s):
         try:
-            settle_due(resources)
+            act(resources)
         except Unavailable as error:
-            log.warning("Waiting promotions are not judged yet: %s", error)
-        except Exception:  # the next turn tries again
-            log.warning("Waiting promotions could not be judged", exc_info=True)
+            log.warning("%s waits: %s", act.__name__, error)
+        except Exception:
+            log.warning("%s failed", act.__name__, exc_info=True)
 
 
 def _work(

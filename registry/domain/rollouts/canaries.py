@@ -60,6 +60,13 @@ class Figures:
         metrics = {name: self.sample(name).plus(other.sample(name), sign) for name in {*self.metrics, *other.metrics}}
         return Figures(self.requests + sign * other.requests, self.errors + sign * other.errors, seconds, metrics)
 
+    def grown_to(self, other: "Figures") -> "Figures":
+        """The other figures, where they are larger: approximate counts may fall, and those here do not."""
+        counts = {index: max(0, count - self.seconds.get(index, 0)) for index, count in other.seconds.items()}
+        errors = max(0, other.errors - self.errors)
+        requests = max(other.requests - self.requests, errors, sum(counts.values()))
+        return self.plus(Figures(requests, errors, counts))
+
     @property
     def is_sound(self) -> bool:
         """Whether these can be counts of requests: false for the difference to counts that have fallen."""
@@ -265,6 +272,58 @@ def report(
     session.flush()
     _decide(session, actor, canary, repository, name)
     return canary
+
+
+@dataclass(frozen=True, slots=True)
+class Watched:
+    """A running canary with a `watch`. `versions` are those of the candidate and of the served release."""
+
+    canary_id: int
+    channel: ChannelName
+    versions: tuple[str, str]
+    began_at: datetime
+
+
+def watched(session: Session) -> list[Watched]:
+    """The running canaries that figures decide about."""
+    query = select(Canary, Channel.name).join(Channel, Channel.id == Canary.channel_id)
+    return [
+        Watched(
+            row.id,
+            ChannelName(repositories.name_of(row.release.repository), name),
+            (row.release.version, row.served.version),
+            row.created_at,
+        )
+        for row, name in session.execute(query.where(Canary.state == pending.RUNNING).order_by(Canary.id))
+        if row.watch is not None
+    ]
+
+
+def measure(
+    session: Session,
+    actor: Actor,
+    watched: Watched,
+    source: str,
+    asked_at: datetime,
+    counted: tuple[Figures, Figures],
+) -> None:
+    """Reports what another system has counted of both releases since the canary began, approximately. Does nothing if
+    the canary has ended, or if newer figures of the source are in."""
+    repository = session.get_one(Canary, watched.canary_id).release.repository
+    session.scalar(moves.locked(repository, watched.channel.channel))
+    canary = session.get_one(Canary, watched.canary_id, populate_existing=True)
+    row = session.get(CanaryFigures, (canary.id, actor.name, source))
+    if canary.state != pending.RUNNING or (row is not None and row.at > asked_at):
+        return
+    if row is None:
+        row = CanaryFigures(canary_id=canary.id, reporter=actor.name, source=source, first={}, last={}, at=asked_at)
+        session.add(row)
+        session.flush()
+    grown = {
+        version: _of(row.last, version).grown_to(figures)
+        for version, figures in zip(watched.versions, counted, strict=True)
+    }
+    report(session, actor, repository, watched.channel.channel, source, grown)
 
 
 def _refuse_fewer(row: CanaryFigures, document: Mapping[str, Any]) -> None:

@@ -10,8 +10,7 @@ from pydantic import BaseModel, SecretStr
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from registry.environment import settings
-from registry.environment.settings import STORAGES, EngineSettings, Settings, SignInSettings
+from registry.environment.settings import STORAGES, EngineSettings, PrometheusSettings, Settings, SignInSettings
 from tests.wire.reference.markdown import code, joined, table
 
 HEAD = """# Settings
@@ -20,13 +19,14 @@ Settings are environment variables. Two underscores join the names of nested one
 suggests the right one, and so is any unknown name with two underscores. Other unknown `ADAPTORY_` names are ignored,
 since container runtimes add some of their own (a service's host and port).
 
-This page is made from `registry/environment/settings.py`: `make snapshots` writes it.
+This page is made from `registry/environment/`: `make snapshots` writes it.
 
 """
 SECTIONS: tuple[tuple[str, str, type[BaseModel]], ...] = (
     ("All processes", "", Settings),
     *((f"Storage: `{storage.model_fields['kind'].default}`", "storage__", storage) for storage in STORAGES),
     ("Engine", "engine__", EngineSettings),
+    ("Figures of canaries", "prometheus__", PrometheusSettings),
     ("Signing in to pages", "sign_in__", SignInSettings),
 )
 
@@ -49,8 +49,8 @@ def _section(title: str, prefix: str, model: type[BaseModel]) -> str:
 
 
 def texts_of(model: type[BaseModel]) -> dict[str, str]:
-    """The string below each field of a class of registry/environment/settings.py."""
-    tree = ast.parse(Path(settings.__file__).read_text(encoding="utf-8"))
+    """The string below each field of a class of settings."""
+    tree = ast.parse(Path(inspect.getfile(model)).read_text(encoding="utf-8"))
     (body,) = [node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == model.__name__]
     return {
         field.target.id: text.value.value
