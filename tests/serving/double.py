@@ -35,6 +35,7 @@ from tests.forked import start
 
 WEIGHTS = "adapter_model.safetensors"
 BASE = "base-model"
+CONTEXT = 512
 
 
 def weights_hash(directory: Path) -> str:
@@ -73,7 +74,7 @@ class Engine:
     def __init__(self, seconds: float, max_loras: int, wrong: str = "") -> None:
         self.seconds, self.max_loras, self.wrong = seconds, max_loras, wrong
         self.names = dict[str, Loaded]()
-        self.dead = False
+        self.dead = self.began = False
         self.served = Counter[str]()
         self._running = Counter[tuple[str, int]]()
         self._slots: OrderedDict[int, str] = OrderedDict()
@@ -89,6 +90,7 @@ class Engine:
     async def answer(self, name: str) -> str:
         """Runs a request. Returns the hash of the weights that answered it."""
         loaded = self.names[name]
+        self.began = True
         self._running[name, loaded.number] += 1
         try:
             self._refuse_twins()
@@ -158,9 +160,9 @@ class VllmDouble:
     async def models(self, _request: Request) -> Response:
         if self.engine.dead:
             return dead()
-        base = {"id": BASE, "object": "model", "root": f"/models/{BASE}", "parent": None}
+        base = {"id": BASE, "object": "model", "root": f"/models/{BASE}", "parent": None, "max_model_len": CONTEXT}
         rows = [
-            {"id": name, "object": "model", "root": loaded.path, "parent": BASE}
+            {"id": name, "object": "model", "root": loaded.path, "parent": BASE, "max_model_len": None}
             for name, loaded in self.engine.names.items()
         ]
         return JSONResponse({"object": "list", "data": [base, *rows]})
@@ -173,7 +175,7 @@ class VllmDouble:
         if name in self.engine.names:
             return error(400, f"The lora adapter '{name}' has already been loaded.")
         if not (Path(path) / "adapter_config.json").is_file():
-            return error(404, f"Loading lora {name} failed: No adapter found for {path}")
+            return error(404, f"Loading lora {name} failed: No adapter found for <path>")
         rank = json.loads((Path(path) / "adapter_config.json").read_text())["r"]
         if rank > 16:
             return error(400, f"LoRA rank {rank} is greater than max_lora_rank 16.")
@@ -195,6 +197,8 @@ class VllmDouble:
             return self._answered(name, "base", stream=bool(body.get("stream")))
         if name not in self.engine.names:
             return error(404, f"The model `{name}` does not exist.")
+        if isinstance(body.get("prompt"), list) and len(body["prompt"]) >= CONTEXT:
+            return error(400, f"This model's maximum context length is {CONTEXT} tokens.")
         if body.get("prompt") == f"fails on {name}":
             return error(500, "This prompt fails on this adapter.")
         try:
@@ -204,11 +208,15 @@ class VllmDouble:
         return self._answered(name, text, stream=bool(body.get("stream")), asked=body)
 
     async def metrics(self, _request: Request) -> Response:
-        """Two samples, as the real server keeps the old label sets: the newest is the one that counts."""
+        """No sample before the first request of an adapter. Then two, as the real server keeps the old label sets: the
+        newest is the one that counts."""
+        kind = "# TYPE vllm:lora_requests_info gauge\n"
+        if not self.engine.began:
+            return PlainTextResponse(kind)
         running = ",".join(self.engine.running)
         newest = asyncio.get_running_loop().time()
         line = 'vllm:lora_requests_info{{max_lora="2",running_lora_adapters="{}",waiting_lora_adapters=""}} {}\n'
-        return PlainTextResponse(line.format("old@1.0.0", newest - 9) + line.format(running, newest))
+        return PlainTextResponse(kind + line.format("old@1.0.0", newest - 9) + line.format(running, newest))
 
     def _answered(self, name: str, text: str, *, stream: bool, asked: dict[str, Any] | None = None) -> Response:
         choice: dict[str, Any] = {"index": 0, "text": text, "finish_reason": "length"}

@@ -4,9 +4,10 @@ import json
 import threading
 import time
 from collections import Counter
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
@@ -41,8 +42,12 @@ def front(agent: Agent, port: int) -> Generator[str]:
 class Users:
     """Threads that send requests to a channel until the block ends."""
 
-    def __init__(self, url: str, channel: str, hashes: dict[str, str], count: int = 4) -> None:
-        self._url, self._channel, self._hashes = url, channel, hashes
+    def __init__(
+        self, url: str, channel: str, texts: Mapping[str, str], count: int = 4, asked: Mapping[str, Any] | None = None
+    ) -> None:
+        """`texts` has the right answer of each version."""
+        self._url, self._texts = url, texts
+        self._asked = {"model": channel, **(asked or {"prompt": "x"})}
         self._stop, self.served, self.wrong = threading.Event(), Counter[str](), list[str]()
         self._threads = [threading.Thread(target=self._run) for _ in range(count)]
 
@@ -59,17 +64,17 @@ class Users:
     def wait_for(self, name: str) -> None:
         """Waits until the version answers once more."""
         before = self.served[name]
-        eventually(lambda: self.served[name] > before, within_s=20)
+        eventually(lambda: self.served[name] > before, within_s=120)
 
     def _run(self) -> None:
-        with httpx2.Client(timeout=60) as http:
+        with httpx2.Client(timeout=120) as http:
             while not self._stop.is_set():
-                answer = http.post(f"{self._url}/v1/completions", json={"model": self._channel, "prompt": "x"})
+                answer = http.post(f"{self._url}/v1/completions", json=self._asked)
                 model = answer.headers.get("x-served-model", "")
                 if answer.status_code != 200:
                     self.wrong.append(f"{answer.status_code} {answer.text}")
-                elif answer.json()["choices"][0]["text"] != self._hashes[model]:
-                    self.wrong.append(f"{model} answered with other weights")
+                elif (text := answer.json()["choices"][0]["text"]) != self._texts[model]:
+                    self.wrong.append(f"{model} answered {text!r}")
                 self.served[model] += 1
 
 
@@ -84,7 +89,7 @@ def test_promotions_change_what_users_get_and_no_request_fails_or_meets_another_
     ):
         agent.wait_for(OLD)
         agent.wait_for("acme/terraform@1.0.0", TERRAFORM)
-        with Users(url, SQL, dict(site.hashes)) as users, Users(url, TERRAFORM, dict(site.hashes), 1) as others:
+        with Users(url, SQL, site.hashes) as users, Users(url, TERRAFORM, site.hashes, 1) as others:
             for number in range(moves):
                 version = "1.1.0" if number % 2 == 0 else "1.0.0"
                 site.promote(version)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from registry.agent.directory import MirrorDirectory
 from registry.agent.servers.vllm import VllmServer
 from registry.agent.versions import ServedVersion
 from registry.domain.access.audit import operator_actor
@@ -23,9 +22,9 @@ from tests.scenarios.test_evaluations import write_suite
 from tests.scenarios.traces import opened
 from tests.scenarios.world import Cli, World
 from tests.serving.conftest import Site, mirrored
+from tests.serving.contract import COMMIT, one_release
 from tests.serving.double import BASE, double, log_probabilities, weights_hash
 
-COMMIT = "ab" * 20
 NAME = "acme/sql@1.0.0"
 WRONG = ("unapplied", "previous", "other", "quantised", "quantised-other")
 LENGTHS = ((7,), (12, 9), (30,), (4, 5, 6), (60, 2), (8,) * 8)
@@ -41,14 +40,6 @@ def examples(weights: str, lengths: Sequence[int]) -> list[EvidenceExample]:
     return made
 
 
-def directory_of(world: World, root: Path) -> Path:
-    kept = MirrorDirectory(root).path(COMMIT)
-    kept.mkdir(parents=True)
-    for path in world.adapters["sql"].iterdir():
-        (kept / path.name).write_bytes(path.read_bytes())
-    return kept
-
-
 @pytest.mark.parametrize(
     ("kinds", "lengths"),
     [pytest.param(WRONG[:1], LENGTHS, id="6"), pytest.param(WRONG, LENGTHS, id="30", marks=pytest.mark.long)],
@@ -57,7 +48,7 @@ def test_no_wrong_thing_is_proved(
     kinds: Sequence[str], lengths: Sequence[Sequence[int]], world: World, tmp_path: Path
 ) -> None:
     weights = weights_hash(world.adapters["sql"])
-    directory = directory_of(world, tmp_path / "served")
+    directory = one_release(tmp_path / "served", world.adapters["sql"]).path(COMMIT)
     for wrong in ("", *kinds):
         with double(wrong=wrong) as (url, _), closing(VllmServer(url)) as server:
             server.load(ServedVersion("acme/sql", "1.0.0", COMMIT), directory)

@@ -12,7 +12,8 @@ from registry.agent.versions import ServedVersion
 from registry.errors import RegistryError, Unavailable
 from registry.formats.evidence import EvidenceExample, decide
 
-_REQUESTS = re.compile(r"^vllm:lora_requests_info\{(.*)\} ([0-9.eE+-]+)\s*$", re.MULTILINE)
+_METRIC = "vllm:lora_requests_info"
+_REQUESTS = re.compile(rf"^{_METRIC}\{{(.*)\}} ([0-9.eE+-]+)\s*$", re.MULTILINE)
 _LEAST_LOG_PROBABILITY = -1e4
 """In nats: a server may answer minus infinity, which would leave no share to compute."""
 _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
@@ -46,8 +47,8 @@ class VllmServer(HttpServer):
             raise self.refused(f"unload {name}", answer)
 
     def busy(self) -> frozenset[str] | None:
-        """From the newest sample of `vllm:lora_requests_info`: its value is the time at which it was set. None for a
-        server that has no such metric."""
+        """From the newest sample of `vllm:lora_requests_info`: its value is the time at which it was set. A server that
+        has had no request for an adapter names the metric, without a sample. None if it has no such metric."""
         answer = self.request("GET", "/metrics")
         if answer.status_code != 200:
             raise self.refused("GET /metrics", answer)
@@ -56,19 +57,24 @@ class VllmServer(HttpServer):
             with suppress(ValueError):
                 samples.append((float(value), labels))
         if not samples:
-            return None
+            is_unused = f"# TYPE {_METRIC} " in answer.text and f"{_METRIC}{{" not in answer.text
+            return frozenset() if is_unused else None
         labels = dict(_LABEL.findall(max(samples)[1]))
         names = f"{labels.get('running_lora_adapters', '')},{labels.get('waiting_lora_adapters', '')}"
         return frozenset(filter(None, names.split(",")))
 
     def check(self, name: str, evidence: Sequence[EvidenceExample] | None = None) -> CheckResult:
         """Asks for the log-probabilities of the evidence's tokens, which the server computes without its prefix cache.
-        A server that does not answer with them stays unproved."""
+        A server that does not answer with them stays unproved, as does one whose context is too short for an
+        example."""
         until_s = time.monotonic() + CHECK_S
         try:
             if evidence is None:
                 self._completion(name, "Hello", until_s)
                 return CheckResult("unproved")
+            if why := self._too_long(evidence):
+                self._completion(name, "Hello", until_s)
+                return CheckResult("unproved", why)
             answered = [self._log_probabilities(name, example, until_s) for example in evidence]
         except RegistryError as error:
             return CheckResult("failed", error.detail)
@@ -95,6 +101,18 @@ class VllmServer(HttpServer):
                 subject=self.address,
             ) from error
         return [max(value, _LEAST_LOG_PROBABILITY) for value in values]
+
+    def _too_long(self, evidence: Sequence[EvidenceExample]) -> str:
+        """Why the server cannot be asked for the longest example, or an empty text."""
+        longest = max(len(example.ids) for example in evidence) + 1  # with the one token that is asked for
+        document = self.document("/v1/models")
+        try:
+            lengths = [int(row["max_model_len"]) for row in document["data"] if row.get("max_model_len")]
+        except (KeyError, TypeError, ValueError, AttributeError):
+            return ""
+        if longest <= (shortest := min(lengths, default=longest)):
+            return ""
+        return f"{self.address} takes at most {shortest:,} tokens, and an example of the evidence needs {longest:,}."
 
     def _completion(self, name: str, prompt: str | list[int], until_s: float) -> Any:
         """The answer to a request for one token. Raises Refused or Unavailable."""
