@@ -5,6 +5,7 @@ Each form follows the documentation of its project; none of the projects is run 
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -87,9 +88,30 @@ def kserve(routes: Routes, pool: str) -> Document:
     }
 
 
+def aibrix(routes: Routes, pool: str) -> Document:
+    """A ModelAdapter of AIBrix for each version, from the registry's hub API (HF_ENDPOINT). It gives its name to a
+    service, so that the name has no dots and at most 63 characters; the commit keeps two of them apart."""
+    items = [
+        {
+            "apiVersion": "model.aibrix.ai/v1alpha1",
+            "kind": "ModelAdapter",
+            "metadata": {"name": f"lora-{re.sub('[^a-z0-9]+', '-', name.lower())[:49]}-{commit[:8]}"},
+            "spec": {
+                "baseModel": pool,
+                "podSelector": {"matchLabels": {"model.aibrix.ai/name": pool}},
+                "artifactURL": f"huggingface://{name.replace('@', '.')}",
+            },
+        }
+        for name, commit in sorted(routes.commits.items())
+    ]
+    return {"apiVersion": "v1", "kind": "List", "items": items}
+
+
 FORMS: Mapping[str, Callable[[Routes, str], Document]] = {
-    "envoy": envoy, "kserve": kserve, "litellm": litellm, "llm-d": llm_d,
+    "aibrix": aibrix, "envoy": envoy, "kserve": kserve, "litellm": litellm, "llm-d": llm_d,
 }  # fmt: skip
+_WEIGHTED = frozenset({"envoy", "litellm", "llm-d"})
+"""The forms with weights. The others only load what the routes name."""
 
 
 class GatewayFile:
@@ -106,6 +128,7 @@ class GatewayFile:
                 next_step=f"Write FORM=FILE; the forms are {', '.join(FORMS)}.",
             )
         self._render, self._path, self._pool = FORMS[form], Path(path), pool
+        self.splits = form in _WEIGHTED
         self._written = ""
 
     def write(self, routes: Routes) -> None:

@@ -8,6 +8,7 @@ import yaml
 from registry.agent.directory import Routes
 from registry.agent.gateways import FORMS, GatewayFile
 from registry.errors import Usage
+from tests.eventually import eventually
 from tests.serving.conftest import Site, mirrored
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -38,8 +39,14 @@ def test_an_unknown_form_is_refused_with_the_known_ones() -> None:
 
 def test_a_file_follows_the_routes(site: Site) -> None:
     path = site.directory / "litellm.yaml"
-    with mirrored(site, "--write", f"litellm={path}") as agent:
+
+    def weights() -> list[int]:
+        return [row["litellm_params"]["weight"] for row in yaml.safe_load(path.read_text())["model_list"]]
+
+    with mirrored(site, "--write", f"litellm={path}", "--group", "gpus") as agent:
         agent.wait_for("acme/sql@1.0.0")
+        eventually(lambda: site.cli("promote", "acme/sql:1.1.0", "--to", "prod", "--canary", "10%").code == 0)
+        eventually(lambda: weights() == [90, 10])
         site.promote("1.1.0")
         agent.wait_for("acme/sql@1.1.0")
         (row,) = yaml.safe_load(path.read_text())["model_list"]

@@ -57,7 +57,7 @@ Write = Annotated[
     list[str] | None,
     typer.Option(
         metavar="FORM=FILE",
-        help="Write the routes for a gateway or controller, too: litellm, llm-d, envoy or kserve. May be repeated.",
+        help="Also write the routes for a gateway: litellm, llm-d, envoy, kserve or aibrix. May be repeated.",
     ),
 ]
 Pool = Annotated[str, typer.Option(help="The pool, backend or service that --write names.")]
@@ -102,10 +102,11 @@ def mirror(  # noqa: PLR0913
     if group is not None:
         host = parse_node_name(node or socket.gethostname().lower(), "node")
         named = loop.Node(parse_node_name(group, "group"), host, max_unavailable)
-    options = Options(keep, parse_duration(grace), on_empty == "unload", splits=front is not None)
+    files = [GatewayFile(text, pool) for text in write or ()]
+    splits = front is not None or any(file.splits for file in files)
+    options = Options(keep, parse_duration(grace), on_empty == "unload", splits=splits)
     kept_in, state = MirrorDirectory(directory), health.Health()
     opened, listens_at = _servers(server, kept_in), address(listen) if listen else None
-    files = [GatewayFile(text, pool) for text in write or ()]
     with ExitStack() as stack:
         api = stack.enter_context(connected()).api
         check = _signed_by(api, verify)

@@ -11,12 +11,14 @@ from registry.api.pages.html.render import page_about
 from registry.api.pages.html.wire import CHANNEL, ChannelRequestOf, PageReader, PageRoute
 from registry.api.routes.views import canary_view, channel_view, move_view, promotion_view, rollout_view
 from registry.database.engine import Session
-from registry.database.tables import Promotion, Repository
+from registry.database.tables import Canary, Promotion, Repository
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import Role, holds
 from registry.domain.catalog import releases, repositories
 from registry.domain.channels import moves, pending, policies, timeline
 from registry.domain.channels.serving import serving_move
+from registry.domain.channels.timeline import ChannelMove
+from registry.domain.rollouts import canaries
 from registry.formats.channel_policy import ChannelPolicy
 from registry.formats.references import RepositoryName
 from registry.transfer.promotions import settle_overdue
@@ -84,10 +86,17 @@ _EMPTY: dict[str, Any] = {
 }
 
 
+def _is_of_now(canary: Canary, last: ChannelMove) -> bool:
+    """Whether a canary runs, or was rolled back since the channel's last move."""
+    if canary.state == pending.RUNNING:
+        return True
+    return canary.state == pending.ROLLED_BACK and canary.ended_at is not None and canary.ended_at >= last.at
+
+
 def _moved(session: Session, actor: Actor, repository: Repository, channel: str, cursor: str | None) -> dict[str, Any]:
     """The release that the channel serves, since when and why, which nodes serve it, and a page of its moves."""
     named, row = repositories.name_of(repository), moves.find(session, repository, channel)
-    served, running = serving_move(session, row), pending.running_canary(session, row.id)
+    served, canary = serving_move(session, row), canaries.latest(session, row)
     rows = timeline.history(session, row, before=decode_number(cursor), limit=SHOWN + 1)
     listed, more = first_rows(rows, SHOWN, lambda move: move.id)
     views = [move_view(move, named, channel) for move in listed]
@@ -98,6 +107,8 @@ def _moved(session: Session, actor: Actor, repository: Repository, channel: str,
         "since": served.at if served else None,
         "timeline": [(move, gates.lines(move.gates), gates.summary(move.gates)) for move in views],
         "more": more,
-        "canary": canary_view(session, actor, running, named, channel) if running else None,
+        "canary": canary_view(session, actor, canary, named, channel)
+        if canary and _is_of_now(canary, current)
+        else None,
         "rollout": rollout.shown(rollout_view(session, actor, row, repository), actor.at),
     }
