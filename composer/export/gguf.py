@@ -13,22 +13,11 @@ from composer.deltas.variants.load import load_deltas
 from composer.errors import NotSupported, RefusedOutput
 from composer.export.convert import ConvertReport
 from composer.formats.adapters.facts import WEIGHTS_FILE
-from composer.formats.checkpoints.checkpoint import Checkpoint
 from composer.formats.checkpoints.hashing import hash_file
 from composer.formats.checkpoints.staging import NOTE_FILE, staged_directory, write_json
+from composer.formats.gguf import ARCHITECTURES, PROJECTIONS, GgufBase
 
 GGUF_FILE = "adapter.gguf"
-_ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
-"""llama.cpp's name of each model type. It stores Mistral as Llama."""
-_NAMES = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
 _WEIGHT = re.compile(r"(?:model\.)?layers\.([0-9]+)\.(.+)\.weight")
 _ALIGNMENT = 32
 _STRING, _FLOAT32 = 8, 6  # types of metadata values
@@ -36,18 +25,15 @@ _F32 = 0  # the type of a tensor
 _SPARE_BYTES = 1 << 20
 
 
-def convert_to_gguf(path: Path, out_dir: Path, base: Checkpoint) -> ConvertReport:
+def convert_to_gguf(path: Path, out_dir: Path, base: GgufBase) -> ConvertReport:
     """Writes the PEFT adapter in directory `path` as `adapter.gguf` in the new directory `out_dir`, in float32.
 
     B holds alpha / r (rsLoRA and patterns too), and `adapter.lora.alpha` is 0, which llama.cpp reads as a scale of 1.
-    Raises NotSupported for a model type or a module without a name in llama.cpp here, and for a change that is no
-    low-rank pair of a linear layer; RefusedOutput for an existing directory and a value that is not finite; and what
+    Raises NotSupported for a module without a name in llama.cpp here, and for a change that is not a low-rank pair of
+    a linear layer; RefusedOutput for an existing directory and a value that is not finite; and what
     `load_deltas` raises.
     """
-    model_type = base.architecture.model_type
-    if model_type not in _ARCHITECTURES:
-        message = f"The conversion to GGUF knows {', '.join(_ARCHITECTURES)}, and the base is {model_type}."
-        raise NotSupported("gguf_model", message, subject=model_type)
+    architecture = ARCHITECTURES[base.architecture.model_type]
     loaded = load_deltas(path, base.architecture)
     digest = hash_file(path / WEIGHTS_FILE)
     tensors: dict[str, torch.Tensor] = {}
@@ -60,7 +46,9 @@ def convert_to_gguf(path: Path, out_dir: Path, base: Checkpoint) -> ConvertRepor
         if not bool(B_OR.isfinite().all()):
             message = f"{pair.module} would have an infinite value once B is scaled by {pair.scale:g}."
             raise RefusedOutput("not_finite", message, subject=pair.module, next_step="Lower alpha.")
-        if _ARCHITECTURES[model_type] == "llama" and (heads := _heads(name, base)):
+        # llama.cpp reorders the rows of these two, of Llama alone.
+        heads = {"attn_q": base.heads, "attn_k": base.kv_heads}.get(name.split(".")[2], 0)
+        if architecture == "llama" and heads:
             B_OR = _interleaved(B_OR, heads)
         tensors[f"{name}.lora_a"] = pair.A_RI.to(torch.float32, copy=True).contiguous()
         tensors[f"{name}.lora_b"] = B_OR.contiguous()
@@ -68,7 +56,7 @@ def convert_to_gguf(path: Path, out_dir: Path, base: Checkpoint) -> ConvertRepor
     size = sum(tensor.nbytes for tensor in tensors.values())
     with staged_directory(out_dir, size + _SPARE_BYTES) as staging:
         with (staging / GGUF_FILE).open("wb") as file:
-            _write(file, _ARCHITECTURES[model_type], tensors)
+            _write(file, architecture, tensors)
         source = {"layout": "peft", "file": WEIGHTS_FILE, "digest": digest}
         write_json(staging / NOTE_FILE, {"made": "convert", "source": source})
     return ConvertReport("peft", len(tensors) // 2, rank, str(out_dir), (out_dir / GGUF_FILE).stat().st_size)
@@ -80,18 +68,10 @@ def _pair_and_name(delta: Delta) -> tuple[LowRank, str]:
         message = f"{delta.weight} changes by more than the low-rank pair of a linear layer, all that GGUF holds."
         raise NotSupported("gguf_module", message, subject=delta.weight)
     match = _WEIGHT.fullmatch(delta.weight)
-    if match is None or match[2] not in _NAMES:
-        message = f"{delta.module} has no name in a GGUF adapter here: only {', '.join(_NAMES)} of the layers do."
+    if match is None or match[2] not in PROJECTIONS:
+        message = f"{delta.module} has no name in a GGUF adapter here: only {', '.join(PROJECTIONS)} of the layers do."
         raise NotSupported("gguf_module", message, subject=delta.module)
-    return delta, f"blk.{match[1]}.{_NAMES[match[2]]}.weight"
-
-
-def _heads(name: str, base: Checkpoint) -> int:
-    """The number of heads whose rows llama.cpp reorders in this weight; 0 for a weight that it leaves as it is."""
-    heads = base.config["num_attention_heads"]
-    if name.endswith("attn_q.weight"):
-        return heads
-    return (base.config.get("num_key_value_heads") or heads) if name.endswith("attn_k.weight") else 0
+    return delta, f"blk.{match[1]}.{PROJECTIONS[match[2]]}.weight"
 
 
 def _interleaved(B_OR: torch.Tensor, heads: int) -> torch.Tensor:

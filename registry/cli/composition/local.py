@@ -1,4 +1,4 @@
-"""The composer on local directories, without a registry: merge, combine, convert, extract."""
+"""The composer on local directories: merge, combine, convert, extract. Only a release to convert needs a registry."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,7 +16,8 @@ from registry.cli.composition.calibration import (
     refuse_uneven,
 )
 from registry.cli.composition.compose import Method, Rules, Settings, settings_of, with_rules
-from registry.cli.console import render
+from registry.cli.console import complete, render
+from registry.cli.console.connect import connected, release_directory, resolved
 from registry.cli.console.groups import root
 from registry.cli.console.render import JsonFlag
 from registry.cli.evaluation.quality import Device
@@ -139,10 +140,19 @@ def combine(  # noqa: PLR0913
 @root.command()
 def convert(
     source: Annotated[
-        Path, typer.Argument(help="An adapter of kohya, diffusers or MLX, or a PEFT directory with --to gguf.")
+        str,
+        typer.Argument(
+            metavar="REF|DIR|FILE",
+            help="An adapter of kohya, diffusers or MLX; with --to gguf a release, or a PEFT directory.",
+            autocompletion=complete.references,
+        ),
     ],
     base: Annotated[
-        Path, typer.Option(help="The base's checkpoint directory; its tensor names decide what each key means.")
+        Path,
+        typer.Option(
+            help="The base's checkpoint directory, whose tensor names decide what each key means; with --to gguf also "
+            "the GGUF file of the base."
+        ),
     ],
     output: Output,
     residual_base: Annotated[
@@ -162,15 +172,24 @@ def convert(
     if to == "gguf" and residual_base:
         message = "--residual-base writes a PEFT adapter, so it has no effect with --to gguf."
         raise Usage("idle_option", message, subject="--residual-base", next_step="Convert to PEFT first, then to GGUF.")
-    checkpoint = open_checkpoint(base)
     if to == "gguf":
         from composer.export.gguf import convert_to_gguf
+        from composer.formats.gguf import open_gguf_base
 
-        document = convert_to_gguf(source, output, checkpoint).to_json()
+        opened = open_gguf_base(base)
+        document = convert_to_gguf(_adapter_directory(source), output, opened).to_json()
     else:
         write = convert_rebased if residual_base else convert_adapter
-        document = write(source, output, checkpoint.architecture).to_json()
+        document = write(Path(source), output, open_checkpoint(base).architecture).to_json()
     render.document(document, json, lambda: render.lines(f"converted to {output}", render.fields(document, "out_dir")))
+
+
+def _adapter_directory(source: str) -> Path:
+    """The directory itself, or that of a release's verified files."""
+    if Path(source).exists():
+        return Path(source)
+    with connected() as connection:
+        return release_directory(connection, resolved(connection, source))
 
 
 @root.command()
