@@ -40,12 +40,13 @@ Check = Callable[[AnyRelease, Path], None]
 class Routes:
     """`channels` has the weights of the versions that each channel is routed to, and `since` the time of its last
     change; `commits` the commit of every version that is named there; `servers` the addresses of the servers that have
-    a version loaded and checked."""
+    a version loaded and checked; `lora` has the scales that each request to an address must state, by id."""
 
     channels: Mapping[str, Mapping[str, int]] = field(default_factory=dict[str, Mapping[str, int]])
     since: Mapping[str, str] = field(default_factory=dict[str, str])
     commits: Mapping[str, str] = field(default_factory=dict[str, str])
     servers: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
+    lora: Mapping[str, tuple[float, ...]] = field(default_factory=dict[str, tuple[float, ...]])
 
     def version(self, channel: str) -> ServedVersion | None:
         """The version that the channel serves: the first; a canary's candidate comes after it."""
@@ -185,21 +186,21 @@ class MirrorDirectory:
                 for channel, weights in document["channels"].items()
             }
             servers = {name: tuple(map(str, row["servers"])) for name, row in document["versions"].items()}
+            lora = {url: tuple(map(float, scales)) for url, scales in document.get("lora", {}).items()}
             since = {channel: str(moment) for channel, moment in document["since"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return None
         known = all(commits.keys() >= weights.keys() for weights in channels.values())
         weighed = all(min(weights.values()) >= 0 < sum(weights.values()) for weights in channels.values() if weights)
-        return Routes(channels, since, commits, servers) if known and weighed else None
+        return Routes(channels, since, commits, servers, lora) if known and weighed else None
 
     def write_routes(self, routes: Routes) -> None:
         versions = {
             name: {"commit": commit, "servers": list(routes.servers.get(name, ()))}
             for name, commit in sorted(routes.commits.items())
         }
-        write_json(
-            self.root / "routes.json", {"channels": routes.channels, "since": routes.since, "versions": versions}
-        )
+        document = {"channels": routes.channels, "since": routes.since, "versions": versions, "lora": routes.lora}
+        write_json(self.root / "routes.json", document)
 
     def write_state(self, state: Mapping[str, Any]) -> None:
         write_json(self.root / "state.json", state)

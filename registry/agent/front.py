@@ -234,7 +234,7 @@ class Front:
         else:
             model = requested
         # Written anew, so that the server reads the same name: a body may have the field twice.
-        return await self._send(request, model, channel, json.dumps({**document, "model": model}).encode(), routes)
+        return await self._send(request, model, channel, {**document, "model": model}, routes)
 
     def _servers(self, routes: Routes, model: str) -> Sequence[str]:
         """The servers that have the model, in turn. A server that watches a directory has no address there."""
@@ -245,7 +245,9 @@ class Front:
         first = self._turn % max(1, len(servers))
         return (*servers[first:], *servers[:first])
 
-    async def _send(self, request: Request, model: str, channel: str | None, body: bytes, routes: Routes) -> Response:
+    async def _send(
+        self, request: Request, model: str, channel: str | None, document: Mapping[str, Any], routes: Routes
+    ) -> Response:
         """Sends the request to the first server that begins to answer. Moves on to the next server if one cannot be
         reached, has closed the connection, or was restarted and does not know the model yet. Then tries the first
         server once more, since it may have closed only an idle connection."""
@@ -254,6 +256,7 @@ class Front:
         error = f"No server has {model}."
         try:
             for server in (*servers, *servers[:1]):
+                body = json.dumps(_stated(document, server, routes)).encode()
                 sent = self._http.build_request("POST", server + request.url.path, content=body, headers=headers)
                 try:
                     answer = await self._http.send(sent, stream=True)
@@ -323,6 +326,18 @@ def _passed(headers: Sequence[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]
         word.strip().lower() for name, value in rows if name == b"connection" for word in value.split(b",")
     }
     return [(name, value) for name, value in rows if name not in _NOT_PASSED | of_connection]
+
+
+def _stated(document: Mapping[str, Any], server: str, routes: Routes) -> Mapping[str, Any]:
+    """The request with the scales of all adapters, for servers of llama.cpp: what a client states there could mix
+    adapters, and one that a request does not name has the scale that the server was given for all requests."""
+    if (scales := routes.lora.get(server)) is None:
+        return document
+    is_version = server in routes.servers.get(document["model"], ())
+    return {
+        **document,
+        "lora": [{"id": number, "scale": scale if is_version else 0.0} for number, scale in enumerate(scales)],
+    }
 
 
 def _last(kept: bytearray, *, is_stream: bool) -> Mapping[str, Any] | None:

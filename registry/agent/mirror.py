@@ -189,11 +189,13 @@ class Mirror:
                 weights = self._split(target, ready, failures) if version == target.version else {version: ALL}
                 channels[channel] = {each.name: weight for each, weight in weights.items()}
                 commits |= {each.name: each.commit for each in weights}
-        servers = {
-            name: tuple(kept.server.address for kept in answering if kept.commit_of(name) == commit)
+        endpoints = {
+            name: [kept.server.endpoint(name) for kept in answering if kept.commit_of(name) == commit]
             for name, commit in commits.items()
         }
-        return Routes(channels, since, commits, servers)
+        servers = {name: tuple(endpoint.url for endpoint in rows) for name, rows in endpoints.items()}
+        lora = {row.url: row.lora for rows in endpoints.values() for row in rows if row.lora is not None}
+        return Routes(channels, since, commits, servers, lora)
 
     def _split(
         self, target: _Target, ready: Sequence[KeptServer], failures: Mapping[ServedVersion, str]

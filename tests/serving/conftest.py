@@ -11,12 +11,18 @@ from typing import Any
 import httpx2
 import pytest
 
+from composer.export.gguf import convert_to_gguf
+from composer.formats.gguf import open_gguf_base
+from registry.agent.directory import MirrorDirectory
+from registry.agent.servers.llamacpp import LlamaServer
+from registry.agent.versions import ServedVersion
 from tests import services
 from tests.eventually import eventually
 from tests.forked import start_command
 from tests.scenarios.conftest import USER, Templates, templates, world
 from tests.scenarios.world import Cli, World, own_environment, server
 from tests.serving.double import weights_hash
+from tests.serving.llama_base import write_llama
 
 __all__ = ["templates", "world"]
 
@@ -44,6 +50,33 @@ class Site:
 
     def promote(self, version: str, repository: str = "acme/sql") -> None:
         self.cli.ok("promote", f"{repository}:{version}", "--to", "prod")
+
+
+@pytest.fixture(scope="session")
+def llama(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The world's base as a GGUF file."""
+    return write_llama(world.base, tmp_path_factory.mktemp("llama") / "base.gguf")
+
+
+def converted(directory: MirrorDirectory, version: ServedVersion, base: Path) -> None:
+    """Converts a version as the agent would, without the seconds of a process."""
+    out = directory.root / "gguf" / version.name / version.commit
+    out.parent.mkdir(parents=True)
+    convert_to_gguf(directory.path(version.commit), out, open_gguf_base(base))
+
+
+@contextmanager
+def llama_processes(text: str, directory: MirrorDirectory) -> Generator[LlamaServer]:
+    """A kept llama.cpp with that command. All its processes end with the block, also those that another agent of the
+    directory started."""
+    opened = LlamaServer(text, directory)
+    try:
+        yield opened
+    finally:
+        ending = LlamaServer(text, directory)
+        for name in ending.loaded():
+            ending.unload(name)
+        ending.close()
 
 
 @pytest.fixture(scope="session")
@@ -103,8 +136,6 @@ class Agent:
 
     def routed(self, channel: str = "acme/sql@prod") -> str | None:
         """The version that the channel is routed to."""
-        from registry.agent.directory import MirrorDirectory
-
         version = MirrorDirectory(self.directory).routes().version(channel)
         return version.name if version else None
 

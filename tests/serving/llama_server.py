@@ -8,38 +8,33 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests import services
-from tests.eventually import eventually
+
+def command(base: Path, ports: object) -> str:
+    """The command of a server of that GGUF file."""
+    return f"{sys.executable} {__file__} -m {base} --port {ports}"
 
 
-def command(base: Path) -> str:
-    """The command of a server of that GGUF file, without its port."""
-    return f"{sys.executable} -m tests.serving.llama_server -m {base}"
+def port_range() -> str:
+    """Four ports, of which the first is free."""
+    from tests import services
+
+    first = services.free_port()
+    return f"{first}-{first + 3}"
 
 
 @contextmanager
 def llama_server(base: Path, *adapters: Path) -> Generator[str]:
     """A server that has these adapters; yields its address."""
-    import httpx2
+    from tests import services
+    from tests.eventually import eventually
+    from tests.serving.double import answers
 
     port = services.free_port()
-    words = [
-        *command(base).split(),
-        "--port",
-        str(port),
-        *(word for path in adapters for word in ("--lora", str(path))),
-    ]
+    words = command(base, port).split() + [word for path in adapters for word in ("--lora", str(path))]
     url = f"http://127.0.0.1:{port}"
-
-    def answers() -> bool:
-        try:
-            return httpx2.get(f"{url}/health").status_code == 200
-        except httpx2.TransportError:
-            return False
-
     process = subprocess.Popen(words, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     try:
-        eventually(answers, within_s=60)
+        eventually(lambda: answers(f"{url}/health"), within_s=60)
         yield url
     finally:
         process.kill()

@@ -1,28 +1,35 @@
 """llama.cpp's own server: what it answers with adapters that `convert --to gguf` wrote."""
 
+import os
+import shutil
+import signal
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
 import torch
 from peft import PeftModel
-from transformers import LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from composer.export.gguf import GGUF_FILE
+from registry.agent.directory import MirrorDirectory
+from registry.agent.servers.llamacpp import LlamaServer
+from registry.agent.versions import ServedVersion
+from registry.errors import Usage
+from registry.formats.evidence import EvidenceExample
+from tests import services
+from tests.eventually import eventually
 from tests.scenarios.world import Cli, World
-from tests.serving.llama_base import write_llama
-from tests.serving.llama_server import llama_server
+from tests.serving.conftest import Site, converted, llama_processes, mirrored
+from tests.serving.double import answers
+from tests.serving.llama_server import command, llama_server, port_range
+from tests.serving.test_mirror import NEW, OLD, Users, front
 
 PROMPT, TOKENS = [7, 12, 5, 30, 3, 21], 24
 CLOSE = 0.02
 """In nats: llama.cpp keeps keys and values in float16."""
-
-
-@pytest.fixture(scope="session")
-def llama(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The world's base as a GGUF file."""
-    return write_llama(world.base, tmp_path_factory.mktemp("llama") / "base.gguf")
 
 
 def test_a_converted_adapter_gives_the_tokens_that_peft_gives(llama: Path, world: World, tmp_path: Path) -> None:
@@ -57,3 +64,105 @@ def greedy(url: str, scales: Mapping[int, float]) -> tuple[list[int], list[float
     }  # fmt: skip
     rows = httpx2.post(f"{url}/completion", json=body, timeout=60).raise_for_status().json()["completion_probabilities"]
     return [row["id"] for row in rows], [row["logprob"] for row in rows]
+
+
+def text_of(world: World, adapter: str) -> str:
+    """What PEFT answers to `abc`; the base for an empty name."""
+    model = LlamaForCausalLM.from_pretrained(world.base).eval()
+    model = PeftModel.from_pretrained(model, world.adapters[adapter]).eval() if adapter else model
+    tokenizer = AutoTokenizer.from_pretrained(world.base)
+    ids = tokenizer("abc", return_tensors="pt").input_ids
+    with torch.no_grad():
+        made = model.generate(input_ids=ids, max_new_tokens=8, do_sample=False, pad_token_id=2)
+    return tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+def ask(url: str, model: str, **more: Any) -> str:
+    body = {"model": model, "prompt": "abc", "max_tokens": 8, "temperature": 0, **more}
+    answer = httpx2.post(f"{url}/v1/completions", json=body, timeout=60).raise_for_status()
+    return answer.json()["choices"][0]["text"]
+
+
+def test_a_promotion_starts_a_second_process_whose_version_users_get(site: Site, world: World, llama: Path) -> None:
+    old, new, base = (text_of(world, name) for name in ("sql", "other-sql", ""))
+    assert len({old, new, base}) == 3
+    port, text, channel = services.free_port(), command(llama, port_range()), "acme/sql@prod"
+    kept_in = MirrorDirectory(site.directory / "served")
+    words = ("--server", f"llamacpp={text}", "--front", f"http://127.0.0.1:{port}")
+    with llama_processes(text, kept_in) as processes, mirrored(site, *words) as agent, front(agent, port) as url:
+        agent.wait_for(OLD, within_s=120)
+        assert ask(url, channel) == old
+        assert ask(url, channel, lora=[{"id": 0, "scale": 0.0}]) == old, "a client does not choose adapters"
+        assert ask(url, "base") == base
+        with Users(
+            url, channel, {OLD: old, NEW: new}, asked={"max_tokens": 8, "temperature": 0, "prompt": "abc"}
+        ) as users:
+            site.promote("1.1.0")
+            agent.wait_for(NEW, within_s=120)
+            users.wait_for(NEW)
+            eventually(lambda: set(processes.loaded()) == {NEW}, within_s=60)
+        assert users.wrong == []
+
+        [made] = (kept_in.root / "gguf" / NEW).glob("*/adapter.gguf")
+        site.cli.ok("convert", "acme/sql:1.1.0", "--base", world.base, "--to", "gguf", "-o", site.directory / "by-hand")
+        assert (site.directory / "by-hand" / GGUF_FILE).read_bytes() == made.read_bytes()
+
+        agent.kill()
+        before = [note.read_text() for note in sorted(kept_in.root.glob("llamacpp/*.pid"))]
+        assert ask(url, channel) == new, "the processes go on without the agent"
+        agent.start()
+        eventually(lambda: answers(f"http://127.0.0.1:{agent.listen}/healthz") and agent.health["report"], within_s=60)
+        assert [note.read_text() for note in sorted(kept_in.root.glob("llamacpp/*.pid"))] == before
+
+        port_of_new = int(processes.endpoint(NEW).url.rpartition(":")[2])
+        os.kill(int((kept_in.root / "llamacpp" / f"{port_of_new}.pid").read_text()), signal.SIGKILL)
+        eventually(lambda: set(processes.loaded()) == {NEW}, within_s=60)
+        eventually(lambda: status(url, channel) == 200, within_s=60)
+        assert ask(url, channel) == new
+
+
+def status(url: str, model: str) -> int:
+    return httpx2.post(f"{url}/v1/completions", json={"model": model, "prompt": "abc", "max_tokens": 1}).status_code
+
+
+def test_the_check_proves_the_release_and_refuses_another(llama: Path, world: World, tmp_path: Path) -> None:
+    directory, version = MirrorDirectory(tmp_path / "served"), ServedVersion("acme/sql", "1.0.0", "ab" * 20)
+    shutil.copytree(world.adapters["sql"], directory.path(version.commit))
+    converted(directory, version, llama)
+    with llama_processes(command(llama, port_range()), directory) as server:
+        server.load(version, directory.path(version.commit))
+        proved = server.check(version.name, evidence(world, "sql"))
+        assert proved.verdict == "proved"
+        assert proved.served is not None
+        assert proved.served.worst < CLOSE
+        for other in ("other-sql", "terraform"):
+            refused = server.check(version.name, evidence(world, other))
+            assert (refused.verdict, "does not apply acme/sql@1.0.0: share" in refused.why) == ("failed", True)
+        assert server.check(version.name).verdict == "unproved", "without evidence"
+        server.close()
+
+
+def evidence(world: World, adapter: str) -> list[EvidenceExample]:
+    """What a worker would record of two examples."""
+    base = LlamaForCausalLM.from_pretrained(world.base).eval()
+    rows: list[tuple[list[int], list[list[float]]]] = [([*PROMPT, 9, 4, 17, 33], []), ([*PROMPT[:4], 20, 6, 6], [])]
+    adapted = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(world.base), world.adapters[adapter]).eval()
+    for ids, values in rows:
+        for model in (adapted, base):
+            with torch.no_grad():
+                said = torch.log_softmax(model(torch.tensor([ids])).logits[0], -1)
+            values.append([float(said[place - 1, ids[place]]) for place in range(4, len(ids))])
+    return [EvidenceExample(tuple(ids), 4, tuple(release), tuple(own)) for ids, (release, own) in rows]
+
+
+@pytest.mark.parametrize(
+    ("command_line", "names"),
+    [
+        ("llama-server -m base.gguf --port 8100", "a range of at least two ports"),
+        ("llama-server -m base.gguf --port 8100-8101 --lora mine.gguf", "which the agent adds itself"),
+        ("llama-server --port 8100-8101", "the base's GGUF file"),
+    ],
+)
+def test_a_command_that_cannot_be_used_is_explained(command_line: str, names: str, tmp_path: Path) -> None:
+    with pytest.raises(Usage, match=names):
+        LlamaServer(command_line, MirrorDirectory(tmp_path))

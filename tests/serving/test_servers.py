@@ -20,6 +20,7 @@ from registry.agent.versions import ServedVersion
 from registry.errors import Refused, Unavailable
 from tests.eventually import eventually
 from tests.scenarios.world import World
+from tests.serving.conftest import converted, llama_processes
 from tests.serving.contract import (
     COMMIT,
     one_release,
@@ -30,6 +31,7 @@ from tests.serving.contract import (
     version,
 )
 from tests.serving.double import double
+from tests.serving.llama_server import command, port_range
 
 __all__ = [
     "test_a_name_that_is_not_loaded_fails_its_check",
@@ -37,7 +39,7 @@ __all__ = [
     "test_a_server_that_refuses_is_quoted",
     "test_a_version_is_listed_with_its_directory_until_it_is_unloaded",
 ]
-KINDS = ("vllm", "sglang", "directory", "exec")
+KINDS = ("vllm", "sglang", "directory", "exec", "llamacpp")
 SCRIPT = """
 import json, pathlib, sys
 names = pathlib.Path(sys.argv[1])
@@ -74,6 +76,11 @@ def server(request: pytest.FixtureRequest, directory: MirrorDirectory, tmp_path:
             script = tmp_path / "server.py"
             script.write_text(SCRIPT)
             opened = CommandServer(f"{sys.executable} {script} {tmp_path / 'names.json'}")
+        elif request.param == "llamacpp":
+            text = command(request.getfixturevalue("llama"), port_range())
+            for number in ("1.0.0", "1.1.0"):
+                converted(directory, version(number), request.getfixturevalue("llama"))
+            opened = stack.enter_context(llama_processes(text, directory))
         else:
             url, _ = stack.enter_context(double(request.param))
             opened = VllmServer(url) if request.param == "vllm" else SglangServer(url)

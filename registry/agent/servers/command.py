@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from registry.agent.servers.protocol import CheckResult
+from registry.agent.servers.protocol import CheckResult, Endpoint
 from registry.agent.versions import ServedVersion
 from registry.errors import Refused, RegistryError, Unavailable
 from registry.formats.evidence import EvidenceExample
@@ -36,6 +36,10 @@ class CommandServer:
         if not isinstance(answer, dict):
             raise self._unusable("loaded", "an object of names and paths")
         return {str(name): str(path) for name, path in cast(dict[str, Any], answer).items() if name}
+
+    def endpoint(self, name: str) -> Endpoint:
+        del name  # this address is not for requests
+        return Endpoint(self.address)
 
     def load(self, version: ServedVersion, directory: Path) -> None:
         self._run({"do": "load", "name": version.name, "directory": str(directory), "commit": version.commit})

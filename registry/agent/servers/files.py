@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from registry.agent.directory import MirrorDirectory
-from registry.agent.servers.protocol import CheckResult
+from registry.agent.servers.protocol import CheckResult, Endpoint
 from registry.agent.versions import ServedVersion
 from registry.formats.evidence import EvidenceExample
 
@@ -23,6 +23,10 @@ class DirectoryServer:
 
     def loaded(self) -> Mapping[str, str]:
         return {name: str(path) for name, path in self._directory.named_versions()}
+
+    def endpoint(self, name: str) -> Endpoint:
+        del name  # this address is not for requests
+        return Endpoint(self.address)
 
     def load(self, version: ServedVersion, directory: Path) -> None:
         del directory  # links to it

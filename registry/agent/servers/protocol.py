@@ -29,6 +29,15 @@ class CheckResult:
     served: Served | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where requests to a version go. `lora` has the scale of each adapter of that server, by id, if every request must
+    state them all."""
+
+    url: str
+    lora: tuple[float, ...] | None = None
+
+
 class Server(Protocol):
     """A server. Every method raises Unavailable if the server does not answer, and Refused, with the server's words, if
     it refuses."""
@@ -41,6 +50,10 @@ class Server(Protocol):
 
     def loaded(self) -> Mapping[str, str]:
         """The names that the server has loaded, each with the path that it was loaded from."""
+        ...
+
+    def endpoint(self, name: str) -> Endpoint:
+        """Where requests to a loaded name go."""
         ...
 
     def load(self, version: ServedVersion, directory: Path) -> None:
@@ -72,6 +85,11 @@ class HttpServer:
 
     def close(self) -> None:
         self._http.close()
+
+    def endpoint(self, name: str) -> Endpoint:
+        """The server's own address: it knows all names."""
+        del name
+        return Endpoint(self.address)
 
     def request(
         self, method: str, path: str, body: Mapping[str, Any] | None = None, within_s: float | None = None

@@ -36,8 +36,8 @@ Servers = Annotated[
     typer.Option(
         "--server",
         metavar="KIND=ADDRESS",
-        help="vllm=URL, sglang=URL, exec=COMMAND, or directory[=BASE_NAME] for servers that watch DIR/by-version. May "
-        "be repeated.",
+        help="vllm=URL, sglang=URL, llamacpp='llama-server -m BASE.gguf --port FIRST-LAST', exec=COMMAND, or "
+        "directory[=BASE_NAME] for servers that watch DIR/by-version. May be repeated.",
     ),
 ]
 Front = Annotated[str | None, typer.Option(metavar="URL", help="A front whose requests under way count, too.")]
@@ -139,6 +139,7 @@ def _servers(texts: Sequence[str] | None, directory: "MirrorDirectory") -> "Sequ
     """The servers that `--server` names; DIR/by-version if none is named."""
     from registry.agent.servers.command import CommandServer
     from registry.agent.servers.files import DirectoryServer
+    from registry.agent.servers.llamacpp import LlamaServer
     from registry.agent.servers.sglang import SglangServer
     from registry.agent.servers.vllm import VllmServer
 
@@ -149,6 +150,8 @@ def _servers(texts: Sequence[str] | None, directory: "MirrorDirectory") -> "Sequ
             opened.append(DirectoryServer(directory, address or None))
         elif kind in ("vllm", "sglang") and address.startswith(("http://", "https://")):
             opened.append((VllmServer if kind == "vllm" else SglangServer)(address))
+        elif kind == "llamacpp":
+            opened.append(LlamaServer(address, directory))
         elif kind == "exec" and address:
             opened.append(CommandServer(address))
         else:

@@ -1,0 +1,302 @@
+"""llama.cpp: each version in a process of its own, since a running server cannot load another adapter."""
+
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import psutil
+
+from composer.formats.gguf import open_gguf_base
+from registry.agent.directory import MirrorDirectory
+from registry.agent.servers.protocol import CHECK_S, CheckResult, Endpoint, HttpServer
+from registry.agent.versions import ServedVersion
+from registry.errors import Refused, RegistryError, Unavailable, Usage
+from registry.formats.evidence import EvidenceExample, decide
+
+START_S, END_S, CONVERT_S = 600.0, 10.0, 600.0
+"""The time for a process to load the base, for one to end before it is killed, and for a conversion."""
+_MAX_TEXT = 300
+_TOP = 1000
+"""As many tokens of a position are asked for with their log-probabilities."""
+_APPLIED = 0.5
+"""On a quantized base, a share below this shows that the release is not applied. One above proves nothing: a quantized
+base differs by more than two releases may."""
+_START = 'echo $$ > "$0" && exec "$@"'
+"""The process notes its own number before it becomes the server: an agent that is killed just then loses none."""
+
+
+class LlamaServer:
+    """Runs `COMMAND --port FIRST-LAST` with one port and one adapter for each version. The processes do not end with
+    the agent; another one goes on with those that it meets. Raises Usage for a command without what is needed, and
+    InvalidFile or NotSupported for a base that cannot be read."""
+
+    kind = "llamacpp"
+
+    def __init__(self, command: str, directory: MirrorDirectory) -> None:
+        self._words, self._directory = shlex.split(command), directory
+        if any(word.startswith("--lora") for word in self._words):
+            raise _unusable(command, "has --lora, which the agent adds itself")
+        self._model = self._option("-m", "--model")
+        ports = re.fullmatch(r"([0-9]{1,5})-([0-9]{1,5})", self._option("--port"))
+        if ports is None or not 0 < int(ports[1]) < int(ports[2]) < 65536:
+            raise _unusable(command, "needs a range of at least two ports, such as --port 8100-8103")
+        if not self._model:
+            raise _unusable(command, "needs the base's GGUF file: -m FILE")
+        self._range, self._ports = ports[0], range(int(ports[1]), int(ports[2]) + 1)
+        host = self._option("--host") or "127.0.0.1"
+        self._host = "127.0.0.1" if host in ("0.0.0.0", "::") else host  # noqa: S104 - what the operator chose
+        self.address = f"http://{self._host}:{self._range}"
+        self._http = {port: HttpServer(f"http://{self._host}:{port}") for port in self._ports}
+        self._quantized = open_gguf_base(Path(self._model)).quantized
+        self._files, self._notes = directory.root / "gguf", directory.root / "llamacpp"
+        self._served: Mapping[str, tuple[int, tuple[float, ...]]] = {}
+        self._children = dict[int, subprocess.Popen[bytes]]()
+
+    def close(self) -> None:
+        for http in self._http.values():
+            http.close()
+
+    def loaded(self) -> Mapping[str, str]:
+        """The versions of those processes that have loaded the base."""
+        served, paths = dict[str, tuple[int, tuple[float, ...]]](), dict[str, str]()
+        for port in self._ports:
+            rows = self._adapters(port) if self._running(port) else None
+            for row in rows or ():
+                file = Path(str(row["path"]))
+                name, commit = "/".join(file.parts[-4:-2]), file.parts[-2]
+                if file == self._file(name, commit):
+                    scales = tuple(1.0 if other is row else float(other["scale"]) for other in rows or ())
+                    served[name], paths[name] = (port, scales), str(self._directory.path(commit))
+        self._served = served
+        return paths
+
+    def endpoint(self, name: str) -> Endpoint:
+        port, scales = self._served[name]
+        return Endpoint(self._http[port].address, scales)
+
+    def load(self, version: ServedVersion, directory: Path) -> None:
+        file = self._converted(version, directory)
+        running = {port: self._running(port) for port in self._ports}
+        # One may have been started by an agent that was killed while it waited.
+        port = next((port for port, other in running.items() if other and str(file) in other[1]), None)
+        if port is None:
+            port = next((port for port, other in running.items() if other is None and self._is_free(port)), None)
+            if port is None:
+                raise Refused(
+                    "server_refused",
+                    f"{version.name} needs a port, and all of {self._range} are used.",
+                    subject=self._range,
+                )
+            self._start(port, version, file)
+        until_s = time.monotonic() + START_S
+        while version.name not in self.loaded():
+            if self._running(port) is None:
+                said = self._log(port).read_text(errors="replace").strip()[-_MAX_TEXT:] or "nothing"
+                raise Refused(
+                    "server_refused", f"The process of {version.name} ended. It said: {said}", subject=self._range
+                )
+            if time.monotonic() > until_s:
+                self._end(port)
+                message = f"The process of {version.name} did not answer within {START_S:g} seconds."
+                raise Unavailable("server_unreachable", message, subject=self._http[port].address)
+            time.sleep(0.1)
+
+    def unload(self, name: str) -> None:
+        self.loaded()
+        if name in self._served:
+            self._end(self._served[name][0])
+
+    def busy(self) -> frozenset[str] | None:
+        """The versions with a slot that computes. A request waits only while all slots do. None if a server was started
+        with `--no-slots`."""
+        names = set[str]()
+        for name, (port, _) in self._served.items():
+            answer = self._http[port].request("GET", "/slots")
+            if answer.status_code != 200:
+                return None
+            if any(slot.get("is_processing") for slot in _rows(answer, self._http[port].address)):
+                names.add(name)
+        return frozenset(names)
+
+    def check(self, name: str, evidence: Sequence[EvidenceExample] | None = None) -> CheckResult:
+        """Asks for the next token's log-probabilities at each token of the evidence, since llama.cpp has none of a
+        prompt. The process has one adapter, so that its cache cannot be another's."""
+        until_s = time.monotonic() + CHECK_S
+        if name not in self._served:
+            return CheckResult("failed", f"{name} is not loaded.")
+        try:
+            if evidence is None:
+                self._next_token(name, "Hello", until_s)
+                return CheckResult("unproved")
+            answered = list[list[float]]()
+            for example in evidence:
+                answered.append([])
+                for position in range(example.start, len(example.ids)):
+                    if time.monotonic() > until_s:
+                        return CheckResult("unproved", f"The check did not end within {CHECK_S:g} seconds.")
+                    said = self._next_token(name, example.ids[:position], until_s)
+                    expected = example.release[position - example.start]
+                    # A token that is not among the most probable ones has less than the least of them.
+                    value = said.get(example.ids[position], min(expected, *said.values()))
+                    answered[-1].append(value)
+        except RegistryError as error:
+            return CheckResult("failed", error.detail)
+        served = decide(evidence, answered)
+        if served.proved:
+            return CheckResult("proved", served=served)
+        if self._quantized and served.share >= _APPLIED:
+            return CheckResult("unproved", f"The base is quantized: {served}.", served)
+        return CheckResult("failed", f"{self.endpoint(name).url} does not apply {name}: {served}.", served)
+
+    def _next_token(self, name: str, prompt: str | Sequence[int], until_s: float) -> Mapping[int, float]:
+        """The log-probabilities of the most probable next tokens."""
+        port, scales = self._served[name]
+        http = self._http[port]
+        lora = [{"id": number, "scale": scale} for number, scale in enumerate(scales)]
+        body = {"prompt": prompt, "n_predict": 1, "temperature": 0, "n_probs": _TOP, "lora": lora}
+        answer = http.request("POST", "/completion", body, max(1.0, until_s - time.monotonic()))
+        if answer.status_code != 200:
+            raise http.refused(f"a request to {name}", answer)
+        try:
+            rows = answer.json()["completion_probabilities"][0]["top_logprobs"]
+            return {int(row["id"]): max(float(row["logprob"]), -1e4) for row in rows}
+        except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
+            message = f"{http.address} answers {name} without log-probabilities."
+            raise Unavailable("server_unreachable", message, subject=http.address) from error
+
+    def _adapters(self, port: int) -> Sequence[Mapping[str, Any]] | None:
+        """The adapters of a process; None while it loads the base, and for one that has just ended. Raises Unavailable
+        if it does not answer."""
+        try:
+            socket.create_connection((self._host, port), timeout=1.0).close()
+            answer = self._http[port].request("GET", "/lora-adapters")
+        except OSError:
+            return None
+        except Unavailable:
+            if self._running(port) is None:
+                return None
+            raise
+        if answer.status_code == 503:
+            return None
+        if answer.status_code != 200:
+            raise self._http[port].refused("GET /lora-adapters", answer)
+        rows = _rows(answer, self._http[port].address)
+        return [row for row in rows if len(Path(str(row.get("path"))).parts) > 3]
+
+    def _converted(self, version: ServedVersion, directory: Path) -> Path:
+        """The release as a GGUF file. Removes the files of releases that are gone from by-commit. The conversion needs
+        torch, and gives its memory back by ending."""
+        for kept in self._files.glob("*/*/*"):
+            if not self._directory.path(kept.name).is_dir():
+                shutil.rmtree(kept, ignore_errors=True)
+        file = self._file(version.name, version.commit)
+        if file.is_file():
+            return file
+        words = [sys.executable, "-m", "registry.cli.start", "convert", str(directory), "--base", self._model]
+        try:
+            file.parent.parent.mkdir(parents=True, exist_ok=True)
+            ended = subprocess.run(  # noqa: S603 - our own command
+                [*words, "--to", "gguf", "-o", str(file.parent)],
+                capture_output=True,
+                encoding="utf-8",
+                errors="replace",
+                timeout=CONVERT_S,
+                check=False,
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            message = f"{version.name} cannot be converted: {error}."
+            raise Unavailable("server_unreachable", message, subject=version.name) from error
+        if ended.returncode:
+            said = ended.stderr.strip()[-_MAX_TEXT:]
+            raise Refused("server_refused", f"{version.name} cannot be converted: {said}", subject=version.name)
+        return file
+
+    def _start(self, port: int, version: ServedVersion, file: Path) -> None:
+        words = [str(port) if word == self._range else word for word in self._words]
+        words += ["--alias", version.name, "--lora", str(file)]
+        environment = {name: text for name, text in os.environ.items() if not name.startswith("ADAPTORY_")}
+        try:
+            self._notes.mkdir(exist_ok=True)
+            self._note(port).unlink(missing_ok=True)
+            with self._log(port).open("wb") as log:
+                self._children[port] = subprocess.Popen(  # noqa: S603 - the operator's own command
+                    ["/bin/sh", "-c", _START, str(self._note(port)), *words],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    env=environment,
+                    start_new_session=True,
+                )
+            until_s = time.monotonic() + END_S
+            while self._children[port].poll() is None and self._running(port) is None and time.monotonic() < until_s:
+                time.sleep(0.01)
+        except OSError as error:
+            message = f"{version.name} cannot be started: {error}."
+            raise Unavailable("server_unreachable", message, subject=version.name) from error
+
+    def _running(self, port: int) -> tuple[int, Sequence[str]] | None:
+        """The number and the command of the process that an agent of this directory started on the port. The number
+        may be another's by now."""
+        if child := self._children.get(port):
+            child.poll()  # else one that has ended stays listed
+        try:
+            pid = int(self._note(port).read_text())
+            words = psutil.Process(pid).cmdline()
+        except (OSError, ValueError, psutil.Error):
+            return None
+        return (pid, words) if any(word.startswith(str(self._files)) for word in words) else None
+
+    def _end(self, port: int) -> None:
+        for number, within_s in ((signal.SIGTERM, END_S), (signal.SIGKILL, END_S)):
+            until_s = time.monotonic() + within_s
+            while (running := self._running(port)) and time.monotonic() < until_s:
+                with suppress(ProcessLookupError):
+                    os.killpg(running[0], number)
+                time.sleep(0.1)
+
+    def _is_free(self, port: int) -> bool:
+        with socket.socket() as tried:
+            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                tried.bind((self._host, port))
+            except OSError:
+                return False
+        return True
+
+    def _option(self, *names: str) -> str:
+        """The value of an option of the command; empty without it."""
+        following = zip(self._words, self._words[1:], strict=False)
+        return next((value for word, value in following if word in names), "")
+
+    def _file(self, name: str, commit: str) -> Path:
+        return self._files / name / commit / "adapter.gguf"
+
+    def _note(self, port: int) -> Path:
+        return self._notes / f"{port}.pid"
+
+    def _log(self, port: int) -> Path:
+        return self._notes / f"{port}.log"
+
+
+def _rows(answer: httpx2.Response, address: str) -> Sequence[Mapping[str, Any]]:
+    """The rows of an answer. Raises Unavailable for anything but a list of objects."""
+    try:
+        return [dict(row) for row in answer.json()]
+    except (ValueError, TypeError, RecursionError) as error:
+        message = f"{address} does not answer as llama.cpp does."
+        raise Unavailable("server_unreachable", message, subject=address) from error
+
+
+def _unusable(command: str, why: str) -> Usage:
+    return Usage("bad_server", f"--server llamacpp={command} {why}.", subject=command)
