@@ -130,9 +130,8 @@ def test_files_of_users_come_from_a_host_of_their_own_by_signed_addresses(furnis
         address.partition("?")[0] + "?expires=1&signature=" + "0" * 64,
     ):
         assert house.ask("publisher", "GET", forged, headers=files).status_code in (404, 422), forged
-    with Browser(house) as browser:
-        browser.http.headers["Host"] = "adapters.example"
-        browser.sign_in(house.secrets["reader"])
+    with Browser(house, "https://adapters.example") as browser:
+        assert browser.sign_in(house.secrets["reader"]).status_code == 303
         page = browser.http.get(f"/{PRIVATE}/sql/1.0.0/files/weights.safetensors", follow_redirects=False)
     named = house.ask("nobody", "GET", page.headers["location"].removeprefix("https://files.example"), headers=files)
     assert "weights.safetensors" in named.headers["content-disposition"]

@@ -60,8 +60,9 @@ def test_a_follower_goes_on_after_the_server_has_restarted(
     cli, log = stocked_embedded, tmp_path / "out"
     pushed(cli, world, "1.0.0", "1.1.0")
     home, port = Path(cli.environment["ADAPTORY_HOME"]), services.free_port()
+    environment = own_environment(cli)
     monkeypatch.setattr(services, "free_port", lambda: port)
-    with server(home) as (url, _):
+    with server(home, **environment) as (url, _):
         client = Cli({"ADAPTORY_HOME": str(tmp_path / "client"), "ADAPTORY_URL": url})
         process = start_command(
             ["follow", "acme/sql@prod", "--json"], own_environment(client), log, errors := tmp_path / "err"
@@ -69,7 +70,7 @@ def test_a_follower_goes_on_after_the_server_has_restarted(
         assert json.loads(lines_of(log, 1)[0])["version"] == "1.0.0"
     cli.ok("promote", "acme/sql:1.1.0", "--to", "prod")
     eventually(lambda: "Trying again" in errors.read_text(), within_s=30)
-    with server(home):
+    with server(home, **environment):
         changed = json.loads(lines_of(log, 2)[1])
         assert (changed["channel"], changed["before"], changed["version"]) == ("acme/sql@prod", "1.0.0", "1.1.0")
         assert "answers again" in errors.read_text()
