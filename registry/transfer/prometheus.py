@@ -45,6 +45,8 @@ def measure_canaries(resources: Resources) -> None:
                 own, served = (_figures(http, settings, watched, version, since_s) for version in watched.versions)
         except FETCH_ERRORS as error:
             outages.warn(f"The figures of {watched.channel} could not be read from Prometheus", reason(error))
+            if isinstance(error, httpx2.TransportError):
+                return  # the others would wait, too
             continue
         if not own.requests + served.requests:
             continue

@@ -167,13 +167,13 @@ def run_worker(
     promotions, even while a job runs. Unless a command has started the worker, others deliver to webhooks, and ask the
     Prometheus of the settings for the figures of canaries.
     """
-    settle = (resources, stop, SETTLE_S, settle_due)
+    settle = (resources, stop, SETTLE_S, settle_due, "Judging waiting promotions")
     duties = [threading.Thread(target=_repeat, args=settle, daemon=True, name="promotions")]
     if only is None:
         deliver = Deliverer(resources).run
         duties.append(threading.Thread(target=deliver, args=(stop,), daemon=True, name="webhooks"))
     if only is None and resources.settings.prometheus is not None:
-        measure = (resources, stop, MEASURE_S, measure_canaries)
+        measure = (resources, stop, MEASURE_S, measure_canaries, "Measuring canaries")
         duties.append(threading.Thread(target=_repeat, args=measure, daemon=True, name="canaries"))
     for duty in duties:
         duty.start()
@@ -185,15 +185,17 @@ def run_worker(
             duty.join()
 
 
-def _repeat(resources: Resources, stop: threading.Event, every_s: float, act: Callable[[Resources], None]) -> None:
+def _repeat(
+    resources: Resources, stop: threading.Event, every_s: float, act: Callable[[Resources], None], what: str
+) -> None:
     """Acts every few seconds until `stop` is set. After an error the next turn tries again."""
     while not stop.wait(every_s):
         try:
             act(resources)
         except Unavailable as error:
-            log.warning("%s waits: %s", act.__name__, error)
+            log.warning("%s waits: %s", what, error)
         except Exception:
-            log.warning("%s failed", act.__name__, exc_info=True)
+            log.warning("%s failed", what, exc_info=True)
 
 
 def _work(

@@ -109,6 +109,7 @@ def test_without_figures_a_canary_is_held_and_never_promoted(splitting: House, c
     reported(house, figures(0), figures(0))
     reported(house, figures(400), figures(400))
     clock.passes(600)
+    assert house.ask("reader", "GET", CANARY).json()["why"] == "held: no new requests"
     assert put(house, "a", live(splits=True)).status_code == 200
     assert reported(house, figures(400), figures(400))["why"] == "held: no new requests"
     assert reported(house, figures(500), figures(500))["state"] == "running"

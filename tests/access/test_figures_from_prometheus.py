@@ -170,7 +170,10 @@ def test_an_answer_that_is_not_one_of_a_query_changes_nothing(
             measure_canaries(house.resources)
             assert (shown(house)["figures_at"], shown(house)["requests"]) == (None, [0, 0])
             assert len(prometheus.tokens) == number, "neither a redirect nor a second query"
-        assert TOKEN not in caplog.text
+    measure_canaries(house.resources)  # it is away now
+    assert shown(house)["figures_at"] is None
+    assert "could not be read from Prometheus" in caplog.text
+    assert TOKEN not in caplog.text
 
 
 def test_counts_that_fall_and_answers_that_come_late_are_not_counted_twice(splitting: House, clock: Clock) -> None:

@@ -150,6 +150,7 @@ def canary_view(session: Session, actor: Actor, canary: Canary, repository: Repo
         version=canary.release.version,
         served=canary.served.version,
         next_weight=watch.after(canary.weight) if watch else None,
+        why=canaries.why(canary, actor.at),
         requests=(own.requests, served.requests) if is_member else None,
         rules=[StandingOut.model_validate(row) for row in canary.report if is_member],
     )

@@ -366,10 +366,19 @@ def _decide(session: Session, actor: Actor, canary: Canary, repository: Reposito
         pending.close_canary(canary, pending.ROLLED_BACK, f"broken: {'; '.join(broken)}", actor.at)
         pending.record_canary(session, actor, canary, subject, Act.CHANNEL_WATCH, canary.why)
     elif actor.at - canary.step_at >= timedelta(seconds=watch.step_s) and own.requests + served.requests >= watch.least:
-        is_stale = canary.figures_at is None or actor.at - canary.figures_at > STALE
-        canary.why = "held: no new requests" if is_stale else _lacking(canary, watch, own, standings)
+        canary.why = why(canary, actor.at) if _is_stale(canary, actor.at) else _lacking(canary, watch, own, standings)
         if not canary.why:
             _proceed(session, actor, canary, subject, watch.after(canary.weight))
+
+
+def _is_stale(canary: Canary, now: datetime) -> bool:
+    return now - (canary.figures_at or canary.created_at) > STALE
+
+
+def why(canary: Canary, now: datetime) -> str:
+    """How a canary ended, or what holds it now: nobody may report any more."""
+    is_held = canary.state == pending.RUNNING and canary.watch is not None and _is_stale(canary, now)
+    return "held: no new requests" if is_held else canary.why
 
 
 def _lacking(canary: Canary, watch: Watch, own: Figures, standings: Sequence[Standing]) -> str:
