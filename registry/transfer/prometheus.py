@@ -10,6 +10,7 @@ import time
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Mapping
+from datetime import datetime
 from typing import Any, cast
 
 import httpx2
@@ -39,10 +40,9 @@ def measure_canaries(resources: Resources) -> None:
         running = canaries.watched(session)
     for watched in running:
         asked_at = resources.clock()
-        since_s = int((asked_at - watched.began_at).total_seconds())
         try:
             with issuer_client() as http:
-                own, served = (_figures(http, settings, watched, version, since_s) for version in watched.versions)
+                own, served = (_figures(http, settings, watched, version, asked_at) for version in watched.versions)
         except FETCH_ERRORS as error:
             outages.warn(f"The figures of {watched.channel} could not be read from Prometheus", reason(error))
             if isinstance(error, httpx2.TransportError):
@@ -56,21 +56,22 @@ def measure_canaries(resources: Resources) -> None:
 
 
 def _figures(
-    http: httpx2.Client, settings: PrometheusSettings, watched: Watched, version: str, since_s: int
+    http: httpx2.Client, settings: PrometheusSettings, watched: Watched, version: str, at: datetime
 ) -> Figures:
-    """The figures of a version. Those of the candidate count at the lower end of their bucket and those of the served
-    release at its upper end, so that the width of a bucket breaks no rule."""
+    """The figures of a version at one time, so that all counts have the same requests. Times of the candidate count at
+    the lower end of their bucket and those of the served release at its upper end, so that the width of a bucket breaks
+    no rule."""
     values = {
         "$model": f"{watched.channel.repository}@{version}",
         "$version": version,
         "$channel": str(watched.channel),
-        "$since": f"{max(1, since_s)}s",
+        "$since": f"{max(1, int((at - watched.began_at).total_seconds()))}s",
     }
 
     def asked(query: str) -> list[Sample]:
         for name, value in values.items():
             query = query.replace(name, value)
-        return _samples(http, settings, query) if query else []
+        return _samples(http, settings, query, at) if query else []
 
     requests, errors = (round(sum(value for _, value in asked(text))) for text in (settings.requests, settings.errors))
     seconds = _seconds(asked(settings.seconds), lowest=version == watched.versions[0])
@@ -87,14 +88,13 @@ def _seconds(buckets: list[Sample], *, lowest: bool) -> dict[int, int]:
     return {index: count for index, count in counts.items() if count}
 
 
-def _samples(http: httpx2.Client, settings: PrometheusSettings, query: str) -> list[Sample]:
+def _samples(http: httpx2.Client, settings: PrometheusSettings, query: str, at: datetime) -> list[Sample]:
     """The labels and values of the answer to a query. Raises one of FETCH_ERRORS for anything but a vector of counts;
     what Prometheus cannot compute (NaN) is left out."""
     headers = {"Authorization": f"Bearer {settings.token.get_secret_value()}"} if settings.token else {}
     deadline = time.monotonic() + FETCH_S
-    status, table = fetch_table(
-        http, "GET", f"{settings.url}/api/v1/query", deadline, params={"query": query}, headers=headers
-    )
+    params = {"query": query, "time": f"{at.timestamp():.3f}"}
+    status, table = fetch_table(http, "GET", f"{settings.url}/api/v1/query", deadline, params=params, headers=headers)
     if status != 200:
         raise ValueError(f"it answers {status} {str(table.get('error', ''))[:200]}".rstrip())
     try:
