@@ -32,6 +32,8 @@ _TOP = 1000
 _APPLIED = 0.5
 """On a quantized base, a share below this shows that the release is not applied. One above proves nothing: a quantized
 base differs by more than two releases may."""
+_SCALES = (1.0,)
+"""Of the only adapter of a process."""
 _START = 'echo $$ > "$0" && exec "$@"'
 """The process notes its own number before it becomes the server: an agent that is killed just then loses none."""
 
@@ -60,7 +62,8 @@ class LlamaServer:
         self._http = {port: HttpServer(f"http://{self._host}:{port}") for port in self._ports}
         self._quantized = open_gguf_base(Path(self._model)).quantized
         self._files, self._notes = directory.root / "gguf", directory.root / "llamacpp"
-        self._served: Mapping[str, tuple[int, tuple[float, ...]]] = {}
+        self._served: Mapping[str, tuple[int, Path]] = {}
+        self._ready = set[int]()
         self._children = dict[int, subprocess.Popen[bytes]]()
 
     def close(self) -> None:
@@ -68,22 +71,21 @@ class LlamaServer:
             http.close()
 
     def loaded(self) -> Mapping[str, str]:
-        """The versions of those processes that have loaded the base."""
-        served, paths = dict[str, tuple[int, tuple[float, ...]]](), dict[str, str]()
+        """The versions of the processes that run and have once answered that they are ready. One that computes a long
+        prompt may not answer for a while, and still serves."""
+        served, paths = dict[str, tuple[int, Path]](), dict[str, str]()
         for port in self._ports:
-            rows = self._adapters(port) if self._running(port) else None
-            for row in rows or ():
-                file = Path(str(row["path"]))
-                name, commit = "/".join(file.parts[-4:-2]), file.parts[-2]
-                if file == self._file(name, commit):
-                    scales = tuple(1.0 if other is row else float(other["scale"]) for other in rows or ())
-                    served[name], paths[name] = (port, scales), str(self._directory.path(commit))
+            running = self._running(port)
+            if running is None or not self._is_ready(port, running[0]):
+                continue
+            file = Path(running[1][running[1].index("--lora") + 1])
+            name, commit = "/".join(file.parts[-4:-2]), file.parts[-2]
+            served[name], paths[name] = (port, file), str(self._directory.path(commit))
         self._served = served
         return paths
 
     def endpoint(self, name: str) -> Endpoint:
-        port, scales = self._served[name]
-        return Endpoint(self._http[port].address, scales)
+        return Endpoint(self._http[self._served[name][0]].address, _SCALES)
 
     def load(self, version: ServedVersion, directory: Path) -> None:
         file = self._converted(version, directory)
@@ -118,11 +120,15 @@ class LlamaServer:
             self._end(self._served[name][0])
 
     def busy(self) -> frozenset[str] | None:
-        """The versions with a slot that computes. A request waits only while all slots do. None if a server was started
-        with `--no-slots`."""
+        """The versions with a slot that computes, and those that do not answer: they may compute. A request waits only
+        while all slots compute. None if a server was started with `--no-slots`."""
         names = set[str]()
         for name, (port, _) in self._served.items():
-            answer = self._http[port].request("GET", "/slots")
+            try:
+                answer = self._http[port].request("GET", "/slots")
+            except Unavailable:
+                names.add(name)
+                continue
             if answer.status_code != 200:
                 return None
             if any(slot.get("is_processing") for slot in _rows(answer, self._http[port].address)):
@@ -136,6 +142,11 @@ class LlamaServer:
         if name not in self._served:
             return CheckResult("failed", f"{name} is not loaded.")
         try:
+            listed = self._adapters(name)
+            if listed != [str(self._served[name][1])]:
+                return CheckResult(
+                    "failed", f"{self.endpoint(name).url} has the adapters {', '.join(listed) or 'none'}."
+                )
             if evidence is None:
                 self._next_token(name, "Hello", until_s)
                 return CheckResult("unproved")
@@ -159,11 +170,18 @@ class LlamaServer:
             return CheckResult("unproved", f"The base is quantized: {served}.", served)
         return CheckResult("failed", f"{self.endpoint(name).url} does not apply {name}: {served}.", served)
 
+    def _adapters(self, name: str) -> list[str]:
+        """The files that a process says it has loaded."""
+        http = self._http[self._served[name][0]]
+        answer = http.request("GET", "/lora-adapters", within_s=CHECK_S)
+        if answer.status_code != 200:
+            raise http.refused("GET /lora-adapters", answer)
+        return [str(row.get("path")) for row in _rows(answer, http.address)]
+
     def _next_token(self, name: str, prompt: str | Sequence[int], until_s: float) -> Mapping[int, float]:
         """The log-probabilities of the most probable next tokens."""
-        port, scales = self._served[name]
-        http = self._http[port]
-        lora = [{"id": number, "scale": scale} for number, scale in enumerate(scales)]
+        http = self._http[self._served[name][0]]
+        lora = [{"id": number, "scale": scale} for number, scale in enumerate(_SCALES)]
         body = {"prompt": prompt, "n_predict": 1, "temperature": 0, "n_probs": _TOP, "lora": lora}
         answer = http.request("POST", "/completion", body, max(1.0, until_s - time.monotonic()))
         if answer.status_code != 200:
@@ -175,24 +193,13 @@ class LlamaServer:
             message = f"{http.address} answers {name} without log-probabilities."
             raise Unavailable("server_unreachable", message, subject=http.address) from error
 
-    def _adapters(self, port: int) -> Sequence[Mapping[str, Any]] | None:
-        """The adapters of a process; None while it loads the base, and for one that has just ended. Raises Unavailable
-        if it does not answer."""
-        try:
-            socket.create_connection((self._host, port), timeout=1.0).close()
-            answer = self._http[port].request("GET", "/lora-adapters")
-        except OSError:
-            return None
-        except Unavailable:
-            if self._running(port) is None:
-                return None
-            raise
-        if answer.status_code == 503:
-            return None
-        if answer.status_code != 200:
-            raise self._http[port].refused("GET /lora-adapters", answer)
-        rows = _rows(answer, self._http[port].address)
-        return [row for row in rows if len(Path(str(row.get("path"))).parts) > 3]
+    def _is_ready(self, port: int, pid: int) -> bool:
+        """Whether a process has loaded its model and adapter. It is not asked again: all its threads may be taken."""
+        if pid not in self._ready:
+            with suppress(Unavailable):
+                if self._http[port].request("GET", "/health").status_code == 200:
+                    self._ready.add(pid)
+        return pid in self._ready
 
     def _converted(self, version: ServedVersion, directory: Path) -> Path:
         """The release as a GGUF file. Removes the files of releases that are gone from by-commit. The conversion needs
