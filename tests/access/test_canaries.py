@@ -91,15 +91,15 @@ def test_a_broken_rule_ends_the_canary_and_the_audit_has_the_figures(splitting: 
 
 def test_a_slow_candidate_and_a_worse_metric_break_their_rules(splitting: House) -> None:
     house = splitting
-    watch = POLICY["watch"] | {"rules": ["p95_seconds <= 1.2 x served", "live.accuracy >= served - 2 se"]}  # pyright: ignore[reportOperatorIssue]
+    watch = POLICY["watch"] | {"rules": ["p95_seconds <= 1.2 x served", "sql-live.accuracy >= served - 2 se"]}  # pyright: ignore[reportOperatorIssue]
     assert house.ask("admin", "PUT", f"{CHANNEL}/policy", json=POLICY | {"watch": watch}).status_code == 200
     for worse, rule in (
         (figures(300, at=SLOW), "p95_seconds <= 1.2 x served"),
-        (figures(300, **{"live.accuracy": (300, 150.0)}), "live.accuracy >= served - 2 se"),
+        (figures(300, **{"sql-live.accuracy": (300, 150.0)}), "sql-live.accuracy >= served - 2 se"),
     ):
         assert begun(house).status_code == 200
         reported(house, figures(0), figures(0))
-        served = figures(2700, **{"live.accuracy": (2700, 2400.0)})
+        served = figures(2700, **{"sql-live.accuracy": (2700, 2400.0)})
         assert reported(house, worse, served)["why"] == f"broken: {rule}"
 
 
@@ -172,8 +172,8 @@ def test_figures_of_several_sources_add_up_and_never_fall(splitting: House) -> N
     assert reported(house, figures(6), figures(14), "second")["requests"] == [11, 99]
     assert report(house, figures(3), figures(3), "second").json()["code"] == "figures_fell"
     assert report(house, figures(6, at=SLOW), figures(14), "second").json()["code"] == "figures_fell"
-    reported(house, figures(6, **{"live.accuracy": (10, 0.0)}), figures(14), "second")
-    worse = figures(6, **{"live.accuracy": (11, 9.0)})
+    reported(house, figures(6, **{"sql-live.accuracy": (10, 0.0)}), figures(14), "second")
+    worse = figures(6, **{"sql-live.accuracy": (11, 9.0)})
     assert report(house, worse, figures(14), "second").json()["code"] == "figures_fell"
     assert report(house, figures(3, 4), figures(3), "third").status_code == 422
     assert datetime.fromisoformat(house.ask("reader", "GET", CANARY).json()["figures_at"]) <= datetime.now(UTC)
@@ -183,7 +183,7 @@ def test_a_step_waits_for_requests_to_the_candidate_and_for_figures_of_each_rule
     splitting: House, clock: Clock
 ) -> None:
     house = splitting
-    watch = {"for": "1m", "steps": [10, 100], "rules": ["errors <= 0.1", "live.accuracy >= served - 2 se"]}
+    watch = {"for": "1m", "steps": [10, 100], "rules": ["errors <= 0.1", "sql-live.accuracy >= served - 2 se"]}
     assert house.ask("admin", "PUT", f"{CHANNEL}/policy", json={"version": 1, "watch": watch}).status_code == 200
     assert begun(house).status_code == 200
     reported(house, figures(0), figures(0))
@@ -194,11 +194,11 @@ def test_a_step_waits_for_requests_to_the_candidate_and_for_figures_of_each_rule
         shown = reported(house, candidate, served)
         return shown["state"], shown["why"]
 
-    served = figures(5000, **{"live.accuracy": (10, 9.0)})
+    served = figures(5000, **{"sql-live.accuracy": (10, 9.0)})
     assert a_minute_later(figures(0), served) == ("running", "held: 1.0.0 has answered 0 of 20 requests")
     assert a_minute_later(figures(19), served)[1].startswith("held: 1.0.0 has answered")
-    assert a_minute_later(figures(20), served) == ("running", "held: no figures for live.accuracy >= served - 2 se")
-    assert a_minute_later(figures(20, **{"live.accuracy": (10, 9.0)}), served) == ("promoted", "")
+    assert a_minute_later(figures(20), served) == ("running", "held: no figures for sql-live.accuracy >= served - 2 se")
+    assert a_minute_later(figures(20, **{"sql-live.accuracy": (10, 9.0)}), served) == ("promoted", "")
 
 
 def test_huge_and_odd_figures_are_counted_or_refused_and_never_an_error_of_the_server(splitting: House) -> None:
