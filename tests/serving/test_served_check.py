@@ -1,12 +1,13 @@
 """The served check: a server's own log-probabilities decide whether it applies a release before users get it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
+from registry.agent.servers.protocol import CheckResult
 from registry.agent.servers.vllm import VllmServer
 from registry.agent.versions import ServedVersion
 from registry.domain.access.audit import operator_actor
@@ -26,6 +27,7 @@ from tests.serving.contract import COMMIT, one_release
 from tests.serving.double import BASE, double, log_probabilities, weights_hash
 
 NAME = "acme/sql@1.0.0"
+Check = tuple[str, CheckResult]
 WRONG = ("unapplied", "previous", "other", "quantised", "quantised-other")
 LENGTHS = ((7,), (12, 9), (30,), (4, 5, 6), (60, 2), (8,) * 8)
 
@@ -40,6 +42,17 @@ def examples(weights: str, lengths: Sequence[int]) -> list[EvidenceExample]:
     return made
 
 
+def checks(kinds: Sequence[str], lengths: Sequence[Sequence[int]], adapter: Path, root: Path) -> Iterator[Check]:
+    """The check of servers that apply the adapter, or what a kind of mistake makes of it."""
+    weights, directory = weights_hash(adapter), one_release(root, adapter).path(COMMIT)
+    for wrong in kinds:
+        with double(wrong=wrong) as (url, _), closing(VllmServer(url)) as server:
+            server.load(ServedVersion("acme/sql", "1.0.0", COMMIT), directory)
+            for some in lengths:
+                yield wrong, server.check(NAME, examples(weights, some))
+            assert server.check(NAME).verdict == "unproved", "nothing to compare it with"
+
+
 @pytest.mark.parametrize(
     ("kinds", "lengths"),
     [pytest.param(WRONG[:1], LENGTHS, id="6"), pytest.param(WRONG, LENGTHS, id="30", marks=pytest.mark.long)],
@@ -47,19 +60,12 @@ def examples(weights: str, lengths: Sequence[int]) -> list[EvidenceExample]:
 def test_no_wrong_thing_is_proved(
     kinds: Sequence[str], lengths: Sequence[Sequence[int]], world: World, tmp_path: Path
 ) -> None:
-    weights = weights_hash(world.adapters["sql"])
-    directory = one_release(tmp_path / "served", world.adapters["sql"]).path(COMMIT)
-    for wrong in ("", *kinds):
-        with double(wrong=wrong) as (url, _), closing(VllmServer(url)) as server:
-            server.load(ServedVersion("acme/sql", "1.0.0", COMMIT), directory)
-            for some in lengths:
-                result = server.check(NAME, examples(weights, some))
-                assert result.verdict == ("failed" if wrong else "proved"), (wrong, some, result)
-                assert result.served is not None
-                assert not wrong or "worst token" in result.why
-                if wrong == "unapplied":
-                    assert abs(result.served.share) < 0.01, "the base answers"
-            assert server.check(NAME).verdict == "unproved", "nothing to compare it with"
+    for wrong, result in checks(("", *kinds), lengths, world.adapters["sql"], tmp_path / "served"):
+        assert result.verdict == ("failed" if wrong else "proved"), (wrong, result)
+        assert result.served is not None
+        assert not wrong or "worst token" in result.why
+        if wrong == "unapplied":
+            assert abs(result.served.share) < 0.01, "the base answers"
 
 
 def test_evidence_by_which_a_release_looks_like_its_base_proves_nothing() -> None:
