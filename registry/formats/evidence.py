@@ -61,15 +61,19 @@ def evidence_of(statement: Statement) -> tuple[EvidenceExample, ...]:
 
 
 def decide(examples: Sequence[EvidenceExample], answered: Sequence[Sequence[float]]) -> Served:
-    """Compares a server's log-probabilities of each example's completion tokens with the evidence.
+    """Compares a server's log-probabilities of each example's completion tokens with the evidence, for as many of the
+    first tokens as it answered; at least one.
 
-    share = (base - server) / (base - release), each the sum of negative log-probabilities over all completion tokens.
+    share = (base - server) / (base - release), each the sum of negative log-probabilities over these tokens.
     """
-    release = [value for example in examples for value in example.release]
-    base = [value for example in examples for value in example.base]
-    server = [value for row in answered for value in row]
-    worst = max(abs(one - other) for one, other in zip(release, server, strict=True))
-    return Served((sum(server) - sum(base)) / (sum(release) - sum(base)), worst)
+    rows = [
+        row
+        for example, values in zip(examples, answered, strict=True)
+        for row in zip(values, example.release, example.base, strict=False)
+    ]
+    server, release, base = (sum(values) for values in zip(*rows, strict=True))
+    worst = max(abs(value - own) for value, own, _ in rows)
+    return Served((server - base) / (release - base or 1.0), worst)
 
 
 def _example(row: Any) -> EvidenceExample:

@@ -220,15 +220,14 @@ class VllmDouble:
 
     def _answered(self, name: str, text: str, *, stream: bool, asked: dict[str, Any] | None = None) -> Response:
         choice: dict[str, Any] = {"index": 0, "text": text, "finish_reason": "length"}
-        if asked and "prompt_logprobs" in asked:
-            ids = asked["prompt"]
-            choice["prompt_logprobs"] = [
-                None,
-                *(
-                    {str(token): {"logprob": value}}
-                    for token, value in zip(ids[1:], self.engine.log_probabilities(text, ids)[1:], strict=True)
-                ),
-            ]
+        if asked and "logprobs" in asked:
+            ids, rows = list(asked["prompt"]), list[float]()
+            for _ in range(asked["max_tokens"]):
+                [token] = asked.get("allowed_token_ids") or [ids[-1] + (3 if len(ids) % 4 else 1)]
+                ids.append(token)
+                rows.append(self.engine.log_probabilities(text, ids)[-1])
+            tokens = [f"token_id:{token}" for token in ids[-len(rows) :]]
+            choice["logprobs"] = {"tokens": tokens, "token_logprobs": rows}
         usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
         document = {"model": name, "choices": [choice], "usage": usage}
         if not stream:

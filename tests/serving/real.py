@@ -57,8 +57,7 @@ def interpreter() -> Path:
 
 @contextmanager
 def vllm(base: Path, log: Path, *words: str, **environment: str) -> Generator[str]:
-    """A server of the base under the name `base`, with two slots for adapters; yields its address. It runs one request
-    at a time: on a CPU, vLLM ends if it computes log-probabilities of a prompt beside another request."""
+    """A server of the base under the name `base`, with two slots for adapters; yields its address."""
     port = services.free_port()
     url = f"http://127.0.0.1:{port}"
     command = [
@@ -71,7 +70,7 @@ def vllm(base: Path, log: Path, *words: str, **environment: str) -> Generator[st
         "base",
     ]
     command += ["--host", "127.0.0.1", "--port", port, "--enable-lora", "--max-lora-rank", 16, "--max-loras", 2]
-    command += ["--enforce-eager", "--dtype", "bfloat16", "--max-model-len", 512, "--max-num-seqs", 1, *words]
+    command += ["--enforce-eager", "--dtype", "bfloat16", "--max-model-len", 512, "--max-num-seqs", 16, *words]
     inherited = {name: text for name, text in os.environ.items() if not name.startswith(("ADAPTORY_", "HF_", "VLLM_"))}
     with log.open("wb") as file:
         process = subprocess.Popen(

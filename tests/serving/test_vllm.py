@@ -154,7 +154,7 @@ def ask(url: str, name: str, length: int, base: Path) -> int:
 
 def test_another_path_under_a_loaded_name_ends_the_engine(base: Path, tmp_path: Path) -> None:
     """What the double does too: a request of the old path runs, one of the new path comes, then a third adapter."""
-    with real.vllm(base, tmp_path / "vllm.log", "--max-num-seqs", "8") as url:
+    with real.vllm(base, tmp_path / "vllm.log") as url:
         real.load(url, "acme/sql@prod", real.ADAPTERS / "sql-migration")
         asked = [threading.Thread(target=ask, args=(url, "acme/sql@prod", 100, base)) for _ in range(2)]
         asked[0].start()

@@ -13,7 +13,7 @@ from registry.errors import Refused, RegistryError, Unavailable
 from registry.formats.evidence import EvidenceExample, Served
 
 _MAX_TEXT = 300
-LOOK_S, CHANGE_S, CHECK_S = 10.0, 120.0, 60.0
+LOOK_S, CHANGE_S, CHECK_S = 10.0, 120.0, 120.0
 """The time for an answer. A server reads an adapter's files before it answers, and a check waits behind running
 requests."""
 MAX_ANSWER_BYTES = 16 << 20

@@ -3,6 +3,7 @@
 import re
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,14 @@ from typing import Any
 from registry.agent.servers.protocol import CHECK_S, CheckResult, HttpServer
 from registry.agent.versions import ServedVersion
 from registry.errors import RegistryError, Unavailable
-from registry.formats.evidence import EvidenceExample, decide
+from registry.formats.evidence import MAX_OFF, EvidenceExample, decide
 
 _METRIC = "vllm:lora_requests_info"
 _REQUESTS = re.compile(rf"^{_METRIC}\{{(.*)\}} ([0-9.eE+-]+)\s*$", re.MULTILINE)
 _LEAST_LOG_PROBABILITY = -1e4
 """In nats: a server may answer minus infinity, which would leave no share to compute."""
+_AT_ONCE = 16
+"""Tokens that a check lets a server generate: those after one that the evidence does not have are of no use."""
 _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 
 
@@ -64,43 +67,64 @@ class VllmServer(HttpServer):
         return frozenset(filter(None, names.split(",")))
 
     def check(self, name: str, evidence: Sequence[EvidenceExample] | None = None) -> CheckResult:
-        """Asks for the log-probabilities of the evidence's tokens, which the server computes without its prefix cache.
-        A server that does not answer with them stays unproved, as does one whose context is too short for an
-        example."""
+        """Lets the server generate, and compares its log-probabilities of the evidence's tokens. It never asks for
+        those of a prompt: on a CPU, vLLM 0.32 ends if other requests run meanwhile. A server that does not say them stays
+        unproved, as does one whose context is too short for an example."""
         until_s = time.monotonic() + CHECK_S
         try:
-            if evidence is None:
-                self._completion(name, "Hello", until_s)
-                return CheckResult("unproved")
-            if why := self._too_long(evidence):
+            why = self._too_long(evidence) if evidence else ""
+            if not evidence or why:
                 self._completion(name, "Hello", until_s)
                 return CheckResult("unproved", why)
-            answered = [self._log_probabilities(name, example, until_s) for example in evidence]
+            with ThreadPoolExecutor(len(evidence)) as threads:
+                answered = list(threads.map(lambda example: self._answered(name, example, until_s), evidence))
         except RegistryError as error:
             return CheckResult("failed", error.detail)
         known = [values for values in answered if values is not None]
         if len(known) < len(answered):
-            return CheckResult("unproved", f"{self.address} answers without log-probabilities of prompts.")
+            return CheckResult("unproved", f"{self.address} answers without log-probabilities of tokens.")
         served = decide(evidence, known)
         if served.proved:
             return CheckResult("proved", served=served)
         return CheckResult("failed", f"{self.address} does not apply {name}: {served}.", served)
 
-    def _log_probabilities(self, name: str, example: EvidenceExample, until_s: float) -> list[float] | None:
-        """The server's log-probabilities of the completion's tokens; None if its answer has none."""
+    def _answered(self, name: str, example: EvidenceExample, until_s: float) -> list[float] | None:
+        """The server's log-probabilities of the completion's tokens, up to one that is off; None if it does not say
+        them. Where the server would generate another token, it is asked for the completion's alone."""
+        values = list[float]()
+        while len(values) < len(example.release):
+            at = example.start + len(values)
+            some = {"max_tokens": min(_AT_ONCE, len(example.ids) - at)}
+            steps = self._generated(name, example.ids[:at], some, until_s)
+            for (token, value), wanted in zip(steps or (), example.ids[at:], strict=False):
+                if token != wanted:
+                    break
+                values.append(value)
+            at = example.start + len(values)
+            if at < len(example.ids):
+                only = {"max_tokens": 1, "allowed_token_ids": [example.ids[at]]}
+                forced = self._generated(name, example.ids[:at], only, until_s)
+                if not forced or forced[0][0] != example.ids[at]:
+                    return None
+                values.append(forced[0][1])
+            if any(abs(value - own) > MAX_OFF for value, own in zip(values, example.release, strict=False)):
+                break
+        return values
+
+    def _generated(
+        self, name: str, ids: Sequence[int], asked: Mapping[str, Any], until_s: float
+    ) -> list[tuple[int, float]] | None:
+        """The tokens that the server generates, with their log-probabilities; None if its answer does not say them."""
+        said = {"logprobs": 0, "return_tokens_as_token_ids": True, "ignore_eos": True, **asked}
         try:
-            rows = self._completion(name, list(example.ids), until_s)["choices"][0].get("prompt_logprobs")
+            rows = self._completion(name, list(ids), until_s, said)["choices"][0].get("logprobs")
             if rows is None:
                 return None
-            positions = range(example.start, len(example.ids))
-            values = [float(rows[position][str(example.ids[position])]["logprob"]) for position in positions]
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-            raise Unavailable(
-                "server_unreachable",
-                f"{self.address} answers {name} with log-probabilities of other tokens.",
-                subject=self.address,
-            ) from error
-        return [max(value, _LEAST_LOG_PROBABILITY) for value in values]
+            tokens = [int(text.removeprefix("token_id:")) for text in rows["tokens"]]
+            values = [max(float(value), _LEAST_LOG_PROBABILITY) for value in rows["token_logprobs"]]
+            return list(zip(tokens, values, strict=True))
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError):
+            return None
 
     def _too_long(self, evidence: Sequence[EvidenceExample]) -> str:
         """Why the server cannot be asked for the longest example, or an empty text."""
@@ -114,11 +138,17 @@ class VllmServer(HttpServer):
             return ""
         return f"{self.address} takes at most {shortest:,} tokens, and an example of the evidence needs {longest:,}."
 
-    def _completion(self, name: str, prompt: str | list[int], until_s: float) -> Any:
-        """The answer to a request for one token. Raises Refused or Unavailable."""
-        asked = {"prompt_logprobs": 0} if isinstance(prompt, list) else {}
-        body = {"model": name, "prompt": prompt, "max_tokens": 1, "temperature": 0, **asked}
-        answer = self.request("POST", "/v1/completions", body, max(1.0, until_s - time.monotonic()))
+    def _completion(
+        self, name: str, prompt: str | list[int], until_s: float, asked: Mapping[str, Any] | None = None
+    ) -> Any:
+        """The answer to a request, for one token unless it says more. Raises Refused or Unavailable."""
+        within_s = until_s - time.monotonic()
+        if within_s <= 0:
+            raise Unavailable(
+                "server_unreachable", f"{self.address} does not end a check within {CHECK_S:g} seconds.", subject=name
+            )
+        body = {"model": name, "prompt": prompt, "max_tokens": 1, "temperature": 0, **(asked or {})}
+        answer = self.request("POST", "/v1/completions", body, within_s)
         if answer.status_code != 200:
             raise self.refused(f"a request to {name}", answer)
         return answer.json()
