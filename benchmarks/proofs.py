@@ -9,10 +9,10 @@
 """
 
 import os
-import tempfile
 from collections import Counter
 from pathlib import Path
 
+from tests import services
 from tests.scenarios.test_evidence import typed_by_a_publisher
 from tests.scenarios.world import Cli, World, build_world
 from tests.serving.test_served_check import LENGTHS, WRONG, checks
@@ -41,8 +41,7 @@ def measure_typed(world: World, home: Path) -> None:
 
 def main() -> None:
     print(f"load average {' '.join(f'{load:.1f}' for load in os.getloadavg())}")
-    with tempfile.TemporaryDirectory() as directory:
-        home = Path(directory)
+    with services.without_pytest() as home:
         world = build_world(home / "world")
         measure_checks(world, home)
         measure_typed(world, home)

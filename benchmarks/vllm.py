@@ -11,7 +11,6 @@ It needs `make .venv-vllm-server-0.32.0/.ready`, or ADAPTORY_TEST_VLLM=PYTHON.
 
 import os
 import sys
-import tempfile
 import time
 from contextlib import closing
 from pathlib import Path
@@ -70,8 +69,7 @@ def measure_moves(site: Site, url: str, base: Path, moves: int, clients: int) ->
 
 def main() -> None:
     moves, clients = [*map(int, sys.argv[1:]), *(20, 2)[len(sys.argv) - 1 :]]
-    with tempfile.TemporaryDirectory() as directory:
-        home = Path(directory)
+    with services.without_pytest() as home:
         base = real.base_in(home)
         with real.vllm(base, home / "vllm.log") as url:
             site = real.stocked(home, base)

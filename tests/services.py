@@ -78,6 +78,18 @@ def free_port() -> int:
     return free_ports(1)[0]
 
 
+@contextmanager
+def without_pytest() -> Generator[Path]:
+    """A directory for what these modules write, where a benchmark uses them."""
+    directory = new_directory()
+    os.environ[DIRECTORY] = str(directory)
+    try:
+        yield directory
+    finally:
+        del os.environ[DIRECTORY]
+        remove(directory)
+
+
 def shared_directory() -> Path:
     return Path(os.environ[DIRECTORY])
 

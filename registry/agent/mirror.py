@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version as package_version
+from itertools import product
 from typing import Any, TypeVar
 
 from registry.agent.directory import Check, MirrorDirectory, Routes
@@ -147,6 +148,9 @@ class Mirror:
         fetched = [version for version in sorted(needed) if version not in failures]
         for of_server in self._on_each(partial(self._bring_to, fetched)):
             for version, why in of_server.items():
+                failures.setdefault(version, why)
+        for kept, version in product(self._servers, fetched):  # a check may end after its round
+            if why := kept.why_not(version):
                 failures.setdefault(version, why)
         return failures
 

@@ -25,7 +25,7 @@ T = TypeVar("T")
 Busy = Callable[[], Set[str]]
 Evidence = Callable[[ServedVersion], Sequence[EvidenceExample] | None]
 """Returns the attested evidence of a version, None without any."""
-CHECK_AGAIN = timedelta(seconds=60)
+CHECK_AGAIN = {"unproved": timedelta(seconds=60), "failed": timedelta(seconds=10)}
 
 
 @dataclass(slots=True)
@@ -51,8 +51,9 @@ class Checked:
 
     @property
     def is_due(self) -> bool:
-        """Whether it proved nothing a while ago: there may be evidence now."""
-        return self.result.verdict == "unproved" and datetime.now(UTC) - self.at > CHECK_AGAIN
+        """Whether it did not succeed a while ago: there may be other evidence now, or a server with less to do."""
+        again = CHECK_AGAIN.get(self.result.verdict)
+        return again is not None and datetime.now(UTC) - self.at > again
 
 
 class KeptServer:
@@ -143,12 +144,19 @@ class KeptServer:
                 self._ours.add(name)
             if self.commit_of(name) != version.commit:
                 return f"{self.server.address} does not list {name} as loaded."
-            if not self.has(version) or self.checks[name].is_due:
+            checked = self.checks.get(name)
+            if checked is None or checked.commit != version.commit or checked.is_due:
                 result = self.server.check(name, self._evidence(version))
                 self.checks[name] = Checked(version.commit, result, datetime.now(UTC))
         except RegistryError as error:
             return error.detail
-        return self.checks[name].result.why if self.checks[name].failed else ""
+        return self.why_not(version)
+
+    def why_not(self, version: ServedVersion) -> str:
+        """Why the last check of the version failed, or an empty text."""
+        checked = self.checks.get(version.name)
+        failed = self.answers and checked is not None and checked.commit == version.commit and checked.failed
+        return checked.result.why if checked and failed else ""
 
     def _not_replaced(self, version: ServedVersion) -> str:
         """Why a loaded name keeps standing for something other than the version, or an empty text. A name of this agent

@@ -95,8 +95,8 @@ def _missing(recipe: str) -> list[str]:
 
 
 def test_no_page_loads_or_unloads_a_name_that_can_change_what_it_stands_for() -> None:
-    """A server that unloads a channel's name and loads it anew can die, with its base's requests."""
-    pages = {path: path.read_text() for path in (ROOT / "docs").rglob("*.md")}
+    """A server that unloads a channel's name and loads it anew can die, with its base's requests, as asks.md shows."""
+    pages = {path: path.read_text() for path in (ROOT / "docs").rglob("*.md") if path.name != "asks.md"}
     loaded = [
         (path.name, name)
         for path, text in pages.items()

@@ -5,6 +5,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ class VllmServer(HttpServer):
 
     def check(self, name: str, evidence: Sequence[EvidenceExample] | None = None) -> CheckResult:
         """Lets the server generate, and compares its log-probabilities of the evidence's tokens. It never asks for
-        those of a prompt: on a CPU, vLLM 0.32 ends if other requests run meanwhile. A server that does not say them stays
+        those of a prompt: on a CPU, vLLM 0.32 ends if other requests run meanwhile. A server that says none stays
         unproved, as does one whose context is too short for an example."""
         until_s = time.monotonic() + CHECK_S
         try:
@@ -77,7 +78,7 @@ class VllmServer(HttpServer):
                 self._completion(name, "Hello", until_s)
                 return CheckResult("unproved", why)
             with ThreadPoolExecutor(len(evidence)) as threads:
-                answered = list(threads.map(lambda example: self._answered(name, example, until_s), evidence))
+                answered = list(threads.map(partial(self._answered, name, until_s=until_s), evidence))
         except RegistryError as error:
             return CheckResult("failed", error.detail)
         known = [values for values in answered if values is not None]
