@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from serving import serve
+
 EXAMPLES = Path(__file__).resolve().parent
 ADAPTERS = EXAMPLES / "adapters"
 ADAPTORY = Path(sys.executable).with_name("adaptory")
@@ -33,6 +35,8 @@ class Story:
 
     directory: Path
     started: float = field(default_factory=time.monotonic)
+    url: str | None = None
+    """The registry's server; without one, commands open the registry themselves."""
 
     @property
     def base(self) -> Path:
@@ -46,7 +50,7 @@ class Story:
     def environment(self) -> dict[str, str]:
         kept = {name: value for name, value in os.environ.items() if not name.startswith("ADAPTORY_")}
         quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-        return kept | quiet | {"ADAPTORY_HOME": str(self.home)}
+        return kept | quiet | {"ADAPTORY_HOME": str(self.home)} | ({"ADAPTORY_URL": self.url} if self.url else {})
 
     def chapter(self, title: str) -> None:
         print(f"\n[{time.monotonic() - self.started:5.1f} s] {title}", flush=True)
@@ -54,12 +58,16 @@ class Story:
     def run(self, *arguments: str | Path, expect: int = 0) -> None:
         """Runs a command and prints it as a user would type it; any exit code other than the expected one ends the
         demo."""
-        print(typed(["adaptory", *map(shown, arguments)]), flush=True)
+        print(self.typed(arguments), flush=True)
         code = subprocess.run([ADAPTORY, *arguments], env=self.environment, check=False).returncode
         if code != expect:
             sys.exit(f"demo: expected exit code {expect}, got {code}")
         if expect:
             print(f"(exit code {code})")
+
+    @staticmethod
+    def typed(arguments: Sequence[str | Path]) -> str:
+        return typed(["adaptory", *map(shown, arguments)])
 
     def ask(self, *arguments: str | Path) -> Any:
         """Returns the JSON document of a command, without printing it."""
@@ -243,7 +251,7 @@ def main() -> None:
     parser.add_argument("--dir", type=Path, default=Path(".demo"), help="directory for everything the demo makes")
     story = Story(parser.parse_args().dir.resolve())
     story.directory.mkdir(parents=True, exist_ok=True)
-    for chapter in (prepare, push, measure, promote, compose, generate, farewell):
+    for chapter in (prepare, push, measure, promote, compose, generate, serve, farewell):
         chapter(story)
 
 
