@@ -375,5 +375,5 @@ class WithdrawnOut(ReleaseOut):
     """The release after a yank or an unyank, the channels that serve a different release because of it, and the nodes
     that have the release loaded."""
 
-    channels: list[ServedChangeOut]
+    channels: list[ServedChangeOut] = Field(default=[])
     loaded_on: list[LoadedOnOut] = Field(default=[])

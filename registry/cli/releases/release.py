@@ -183,7 +183,12 @@ def yank(ref: Ref, reason: Why = "", dry_run: DryRun = False, json: JsonFlag = F
 
 def _withdraw(connection: Connection, path: str, reason: str, *, dry_run: bool) -> wire.catalog.WithdrawnOut:
     """Yanks or unyanks, after printing what each channel will serve; with `dry_run`, only prints it."""
-    preview = connection.api.post(path, {"reason": reason, "dry_run": True}, wire.catalog.WithdrawnOut)
+    try:
+        preview = connection.api.post(path, {"reason": reason, "dry_run": True}, wire.catalog.WithdrawnOut)
+    except RegistryError as error:
+        if dry_run or error.subject != "body.dry_run":
+            raise
+        return connection.api.post(path, {"reason": reason}, wire.catalog.WithdrawnOut)  # an older server
     for change in preview.channels:
         channel = f"{preview.repository}@{change.channel}"
         would = "would serve" if dry_run else "will serve"
