@@ -19,7 +19,7 @@ def command(base: Path, ports: object) -> str:
 
 
 def port_range() -> str:
-    """Four ports, of which the first is free."""
+    """A range of four ports; the first is free."""
     first = services.free_port()
     return f"{first}-{first + 3}"
 
