@@ -3,7 +3,10 @@
 import os
 import random
 import socket
+from collections.abc import Iterator
 from contextlib import ExitStack, suppress
+from functools import cache
+from itertools import chain, cycle
 
 _PROCESSES = 8
 _OWN = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % _PROCESSES
@@ -17,7 +20,7 @@ BEHIND_S3 = range(30_000 + _OWN, 32_000, _PROCESSES)
 def free_ports(count: int, first: int = 0, among: range = _RANGE) -> list[int]:
     """Several different free ports; the first is `first` if it is free, as after a restart."""
     with ExitStack() as held:
-        candidates = iter([*([first] if first else []), *random.sample(among, 100)])
+        candidates = chain([first] if first else [], _shuffled(among))
         ports: list[int] = []
         while len(ports) < count:
             listener = held.enter_context(socket.socket())
@@ -27,3 +30,9 @@ def free_ports(count: int, first: int = 0, among: range = _RANGE) -> list[int]:
                 listener.bind(("127.0.0.1", port))
                 ports.append(port)
         return ports
+
+
+@cache
+def _shuffled(among: range) -> Iterator[int]:
+    """Each port once before any comes again: the server of the call before may not listen on its port yet."""
+    return cycle(random.sample(among, len(among)))
