@@ -74,8 +74,8 @@ def start_on_terminal(words: Sequence[object], environment: Mapping[str, str], t
         return start(_command_on_terminal, environment, [*map(str, words)], dict(environment), passed, code)
 
 
-def launch_template(end: int, passed: Mapping[str, str]) -> Callable[[], object]:
-    """`registry.worker.engine.template.launch`, without three seconds of imports."""
+def launch_template(end: int, passed: Mapping[str, str], code: str = "") -> Callable[[], object]:
+    """`registry.worker.engine.template.launch`, without three seconds of imports; `code` runs before it."""
     _join_shared()
     if _SERVER._forkserver_address is None:
         kept = {name: text for name, text in _REMEMBERED.items() if name not in os.environ}
@@ -87,7 +87,7 @@ def launch_template(end: int, passed: Mapping[str, str]) -> Callable[[], object]
     daemon = own.pop("daemon", None)  # such a process may not start others
     try:
         with Connection(os.dup(end)) as theirs, Connection(os.dup(2)) as errors:
-            process = _FORKED.Process(target=_template, args=(dict(passed), list(sys.path), theirs, errors))
+            process = _FORKED.Process(target=_template, args=(dict(passed), list(sys.path), theirs, errors, code))
             process.start()
     finally:
         if daemon is not None:
@@ -96,7 +96,7 @@ def launch_template(end: int, passed: Mapping[str, str]) -> Callable[[], object]
     return process.join
 
 
-def _template(passed: dict[str, str], paths: list[str], end: Connection, errors: Connection) -> None:
+def _template(passed: dict[str, str], paths: list[str], end: Connection, errors: Connection, code: str) -> None:
     from registry.worker.engine import child
 
     os.setsid()
@@ -106,6 +106,7 @@ def _template(passed: dict[str, str], paths: list[str], end: Connection, errors:
     os.environ.update(passed)
     _take_environment(passed)
     sys.path[:] = paths
+    exec(code, {})  # noqa: S102 - the test's own
     child.main(os.dup(end.fileno()))
 
 

@@ -43,7 +43,7 @@ def destroys(*arguments):
 transfer.resolved = destroys
 """
 
-SLOWLY = """
+SLOWER = """
 import time
 from composer.evaluation import evaluate
 quick = evaluate.measure_batch
@@ -52,7 +52,13 @@ def slow(*arguments):
     return quick(*arguments)
 evaluate.measure_batch = slow
 """
-"""An evaluation that takes some seconds, like those of real models."""
+SLOWLY = f"""
+from functools import partial
+from registry.worker.engine import template
+template.launch = partial(template.launch, code={SLOWER!r})
+{SLOWER}
+"""
+"""An evaluation that takes some seconds, like those of real models, in this process and in those of jobs."""
 
 
 def begin(cli: Cli, code: str, *words: object) -> subprocess.Popen[str]:
