@@ -16,6 +16,7 @@ from registry.database.tables import AuditRow
 from registry.domain.access import outbox
 
 _audit = cast(Table, AuditRow.__table__)
+_INSERT = insert(_audit).returning(_audit.c.id)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +142,7 @@ def record(  # noqa: PLR0913
         "after": dict(after) if after is not None else None,
         "detail": detail,
     }
-    audit_id = session.scalars(insert(_audit).returning(_audit.c.id), values).one()
+    audit_id = session.scalars(_INSERT, values).one()
     if event := outbox.event_of(act, after):
         outbox.announce(session, audit_id, event, str(subject), namespace, actor.at)
     return audit_id

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any, cast
 
-from sqlalchemy import Table, insert, or_, select
+from sqlalchemy import Table, bindparam, insert, or_, select
 from sqlalchemy.orm import Session
 
 from registry.database.tables import Webhook, WebhookDelivery
@@ -38,6 +38,10 @@ _EVENTS = {
     "fleet:recover": "fleet.recovered",
 }
 _deliveries = cast(Table, WebhookDelivery.__table__)
+_HOOKS = select(Webhook.id, Webhook.repository, Webhook.events).where(
+    or_(Webhook.namespace.is_(None), Webhook.namespace == bindparam("of_namespace"))
+)
+"""The webhooks that see a namespace. Composed once: every move asks for them."""
 
 
 def event_of(act: str, after: Mapping[str, Any] | None) -> str | None:
@@ -57,8 +61,7 @@ def ordered_by(subject: str) -> str:
 
 def announce(session: Session, audit_id: int, event: str, subject: str, namespace: str | None, at: datetime) -> None:
     """Adds a delivery for each webhook that wants the event."""
-    own = or_(Webhook.namespace.is_(None), Webhook.namespace == namespace)
-    hooks = session.execute(select(Webhook.id, Webhook.repository, Webhook.events).where(own)).all()
+    hooks = session.execute(_HOOKS, {"of_namespace": namespace}).all()
     key = ordered_by(subject)
     wanted = [id_ for id_, repository, events in hooks if event in events and repository in (None, key)]
     if wanted:
