@@ -34,7 +34,7 @@ _UNSENT = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout)
 _TIMEOUT = httpx2.Timeout(30.0, read=300.0)
 _MAX_LINE_BYTES = 16 << 20
 EVENTS_SILENT_S = 45.0
-"""A server sends a comment after 15 seconds without events."""
+"""A server sends a comment after 25 seconds without events."""
 
 
 @dataclass(frozen=True, slots=True)

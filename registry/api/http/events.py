@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
+from math import ceil
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import Header, Request, Response
@@ -26,8 +27,9 @@ from registry.errors import RegistryError
 if TYPE_CHECKING:
     from registry.wire.work import CompositionOut, JobOut
 
-KEEP_ALIVE_S = 15.0
-"""Proxies close connections that are idle for about a minute."""
+KEEP_ALIVE_S = 25.0
+"""Proxies close connections that are idle for about a minute, some after 30 seconds. Most of what an idle stream costs
+is this comment."""
 MEDIA_TYPE = "text/event-stream"
 HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 """nginx would collect events into blocks."""
@@ -121,6 +123,7 @@ class EventStream(StreamingResponse):
         streams_of(request).refuse_more(stream_owner(actor))
         super().__init__((), headers=HEADERS, media_type=MEDIA_TYPE)
         self._request, self._actor, self._keys = request, actor, keys
+        self._rights = _rights(actor)
         self._render, self._seen, self._ask_again = render, seen, ask_again
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -133,13 +136,19 @@ class EventStream(StreamingResponse):
 
     async def _events(self, follower: Follower) -> AsyncIterator[str]:
         seen, said = self._seen, time.monotonic()
+        event: Event | None = None
+        shown: Mapping[Key, Hashable | None] | None = None
+        to = self._rights
         while True:
-            await follower.news(KEEP_ALIVE_S)
+            # At full seconds, so that idle streams wake the event loop together.
+            await follower.news(max(0.0, ceil(said + KEEP_ALIVE_S) - time.monotonic()))
             if follower.is_lost or not await self._may_go_on():
                 return
-            event = self._render(follower.snapshots, self._actor) if follower.snapshots else None
-            if follower.snapshots and event is None:
-                return
+            if follower.snapshots and (follower.snapshots is not shown or self._rights is not to):
+                shown, to = follower.snapshots, self._rights
+                event = self._render(shown, self._actor)
+                if event is None:
+                    return
             if event is not None and event.id != seen:
                 seen, said = event.id, time.monotonic()
                 yield f"id: {event.id}\ndata: {event.text}\n\n"
@@ -154,8 +163,9 @@ class EventStream(StreamingResponse):
         gets the error, since this response has begun. Only roles change what a document shows to a caller."""
         try:
             actor = await ASKED_AGAIN(self._request)
-            if _rights(actor) != _rights(self._actor):
+            if (rights := _rights(actor)) != self._rights:
                 await run_in_threadpool(self._ask_again, actor)
+                self._rights = rights
         except RegistryError:
             return False
         self._actor = actor

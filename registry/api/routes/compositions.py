@@ -64,7 +64,7 @@ async def follow(
     composition_id: RowId, resources: ResourcesOf, actor: Caller, request: Request, last_event_id: LastEventId = None
 ) -> Response:
     """Server-sent events: the composition on every change until it finishes, after the one of `Last-Event-ID`, and a
-    comment after 15 seconds without changes. 204 if that was the last."""
+    comment after 25 seconds without changes. 204 if that was the last."""
     look = partial(_look, resources, composition_id=composition_id)
     return await stream(request, actor, look, composition_documents, composition_id, last_event_id)
 

@@ -57,7 +57,7 @@ async def follow(  # noqa: PLR0913
     not exist, or that the caller may not read, is null.
 
     With `Accept: text/event-stream`, sends an event at every change after the one of `Last-Event-ID`, and a comment
-    after 15 seconds without a change. Otherwise responds once: immediately, or with `Prefer: wait=30` and
+    after 25 seconds without a change. Otherwise responds once: immediately, or with `Prefer: wait=30` and
     `If-None-Match` as soon as the state has changed, and with 304 if it has not.
     """
     names = _parse(channels)

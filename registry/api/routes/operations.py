@@ -55,7 +55,7 @@ async def follow_job(
     job_id: RowId, resources: ResourcesOf, actor: Caller, request: Request, last_event_id: LastEventId = None
 ) -> Response:
     """Server-sent events: the job on every change until it ends, after the one of `Last-Event-ID`, and a comment after
-    15 seconds without changes. 204 if that was the last."""
+    25 seconds without changes. 204 if that was the last."""
     look = partial(show_job, job_id, resources)
     return await stream(request, actor, look, job_documents, job_id, last_event_id)
 
