@@ -14,7 +14,8 @@ from registry.api.routes.views import channel_view, judgement_view, move_view, p
 from registry.database import idempotency
 from registry.database.engine import Session
 from registry.database.tables import Promotion, Repository
-from registry.domain.channels import moves, pending, policies, promotions, timeline, withdrawals
+from registry.domain.channels import moves, pending, policies, promotions, withdrawals
+from registry.domain.channels.serving import ChannelMove, moves_of_channel, moves_of_release
 from registry.formats.channel_policy import read_policy
 from registry.formats.references import parse_name, parse_version
 from registry.transfer.promotions import settle, settle_overdue
@@ -114,16 +115,14 @@ def promote(  # noqa: PLR0913
             outcome = _made(session, named, channel, made)
         else:
             outcome = promotions.request(session, actor, wanted)
-            kind = "move" if isinstance(outcome, timeline.ChannelMove) else "promotion"
+            kind = "move" if isinstance(outcome, ChannelMove) else "promotion"
             idempotency.store_answer(session, asked, {kind: outcome.id})
         if isinstance(outcome, Promotion):
             return Response(promotion_view(outcome).model_dump_json(), 202, media_type="application/json")
     return json_response(move_document(outcome, named.name, channel), ETag=etag(outcome.id, outcome.to_version))
 
 
-def _made(
-    session: Session, named: NamedRepository, channel: str, made: dict[str, int]
-) -> timeline.ChannelMove | Promotion:
+def _made(session: Session, named: NamedRepository, channel: str, made: dict[str, int]) -> ChannelMove | Promotion:
     """The answer of an earlier request with the same key."""
     if "move" in made:
         return _move(session, named, channel, made["move"])
@@ -154,9 +153,9 @@ def roll_back(  # noqa: PLR0913
     return json_response(move_document(move, named.name, channel), ETag=etag(move.id, move.to_version))
 
 
-def _move(session: Session, named: NamedRepository, channel: str, move_id: int) -> timeline.ChannelMove:
+def _move(session: Session, named: NamedRepository, channel: str, move_id: int) -> ChannelMove:
     row = moves.find(session, named.find(session), channel)
-    return timeline.history(session, row, before=move_id + 1, limit=1)[0]
+    return moves_of_channel(session, row, before=move_id + 1, limit=1)[0]
 
 
 @repository_routes.delete(CHANNEL)
@@ -184,7 +183,7 @@ def history(
     """List the channel's moves, newest first."""
     with resources.read() as session:
         row = moves.find(session, named.find(session), channel)
-        rows = timeline.history(session, row, before=decode_number(cursor), limit=limit + 1)
+        rows = moves_of_channel(session, row, before=decode_number(cursor), limit=limit + 1)
         return page([move_view(move, named.name, channel) for move in rows], limit, [move.id for move in rows])
 
 
@@ -200,7 +199,7 @@ def list_moves_of_release(
     """List the moves of all channels to this release and away from it, newest first."""
     with resources.read() as session:
         release = named.release(session, version)
-        rows = timeline.of_release(session, release, before=decode_number(cursor), limit=limit + 1)
+        rows = moves_of_release(session, release, before=decode_number(cursor), limit=limit + 1)
         items = [move_view(move, named.name, channel) for channel, move in rows]
         return page(items, limit, [move.id for _, move in rows])
 

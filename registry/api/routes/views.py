@@ -24,8 +24,7 @@ from registry.domain.catalog import bases, metrics, repositories, suites
 from registry.domain.channels import moves, resolve
 from registry.domain.channels.moves import PromotionRequest
 from registry.domain.channels.promotions import Judgement
-from registry.domain.channels.serving import ChannelName, serving_move
-from registry.domain.channels.timeline import ChannelMove
+from registry.domain.channels.serving import ChannelMove, ChannelName, serving_move
 from registry.domain.compositions import compositions
 from registry.domain.jobs import needs, queue
 from registry.domain.rollouts import canaries, fleet

@@ -13,7 +13,7 @@ from registry.domain.access import audit, namespaces
 from registry.domain.access.audit import Act, Actor
 from registry.domain.catalog import releases, repositories, signatures
 from registry.domain.catalog.releases import full_name
-from registry.domain.channels import pending, policies, timeline
+from registry.domain.channels import pending, policies
 from registry.domain.channels.policies import (
     SERVES_NOTHING,
     Expected,
@@ -22,8 +22,14 @@ from registry.domain.channels.policies import (
     PromotionVerdict,
 )
 from registry.domain.channels.requirements import Question
-from registry.domain.channels.serving import move_before, serving_move, way_back
-from registry.domain.channels.timeline import ChannelMove
+from registry.domain.channels.serving import (
+    LEFT_RELEASE,
+    MOVE_COLUMNS,
+    ChannelMove,
+    move_before,
+    serving_move,
+    way_back,
+)
 from registry.domain.jobs.evaluations import WantedScore
 from registry.errors import Refused, Stale
 from registry.formats.channel_policy import ChannelPolicy
@@ -79,7 +85,7 @@ _STATE = (
         _move.to_release_id,
         _revision.commit,
         _served.c.version.label("served_version"),
-        *timeline.COLUMNS,
+        *MOVE_COLUMNS,
     )
     .select_from(Channel.__table__)
     .outerjoin(Gate.__table__, (_gate.repository_id == _channel.repository_id) & (_gate.channel == _channel.name))
@@ -90,7 +96,7 @@ _STATE = (
     .outerjoin(Move.__table__, _move.id == _channel.move_id)
     .outerjoin(Release.__table__, _release.id == _move.to_release_id)
     .outerjoin(Revision.__table__, _revision.id == _release.revision_id)
-    .outerjoin(timeline.LEFT, timeline.LEFT.c.id == _move.from_release_id)
+    .outerjoin(LEFT_RELEASE, LEFT_RELEASE.c.id == _move.from_release_id)
     .outerjoin(_served, _served.c.id == _channel.served_id)
     .outerjoin(_asked_for, (_asked_for.c.id == bindparam("release")) & _asked_for.c.yanked)
     .where(_channel.id == bindparam("channel"))

@@ -19,8 +19,7 @@ from registry.domain.channels.gates import GateResult
 from registry.domain.channels.moves import Waiting
 from registry.domain.channels.pending import PENDING
 from registry.domain.channels.policies import Expected, PolicyReport, PromotionRequest, PromotionVerdict
-from registry.domain.channels.serving import serving_move
-from registry.domain.channels.timeline import ChannelMove
+from registry.domain.channels.serving import ChannelMove, serving_move
 from registry.domain.jobs import evaluations, queue
 from registry.domain.jobs.evaluations import WantedScore
 from registry.errors import Conflict, NotAllowed, Refused, RegistryError, Stale, Unavailable

@@ -16,8 +16,7 @@ from registry.domain.access.roles import Role, holds
 from registry.domain.catalog import releases, repositories
 from registry.domain.channels import moves, pending, policies, promotions
 from registry.domain.channels.policies import PromotionRequest, PromotionVerdict
-from registry.domain.channels.serving import ChannelName
-from registry.domain.channels.timeline import ChannelMove
+from registry.domain.channels.serving import ChannelMove, ChannelName
 from registry.domain.rollouts import fleet
 from registry.domain.rollouts.sequential import Sample, above_limit, above_other
 from registry.errors import Conflict, Invalid, NotAllowed, Refused, RegistryError

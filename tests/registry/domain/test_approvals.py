@@ -13,7 +13,7 @@ from registry.domain.access.people import Person
 from registry.domain.access.roles import Role
 from registry.domain.catalog import releases, repositories
 from registry.domain.channels import moves, promotions, requirements, withdrawals
-from registry.domain.channels.timeline import ChannelMove
+from registry.domain.channels.serving import ChannelMove
 from registry.errors import NotAllowed
 from registry.transfer.promotions import settle
 from tests.access.house import HOST, NOW, OTHER, PRIVATE, House

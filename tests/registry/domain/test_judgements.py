@@ -11,7 +11,7 @@ from registry.database.tables import AuditRow, Channel, Job, Move, Namespace, Pr
 from registry.domain.catalog import releases, suites
 from registry.domain.catalog.suites import Measurement
 from registry.domain.channels import policies, withdrawals
-from registry.domain.channels.timeline import ChannelMove
+from registry.domain.channels.serving import ChannelMove
 from registry.errors import Refused
 from registry.formats.channel_policy import read_policy
 from registry.formats.references import RepositoryName, Version

@@ -9,7 +9,7 @@ from registry.database.tables import Evaluation, Promotion
 from registry.domain.access.audit import Actor, EventQuery, list_oldest_first
 from registry.domain.catalog import bases, releases, suites
 from registry.domain.catalog.suites import Measurement
-from registry.domain.channels.timeline import ChannelMove
+from registry.domain.channels.serving import ChannelMove
 from registry.errors import RegistryError
 from registry.formats.references import Version
 from registry.transfer.promotions import settle_on_base

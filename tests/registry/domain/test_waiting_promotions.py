@@ -24,7 +24,7 @@ from registry.domain.catalog import bases, releases, repositories, suites
 from registry.domain.catalog.suites import Measurement
 from registry.domain.channels import moves, pending, policies, promotions
 from registry.domain.channels.moves import PromotionRequest
-from registry.domain.channels.timeline import ChannelMove
+from registry.domain.channels.serving import ChannelMove
 from registry.domain.compositions import compositions
 from registry.errors import Conflict, NotAllowed, NotFound, Refused, RegistryError
 from registry.formats.channel_policy import read_policy

@@ -9,7 +9,8 @@ from registry.api.routes.views import judgement_view, move_view
 from registry.database.engine import Session
 from registry.database.tables import Release
 from registry.domain.access.audit import Actor
-from registry.domain.channels import moves, promotions, timeline
+from registry.domain.channels import moves, promotions
+from registry.domain.channels.serving import moves_of_release
 from registry.formats.references import RepositoryName, parse_repository, parse_version
 from registry.wire.quality import ChannelOut, MoveOut
 
@@ -51,7 +52,7 @@ class Channels:
 
 def moves_of(session: Session, named: RepositoryName, release: Release, limit: int) -> list[MoveOut]:
     """The moves to a release and away from it, newest first."""
-    rows = timeline.of_release(session, release, before=0, limit=limit)
+    rows = moves_of_release(session, release, before=0, limit=limit)
     return [move_view(move, named, channel) for channel, move in rows]
 
 

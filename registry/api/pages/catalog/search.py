@@ -16,7 +16,7 @@ from registry.api.pages.html.wire import ERRORS, PageCaller, PageRoute
 from registry.api.routes.documents import RenderedReleaseCache
 from registry.api.routes.search import PARAMETERS, Results, find_releases
 from registry.domain.access.audit import Actor
-from registry.domain.channels import timeline
+from registry.domain.channels.serving import channels_of, latest_moves
 from registry.transfer.resources import Resources
 from registry.wire.search import FoundOut
 
@@ -43,8 +43,8 @@ def home(request: Request, resources: ResourcesOf, actor: PageCaller) -> Respons
     results = _find(request, resources, actor, [("limit", "10")])
     with resources.read() as session:
         latest, serving = (
-            timeline.latest(session, actor, limit=MOVES),
-            timeline.channels_of(session, results.release_ids),
+            latest_moves(session, actor, limit=MOVES),
+            channels_of(session, results.release_ids),
         )
     facts: dict[str, Any] = {**_rows(results, serving), "moves": latest}
     return page(request, "home.html", **facts, json_address="/v1/releases?limit=10")
@@ -70,7 +70,7 @@ def search(request: Request, resources: ResourcesOf, actor: PageCaller) -> Respo
     without_cursor = [(name, value) for name, value in given if name != "cursor"]
     more = f"/search?{urlencode([*without_cursor, ('cursor', results.following)])}" if results.following else None
     with resources.read() as session:
-        serving = timeline.channels_of(session, results.release_ids)
+        serving = channels_of(session, results.release_ids)
     facts: dict[str, Any] = {**_rows(results, serving), "more": more, "asked": _asked(given)}
     facts["not_loading"] = _not_loading(request, resources, actor, without_cursor)
     return page(request, "search.html", error=None, **facts, json_address=f"/v1/releases?{urlencode(limited)}")

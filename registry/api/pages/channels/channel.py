@@ -15,9 +15,8 @@ from registry.database.tables import Canary, Promotion, Repository
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import Role, holds
 from registry.domain.catalog import releases, repositories
-from registry.domain.channels import moves, pending, policies, timeline
-from registry.domain.channels.serving import serving_move
-from registry.domain.channels.timeline import ChannelMove
+from registry.domain.channels import moves, pending, policies
+from registry.domain.channels.serving import ChannelMove, moves_of_channel, serving_move
 from registry.domain.rollouts import canaries
 from registry.formats.channel_policy import ChannelPolicy
 from registry.formats.references import RepositoryName
@@ -97,10 +96,10 @@ def _moved(session: Session, actor: Actor, repository: Repository, channel: str,
     """The release that the channel serves, since when and why, which nodes serve it, and a page of its moves."""
     named, row = repositories.name_of(repository), moves.find(session, repository, channel)
     served, canary = serving_move(session, row), canaries.latest(session, row)
-    rows = timeline.history(session, row, before=decode_number(cursor), limit=SHOWN + 1)
+    rows = moves_of_channel(session, row, before=decode_number(cursor), limit=SHOWN + 1)
     listed, more = first_rows(rows, SHOWN, lambda move: move.id)
     views = [move_view(move, named, channel) for move in listed]
-    [current] = timeline.history(session, row, before=(row.move_id or 0) + 1, limit=1)
+    [current] = moves_of_channel(session, row, before=(row.move_id or 0) + 1, limit=1)
     return {
         "serving": channel_view(session, row, repository),
         "move": move_view(current, named, channel),
