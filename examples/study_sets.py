@@ -26,9 +26,8 @@ from composer.deltas.variants.load import LoadedAdapter, load_deltas
 from composer.evaluation.calibration import Calibration
 from composer.evaluation.measure import encode, measure, ratio
 from composer.evaluation.model import LoadedModel, load_model
-from composer.formats.recipes.calibration_sets import CalibrationSet
 from composer.formats.recipes.methods import Regmean
-from composer.formats.recipes.suite import Example, Suite
+from composer.formats.recipes.suite import CalibrationSet, Example, Suite
 from composer.methods.combine import combine_deltas
 
 WITHOUT_REHEARSAL = ("dates-iso", "commits")

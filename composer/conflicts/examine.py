@@ -15,10 +15,9 @@ from composer.evaluation.calibration import Calibration
 from composer.evaluation.model import LoadedModel
 from composer.findings import Severity
 from composer.formats.checkpoints.checkpoint import Checkpoint
-from composer.formats.recipes.calibration_sets import CalibrationSet, used_in
 from composer.formats.recipes.methods import AnySettings, Regmean, effective_weights, parse_settings
 from composer.formats.recipes.policy import Policy
-from composer.formats.recipes.suite import MAX_TEXT_CHARS, Suite, contradicting_suites
+from composer.formats.recipes.suite import MAX_TEXT_CHARS, CalibrationSet, Suite, contradicting_suites, used_in
 from composer.formats.recipes.weights import Weight, weights_of
 from composer.methods.combine import participating, projected_off_protected
 from composer.methods.structural import structural

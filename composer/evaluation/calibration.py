@@ -18,8 +18,8 @@ from composer.evaluation.measure import Encoded, encode, encode_prompt
 from composer.evaluation.model import LoadedModel
 from composer.evaluation.observe import ForwardPass, Watch, observe
 from composer.evaluation.stack_inputs import Stack
-from composer.formats.recipes.calibration_sets import CalibrationSet
 from composer.formats.recipes.methods import Regmean
+from composer.formats.recipes.suite import CalibrationSet
 from composer.methods.regmean import ModuleInputs
 
 

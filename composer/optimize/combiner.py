@@ -9,8 +9,8 @@ from composer.deltas.delta import Delta, LowRank
 from composer.evaluation.calibration import Calibration
 from composer.evaluation.hooks import Deltas
 from composer.export.combine import refuse_uncombinable
-from composer.formats.recipes.calibration_sets import CalibrationSet
 from composer.formats.recipes.methods import Regmean
+from composer.formats.recipes.suite import CalibrationSet
 from composer.methods.combine import combine_parsed
 from composer.methods.regmean import ModuleInputs, Observe
 from composer.optimize.candidates import Candidate

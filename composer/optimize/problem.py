@@ -10,10 +10,9 @@ from composer.conflicts.evidence.outcome import Limits
 from composer.deltas.variants.load import LoadedAdapter
 from composer.errors import Mismatch
 from composer.evaluation.model import LoadedModel
-from composer.formats.recipes.calibration_sets import CalibrationSet
 from composer.formats.recipes.policy import THRESHOLDS, Policy
 from composer.formats.recipes.recipe import CONFIRM, SEARCH, Optimize
-from composer.formats.recipes.suite import Contradiction, Example, Suite, contradicting_suites
+from composer.formats.recipes.suite import CalibrationSet, Contradiction, Example, Suite, contradicting_suites
 from composer.formats.recipes.weights import Weight
 from composer.optimize.evolution import require_cmaes
 

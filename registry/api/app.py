@@ -48,7 +48,7 @@ ROUTERS: tuple[Entry, ...] = (
     ("suites", "router", ("suites", "bases")),
     ("bases", "router", ("bases",)),
     ("bases", "upgrade_router", ("upgrades",)),
-    ("evaluations", "router", ("evaluations",)),
+    ("suites", "evaluations_router", ("evaluations",)),
     ("blobs", "router", ("uploads", "blobs", "files")),
     ("compositions", "router", ("compositions",)),
     ("conflicts", "router", ("conflicts",)),

@@ -19,8 +19,7 @@ MODULES = {
     "composition": ("compose", "conflicts", "local"),
     "evaluation": ("evaluation", "quality"),
     "operations": (
-        "access", "backup", "doctor", "jobs", "maintenance", "operations", "profiles", "publisher",
-        "webhook", "worker_keys",
+        "access", "backup", "doctor", "jobs", "maintenance", "operations", "profiles", "publisher", "webhook",
     ),
     "releases": (
         *("base", "canary", "diff", "evidence", "follow", "hub", "inspection", "promotion", "release", "rollout"),

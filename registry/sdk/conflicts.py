@@ -19,10 +19,9 @@ if TYPE_CHECKING:
     from composer.evaluation.calibration import Calibration
     from composer.evaluation.model import LoadedModel
     from composer.formats.checkpoints.checkpoint import Checkpoint
-    from composer.formats.recipes.calibration_sets import CalibrationSet
     from composer.formats.recipes.methods import AnySettings
     from composer.formats.recipes.policy import Policy
-    from composer.formats.recipes.suite import Suite
+    from composer.formats.recipes.suite import CalibrationSet, Suite
     from composer.formats.recipes.weights import Weight
     from registry.wire.catalog import BaseOut
     from registry.wire.search import ResolvedRelease
@@ -188,7 +187,7 @@ def calibration_of(
     if not isinstance(settings, Regmean):
         return None
     from composer.evaluation.calibration import Calibration
-    from composer.formats.recipes.calibration_sets import CalibrationSet
+    from composer.formats.recipes.suite import CalibrationSet
 
     sets = [CalibrationSet(prompts=texts) for texts in prompts]
     sets = sets or [_calibration_set(suite, settings.examples) for suite in suites if suite]
@@ -198,7 +197,7 @@ def calibration_of(
 
 
 def _calibration_set(suite: "Suite", count: int) -> "CalibrationSet":
-    from composer.formats.recipes.calibration_sets import CalibrationSet
+    from composer.formats.recipes.suite import CalibrationSet
 
     if len(suite.examples) <= count:
         message = f"{suite.name} has {len(suite.examples)} examples: fitting on {count} leaves none to evaluate on."

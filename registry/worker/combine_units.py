@@ -3,9 +3,8 @@
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from composer.formats.recipes.calibration_sets import CalibrationSet
 from composer.formats.recipes.methods import Regmean, parse_settings
-from composer.formats.recipes.suite import Suite
+from composer.formats.recipes.suite import CalibrationSet, Suite
 from composer.formats.recipes.weights import parse_weight
 from registry.formats.manifest import ManifestFile
 from registry.worker.composition import CompositionRun

@@ -9,9 +9,9 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from composer.formats.checkpoints.checkpoint import Architecture
-from composer.formats.recipes.calibration_sets import CalibrationSet
 from composer.formats.recipes.methods import AnySettings, parse_settings
 from composer.formats.recipes.recipe import Lock, Recipe, parse_recipe
+from composer.formats.recipes.suite import CalibrationSet
 from composer.formats.recipes.suite import Suite as SuiteContent
 from registry.database.tables import Base
 from registry.domain.access.audit import Actor

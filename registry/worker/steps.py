@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING
 from sqlalchemy.orm import Session
 
 from composer.findings import Finding, Severity, Verdict
-from composer.formats.recipes.calibration_sets import used_in
 from composer.formats.recipes.policy import read_policy
-from composer.formats.recipes.suite import Example, Suite
+from composer.formats.recipes.suite import Example, Suite, used_in
 from registry.database.tables import Base, Namespace, Release
 from registry.domain.access import namespaces
 from registry.domain.access.audit import Actor

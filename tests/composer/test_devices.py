@@ -19,10 +19,9 @@ from composer.evaluation.model import LoadedModel, load_model
 from composer.export.combine import combine
 from composer.export.extract import extract
 from composer.formats.checkpoints.checkpoint import open_checkpoint
-from composer.formats.recipes.calibration_sets import CalibrationSet
 from composer.formats.recipes.methods import Regmean, parse_settings
 from composer.formats.recipes.rounding import Mode, Rounding
-from composer.formats.recipes.suite import Suite
+from composer.formats.recipes.suite import CalibrationSet, Suite
 from composer.formats.recipes.tasks import Task
 from composer.merge.plan import plan_merge
 from composer.merge.rebuild import steps_apart

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from composer.formats.recipes.calibration_sets import example_digest
-from composer.formats.recipes.suite import parse_suite
+from composer.formats.recipes.suite import example_digest, parse_suite
 from tests.registry.api.test_pages import single_user
 from tests.scenarios.test_compositions import write_recipe
 from tests.scenarios.test_crashes import resources_of

@@ -10,8 +10,7 @@ from composer.deltas.delta import Delta, names_of
 from composer.evaluation.hooks import Deltas
 from composer.evaluation.measure import Encoded, Measured, encode, measure
 from composer.evaluation.model import LoadedModel
-from composer.formats.recipes.calibration_sets import example_digest
-from composer.formats.recipes.suite import Example, Suite
+from composer.formats.recipes.suite import Example, Suite, example_digest
 from composer.formats.recipes.weights import Weight, parse_weight
 from composer.methods.join import times
 

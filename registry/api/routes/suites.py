@@ -1,4 +1,4 @@
-"""Suites and scores."""
+"""Suites and scores, and evaluations by a worker on request."""
 
 from typing import Any
 
@@ -6,9 +6,9 @@ from fastapi import APIRouter, Response
 
 from composer.formats.recipes.elsewhere import parse_content
 from registry.api.http.pagination import Cursor, Limit, decode_number, page
-from registry.api.http.request import ResourcesOf
+from registry.api.http.request import ResourcesOf, RowId
 from registry.api.http.routes import Route
-from registry.api.http.rules import Contributor, Member, Publisher, Reader
+from registry.api.http.rules import Caller, Contributor, Member, Publisher, Reader
 from registry.api.http.threads import in_store_threads
 from registry.api.routes.repository import RepositoryOf, RepositoryRouter
 from registry.api.routes.views import score_view, suite_page, suite_view
@@ -16,7 +16,9 @@ from registry.domain.access.audit import Actor
 from registry.domain.access.roles import EVERYWHERE, refuse_other_owner
 from registry.domain.catalog import bases, suites
 from registry.domain.catalog.suites import Measurement
+from registry.domain.jobs.queue import Wish
 from registry.formats.references import parse_version
+from registry.transfer import evaluations
 from registry.transfer.promotions import settle_on_base
 from registry.transfer.resources import Resources
 from registry.wire.document import Page
@@ -28,8 +30,10 @@ from registry.wire.quality import (
     SuiteOut,
     SuiteResultsOut,
 )
+from registry.wire.work import EvaluationIn, EvaluationOut
 
 router = APIRouter(prefix="/v1", tags=["quality"], route_class=Route)
+evaluations_router = APIRouter(prefix="/v1/evaluations", tags=["quality"], route_class=Route)
 repository_routes = RepositoryRouter(tags=["quality"], route_class=Route)
 
 
@@ -172,3 +176,20 @@ def _measurements(resources: Resources, actor: Actor, namespace: str, body: Scor
         for result in body.results
     }
     return results.store(resources, actor, namespace, measured, rows) if rows else measured
+
+
+@evaluations_router.post("", status_code=202)
+def request_evaluation(body: EvaluationIn, resources: ResourcesOf, actor: Caller) -> EvaluationOut:
+    """Queue the evaluation of releases and bases on suites as one job, which loads each base once. Needs the role
+    publisher in each release's namespace, and each base to be the caller's own, as recording the scores does."""
+    wish = Wish(priority=body.priority, memory_bytes=body.memory_bytes)
+    document = evaluations.request(resources, actor, body.releases, body.bases, body.suites, wish)
+    return EvaluationOut.model_validate(document)
+
+
+@evaluations_router.get("/{job_id}")
+def show_evaluation(job_id: RowId, resources: ResourcesOf, actor: Caller) -> EvaluationOut:
+    """Show an evaluation, as far as it is done. Only for its requester and registry admins. It is
+    cancelled by its job."""
+    with resources.read() as session:
+        return EvaluationOut.model_validate(evaluations.report(session, actor, job_id))

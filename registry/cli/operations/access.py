@@ -1,4 +1,4 @@
-"""Access: tokens, namespaces, members, users."""
+"""Access: tokens, namespaces, members, users, and the keys of workers."""
 
 import sys
 from collections.abc import Callable
@@ -20,6 +20,8 @@ from registry.errors import Usage
 tokens = group("token", "Manage access tokens.")
 namespaces = group("namespace", "Manage namespaces, the unit of permission.")
 users = group("user", "Manage the names of users.")
+worker_keys = group("worker-key", "Manage the keys by which workers attest what they measure.")
+_WORKER_KEYS = "/v1/worker-keys"
 _UNLIMITED = {"*": "admin"}  # what its user may do, whatever that is
 _KEY_BYTES = 10_000  # larger than any PEM key
 
@@ -325,3 +327,26 @@ def _pair(text: str) -> tuple[str, str]:
     if not equals:
         raise Usage("bad_scope", f"Invalid scope {text!r}.", subject=text)
     return namespace, role
+
+
+@worker_keys.command("list")
+def list_worker_keys(json: JsonFlag = False) -> None:
+    """List the keys of workers."""
+    with connected() as connection:
+        items = list(connection.api.pages(_WORKER_KEYS, wire.quality.WorkerKeyOut))
+    rows = [
+        (row.id[:12], row.worker, render.minute(row.created_at), f"by {row.revoked_by}" if row.revoked_by else "")
+        for row in items
+    ]
+    render.listing(items, json, ("key", "worker", "registered", "revoked"), rows)
+
+
+@worker_keys.command("revoke")
+def revoke_worker_key(
+    key: Annotated[str, typer.Argument(metavar="KEY", help="As `adaptory worker-key list` shows it.")],
+    json: JsonFlag = False,
+) -> None:
+    """Revoke a worker's key. What it signed counts as stated from then on, and its worker measures nothing further."""
+    with connected() as connection:
+        row = connection.api.delete(f"{_WORKER_KEYS}/{quote(key, safe='')}", wire.quality.WorkerKeyOut)
+    render.document(row, json, lambda: render.out(f"revoked {row.id[:12]} of the worker {row.worker}"))

@@ -7,9 +7,9 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
-from composer.formats.recipes.calibration_sets import CalibrationSet
 from composer.formats.recipes.methods import AnySettings, Regmean, parse_settings
 from composer.formats.recipes.recipe import Lock, LockedInput, Recipe
+from composer.formats.recipes.suite import CalibrationSet
 from composer.formats.recipes.suite import Suite as SuiteContent
 from registry.database.tables import Base, Release
 from registry.domain.catalog import bases, releases, suites

@@ -14,9 +14,8 @@ from composer.evaluation.calibration import Calibration
 from composer.evaluation.evaluate import evaluate
 from composer.evaluation.model import LoadedModel, load_model
 from composer.findings import Verdict
-from composer.formats.recipes.calibration_sets import CalibrationSet, used_in
 from composer.formats.recipes.methods import Regmean, parse_settings
-from composer.formats.recipes.suite import Example, Suite
+from composer.formats.recipes.suite import CalibrationSet, Example, Suite, used_in
 from composer.methods.combine import combine_deltas
 from tests.composer.small_model import Load, dense
 

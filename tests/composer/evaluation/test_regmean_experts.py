@@ -17,8 +17,8 @@ from composer.evaluation.observe import ForwardPass
 from composer.evaluation.stack_inputs import Stack
 from composer.export.combine import combine
 from composer.formats.checkpoints.checkpoint import open_checkpoint
-from composer.formats.recipes.calibration_sets import CalibrationSet
 from composer.formats.recipes.methods import Regmean
+from composer.formats.recipes.suite import CalibrationSet
 from composer.methods.combine import combine_deltas
 from tests.composer.adapted import IDS, peft_logits, relative, save_adapted
 from tests.composer.deltas.test_variants_experts import DOWN, GATE, gpt_oss, lora, mixtral, qwen3, save_base

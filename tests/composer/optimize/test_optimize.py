@@ -15,8 +15,7 @@ from composer.evaluation.generation import generate
 from composer.evaluation.measure import encode, measure
 from composer.evaluation.model import LoadedModel, load_model
 from composer.findings import Verdict
-from composer.formats.recipes.calibration_sets import example_digest
-from composer.formats.recipes.suite import Example, Kind, Suite
+from composer.formats.recipes.suite import Example, Kind, Suite, example_digest
 from composer.formats.recipes.weights import Weight, parse_rule
 from composer.methods.combine import combine_parsed
 from composer.optimize.candidates import Candidate
