@@ -11,12 +11,13 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import mkdtemp, mkstemp
 from typing import Any, cast
+from uuid import uuid4
 
 from composer.errors import InvalidFile
 from composer.formats.checkpoints.hashing import hash_file
@@ -31,6 +32,7 @@ from registry.wire.search import AnyRelease
 
 CONFIG = "adapter_config.json"
 _MAX_CONFIG_BYTES = 1 << 20
+_PART = ".part-"
 
 Check = Callable[[AnyRelease, Path], None]
 """Raises if the verified files of a release must not be served."""
@@ -73,7 +75,8 @@ class MirrorDirectory:
 
     @contextmanager
     def locked(self) -> Generator[None]:
-        """Makes the directory. Raises Conflict while another agent uses it, Unavailable if it cannot be written."""
+        """Makes the directory, and removes what an agent that was killed left half done. Raises Conflict while another
+        agent uses it, Unavailable if it cannot be written."""
         with _writing(self.root):
             self._by_commit.mkdir(parents=True, exist_ok=True)
             handle = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY)
@@ -83,6 +86,8 @@ class MirrorDirectory:
             os.close(handle)
             raise Conflict("mirror_in_use", f"Another mirror uses {self.root}.", subject=str(self.root)) from None
         try:
+            for left in self.root.glob(f"{_PART}*"):
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
             yield
         finally:
             os.close(handle)
@@ -116,14 +121,15 @@ class MirrorDirectory:
                     subject=version.reference,
                 )
             pull(api, release, target, lambda _count: None, None, lambda files: check(release, files), replace=True)
-            _sync(self._by_commit)
+            with _writing(target):
+                _sync(self._by_commit)
         self._intact.add(version.commit)
         return target
 
-    def touch(self, commits: Iterator[str]) -> None:
+    def touch(self, commits: Iterable[str]) -> None:
         """Notes that these directories are needed now: their age counts from the last note."""
         for commit in commits:
-            with suppress(FileNotFoundError):
+            with _writing(self.path(commit)), suppress(FileNotFoundError):
                 os.utime(self.path(commit))
 
     def make_version(self, version: ServedVersion, base_name: str | None) -> Path:
@@ -133,7 +139,7 @@ class MirrorDirectory:
             return target
         with _writing(target):
             target.parent.mkdir(parents=True, exist_ok=True)
-            part = Path(mkdtemp(dir=self.root, prefix=".part-"))
+            part = Path(mkdtemp(dir=self.root, prefix=_PART))
             try:
                 shutil.copytree(self.path(version.commit), part / "files", copy_function=os.link)
                 _rename_base(part / "files" / CONFIG, base_name)
@@ -157,7 +163,8 @@ class MirrorDirectory:
         return {name: self._note_of(target) for name, target in self.named_versions()}
 
     def remove_version(self, name: str) -> None:
-        self._note_path(self._by_version / name).unlink(missing_ok=True)
+        with _writing(self._by_version / name):
+            self._note_path(self._by_version / name).unlink(missing_ok=True)
         self._remove(self._by_version / name)
 
     def old(self, grace_s: float, now_s: float) -> Iterator[tuple[str, float]]:
@@ -171,6 +178,12 @@ class MirrorDirectory:
     def remove(self, commit: str) -> None:
         self._intact.discard(commit)
         self._remove(self.path(commit))
+
+    def remove_partial(self, needed: Container[str]) -> None:
+        """Removes what was fetched of releases that are not needed any more."""
+        for partial in self._by_commit.glob(".*.partial"):
+            if partial.name.split(".")[1] not in needed:
+                self._remove(partial)
 
     def routes(self) -> Routes:
         """The routes that were written last; none if they cannot be read."""
@@ -207,10 +220,9 @@ class MirrorDirectory:
 
     def _remove(self, target: Path) -> None:
         """Removes a directory that no server has loaded, in one step for others."""
-        with _writing(target):
-            trash = Path(mkdtemp(dir=self.root, prefix=".part-"))
-            with suppress(FileNotFoundError):
-                target.rename(trash / "removed")
+        trash = self.root / f"{_PART}{uuid4().hex}"
+        with _writing(target), suppress(FileNotFoundError):
+            target.rename(trash)  # which a full disk allows
             shutil.rmtree(trash)
 
     def _note_path(self, target: Path) -> Path:
@@ -256,7 +268,7 @@ def write_json(path: Path, document: Mapping[str, Any]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Replaces the file in one step. Raises Unavailable if it cannot be written."""
     with _writing(path):
-        handle, part = mkstemp(dir=path.parent, prefix=".part-")
+        handle, part = mkstemp(dir=path.parent, prefix=_PART)
         try:
             with os.fdopen(handle, "w") as file:
                 file.write(text)

@@ -14,7 +14,7 @@ from registry.agent.directory import Check, MirrorDirectory, Routes
 from registry.agent.switching import Checked, KeptServer
 from registry.agent.versions import ALL, ServedVersion, weights_of
 from registry.client.api import Api
-from registry.errors import RegistryError
+from registry.errors import RegistryError, Unavailable
 from registry.wire.fleet import (
     MAX_CHANNEL_CHARS,
     MAX_LOADED,
@@ -29,6 +29,8 @@ from registry.wire.quality import FollowedOut
 WAIT_S = 20.0
 """A round waits no longer for a server. One whose work takes longer is late: it keeps what it has, and the round goes
 on with the others."""
+CLOCK_S = 60.0
+"""A clock that differs so much from the registry's is a problem: people see times of both."""
 _WEAKEST = ("proved", "unproved", "failed")
 _MAX_TEXT, _MAX_URL = 1000, 500
 T = TypeVar("T")
@@ -90,8 +92,8 @@ class Mirror:
             kept.server.close()
 
     def round(self, wanted: Mapping[str, FollowedOut | None], channels: Sequence[str]) -> NodeReportIn:
-        """Does what is needed now. `wanted` has the channels that are known; null is one that cannot be read. Raises
-        Unavailable if the directory cannot be written: then nothing that is served changes."""
+        """Does what is needed now. `wanted` has the channels that are known; null is one that cannot be read. If the
+        directory cannot be written, nothing that is served changes, and the report says why."""
         routes = self._directory.routes()
         targets = {channel: self._target(channel, wanted, routes) for channel in channels}
         differ = any(target.version not in (None, routes.version(channel)) for channel, target in targets.items())
@@ -105,14 +107,19 @@ class Mirror:
         needed = routes.versions() | goals
         failures = self._bring(needed)
         after = self._moved(routes, targets, failures, switches=switches)
-        if after != routes and (after.channels or routes.channels):  # damaged routes stay until there are others
-            self._directory.write_routes(after)
-        self._duties.publish(after)
-        self._tidy(after, targets)
-        report = self._report(after, targets, switches=switches)
+        changed = after != routes and (after.channels or routes.channels)  # damaged routes stay until there are others
+        if changed and (why := _unwritten(partial(self._directory.write_routes, after))):
+            after = routes
+            for target in targets.values():
+                target.error = target.error or why
+        # Nothing is unloaded before gateways have the routes without it.
+        problem = _unwritten(partial(self._duties.publish, after)) or _unwritten(partial(self._tidy, after, targets))
+        problem = problem or self._wrong_clock()
+        report = self._report(after, targets, problem, switches=switches)
         state = {**report.model_dump(mode="json"), "by_version": self._directory.notes()}
         if state != self._state:
-            self._directory.write_state(state)
+            if why := _unwritten(partial(self._directory.write_state, state)):
+                return self._report(after, targets, problem or why, switches=switches)
             self._state = state
         return report
 
@@ -144,7 +151,6 @@ class Mirror:
                 self._directory.fetch(self._api, version, self._duties.check)
             except RegistryError as error:
                 failures[version] = error.detail
-        self._directory.touch(version.commit for version in needed)
         fetched = [version for version in sorted(needed) if version not in failures]
         for of_server in self._on_each(partial(self._bring_to, fetched)):
             for version, why in of_server.items():
@@ -213,8 +219,11 @@ class Mirror:
         return target.weights
 
     def _tidy(self, routes: Routes, targets: Mapping[str, _Target]) -> None:
-        """Unloads what nothing is routed to any more, then removes directories that no server has loaded."""
+        """Unloads what nothing is routed to any more, then removes directories that no server has loaded. Raises
+        Unavailable if the directory cannot be written."""
         wanted = routes.versions() | {version for target in targets.values() for version in target.weights}
+        self._directory.touch(version.commit for version in wanted)
+        self._directory.remove_partial({version.commit for version in wanted})
         names = frozenset(version.name for version in wanted)
         self._on_each(lambda kept: kept.retire(names))
         if not all(kept.ready for kept in self._servers):
@@ -231,8 +240,17 @@ class Mirror:
             if last_s < kept_until_s:
                 self._directory.remove(commit)
 
-    def _report(self, routes: Routes, targets: Mapping[str, _Target], *, switches: bool) -> NodeReportIn:
-        channels: list[NodeChannel] = []
+    def _wrong_clock(self) -> str:
+        """What is wrong with this host's clock, by the registry's, or an empty text."""
+        ahead_s = self._api.ahead_s or 0.0
+        if abs(ahead_s) < CLOCK_S:
+            return ""
+        minutes, side = f"{abs(ahead_s) / 60:,.0f} min", "ahead of" if ahead_s > 0 else "behind"
+        return f"This host's clock is {minutes} {side} the registry's, and the times of its reports are wrong."
+
+    def _report(self, routes: Routes, targets: Mapping[str, _Target], problem: str, *, switches: bool) -> NodeReportIn:
+        """The report of this round. A `problem` of the node is an error of its channels; they go on following."""
+        now, channels = datetime.now(UTC).isoformat(), list[NodeChannel]()
         for channel, target in targets.items():
             version = routes.version(channel)
             follows = version == target.version
@@ -248,12 +266,21 @@ class Mirror:
                     version=version.version if version else None,
                     commit=version.commit if version else None,
                     move=target.move if follows else None,
-                    since=datetime.fromisoformat(routes.since[channel]),
+                    since=datetime.fromisoformat(routes.since.get(channel, now)),
                     check=_check_of(weakest) if weakest else None,
-                    error=target.error[:_MAX_TEXT] or None,
+                    error=(target.error or problem)[:_MAX_TEXT] or None,
                 )
             )
         return NodeReportIn(agent=AGENT, channels=channels, servers=list(map(_row_of, self._servers)))
+
+
+def _unwritten(write: Callable[[], None]) -> str:
+    """Writes. Returns why that failed, or an empty text."""
+    try:
+        write()
+    except Unavailable as error:
+        return error.detail
+    return ""
 
 
 def _check_of(checked: Checked) -> NodeCheck:

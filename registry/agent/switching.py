@@ -5,7 +5,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence, Set
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,7 +26,7 @@ T = TypeVar("T")
 Busy = Callable[[], Set[str]]
 Evidence = Callable[[ServedVersion], Sequence[EvidenceExample] | None]
 """Returns the attested evidence of a version, None without any."""
-CHECK_AGAIN = {"unproved": timedelta(seconds=60), "failed": timedelta(seconds=10)}
+CHECK_AGAIN_S = {"unproved": 60.0, "failed": 10.0}
 
 
 @dataclass(slots=True)
@@ -43,7 +44,8 @@ class Checked:
 
     commit: str
     result: CheckResult
-    at: datetime
+    at: datetime = field(default_factory=partial(datetime.now, UTC))
+    _at_s: float = field(default_factory=time.monotonic)  # a clock that does not jump
 
     @property
     def failed(self) -> bool:
@@ -52,8 +54,8 @@ class Checked:
     @property
     def is_due(self) -> bool:
         """Whether it did not succeed a while ago: there may be other evidence now, or a server with less to do."""
-        again = CHECK_AGAIN.get(self.result.verdict)
-        return again is not None and datetime.now(UTC) - self.at > again
+        again_s = CHECK_AGAIN_S.get(self.result.verdict)
+        return again_s is not None and time.monotonic() - self._at_s > again_s
 
 
 class KeptServer:
@@ -147,7 +149,7 @@ class KeptServer:
             checked = self.checks.get(name)
             if checked is None or checked.commit != version.commit or checked.is_due:
                 result = self.server.check(name, self._evidence(version))
-                self.checks[name] = Checked(version.commit, result, datetime.now(UTC))
+                self.checks[name] = Checked(version.commit, result)
         except RegistryError as error:
             return error.detail
         return self.why_not(version)

@@ -1,6 +1,7 @@
 """Calls to a registry, over HTTP or in process. Answers are validated here, once, as documents of `registry.wire`;
 errors are of the seven families."""
 
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -68,7 +69,23 @@ class Api:
             timeout=_TIMEOUT,
             auth=_Bearer(url, token) if token else None,
             headers={"User-Agent": f"adaptory/{version('adaptory')}"},
+            event_hooks={"response": [self._note_date]},
         )
+        self._dated: tuple[float, float] | None = None
+
+    @property
+    def ahead_s(self) -> float | None:
+        """How far this machine's clock is ahead of the registry's, to a second or two. It is known from the registry's
+        last answer and a steady clock, so that a jump shows without another answer. None before the first one."""
+        if self._dated is None:
+            return None
+        theirs_s, steady_s = self._dated
+        return time.time() - (theirs_s + time.monotonic() - steady_s)
+
+    def _note_date(self, response: httpx2.Response) -> None:
+        if _is_of(response.request.url, httpx2.URL(self.url)):
+            with suppress(KeyError, ValueError, TypeError, OverflowError):  # without a date, or with a wrong one
+                self._dated = _moment(response.headers["Date"]).timestamp(), time.monotonic()
 
     def close(self) -> None:
         self._http.close()
@@ -268,9 +285,20 @@ class _Bearer(httpx2.Auth):
         self._token = token
 
     def auth_flow(self, request: httpx2.Request) -> Generator[httpx2.Request, httpx2.Response]:
-        if (request.url.scheme, request.url.netloc) == (self._home.scheme, self._home.netloc):
+        if _is_of(request.url, self._home):
             request.headers["Authorization"] = f"Bearer {self._token}"
         yield request
+
+
+def _is_of(url: httpx2.URL, registry: httpx2.URL) -> bool:
+    """Whether the registry itself answers there, and not the store behind it."""
+    return (url.scheme, url.netloc) == (registry.scheme, registry.netloc)
+
+
+def _moment(text: str) -> datetime:
+    """A date of HTTP."""
+    moment = parsedate_to_datetime(text)
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
 def line_path(name: RepositoryName, kind: str = "adapter") -> str:
@@ -433,8 +461,7 @@ def _wait(retry_after: str) -> str:
     if retry_after.strip().isdecimal():
         return f"{retry_after.strip()} s"
     try:
-        moment = parsedate_to_datetime(retry_after)
-        left_s = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)) - datetime.now(UTC)
+        left_s = _moment(retry_after) - datetime.now(UTC)
     except (ValueError, TypeError, OverflowError):
         return ""
     return f"{max(1, round(left_s.total_seconds())):,} s"

@@ -28,8 +28,8 @@ class NodeCheck(Wire):
 
 class NodeChannel(Wire):
     """A channel that a node follows, such as `acme/sql@prod`. `version`, `commit` and `move` are what the node's routes
-    give users now, null for nothing, `since` is when this began, and `error` what is wrong. `splits` says whether the
-    node gives a canary its share of the requests."""
+    give users now, null for nothing, `since` is when this began, and `error` what is wrong with the channel or its
+    node. `splits` says whether the node gives a canary its share of the requests."""
 
     channel: str = Field(min_length=1, max_length=MAX_CHANNEL_CHARS)
     state: Literal["following", "switching", "failed"]

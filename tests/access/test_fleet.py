@@ -162,6 +162,18 @@ def test_a_report_counts_for_a_minute_and_its_node_is_silent_then(house: House, 
     assert states(house) == {"gpu-1": "following"}
 
 
+def test_what_was_recorded_before_the_registrys_clock_was_set_back_does_not_count(house: House, clock: Clock) -> None:
+    served = live(commit=commit(house))
+    for node in ("gpu-1", "gpu-2"):
+        reported(house, node, served)
+    assert reported(house, "gpu-1", served, switch={"max_unavailable": 1})
+    clock.passes(-3600)
+    assert states(house) == {"gpu-1": "silent", "gpu-2": "silent"}
+    assert {row["silent"] for row in house.ask("reader", "GET", "/v1/fleet").json()["items"]} == {True}
+    assert reported(house, "gpu-2", served, switch={"max_unavailable": 1}), "the permission of an ended node, too"
+    assert states(house) == {"gpu-1": "silent", "gpu-2": "following"}
+
+
 def test_a_report_that_repeats_the_last_one_is_recorded_after_a_while_and_says_how_long_it_counts(
     house: House, clock: Clock
 ) -> None:

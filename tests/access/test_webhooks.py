@@ -280,24 +280,27 @@ def test_admins_see_the_last_deliveries_on_a_page_and_replay_them_there(house: H
         assert "delivered" in browser.open(page).text
 
 
-def test_a_node_that_is_behind_is_announced_after_five_minutes(house: House, receiver: Receiver) -> None:
+@pytest.mark.parametrize(("silent_s", "state"), [(0, "behind"), (61, "silent")])
+def test_nodes_get_time_to_follow_a_move_and_to_report_after_an_outage(
+    house: House, receiver: Receiver, silent_s: int, state: str
+) -> None:
     add(house, receiver, events=["fleet.drifted", "fleet.recovered"])
     behind = {"channel": f"{PRIVATE}/sql@prod", "state": "following", "since": "2026-01-01T00:00:00Z"}
     body = {"agent": "adaptory", "channels": [behind]}
     assert house.ask("agent", "PUT", "/v1/fleet/prod/gpu-1", json=body).status_code == 200
     with house.resources.read() as session:
-        seen_at = session.scalars(select(FleetNode.seen_at)).one()
+        began = session.scalars(select(FleetNode.seen_at)).one() + timedelta(seconds=silent_s)
     for seconds in (0, 30):
         with house.resources.write() as session:
-            drift.record(session, seen_at + timedelta(seconds=seconds))
+            drift.record(session, began + timedelta(seconds=seconds))
         assert deliver_due(house.resources) == 0
     with house.resources.write() as session:
         for row in session.scalars(select(FleetDrift)):
-            row.since -= drift.PATIENCE
+            row.since -= drift.PATIENCE[state]
     with house.resources.write() as session:
-        drift.record(session, seen_at + timedelta(seconds=30))
+        drift.record(session, began + timedelta(seconds=30))
     assert deliver_due(house.resources) == 1
-    assert receiver.got[0].event["data"]["detail"]["nodes"][0]["state"] == "behind"
+    assert receiver.got[0].event["data"]["detail"]["nodes"][0]["state"] == state
 
 
 def test_nodes_out_of_step_are_announced_once_and_once_more_when_they_are_back(

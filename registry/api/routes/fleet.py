@@ -121,7 +121,7 @@ def _node(row: FleetNode, channels: list[FleetChannel], actor: Actor) -> NodeOut
         NodeChannel.of(channel, channel=f"{row.namespace}/{channel.repository}@{channel.channel}")
         for channel in channels
     ]
-    return NodeOut.of(row, silent=row.seen_at <= actor.at - fleet.LEASE, channels=named)
+    return NodeOut.of(row, silent=fleet.is_silent(row.seen_at, actor.at), channels=named)
 
 
 @repository_routes.get("/{namespace}/{name}/channels/{channel}/rollout")

@@ -1,7 +1,7 @@
 """Drift of the fleet: nodes that stay out of step with their channels, recorded once, and once more when they are back.
 
-A node that failed or fell silent is out of step at once, one that is behind after `PATIENCE`, since nodes need a moment
-after each move.
+A node that failed is out of step at once. `PATIENCE` has the others: nodes need a moment after each move to follow it,
+and after each outage of the registry to report again.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from registry.domain.access import audit
 from registry.domain.access.audit import Act, Actor
 from registry.domain.rollouts import fleet
 
-PATIENCE = timedelta(minutes=5)
+PATIENCE = {fleet.BEHIND: timedelta(minutes=5), fleet.SILENT: fleet.LEASE}
 ACTOR = "registry"
 _SHOWN = 100
 _UNTRACKED = {"synchronize_session": False}
@@ -45,7 +45,7 @@ def compare(session: Session, now: datetime) -> Drifts:
     seen = {row.key: row for row in fleet.out_of_step(session, now)}
     new = [row for key, row in seen.items() if key not in known]
     due = [row for key, row in seen.items() if key in known and not known[key].reported]
-    due = [row for row in due if row.state != fleet.BEHIND or now - known[row.key].since >= PATIENCE]
+    due = [row for row in due if now - known[row.key].since >= PATIENCE.get(row.state, timedelta(0))]
     return Drifts(new, due, [key for key in known if key not in seen])
 
 
@@ -54,7 +54,7 @@ def record(session: Session, now: datetime) -> None:
     drifts = compare(session, now)
     reported: list[fleet.OutOfStep] = []
     for row in drifts.new:
-        at_once = row.state != fleet.BEHIND
+        at_once = row.state not in PATIENCE
         values = {"node_id": row.node_id, "repository": row.repository, "channel": row.channel}
         if insert_if_absent(session, FleetDrift, **values, since=now, reported=at_once) and at_once:
             reported.append(row)

@@ -11,7 +11,7 @@ from datetime import datetime, timedelta
 from hashlib import sha256
 from typing import Any
 
-from sqlalchemy import ColumnElement, Select, and_, case, delete, func, insert, literal, select, tuple_
+from sqlalchemy import ColumnElement, Select, and_, case, delete, func, insert, literal, or_, select, tuple_
 from sqlalchemy.orm import Session
 
 from registry.database.engine import insert_if_absent
@@ -135,6 +135,15 @@ def report(session: Session, actor: Actor, reported: NodeReport) -> bool:
     return may_switch
 
 
+def is_silent(seen_at: datetime, now: datetime) -> bool:
+    """Whether a node's last report no longer counts. One of the future was recorded before the clock was set back."""
+    return not now - LEASE < seen_at <= now + LEASE
+
+
+def _silent(now: datetime) -> ColumnElement[bool]:
+    return or_(FleetNode.seen_at <= now - LEASE, FleetNode.seen_at > now + LEASE)
+
+
 def _unknown(name: ChannelName) -> NotFound:
     return NotFound("channel_unknown", f"{name} does not exist, or you have no access to it.", subject=str(name))
 
@@ -221,7 +230,7 @@ def _make_room(session: Session, now: datetime, namespace: str) -> None:
     count = session.scalar(select(func.count()).select_from(FleetNode).where(own)) or 0
     if count < MAX_NODES:
         return
-    silent = select(FleetNode.id).where(own, FleetNode.seen_at <= now - LEASE)
+    silent = select(FleetNode.id).where(own, _silent(now))
     oldest = session.scalars(silent.order_by(FleetNode.seen_at).limit(count - MAX_NODES + 1)).all()
     if not _remove(session, FleetNode.id.in_(oldest)):
         raise Refused(
@@ -275,9 +284,11 @@ def _release_ids(session: Session, namespace: str, loaded: Iterable[LoadedReleas
 
 
 def _switching(session: Session, row: FleetNode, now: datetime) -> int:
-    """The number of other nodes of the group that may switch now."""
+    """The number of other nodes of the group that may switch now. A permission that ends later than any given now was
+    given before the clock was set back."""
     others = (FleetNode.namespace == row.namespace, FleetNode.group == row.group, FleetNode.id != row.id)
-    query = select(func.count()).select_from(FleetNode).where(*others, FleetNode.switch_until > now)
+    still = (FleetNode.switch_until > now, FleetNode.switch_until <= now + 2 * LEASE)
+    query = select(func.count()).select_from(FleetNode).where(*others, *still)
     return session.scalar(query) or 0
 
 
@@ -314,7 +325,7 @@ def _state(now: datetime) -> ColumnElement[str]:
         FleetChannel.commit.is_not_distinct_from(Revision.commit),
     )
     return case(
-        (FleetNode.seen_at <= now - LEASE, literal(SILENT)),
+        (_silent(now), literal(SILENT)),
         (FleetChannel.state.in_((FAILED, SWITCHING)), FleetChannel.state),
         (same, literal(FOLLOWING)),
         else_=literal(BEHIND),
@@ -356,7 +367,7 @@ def whether_split(session: Session, name: ChannelName, now: datetime) -> dict[st
         FleetNode.namespace == name.repository.namespace,
         FleetChannel.repository == name.repository.name,
         FleetChannel.channel == name.channel,
-        FleetNode.seen_at > now - LEASE,
+        ~_silent(now),
     )
     return {f"{group}/{node}": splits for group, node, splits in session.execute(query)}
 
@@ -421,7 +432,7 @@ class LoadedOn:
 def loaded_on(session: Session, release: Release, now: datetime) -> list[LoadedOn]:
     """The nodes that have a release, or another one with the same files, loaded."""
     query = (
-        select(FleetNode.group, FleetNode.node, FleetNode.seen_at <= now - LEASE)
+        select(FleetNode.group, FleetNode.node, _silent(now))
         .join(FleetRelease, FleetRelease.node_id == FleetNode.id)
         .join(Release, Release.id == FleetRelease.release_id)
         .where(Release.revision_id == release.revision_id)
