@@ -165,6 +165,12 @@ class Stage:
             versions = select(Release.version).join(Repository, Release.repository_id == Repository.id)
             return list(session.scalars(versions.where(Repository.name == name.partition("/")[2])))
 
+    def published(self, version: str) -> set[str]:
+        """The repositories with that version, at one moment."""
+        with resources_of(self.site.cli.environment) as resources, resources.read() as session:
+            named = select(Repository.namespace, Repository.name).join(Release, Release.repository_id == Repository.id)
+            return {"/".join(row) for row in session.execute(named.where(Release.version == version))}
+
     def shown(self, composition: int) -> dict[str, Any]:
         return Api(f"http://127.0.0.1:{self.port}").get(f"/v1/compositions/{composition}")
 
