@@ -9,7 +9,7 @@ computes, without a registry.
 import random
 import sys
 
-from registry.domain.rollouts.canaries import Figures, judge
+from registry.domain.rollouts.canaries import VersionFigures, judge
 from registry.formats.watch import Watch
 
 WATCH = Watch.model_validate({"for": "30m", "rules": ["errors <= served + 0.01"]})
@@ -20,13 +20,13 @@ def rolled_back_after_s(seed: int, per_second: float, share: float, served: floa
     """The seconds until the canary is rolled back, None if it never is. `served` and `candidate` are the probabilities
     that a request fails, `share` the candidate's of all requests."""
     chance = random.Random(seed)  # noqa: S311
-    own, other = Figures(), Figures()
+    own, other = VersionFigures(), VersionFigures()
     for second in range(EVERY_S, LENGTH_S + 1, EVERY_S):
         requests = round(per_second * EVERY_S)
         mine = sum(chance.random() < share for _ in range(requests))
         failed = sum(chance.random() < candidate for _ in range(mine))
         others = sum(chance.random() < served for _ in range(requests - mine))
-        own, other = own.plus(Figures(mine, failed)), other.plus(Figures(requests - mine, others))
+        own, other = own.plus(VersionFigures(mine, failed)), other.plus(VersionFigures(requests - mine, others))
         if judge(WATCH, own, other)[0].broken:
             return second
     return None

@@ -18,7 +18,7 @@ TIE = 0.01
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class CandidateResults:
     """A candidate and its results on the examples measured so far."""
 
     candidate: Candidate
@@ -64,15 +64,15 @@ def kept_share(effect: Effect) -> float:
     return (effect.base - effect.combined) / max(effect.base - effect.alone, LEAST_GAIN)
 
 
-def best_first(standings: Sequence[Standing], limits: Limits) -> list[Standing]:
+def best_first(standings: Sequence[CandidateResults], limits: Limits) -> list[CandidateResults]:
     """The standings, best first; equal ones keep their order."""
     return sorted(standings, key=lambda one: one.rank(limits))
 
 
-def simplest_of_the_best(standings: Sequence[Standing], limits: Limits) -> list[Standing]:
+def simplest_of_the_best(standings: Sequence[CandidateResults], limits: Limits) -> list[CandidateResults]:
     """The standings, best first, where of those within TIE of the best that is left the first in order wins.
     `standings` are in the order of simplicity."""
-    left, chosen = list(standings), list[Standing]()
+    left, chosen = list(standings), list[CandidateResults]()
     while left:
         first = best_first(left, limits)[0]
         if first.excess(limits):
@@ -90,7 +90,7 @@ def simplest_of_the_best(standings: Sequence[Standing], limits: Limits) -> list[
 
 LEAST_KEPT = 3
 
-Measure = Callable[[Candidate, int], Standing | None]
+Measure = Callable[[Candidate, int], CandidateResults | None]
 """(candidate, k) -> its standing on the first k search examples of each suite; None if it cannot be made."""
 
 Ahead = Callable[[Sequence[Candidate], int], None]
@@ -112,11 +112,11 @@ def race(
     limits: Limits,
     affordable: Callable[[int], bool] = lambda _examples: True,
     ahead: Ahead = lambda _candidates, _k: None,
-) -> list[list[Standing]]:
+) -> list[list[CandidateResults]]:
     """Each rung's standings, best first; the last rung's are on `most` examples of each suite, unless the budget ended
     before. Empty if no candidate can be made. `affordable` is called with the number of candidates times added examples
     of a rung; the first rung is always run. `ahead` is called with the measurements that a rung will make."""
-    runners, history, done = list(candidates), list[list[Standing]](), 0
+    runners, history, done = list(candidates), list[list[CandidateResults]](), 0
     for k in rungs(most):
         if history and not affordable(len(runners) * (k - done)):
             break

@@ -31,7 +31,7 @@ from composer.formats.recipes.weights import Weight
 from composer.optimize.candidates import Candidate, fitted, full_space, low_rank, weighted_sum
 from composer.optimize.combiner import Combiner, FitOn
 from composer.optimize.evolution import Evolution
-from composer.optimize.objective import LEAST_GAIN, Standing, best_first, race, simplest_of_the_best
+from composer.optimize.objective import LEAST_GAIN, CandidateResults, best_first, race, simplest_of_the_best
 from composer.optimize.problem import SearchProblem, Split
 from composer.optimize.report import Confirmed, OptimizeReport, Tried, choose
 from composer.optimize.surface import Point, proposed
@@ -166,7 +166,7 @@ class _Search:
                 named.setdefault(candidate.key, candidate)
         return list(named.values())
 
-    def _finalists(self, history: Sequence[Sequence[Standing]]) -> list[Standing]:
+    def _finalists(self, history: Sequence[Sequence[CandidateResults]]) -> list[CandidateResults]:
         """The candidates that reached the last rung, refined weights and, if all of them are harmful, full-space
         methods: all on the same examples."""
         last = list(history[-1])
@@ -192,7 +192,7 @@ class _Search:
         passes = self.bench.passes + examples * len(self.problem.splits)
         return passes <= effort.passes and monotonic() - self.started <= effort.seconds
 
-    def _refined(self, history: Sequence[Sequence[Standing]], reached: int) -> list[Standing]:
+    def _refined(self, history: Sequence[Sequence[CandidateResults]], reached: int) -> list[CandidateResults]:
         """Weights that a response surface proposes, measured as the finalists are; each measurement improves it. They
         are worth it if some sum is a finalist. Then the surface is fitted on all sums, including those eliminated
         early."""
@@ -202,7 +202,7 @@ class _Search:
         if not self._affordable(_SURFACE_AT * len(all_sums)):
             return []
         sums = [standing for standing in map(self._on_surface, all_sums) if standing is not None]
-        made = list[Standing]()
+        made = list[CandidateResults]()
         for _ in range(_SURFACE_ROUNDS):
             weights = self._proposed(sums) if self._affordable(reached) else None
             if weights is None or weights in {standing.candidate.factors for standing in sums}:
@@ -216,7 +216,7 @@ class _Search:
             made.append(final)
         return made
 
-    def _evolved(self, history: Sequence[Sequence[Standing]], reached: int) -> list[Standing]:
+    def _evolved(self, history: Sequence[Sequence[CandidateResults]], reached: int) -> list[CandidateResults]:
         """The best weights of an evolution strategy that begins with the best sum of the first round, measured as the
         finalists are. A generation is measured on as many examples as a surface's points."""
         evolve = self.problem.effort.evolve
@@ -224,7 +224,7 @@ class _Search:
         if not evolve or not sums:
             return []
         evolution = Evolution(best_first(sums, self.limits)[0].candidate.factors, self.problem.effort.seed)
-        tried: list[Standing] = []
+        tried: list[CandidateResults] = []
         while len(tried) < evolve and self._affordable(_SURFACE_AT * evolution.population + reached):
             named = [
                 (f"evolved {' '.join(f'{weight:g}' for weight in weights)}", weights) for weights in evolution.ask()
@@ -242,10 +242,10 @@ class _Search:
         best = self._standing(best_first(tried, self.limits)[0].candidate, reached) if tried else None
         return [best] if best is not None else []
 
-    def _on_surface(self, candidate: Candidate) -> Standing | None:
+    def _on_surface(self, candidate: Candidate) -> CandidateResults | None:
         return self._standing(candidate, min(_SURFACE_AT, self.problem.searched))
 
-    def _proposed(self, sums: Sequence[Standing]) -> tuple[float, ...] | None:
+    def _proposed(self, sums: Sequence[CandidateResults]) -> tuple[float, ...] | None:
         if not sums:
             return None
         effects, count = sums[0].outcome.effects, len(self.members)
@@ -267,7 +267,7 @@ class _Search:
             ]
         return proposed(points, base, alone, LEAST_GAIN)
 
-    def _standing(self, candidate: Candidate, k: int) -> Standing | None:
+    def _standing(self, candidate: Candidate, k: int) -> CandidateResults | None:
         """The candidate on the first `k` search examples of each suite. Guards are measured once few candidates are
         left: they rarely decide."""
         own = {member.suite.digest for member in self.members}
@@ -277,7 +277,7 @@ class _Search:
             return split.search[:k] if measured else ()
 
         outcome = self._outcome(candidate, chosen, halves=True, claims=1)
-        return Standing(candidate, outcome) if outcome is not None else None
+        return CandidateResults(candidate, outcome) if outcome is not None else None
 
     def _confirmed(self, candidate: Candidate, claims: int) -> Confirmed | None:
         """The candidate, fitted on all search examples, on the unseen ones. The intervals of `claims` candidates hold

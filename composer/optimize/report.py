@@ -8,7 +8,7 @@ from composer.conflicts.evidence.outcome import LEAST_EXAMPLES, Limits, Outcome
 from composer.findings import Verdict
 from composer.formats.recipes.suite import Contradiction
 from composer.optimize.candidates import Candidate
-from composer.optimize.objective import Standing, kept_share
+from composer.optimize.objective import CandidateResults, kept_share
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +46,7 @@ class Tried:
     excess: float
 
     @classmethod
-    def of(cls, standing: Standing, limits: Limits) -> "Tried":
+    def of(cls, standing: CandidateResults, limits: Limits) -> "Tried":
         return cls(
             candidate=standing.candidate,
             k=standing.outcome.k,

@@ -23,7 +23,7 @@ Results = Mapping[str, SuiteResultsOut]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Compared:
+class ComparedFacts:
     """The compared facts of a release or a directory. A directory may lack the digest of its base; a base has only
     scores."""
 
@@ -49,7 +49,7 @@ class Compared:
         )
 
 
-def differences(old: Compared, new: Compared, old_results: Results, new_results: Results) -> Json:
+def differences(old: ComparedFacts, new: ComparedFacts, old_results: Results, new_results: Results) -> Json:
     """{change, breaking: [finding], facts, provenance: [{name, old, new}], files: {added, removed, changed}, scores}.
 
     Lists contain only what differs, except scores, which are complete. `change` is what the version number must
@@ -72,7 +72,7 @@ def differences(old: Compared, new: Compared, old_results: Results, new_results:
     }
 
 
-def differences_in_scores(old: Compared, new: Compared, old_results: Results, new_results: Results) -> Json:
+def differences_in_scores(old: ComparedFacts, new: ComparedFacts, old_results: Results, new_results: Results) -> Json:
     """The result of `differences` for a base and a release, which have nothing but scores in common."""
     return {
         "change": None,
@@ -98,11 +98,11 @@ def changed_examples(suite: SuiteOut, old: SuiteResultsOut, new: SuiteResultsOut
     return sorted(rows, key=lambda row: row["new"]["score"] - row["old"]["score"])
 
 
-def _surface(side: Compared) -> compatibility.Surface:
+def _surface(side: ComparedFacts) -> compatibility.Surface:
     return compatibility.surface(side.base_digest, side.facts, side.files)
 
 
-def _facts(side: Compared, other: Compared) -> Json:
+def _facts(side: ComparedFacts, other: ComparedFacts) -> Json:
     """The facts to compare. The base only if both sides have a digest or neither has: a directory knows only the name
     that its base was loaded from."""
     alike = bool(side.base_digest) == bool(other.base_digest)
@@ -137,7 +137,7 @@ def _changed(old: Json, new: Json) -> list[Json]:
     ]
 
 
-def _files(old: Compared, new: Compared) -> dict[str, list[str]]:
+def _files(old: ComparedFacts, new: ComparedFacts) -> dict[str, list[str]]:
     before, after = ({file.path: file.sha256 for file in side.files} for side in (old, new))
     return {
         "added": sorted(set(after) - set(before)),

@@ -34,7 +34,7 @@ _LIMITS = ("too many clients", "remaining connection slots", "too many connectio
 """Messages of PostgreSQL and PgBouncer at their limits. Before a session exists, psycopg has no SQLSTATE."""
 
 
-class Connection(psycopg.Connection[Any]):
+class TimedConnection(psycopg.Connection[Any]):
     """Waits `longest_wait_s` for an answer, then closes: a later answer could not be assigned to its statement."""
 
     longest_wait_s: float | None = None
@@ -142,8 +142,8 @@ def postgresql_engine(url: URL, pool_size: int, connect_s: int, statement_s: flo
     @event.listens_for(engine, "do_connect")
     def _connect(  # pyright: ignore[reportUnusedFunction]
         _dialect: object, _record: object, arguments: list[Any], parameters: dict[str, Any]
-    ) -> Connection:
-        connection = Connection.connect(*arguments, **parameters)
+    ) -> TimedConnection:
+        connection = TimedConnection.connect(*arguments, **parameters)
         connection.longest_wait_s = None if statement_s is None else statement_s + _GRACE_S
         return connection
 
@@ -156,7 +156,7 @@ def postgresql_engine(url: URL, pool_size: int, connect_s: int, statement_s: flo
             wrapped.args = (f"({type(original).__name__}) {original.diag.message_primary}",)
 
     @event.listens_for(engine, "checkout")
-    def _look(connection: Connection, _record: object, _proxy: object) -> None:  # pyright: ignore[reportUnusedFunction]
+    def _look(connection: TimedConnection, _record: object, _proxy: object) -> None:  # pyright: ignore[reportUnusedFunction]
         if connection.closed or _has_news(connection):
             raise DisconnectionError  # the pool then tries another connection
 
@@ -168,7 +168,7 @@ def _name(role: str) -> str:
     return " ".join(filter(None, ("adaptory", role, socket.gethostname()[:40], str(os.getpid()))))
 
 
-def _has_news(connection: Connection) -> bool:
+def _has_news(connection: TimedConnection) -> bool:
     """Whether the server has closed the connection: it sends nothing else unsolicited. Looking at the socket is free;
     SQLAlchemy's `pool_pre_ping` makes a round trip each time, which costs as much as resolving a channel."""
     waiting = select.poll()

@@ -70,7 +70,7 @@ class Soak(Document):
     hours: Annotated[float, Field(gt=0, le=MAX_HOURS)]
 
 
-class Approval(Document):
+class ApprovalRule(Document):
     """Approvals by people other than the one who promotes."""
 
     role: Literal["publisher", "releaser", "admin"] = Field("releaser", description="The lowest role that counts.")
@@ -165,7 +165,7 @@ class ChannelPolicy(Document):
     soak: Annotated[tuple[Soak, ...], Field(max_length=10), LISTED] = Field(
         (), description="Channels that must have served the release for some time without rolling it back."
     )
-    approval: Approval | None = Field(None, description="Approvals by people other than the one who promotes.")
+    approval: ApprovalRule | None = Field(None, description="Approvals by people other than the one who promotes.")
     signature: Literal["release", "files", "publisher"] | None = Field(
         None,
         description="What a signature by one of the namespace's keys must cover. `publisher`: the release, and a "

@@ -17,7 +17,7 @@ import httpx2
 
 from registry.domain.access.audit import Actor
 from registry.domain.rollouts import canaries, drift
-from registry.domain.rollouts.canaries import BOUNDS_S, Figures, Watched
+from registry.domain.rollouts.canaries import BOUNDS_S, VersionFigures, Watched
 from registry.environment.sections import PrometheusSettings
 from registry.errors.outages import OutageLog
 from registry.transfer.issuer_keys import FETCH_ERRORS, FETCH_S, fetch_table, issuer_client, reason
@@ -57,7 +57,7 @@ def measure_canaries(resources: Resources) -> None:
 
 def _figures(
     http: httpx2.Client, settings: PrometheusSettings, watched: Watched, version: str, at: datetime
-) -> Figures:
+) -> VersionFigures:
     """The figures of a version at one time, so that all counts have the same requests. Times of the candidate count at
     the lower end of their bucket and those of the served release at its upper end, so that the width of a bucket breaks
     no rule."""
@@ -75,7 +75,7 @@ def _figures(
 
     requests, errors = (round(sum(value for _, value in asked(text))) for text in (settings.requests, settings.errors))
     seconds = _seconds(asked(settings.seconds), lowest=version == watched.versions[0])
-    return Figures(max(requests, errors, sum(seconds.values())), errors, seconds)
+    return VersionFigures(max(requests, errors, sum(seconds.values())), errors, seconds)
 
 
 def _seconds(buckets: list[Sample], *, lowest: bool) -> dict[int, int]:

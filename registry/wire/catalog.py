@@ -20,7 +20,7 @@ class DeprecationOut(Wire):
     successor: str | None
 
 
-class TensorRow(Wire):
+class BaseTensor(Wire):
     name: str = Field(min_length=1, max_length=1000, pattern=r"^[^\x00-\x1f\x7f]+$")
     dtype: str = Field(pattern="^[A-Z0-9_]{1,16}$")
     shape: list[Count] = Field(max_length=16)
@@ -32,7 +32,7 @@ class BaseIn(WireIn):
     model_type: str = Field(max_length=64)
     tied: bool
     weights_digest: str = Sha256
-    tensors: Annotated[list[TensorRow], FailFast()] = Field(min_length=1, max_length=1_000_000)
+    tensors: Annotated[list[BaseTensor], FailFast()] = Field(min_length=1, max_length=1_000_000)
     aliases: list[str] = Field(default=[], max_length=100)
     locations: list[str] = Field(default=[], max_length=100)
     derived_from: str | None = Field(
@@ -61,7 +61,7 @@ class BaseOut(Wire):
     created_at: datetime
     created_by: str
     scores: list[ScoreOut]
-    tensors: list[TensorRow] | None = None
+    tensors: list[BaseTensor] | None = None
     derived_from: BaseRef | None
     relation: str | None
     license: str | None
@@ -131,7 +131,7 @@ class SpectrumSummary(Wire):
     near_zero: int
 
 
-class ModuleSpectrum(Wire):
+class ModuleSpectrumOut(Wire):
     module: str
     rank: int
     norm: float
@@ -145,7 +145,7 @@ class ModuleSpectrum(Wire):
 class SpectrumOut(SpectrumSummary):
     """`left_out` are modules whose singular values were not computed."""
 
-    modules: list[ModuleSpectrum]
+    modules: list[ModuleSpectrumOut]
     left_out: list[str]
 
 

@@ -271,7 +271,7 @@ class ApprovalOut(Wire):
     promotion: PromotionOut | None
 
 
-class WithdrawnOut(Wire):
+class WithdrawnApprovalOut(Wire):
     """The result of withdrawing an approval: whether there was one."""
 
     withdrawn: bool

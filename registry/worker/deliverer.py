@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from registry.database.engine import database_now
 from registry.domain.rollouts import drift
 from registry.domain.webhooks import deliveries
-from registry.domain.webhooks.deliveries import Outcome, Outgoing
+from registry.domain.webhooks.deliveries import DeliveryOutcome, Outgoing
 from registry.errors import Unavailable
 from registry.formats.addresses import parse_networks
 from registry.formats.webhooks import message_id, render, signature_headers
@@ -115,7 +115,7 @@ class Deliverer:
                 deliveries.forget(session, database_now(session))
 
 
-def attempt(resources: Resources, sent: Outgoing) -> Outcome:
+def attempt(resources: Resources, sent: Outgoing) -> DeliveryOutcome:
     """Sends a delivery once."""
     settings = resources.settings
     content_type, body = render(sent.event, sent.format, settings.oidc_audience or UNKNOWN_SOURCE)

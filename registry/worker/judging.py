@@ -30,7 +30,7 @@ Examine = Callable[[Subject, Suite, Sequence[Example]], "Sequence[Result]"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Member:
+class JudgedInput:
     """An input: its recorded scores by suite digest and metric, its own suite and its files."""
 
     repository: str
@@ -52,7 +52,7 @@ class Examination:
         """The number of the suite's examples that the candidate is measured on."""
         return len(suite.sample(None, self.used))
 
-    def examples(self, members: Sequence[Member]) -> int:
+    def examples(self, members: Sequence[JudgedInput]) -> int:
         """The total number of examples that the candidate, the base and the members are measured on."""
         candidate = sum(self.count(suite) for suite in self.suites)
         candidate += sum(count for suite in self.suites if (count := self.count(suite)) < len(suite.examples))
@@ -69,7 +69,7 @@ class Examination:
         results = self.examine(subject, suite, suite.sample(None, self.used))
         return [score.to_json() for score in scores(suite, results)], results
 
-    def missing(self, members: Sequence[Member]) -> list[tuple[Member, Suite]]:
+    def missing(self, members: Sequence[JudgedInput]) -> list[tuple[JudgedInput, Suite]]:
         """Lists what to measure for the inputs: each on its own suite, on guards and on suites that belong to no input,
         unless a score on exactly these examples is recorded."""
         owned = {member.suite for member in members}
@@ -81,7 +81,7 @@ class Examination:
             if not self.known(member, suite)
         ]
 
-    def known(self, member: Member, suite: Suite) -> dict[str, GateScore]:
+    def known(self, member: JudgedInput, suite: Suite) -> dict[str, GateScore]:
         """The input's measured scores, by metric, on exactly the examples that the candidate is measured on."""
         count = self.count(suite)
         if count < len(suite.examples):
@@ -90,7 +90,7 @@ class Examination:
         return {metric: score for metric, score in recorded if score.n == count and not score.reported}
 
 
-def with_inputs(candidate: Sequence[Row], examination: Examination, members: Sequence[Member]) -> list[Row]:
+def with_inputs(candidate: Sequence[Row], examination: Examination, members: Sequence[JudgedInput]) -> list[Row]:
     """Adds to each of the candidate's scores those of the inputs on the same examples and, where examples are left out,
     that of the base. Scores that are not recorded are measured now. `own_suite` marks the input's own suite."""
     beside: dict[tuple[str, str], list[Row]] = {}

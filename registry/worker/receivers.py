@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from importlib.metadata import version
 
-from registry.domain.webhooks.deliveries import Outcome
+from registry.domain.webhooks.deliveries import DeliveryOutcome
 from registry.errors import RegistryError
 from registry.formats.addresses import Network
 from registry.formats.webhooks import Address, Receiver, is_allowed, parse_receiver
@@ -21,7 +21,7 @@ MAX_ANSWER_BYTES = 1 << 16
 _STATUS_LINE = re.compile(rb"HTTP/1\.[01] ([1-5][0-9]{2})(?: [^\r\n]*)?\r?\n")
 
 
-def send(url: str, headers: Mapping[str, str], body: bytes, networks: Sequence[Network]) -> Outcome:
+def send(url: str, headers: Mapping[str, str], body: bytes, networks: Sequence[Network]) -> DeliveryOutcome:
     """Posts a body. Never raises for what the receiver or the network does: the outcome says it."""
     deadline = time.monotonic() + ATTEMPT_S
     try:
@@ -29,20 +29,20 @@ def send(url: str, headers: Mapping[str, str], body: bytes, networks: Sequence[N
         with _connected(receiver, networks, deadline) as connection:
             connection.settimeout(_left(deadline))
             connection.sendall(_request(receiver, headers, body))
-            return Outcome(_status(connection, deadline))
+            return DeliveryOutcome(_status(connection, deadline))
     except RegistryError as error:
-        return Outcome(None, error.detail)
+        return DeliveryOutcome(None, error.detail)
     except TimeoutError:
-        return Outcome(None, f"It took more than {ATTEMPT_S:g} s.")
+        return DeliveryOutcome(None, f"It took more than {ATTEMPT_S:g} s.")
     except ssl.SSLError as error:
         why = getattr(error, "verify_message", None) or error.reason or type(error).__name__
-        return Outcome(None, f"TLS failed: {why}.")
+        return DeliveryOutcome(None, f"TLS failed: {why}.")
     except socket.gaierror:
-        return Outcome(None, "Its host name has no address.")
+        return DeliveryOutcome(None, "Its host name has no address.")
     except OSError as error:
-        return Outcome(None, f"The connection failed: {error.strerror or type(error).__name__}.")
+        return DeliveryOutcome(None, f"The connection failed: {error.strerror or type(error).__name__}.")
     except ValueError as error:
-        return Outcome(None, str(error))
+        return DeliveryOutcome(None, str(error))
 
 
 def _connected(receiver: Receiver, networks: Sequence[Network], deadline: float) -> socket.socket:

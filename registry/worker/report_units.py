@@ -60,7 +60,7 @@ class _Missing(Exception):
         self.wanted = [named(missing) for missing in wanted]
 
 
-class _Known:
+class _KnownPasses:
     """Known results of passes; implements `Elsewhere` for a probe. Raises _Missing if one is missing."""
 
     def __init__(self, rows: Sequence[tuple[Sequence[Any], Result]]) -> None:
@@ -113,7 +113,7 @@ def _report(node: Node, unit: Unit, _count: Count) -> Result:
         chosen_tokenizer(None, [(adapter.name, adapter.path) for adapter in adapters])
     evidence: Evidence | None = None
     if content.get("probe"):
-        known = _Known(json.loads(node.shared(unit.content["known"])))
+        known = _KnownPasses(json.loads(node.shared(unit.content["known"])))
         evidence = replace(_evidence(content, expected, known), spent_s=unit.hints["spent_s"])
     try:
         report = examine(adapters, weights, settings, evidence=evidence, policy=read_policy(content.get("policy")))
@@ -128,7 +128,7 @@ def _report(node: Node, unit: Unit, _count: Count) -> Result:
     return made
 
 
-def _evidence(content: Row, expected: _Expected, known: _Known) -> "Evidence":
+def _evidence(content: Row, expected: _Expected, known: _KnownPasses) -> "Evidence":
     from composer.conflicts.evidence.probe import usual_most
     from composer.conflicts.examine import Evidence
 

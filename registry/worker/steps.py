@@ -52,7 +52,7 @@ from registry.worker.composition import (
     suites_named,
 )
 from registry.worker.evaluation_units import Examined, examine
-from registry.worker.judging import Examination, Member, Subject, judge, with_inputs
+from registry.worker.judging import Examination, JudgedInput, Subject, judge, with_inputs
 from registry.worker.merging import merged_model
 from registry.worker.node_files import Row, share_architecture
 from registry.worker.node_models import base_hints
@@ -157,7 +157,7 @@ def evaluate(held: JobRun) -> None:
     store(held, work, candidate_scores=with_inputs(scores, examination, compared))
 
 
-def _compared(held: JobRun, work: CompositionRun) -> list[Member]:
+def _compared(held: JobRun, work: CompositionRun) -> list[JudgedInput]:
     """Lists the inputs with their recorded scores."""
     with held.resources.read() as session:
         releases_used = compositions.inputs_of(session, work.lock)
@@ -166,7 +166,7 @@ def _compared(held: JobRun, work: CompositionRun) -> list[Member]:
             for release in releases_used
         ]
     return [
-        Member(
+        JudgedInput(
             repository=locked.repository,
             version=locked.version,
             suite=suite,

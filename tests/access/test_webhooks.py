@@ -17,7 +17,7 @@ from registry.domain.compositions import compositions
 from registry.domain.jobs import queue
 from registry.domain.rollouts import drift
 from registry.domain.webhooks import deliveries
-from registry.domain.webhooks.deliveries import DEAD, FAILED, Outcome
+from registry.domain.webhooks.deliveries import DEAD, FAILED, DeliveryOutcome
 from registry.formats.webhooks import EVENTS, PAUSES
 from registry.worker.deliverer import Deliverer
 from tests import services
@@ -138,7 +138,7 @@ def test_attempts_follow_the_stated_pauses_until_the_delivery_is_dead_and_it_can
         with house.resources.write() as session:
             [sent] = deliveries.claim(session, [row for row, _ in deliveries.due(session, now, 4, {})], now)
             assert sent.attempt == attempt
-            state = deliveries.finish(session, sent, Outcome(500), now)
+            state = deliveries.finish(session, sent, DeliveryOutcome(500), now)
         with house.resources.read() as session:
             row = session.scalars(select(WebhookDelivery)).one()
         assert (row.state, state) == ((FAILED, FAILED) if row.due_at else (DEAD, DEAD))

@@ -25,7 +25,7 @@ LOUDEST_FIRST = (Severity.ERROR, Severity.WARNING, Severity.NOTICE)
 
 
 @dataclass(frozen=True, slots=True)
-class Table:
+class TextTable:
     """`rows` have one string per column; `note` explains how to read them."""
 
     title: str
@@ -209,13 +209,13 @@ def causes(pair: Pair) -> str:
     return f"{name(pair)} meet most in {modules}." if modules else ""
 
 
-def tables(report: ConflictReport, worst_modules: int = 5) -> list[Table]:
+def tables(report: ConflictReport, worst_modules: int = 5) -> list[TextTable]:
     """The probe if there is one, the whole-model numbers, and the modules that overlap most."""
     built = [probe_table(report.probe)] if report.probe else []
     built += [_members(report), _pairs(report)]
     rows = [(name(pair), *row) for pair in report.pairs for row in _worst_modules(pair, worst_modules)]
     if rows:
-        built.append(Table("Modules that share most input directions", ("pair", "module", *COLUMNS), tuple(rows)))
+        built.append(TextTable("Modules that share most input directions", ("pair", "module", *COLUMNS), tuple(rows)))
     return built
 
 
@@ -248,7 +248,7 @@ def name(pair: Pair) -> str:
     return f"{pair.a} + {pair.b}"
 
 
-def probe_table(probe: ProbeResult) -> Table:
+def probe_table(probe: ProbeResult) -> TextTable:
     """Every suite under every combination."""
     outcomes = [*probe.pairs, *([probe.overall] if len(probe.pairs) > 1 else [])]
     rows = [row for outcome in outcomes for row in _outcome_rows(outcome)]
@@ -267,7 +267,7 @@ def probe_table(probe: ProbeResult) -> Table:
         f"Nats per token, measured in {probe.seconds:.0f} s. Alone is at weight 1; loss is combined minus alone, with "
         f"its 95 % interval. {coverage(len(outcomes))}"
     )
-    return Table("Probe", columns, tuple(rows), note)
+    return TextTable("Probe", columns, tuple(rows), note)
 
 
 def coverage(combinations: int) -> str:
@@ -279,7 +279,7 @@ def coverage(combinations: int) -> str:
     return note
 
 
-def _members(report: ConflictReport) -> Table:
+def _members(report: ConflictReport) -> TextTable:
     rows = [
         (
             member.name,
@@ -291,11 +291,11 @@ def _members(report: ConflictReport) -> Table:
     ]
     columns = ("adapter", "weight", "energy", "retention")
     note = "Retention: how much of the adapter is in the combination (its weight, if the others do not affect it)."
-    return Table("Adapters", columns, tuple(rows), note)
+    return TextTable("Adapters", columns, tuple(rows), note)
 
 
-def _pairs(report: ConflictReport) -> Table:
-    return Table(
+def _pairs(report: ConflictReport) -> TextTable:
+    return TextTable(
         "Whole model, from the factors",
         ("pair", *COLUMNS),
         tuple((name(pair), *_cells(pair.numbers)) for pair in report.pairs),

@@ -49,7 +49,7 @@ Documents = Callable[[Session, Sequence[int]], "Mapping[int, JobOut | Compositio
 
 
 @dataclass(frozen=True, slots=True)
-class Event:
+class StateEvent:
     """A state as an event, and whether it is the last. Two with the same id are equal."""
 
     id: str
@@ -57,16 +57,16 @@ class Event:
     is_last: bool = field(default=False, compare=False)
 
 
-Render = Callable[[Mapping[Key, Hashable | None], Actor], Event | None]
+Render = Callable[[Mapping[Key, Hashable | None], Actor], StateEvent | None]
 """Makes the event of the followed states that the actor may read; None ends the stream."""
 AskAgain = Callable[[Actor], None]
 """Raises if the actor, whose rights have changed, may no longer follow. Called in a thread."""
 
 
-def document_event(document: "JobOut | CompositionOut") -> Event:
+def document_event(document: "JobOut | CompositionOut") -> StateEvent:
     """The event of a document. Its heartbeat is left out of the id: it moves although nothing has changed."""
     same = document.model_dump_json(exclude={"heartbeat_at"})
-    return Event(sha256(same.encode()).hexdigest()[:16], document.model_dump_json(), document.state in FINISHED)
+    return StateEvent(sha256(same.encode()).hexdigest()[:16], document.model_dump_json(), document.state in FINISHED)
 
 
 class DocumentEvents:
@@ -77,7 +77,7 @@ class DocumentEvents:
     def __init__(self, documents: Documents) -> None:
         self._documents = documents
 
-    def __call__(self, session: Session, ids: Sequence[int]) -> Mapping[int, Event]:
+    def __call__(self, session: Session, ids: Sequence[int]) -> Mapping[int, StateEvent]:
         return {row_id: document_event(document) for row_id, document in self._documents(session, ids).items()}
 
     def __eq__(self, other: object) -> bool:
@@ -97,9 +97,9 @@ async def stream(
         return Response(status_code=204, headers=HEADERS)
     key: Key = (DocumentEvents(documents), row_id)
 
-    def render(snapshots: Mapping[Key, Hashable | None], _actor: Actor) -> Event | None:
+    def render(snapshots: Mapping[Key, Hashable | None], _actor: Actor) -> StateEvent | None:
         event = snapshots[key]
-        return event if isinstance(event, Event) else None
+        return event if isinstance(event, StateEvent) else None
 
     def ask_again(now: Actor) -> None:
         look(now)
@@ -136,7 +136,7 @@ class EventStream(StreamingResponse):
 
     async def _events(self, follower: Follower) -> AsyncIterator[str]:
         seen, said = self._seen, time.monotonic()
-        event: Event | None = None
+        event: StateEvent | None = None
         shown: Mapping[Key, Hashable | None] | None = None
         to = self._rights
         while True:

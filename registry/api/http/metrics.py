@@ -50,7 +50,7 @@ class ServerMetrics:
         if os.environ.get(SHARED_DIRECTORY):
             self._shown = CollectorRegistry()
             MultiProcessCollector(self._shown)  # pyright: ignore[reportUnknownArgumentType]  (it registers itself)
-        self._shown.register(_Rows(resources))
+        self._shown.register(_ScrapedRows(resources))
 
     def observe(self, method: str, route: str | None, status: int, seconds: float) -> None:
         """Counts a request. `route` is a template, None if none matched."""
@@ -63,7 +63,7 @@ class ServerMetrics:
         return generate_latest(self._shown)
 
 
-class _Rows(Collector):
+class _ScrapedRows(Collector):
     """The queue, the rollouts and the webhooks, read at each scrape."""
 
     def __init__(self, resources: Resources) -> None:

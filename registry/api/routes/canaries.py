@@ -13,7 +13,7 @@ from registry.api.routes.views import canary_view
 from registry.domain.channels import moves
 from registry.domain.channels.policies import PromotionRequest
 from registry.domain.rollouts import canaries
-from registry.domain.rollouts.canaries import Figures
+from registry.domain.rollouts.canaries import VersionFigures
 from registry.domain.rollouts.sequential import Sample
 from registry.errors import NotFound
 from registry.formats.references import parse_version
@@ -81,6 +81,6 @@ def watch(named: RepositoryOf, channel: str, body: WatchIn, resources: Resources
         return canary_view(session, actor, canary, named.name, channel)
 
 
-def _figures(row: VersionFiguresIn) -> Figures:
+def _figures(row: VersionFiguresIn) -> VersionFigures:
     metrics = {name: Sample(n, total) for name, (n, total) in row.metrics.items()}
-    return Figures(row.requests, row.errors, row.seconds, metrics)
+    return VersionFigures(row.requests, row.errors, row.seconds, metrics)

@@ -34,7 +34,7 @@ from registry.wire.quality import (
     PromoteIn,
     PromotionOut,
     RollbackIn,
-    WithdrawnOut,
+    WithdrawnApprovalOut,
 )
 
 repository_routes = RepositoryRouter(tags=["channels"], route_class=Route)
@@ -265,10 +265,14 @@ def approve(
 
 
 @repository_routes.delete(CHANNEL + "/approvals/{version}")
-def withdraw(named: RepositoryOf, channel: str, version: str, resources: ResourcesOf, actor: Publisher) -> WithdrawnOut:
+def withdraw(
+    named: RepositoryOf, channel: str, version: str, resources: ResourcesOf, actor: Publisher
+) -> WithdrawnApprovalOut:
     """Withdraw one's own approval; `withdrawn` tells whether there was one."""
     with resources.write() as session:
-        return WithdrawnOut(withdrawn=promotions.withdraw(session, actor, named.release(session, version), channel))
+        return WithdrawnApprovalOut(
+            withdrawn=promotions.withdraw(session, actor, named.release(session, version), channel)
+        )
 
 
 @repository_routes.get(CHANNEL + "/policy")

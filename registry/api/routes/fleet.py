@@ -15,7 +15,7 @@ from registry.domain.access.audit import Actor
 from registry.domain.channels import moves
 from registry.domain.channels.serving import ChannelName
 from registry.domain.rollouts import fleet
-from registry.domain.rollouts.fleet import LiveChannel, LoadedRelease, NodeReport, Server
+from registry.domain.rollouts.fleet import LiveChannel, LoadedRelease, NodeReport, ReportedServer
 from registry.errors import Usage
 from registry.formats.references import (
     is_version,
@@ -74,12 +74,12 @@ def _live(channel: NodeChannel) -> LiveChannel:
     return LiveChannel(name, *live, check, channel.error)
 
 
-def _server(server: NodeServer) -> Server:
+def _server(server: NodeServer) -> ReportedServer:
     loaded: dict[str, LoadedRelease] = {}
     for name in server.loaded:
         if release := _release(name.name, name.commit):
             loaded[name.name] = release
-    return Server(server.url, server.kind, server.ready, server.error, loaded)
+    return ReportedServer(server.url, server.kind, server.ready, server.error, loaded)
 
 
 def _release(name: str, commit: str | None) -> LoadedRelease | None:

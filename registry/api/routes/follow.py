@@ -12,9 +12,9 @@ from starlette.concurrency import run_in_threadpool
 from registry.api.http.events import (
     HEADERS,
     MEDIA_TYPE,
-    Event,
     EventStream,
     LastEventId,
+    StateEvent,
     feed_of,
     stream_owner,
     streams_of,
@@ -80,7 +80,7 @@ async def follow(  # noqa: PLR0913
 
 async def _changed(
     request: Request, resources: Resources, actor: Actor, keys: Sequence[Key], seen: str | None, wait_s: int
-) -> Event:
+) -> StateEvent:
     """The state once it differs from `seen`, or when the time is up."""
     if not wait_s:
         return _event(await run_in_threadpool(_read, resources, keys), actor)
@@ -103,14 +103,14 @@ def _read(resources: Resources, keys: Sequence[Key]) -> Mapping[Key, Hashable | 
     return {key: read.get(name) for key in keys if isinstance(name := key[1], ChannelName)}
 
 
-def _event(snapshots: Mapping[Key, Hashable | None], actor: Actor) -> Event:
+def _event(snapshots: Mapping[Key, Hashable | None], actor: Actor) -> StateEvent:
     shown: dict[str, FollowedOut | None] = {}
     for (_, name), state in snapshots.items():
         if isinstance(name, ChannelName):
             readable = may_read(actor, name.repository.namespace)
             shown[str(name)] = _followed(state) if readable and isinstance(state, ChannelState) else None
     text = FollowOut(channels=dict(sorted(shown.items()))).model_dump_json()
-    return Event(sha256(text.encode()).hexdigest()[:16], text)
+    return StateEvent(sha256(text.encode()).hexdigest()[:16], text)
 
 
 def _followed(state: ChannelState) -> FollowedOut:

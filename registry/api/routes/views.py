@@ -31,7 +31,7 @@ from registry.domain.rollouts import canaries, fleet
 from registry.formats.references import RepositoryName
 from registry.formats.watch import Watch
 from registry.formats.webhooks import message_id
-from registry.wire.catalog import BaseOut, BaseRef, RepositoryOut, TensorRow
+from registry.wire.catalog import BaseOut, BaseRef, BaseTensor, RepositoryOut
 from registry.wire.fleet import CanaryOut, RolloutNodeOut, RolloutOut, StandingOut
 from registry.wire.quality import ChannelOut, JudgementOut, MoveOut, PromotionOut, ScoreOut, SuiteOut
 from registry.wire.webhooks import DeliveryOut
@@ -49,7 +49,7 @@ def base_view(session: Session, row: Base, *, tensors: bool = False) -> BaseOut:
     [view] = base_page(session, [row])
     if not tensors:
         return view
-    table = [TensorRow(name=name, dtype=dtype, shape=shape, sha256=sha) for name, dtype, shape, sha in row.tensors]
+    table = [BaseTensor(name=name, dtype=dtype, shape=shape, sha256=sha) for name, dtype, shape, sha in row.tensors]
     return view.model_copy(update={"tensors": table})
 
 

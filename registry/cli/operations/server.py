@@ -117,7 +117,7 @@ def _watch(config: "Config", listener: socket.socket) -> "Multiprocess":
     """The supervisor that keeps the configured number of processes alive."""
     from uvicorn.supervisors import Multiprocess
 
-    class Watch(Multiprocess):
+    class Supervised(Multiprocess):
         def keep_subprocess_alive(self) -> None:
             # Each process has its own copy of this end of the pipe. If ours stayed open, one that dies during a
             # health check would be waited for until it counts as hung.
@@ -125,7 +125,7 @@ def _watch(config: "Config", listener: socket.socket) -> "Multiprocess":
                 process.child_conn.close()
             super().keep_subprocess_alive()
 
-    return Watch(config, [listener])
+    return Supervised(config, [listener])
 
 
 def child_application() -> "FastAPI":

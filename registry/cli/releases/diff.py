@@ -21,7 +21,7 @@ from registry.sdk.connection import Connection
 if TYPE_CHECKING:
     from composer.formats.adapters.compare import AdapterComparison
     from composer.formats.adapters.inspection import Inspection
-    from registry.client.diff import Compared
+    from registry.client.diff import ComparedFacts
     from registry.client.lineage import Lineage
 
 Json = dict[str, Any]
@@ -38,7 +38,7 @@ class DiffSide:
 
     name: str
     kind: str
-    compared: "Compared"
+    compared: "ComparedFacts"
     directory: Path | None = None
     made: "Lineage | None" = None
     path: str = ""
@@ -140,18 +140,18 @@ def _results(connection: Connection, subject: DiffSide, digests: set[str]) -> "d
 
 def _registered(connection: Connection, text: str) -> DiffSide:
     """A release or a base."""
-    from registry.client.diff import Compared
+    from registry.client.diff import ComparedFacts
     from registry.client.lineage import fetch_note, of_note, of_release
 
     named, base = release_or_base(connection, text)
     if named is None:
-        scores = Compared(base_digest=base.digest, base_name=base.name, scores=base.scores)
+        scores = ComparedFacts(base_digest=base.digest, base_name=base.name, scores=base.scores)
         return DiffSide(text, "base", scores, path=f"/v1/bases/{base.digest}")
     release = connection.api.get(named.path, wire.catalog.ReleaseOut)
     directory = release_directory(connection, release) if release.kind == "adapter" else None
     note = _note(directory) if directory else fetch_note(connection.api, release)
     made = of_release(release, note) or of_note(note)
-    return DiffSide(release.name, release.kind, Compared.of(release), directory, made, release.path)
+    return DiffSide(release.name, release.kind, ComparedFacts.of(release), directory, made, release.path)
 
 
 def _note(directory: Path) -> bytes:
@@ -168,7 +168,7 @@ def _directory(directory: Path) -> DiffSide:
     from composer.formats.adapters.serving import SERVERS, judge
     from composer.formats.adapters.spectrum import spectrum
     from composer.formats.checkpoints.card import CARD_FILE, card_provenance
-    from registry.client.diff import Compared
+    from registry.client.diff import ComparedFacts
     from registry.client.lineage import of_note
     from registry.client.push import collect
     from registry.client.selection import select_files
@@ -177,7 +177,7 @@ def _directory(directory: Path) -> DiffSide:
     servers, _ = judge(seen.adapter.config, seen.facts, seen.placed)
     used = spectrum(seen.adapter, seen.placed)
     card = directory / CARD_FILE
-    compared = Compared(
+    compared = ComparedFacts(
         base_name=seen.facts.base_model_name_or_path,
         facts=seen.facts.to_json() | {"spectrum": used.summary() if used else None},
         servers=[server for bit, server in enumerate(SERVERS) if servers >> bit & 1],

@@ -189,7 +189,7 @@ def approve(
         release = resolved(connection, ref)
         path = f"{release.line}/channels/{to}/approvals"
         if withdraw:
-            undone = connection.api.delete(f"{path}/{release.version}", wire.quality.WithdrawnOut)
+            undone = connection.api.delete(f"{path}/{release.version}", wire.quality.WithdrawnApprovalOut)
             line = f"approval of {release.name} for {to} withdrawn" if undone.withdrawn else "no approval to withdraw"
             render.document(undone, json, lambda: render.out(line))
             return

@@ -4,10 +4,10 @@ from math import hypot, sqrt
 
 Z = 1.96
 """95 % of a normal distribution lie within this number of standard errors."""
-Interval = tuple[float, float]
+ScoreInterval = tuple[float, float]
 
 
-def interval(metric: str, value: float, stderr: float | None, n: int) -> Interval | None:
+def interval(metric: str, value: float, stderr: float | None, n: int) -> ScoreInterval | None:
     """The 95 % interval of a score: Wilson's for `accuracy`, a share of `n` examples, which also holds at 0 and 1;
     otherwise the normal one. None for a score without an error."""
     if stderr is None:
@@ -17,7 +17,7 @@ def interval(metric: str, value: float, stderr: float | None, n: int) -> Interva
     return value - Z * stderr, value + Z * stderr
 
 
-def wilson(share: float, n: int) -> Interval:
+def wilson(share: float, n: int) -> ScoreInterval:
     """Wilson's 95 % interval of a share of `n` examples: 0 of 24 leaves 0 to 0.14."""
     centre = (share + Z * Z / (2 * n)) / (1 + Z * Z / n)
     half = Z * sqrt(share * (1 - share) / n + Z * Z / (4 * n * n)) / (1 + Z * Z / n)
@@ -37,9 +37,9 @@ def error_text(value: float, stderr: float | None, n: int, form: str) -> str:
 
 def is_sure(
     value: float,
-    own: Interval | None,
+    own: ScoreInterval | None,
     limit: float,
-    other: tuple[float, Interval | None] | None = None,
+    other: tuple[float, ScoreInterval | None] | None = None,
     slope: float = 0.0,
 ) -> bool | None:
     """Whether the value is farther from the limit than their error. `own` is the value's interval. `other` is another

@@ -51,7 +51,7 @@ class GateScore:
         notes = [f"n={self.n}"] * (self.n > 0) + ["reported"] * self.reported
         return f"{self.value:.4g}{error} ({', '.join(notes)})"
 
-    def interval(self, metric: str) -> intervals.Interval | None:
+    def interval(self, metric: str) -> intervals.ScoreInterval | None:
         return intervals.interval(metric, self.value, self.stderr, self.n)
 
     def to_json(self) -> dict[str, Any]:
@@ -59,7 +59,7 @@ class GateScore:
 
 
 @dataclass(frozen=True, slots=True)
-class Figures:
+class RuleFigures:
     """The numbers that a rule was judged by. `limit` is what the own score is compared with, once a margin or share has
     been applied to the `other` score; a rule `at_least` passes from the limit upwards, others up to it. `sure` tells
     whether the 95 % interval stays on its side of the limit. All but `own` are None where the rule compares nothing, or
@@ -242,7 +242,7 @@ class GateResult:
     lacks: str = ""
     waiting: bool = False
     until: datetime | None = None
-    figures: Figures | None = None
+    figures: RuleFigures | None = None
 
     def to_json(self) -> dict[str, Any]:
         figures = self.figures.to_json() if self.figures else NO_FIGURES
@@ -349,12 +349,12 @@ def _judge(rule: Rule, candidate: Scores, against: Baselines, needs: ScoreCondit
         detail = f"no {rule.metric} on {against.contents.named(rule.suite)}{against.moved_on('candidate', key)}"
         command = f"adaptory eval REF --suite {against.contents.to_measure(rule.suite)}"
         return GateResult(text, False, f"{detail}: run `{command}`", lacks="candidate")
-    alone = Figures(own)
+    alone = RuleFigures(own)
     if objection := needs.objection(own):
         return GateResult(text, False, f"{own}: {objection}", lacks="candidate", figures=alone)
     if isinstance(rule, Condition):
         sure = intervals.is_sure(own.value, own.interval(rule.metric), rule.value)
-        figures = Figures(own, rule.value, rule.operator == ">=", sure=sure)
+        figures = RuleFigures(own, rule.value, rule.operator == ">=", sure=sure)
         return GateResult(text, rule.holds(own.value), str(own), figures=figures)
     if rule.other == "served" and against.served is None:
         return GateResult(text, True, f"{own}; the channel serves nothing yet", figures=alone)
@@ -378,12 +378,12 @@ def _judge(rule: Rule, candidate: Scores, against: Baselines, needs: ScoreCondit
     return GateResult(text, passed, detail, figures=_figures_of_comparison(rule, own, other))
 
 
-def _figures_of_comparison(rule: Comparison, own: GateScore, other: GateScore) -> Figures:
+def _figures_of_comparison(rule: Comparison, own: GateScore, other: GateScore) -> RuleFigures:
     limit, around = rule.limit(other), (other.value, other.interval(rule.metric))
     if limit is None:
-        return Figures(own)
+        return RuleFigures(own)
     sure = intervals.is_sure(own.value, own.interval(rule.metric), limit, around, rule.slope)
-    return Figures(own, limit, own.higher_is_better, other, sure)
+    return RuleFigures(own, limit, own.higher_is_better, other, sure)
 
 
 def lacking(rule: Rule, candidate: Scores, against: Baselines, needs: ScoreConditions) -> list[str]:

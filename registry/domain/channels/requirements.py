@@ -20,7 +20,7 @@ from registry.domain.catalog.signatures import SignedAs
 from registry.domain.channels.gates import GateResult, lineage_of
 from registry.domain.channels.serving import CHANGES, leads_somewhere
 from registry.domain.jobs.evaluations import WantedScore
-from registry.formats.channel_policy import Approval as NeededApproval
+from registry.formats.channel_policy import ApprovalRule as NeededApproval
 from registry.formats.channel_policy import ChannelPolicy, Combination, Licenses, Soak
 from registry.formats.licenses import Choice, choices, meets, spdx
 from registry.formats.signatures import is_key_of

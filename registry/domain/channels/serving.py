@@ -345,7 +345,7 @@ class ChannelName:
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
+class CanaryRelease:
     """The release of a running canary, and its share of the requests in per cent."""
 
     version: str
@@ -360,7 +360,7 @@ class ChannelState:
     move: int
     version: str | None
     commit: str | None
-    candidate: Candidate | None = None
+    candidate: CanaryRelease | None = None
 
 
 def states(session: Session, names: Sequence[ChannelName]) -> Mapping[ChannelName, ChannelState]:
@@ -375,6 +375,6 @@ def states(session: Session, names: Sequence[ChannelName]) -> Mapping[ChannelNam
     for namespace, repository, channel, move, version, commit, *candidate in _STATES.rows(session, values):
         name = ChannelName(RepositoryName(namespace, repository), channel)
         if name in wanted:
-            beside = Candidate(*candidate) if version and candidate[0] else None
+            beside = CanaryRelease(*candidate) if version and candidate[0] else None
             by_name[name] = ChannelState(move, version, commit, beside)
     return by_name

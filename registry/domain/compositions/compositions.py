@@ -33,7 +33,7 @@ STEPS = ("check", "combine", "evaluate", "gate", "merge", "publish")
 
 
 @dataclass(frozen=True, slots=True)
-class _Target:
+class _PublishedTarget:
     """A release that a recipe publishes."""
 
     repository: RepositoryName
@@ -255,23 +255,23 @@ def inputs_of(session: Session, lock: Lock) -> list[Release]:
     return releases_used
 
 
-def _targets(recipe: Recipe, *, plan_only: bool) -> list[_Target]:
+def _targets(recipe: Recipe, *, plan_only: bool) -> list[_PublishedTarget]:
     """The outputs to publish, each with its version and in its own repository."""
     outputs = [(text, kind) for text, kind in ((recipe.adapter, Kind.ADAPTER), (recipe.model, Kind.MODEL)) if text]
     if not plan_only and not outputs:
         raise Usage("no_output", "The recipe names no adapter and no model to publish.")
-    targets: list[_Target] = []
+    targets: list[_PublishedTarget] = []
     for text, kind in outputs:
         reference = parse_reference(text)
         if reference.version is None:
             raise Usage("bad_output", f"{reference} is not NAMESPACE/NAME:VERSION.", subject=str(reference))
-        targets.append(_Target(reference.repository, reference.version, kind))
+        targets.append(_PublishedTarget(reference.repository, reference.version, kind))
     if len({target.repository for target in targets}) < len(targets):
         raise Usage("one_repository", "Adapter and model need separate repositories.")
     return targets
 
 
-def _check_target(session: Session, recipe: Recipe, lock: Lock, target: _Target) -> None:
+def _check_target(session: Session, recipe: Recipe, lock: Lock, target: _PublishedTarget) -> None:
     """Checks a target early, so that it does not fail after an hour of merging; publishing checks it again."""
     repository = repositories.find_if_any(session, target.repository, target.kind)
     if repository is not None:

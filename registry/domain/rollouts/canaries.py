@@ -34,7 +34,7 @@ STOPPED = "stopped"
 
 
 @dataclass(frozen=True, slots=True)
-class Figures:
+class VersionFigures:
     """Counts of a version's requests. `seconds` are counts by index into `BOUNDS_S`, the last one for all above;
     `metrics` are values from 0 to 1."""
 
@@ -44,27 +44,29 @@ class Figures:
     metrics: Mapping[str, Sample] = field(default_factory=dict[str, Sample])
 
     @classmethod
-    def of_json(cls, row: Mapping[str, Any]) -> "Figures":
+    def of_json(cls, row: Mapping[str, Any]) -> "VersionFigures":
         seconds = {int(index): count for index, count in row["seconds"].items()}
         return cls(
             row["requests"], row["errors"], seconds, {name: Sample(**own) for name, own in row["metrics"].items()}
         )
 
-    def plus(self, other: "Figures", sign: int = 1) -> "Figures":
+    def plus(self, other: "VersionFigures", sign: int = 1) -> "VersionFigures":
         """The sum or, with the sign -1, the difference."""
         seconds = {
             index: self.seconds.get(index, 0) + sign * other.seconds.get(index, 0)
             for index in {*self.seconds, *other.seconds}
         }
         metrics = {name: self.sample(name).plus(other.sample(name), sign) for name in {*self.metrics, *other.metrics}}
-        return Figures(self.requests + sign * other.requests, self.errors + sign * other.errors, seconds, metrics)
+        return VersionFigures(
+            self.requests + sign * other.requests, self.errors + sign * other.errors, seconds, metrics
+        )
 
-    def grown_to(self, other: "Figures") -> "Figures":
+    def grown_to(self, other: "VersionFigures") -> "VersionFigures":
         """The other figures, where they are larger: approximate counts may fall, and those here do not."""
         counts = {index: max(0, count - self.seconds.get(index, 0)) for index, count in other.seconds.items()}
         errors = max(0, other.errors - self.errors)
         requests = max(other.requests - self.requests, errors, sum(counts.values()))
-        return self.plus(Figures(requests, errors, counts))
+        return self.plus(VersionFigures(requests, errors, counts))
 
     @property
     def is_sound(self) -> bool:
@@ -101,14 +103,16 @@ class Standing:
     broken: bool
 
 
-def judge(watch: Watch, candidate: Figures, served: Figures) -> list[Standing]:
+def judge(watch: Watch, candidate: VersionFigures, served: VersionFigures) -> list[Standing]:
     """Judges the rules. None is broken before `min` requests are in."""
     needed = log(len(watch.rules) / ALPHA)
     decides = candidate.requests + served.requests >= watch.least
     return [_standing(rule, candidate, served, needed, decides=decides) for rule in watch.parsed]
 
 
-def _standing(rule: WatchRule, candidate: Figures, served: Figures, needed: float, *, decides: bool) -> Standing:
+def _standing(
+    rule: WatchRule, candidate: VersionFigures, served: VersionFigures, needed: float, *, decides: bool
+) -> Standing:
     if rule.quantile is not None:
         evidence = _slower(rule, rule.quantile, candidate, served, needed)
         shown = candidate.quantile_s(rule.quantile), served.quantile_s(rule.quantile)
@@ -129,7 +133,9 @@ def _error(own: Sample, other: Sample) -> float:
     return sqrt(sum(sample.mean * (1 - sample.mean) / sample.n for sample in (own, other) if sample.n))
 
 
-def _slower(rule: WatchRule, quantile: float, candidate: Figures, served: Figures, needed: float) -> float:
+def _slower(
+    rule: WatchRule, quantile: float, candidate: VersionFigures, served: VersionFigures, needed: float
+) -> float:
     """The evidence that the candidate's quantile is above the limit. The served release's own is bounded from above by
     the first bound that surely no more than 1 - quantile of its requests exceed, at half the error."""
     if rule.limit is not None:
@@ -235,7 +241,7 @@ def report(
     repository: Repository,
     name: str,
     source: str,
-    counted: Mapping[str, Figures],
+    counted: Mapping[str, VersionFigures],
 ) -> Canary:
     """Records what a source has counted by version since it started, and decides: a broken rule ends the canary, and a
     step that has lasted leads to the next one. Raises Conflict if no canary is running."""
@@ -304,7 +310,7 @@ def measure(
     watched: Watched,
     source: str,
     asked_at: datetime,
-    counted: tuple[Figures, Figures],
+    counted: tuple[VersionFigures, VersionFigures],
 ) -> None:
     """Reports what another system has counted of both releases since the canary began, approximately. Does nothing if
     the canary has ended, or if newer figures of the source are in."""
@@ -335,13 +341,13 @@ def _refuse_fewer(row: CanaryFigures, document: Mapping[str, Any]) -> None:
             )
 
 
-def figures(session: Session, canary: Canary) -> tuple[Figures, Figures]:
+def figures(session: Session, canary: Canary) -> tuple[VersionFigures, VersionFigures]:
     """The figures of the candidate and of the served release since the canary began, of all sources."""
     if canary.totals is not None:
-        own, served = map(Figures.of_json, canary.totals)
+        own, served = map(VersionFigures.of_json, canary.totals)
         return own, served
     rows = session.scalars(select(CanaryFigures).where(CanaryFigures.canary_id == canary.id)).all()
-    own, served = Figures(), Figures()
+    own, served = VersionFigures(), VersionFigures()
     for row in rows:
         own = own.plus(_of(row.last, canary.release.version)).plus(_of(row.first, canary.release.version), -1)
         version = canary.served.version
@@ -349,8 +355,8 @@ def figures(session: Session, canary: Canary) -> tuple[Figures, Figures]:
     return own, served
 
 
-def _of(document: Mapping[str, Any], version: str) -> Figures:
-    return Figures.of_json(document[version]) if version in document else Figures()
+def _of(document: Mapping[str, Any], version: str) -> VersionFigures:
+    return VersionFigures.of_json(document[version]) if version in document else VersionFigures()
 
 
 def _decide(session: Session, actor: Actor, canary: Canary, repository: Repository, name: str) -> None:
@@ -380,7 +386,7 @@ def why(canary: Canary, now: datetime) -> str:
     return "held: no new requests" if is_held else canary.why
 
 
-def _lacking(canary: Canary, watch: Watch, own: Figures, standings: Sequence[Standing]) -> str:
+def _lacking(canary: Canary, watch: Watch, own: VersionFigures, standings: Sequence[Standing]) -> str:
     """What holds a canary at the end of a step; empty for nothing. A server may not have been able to load the
     candidate, or the program that reports a metric may not run."""
     needed = ceil(watch.least * canary.weight / 100)

@@ -61,7 +61,7 @@ class LoadedRelease:
 
 
 @dataclass(frozen=True, slots=True)
-class Server:
+class ReportedServer:
     """A server of a node. `loaded` has its names of releases; those of something else are left out."""
 
     url: str
@@ -79,7 +79,7 @@ class NodeReport:
     node: str
     agent: str
     channels: Sequence[LiveChannel]
-    servers: Sequence[Server]
+    servers: Sequence[ReportedServer]
     max_unavailable: int | None
 
 
@@ -166,7 +166,7 @@ def _parts(actor: Actor, reported: NodeReport) -> Mapping[str, _Part]:
     return parts
 
 
-def _shown(server: Server, namespace: str, part: _Part, named: Iterable[str]) -> dict[str, Any]:
+def _shown(server: ReportedServer, namespace: str, part: _Part, named: Iterable[str]) -> dict[str, Any]:
     """A server as readers of the namespace see it. An error that names another namespace is left out."""
     others = [f"{other}/" for other in named if other != namespace]
     return {

@@ -46,7 +46,7 @@ class Outgoing:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class DeliveryOutcome:
     """What came of an attempt: the status of the answer, or the reason why there was none."""
 
     status: int | None
@@ -118,7 +118,7 @@ def _outgoing(session: Session, row: WebhookDelivery, hook: Webhook, recorded: A
     return Outgoing(row.id, row.attempts, hook.id, hook.url, hook.format, secrets, event)
 
 
-def finish(session: Session, sent: Outgoing, outcome: Outcome, now: datetime) -> str | None:
+def finish(session: Session, sent: Outgoing, outcome: DeliveryOutcome, now: datetime) -> str | None:
     """Records what came of an attempt, and returns the state; None if the delivery was claimed or replayed again
     meanwhile."""
     own = (WebhookDelivery.id == sent.id, WebhookDelivery.attempts == sent.attempt, WebhookDelivery.due_at.is_not(None))

@@ -51,7 +51,7 @@ def error_of(answer: Mapping[str, Any]) -> RegistryError:
 def _last_log_lines() -> Generator[deque[str]]:
     """Collects the last LOG_LINES lines that this process logs inside the block."""
     lines: deque[str] = deque(maxlen=LOG_LINES)
-    handler = _Collector(lines)
+    handler = _AnswerCollector(lines)
     root = logging.getLogger()
     root.addHandler(handler)
     try:
@@ -60,7 +60,7 @@ def _last_log_lines() -> Generator[deque[str]]:
         root.removeHandler(handler)
 
 
-class _Collector(logging.Handler):
+class _AnswerCollector(logging.Handler):
     def __init__(self, lines: deque[str]) -> None:
         super().__init__(logging.INFO)
         self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))

@@ -37,7 +37,7 @@ from typing import Any, cast
 from registry.environment.settings import Settings
 from registry.worker.engine import answers
 from registry.worker.engine.answers import answer_of
-from registry.worker.engine.frames import Frame, Wire
+from registry.worker.engine.frames import Frame, FrameSocket
 from registry.worker.engine.remote import Calls, RemoteBases, RemoteDocuments, RemoteStore
 from registry.worker.engine.units import Node, Task, Unit, always_intact
 
@@ -72,7 +72,7 @@ def main(end: int) -> None:
     """Runs the template. `end` is the descriptor of its end of a socket pair."""
     worker, children = os.getppid(), dict[int, _Child]()
     _prctl(_ADOPT_ORPHANS, 1)
-    wire = Wire(socket.socket(fileno=end))
+    wire = FrameSocket(socket.socket(fileno=end))
     for number in (signal.SIGINT, signal.SIGTERM):  # these reach all processes of a terminal: the worker decides
         signal.signal(number, signal.SIG_IGN)
     _import(_IMPORTED)
@@ -96,14 +96,14 @@ def main(end: int) -> None:
         _end_orphans(())
 
 
-def _ready(wire: Wire, children: Mapping[int, _Child]) -> list[int]:
+def _ready(wire: FrameSocket, children: Mapping[int, _Child]) -> list[int]:
     waiting = select.poll()
     for watched in (wire.fileno(), *(child.watched for child in children.values())):
         waiting.register(watched, select.POLLIN)
     return [ready for ready, _ in waiting.poll(_WATCH_S * 1000)]
 
 
-def _obey(wire: Wire, frame: Frame, children: dict[int, _Child]) -> None:
+def _obey(wire: FrameSocket, frame: Frame, children: dict[int, _Child]) -> None:
     """Forks a child with the frame's socket, or kills one."""
     if "end" in frame.message:
         if child := children.get(frame.message["end"]):
@@ -191,7 +191,7 @@ def _be_child(template: int, end: int, directory: Path, settings: Mapping[str, A
     shown = logging.StreamHandler()
     shown.addFilter(lambda record: record.name != answers.__name__ or record.levelno > logging.WARNING)
     logging.basicConfig(handlers=[shown])  # the worker records the errors of units
-    wire = Wire(socket.socket(fileno=end))
+    wire = FrameSocket(socket.socket(fileno=end))
     calls = Calls(wire)
     bases = RemoteBases(calls)
     node = Node(Settings(**settings), RemoteStore(calls), RemoteDocuments(calls), directory, bases)
@@ -200,7 +200,7 @@ def _be_child(template: int, end: int, directory: Path, settings: Mapping[str, A
             wire.send(_answer(node, wire, wire.receive().message))
 
 
-def _answer(node: Node, wire: Wire, message: Mapping[str, Any]) -> dict[str, Any]:
+def _answer(node: Node, wire: FrameSocket, message: Mapping[str, Any]) -> dict[str, Any]:
     """Runs a unit."""
     unit, count, began_s = Unit(**message["unit"]), _Counter(wire), time.monotonic()
     answer = answer_of(unit.name, lambda: _task(message["task"]).run(replace(node, check=count), unit, count))
@@ -217,7 +217,7 @@ def _task(named: Mapping[str, Any]) -> Task:
 class _Counter:
     """Reports a unit's progress to the worker, at most every _COUNT_S seconds."""
 
-    def __init__(self, wire: Wire) -> None:
+    def __init__(self, wire: FrameSocket) -> None:
         self._wire, self._done, self._sent_s = wire, 0, time.monotonic()
         self._lock = threading.Lock()
 

@@ -35,7 +35,7 @@ class Frame:
         return self.file
 
 
-class Wire:
+class FrameSocket:
     """One end of a Unix socket pair. Several threads may send, and one receives."""
 
     def __init__(self, end: socket.socket) -> None:
@@ -45,7 +45,7 @@ class Wire:
             end.setsockopt(socket.SOL_SOCKET, option, _BUFFER_BYTES)
 
     @classmethod
-    def pair(cls) -> "tuple[Wire, socket.socket]":
+    def pair(cls) -> "tuple[FrameSocket, socket.socket]":
         """Creates a wire, and returns it with the other end."""
         own, other = socket.socketpair()
         return cls(own), other

@@ -16,7 +16,7 @@ from registry.environment.settings import EngineSettings
 from registry.errors import Unavailable
 from registry.worker.engine.answers import error_of
 from registry.worker.engine.child import SETTINGS, descendants
-from registry.worker.engine.frames import Wire
+from registry.worker.engine.frames import FrameSocket
 from registry.worker.engine.protocol import MAX_DEATHS, Needs
 from registry.worker.engine.serving import JobFiles
 from registry.worker.engine.template import Template
@@ -153,7 +153,7 @@ class _JobChild:
     def __init__(self, node: HostNode, template: Template, limits: JobLimits) -> None:
         self._node, self._template, self._limits = node, template, limits
         self._files, self._directory = JobFiles(node), node.own_directory()
-        self._wire, self._end = Wire.pair()
+        self._wire, self._end = FrameSocket.pair()
         self._received: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self._pid = 0
 

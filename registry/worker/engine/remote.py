@@ -15,7 +15,7 @@ from composer.formats.checkpoints.files import StoredFile
 from registry.errors.translation import of_row
 from registry.formats.references import Digest
 from registry.storage.blobs import Reader
-from registry.worker.engine.frames import Frame, Wire
+from registry.worker.engine.frames import Frame, FrameSocket
 
 _BLOCK_BYTES = 8 << 20
 
@@ -23,12 +23,12 @@ _BLOCK_BYTES = 8 << 20
 class Calls:
     """Sends messages to the worker and returns its replies, which may be errors."""
 
-    def __init__(self, wire: Wire) -> None:
+    def __init__(self, wire: FrameSocket) -> None:
         self._wire, self._own = wire, threading.local()
 
-    def connect(self) -> Wire:
+    def connect(self) -> FrameSocket:
         """Opens a new connection to the worker."""
-        known, other = Wire.pair()
+        known, other = FrameSocket.pair()
         with other:
             self._wire.send({"connect": True}, file=other.fileno())
         return known
@@ -40,12 +40,12 @@ class Calls:
         return _asked(self._own.connection, message)
 
 
-def _asked(connection: Wire, message: Mapping[str, Any]) -> Frame:
+def _asked(connection: FrameSocket, message: Mapping[str, Any]) -> Frame:
     connection.send(message)
     return _reply(connection)
 
 
-def _reply(connection: Wire) -> Frame:
+def _reply(connection: FrameSocket) -> Frame:
     """Receives the next reply. Raises the error in it."""
     reply = connection.receive()
     if error := reply.message.get("error"):
@@ -102,7 +102,7 @@ class RemoteWriter:
 
     copied_bytes = 0
 
-    def __init__(self, connection: Wire, size_bytes: int) -> None:
+    def __init__(self, connection: FrameSocket, size_bytes: int) -> None:
         self._connection, self._at = connection, 0
         self._blocks = os.memfd_create("blocks")
         os.ftruncate(self._blocks, 2 * _BLOCK_BYTES)

@@ -20,7 +20,7 @@ from registry.errors import NotAllowed, RegistryError
 from registry.formats.references import Digest
 from registry.storage.blobs import Reader
 from registry.worker.engine.answers import KNOWN, failure_of
-from registry.worker.engine.frames import Frame, Wire
+from registry.worker.engine.frames import Frame, FrameSocket
 from registry.worker.engine.stores import UnitWriter
 from registry.worker.engine.units import HostNode, Result, Task, Unit
 
@@ -58,7 +58,7 @@ class JobFiles:
         self._hints: Mapping[str, Any] = {}
         self._in_buckets: dict[str, Checkpoint] = {}
         self._recent: deque[tuple[StoredFile, int, bytearray]] = deque()
-        self._connections, self._lock, self._ended = set[Wire](), threading.Lock(), False
+        self._connections, self._lock, self._ended = set[FrameSocket](), threading.Lock(), False
 
     def begin(self, unit: Unit) -> None:
         """Allows the blobs that the unit names."""
@@ -73,7 +73,7 @@ class JobFiles:
     def connect(self, descriptor: int) -> None:
         """Serves a connection in a thread of its own. Closes one that is not a socket, or is one too many."""
         try:
-            wire = Wire(socket.socket(fileno=descriptor))
+            wire = FrameSocket(socket.socket(fileno=descriptor))
         except OSError:
             with suppress(OSError):
                 os.close(descriptor)
@@ -164,7 +164,7 @@ class JobFiles:
     def _name(self, document: bytes) -> None:
         self._named |= {match.decode() for match in _DIGEST.findall(document)}
 
-    def _serve(self, wire: Wire) -> None:
+    def _serve(self, wire: FrameSocket) -> None:
         connection = _Connection(self)
         try:
             while True:

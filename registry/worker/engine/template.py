@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from composer.evaluation.scorers.process import INHERITED, INHERITED_OF
-from registry.worker.engine.frames import Wire
+from registry.worker.engine.frames import FrameSocket
 
 _PASSED = INHERITED | {
     "CUBLAS_WORKSPACE_CONFIG", "HF_DATASETS_CACHE", "HF_DATASETS_OFFLINE", "HF_ENDPOINT", "HF_HUB_CACHE",
@@ -61,7 +61,7 @@ class Template:
     """A running template. Not thread-safe."""
 
     def __init__(self) -> None:
-        self._wire, end = Wire.pair()
+        self._wire, end = FrameSocket.pair()
         with end:
             self._wait = launch(end.fileno(), environment())
         self._ended = dict[int, int]()

@@ -14,7 +14,7 @@ from composer.evaluation.measure import Measured
 from composer.findings import Verdict
 from composer.formats.recipes.suite import Example, Suite
 from composer.optimize.candidates import Candidate, fitted, low_rank, weighted_sum
-from composer.optimize.objective import LEAST_GAIN, Standing, race, rungs, simplest_of_the_best
+from composer.optimize.objective import LEAST_GAIN, CandidateResults, race, rungs, simplest_of_the_best
 from composer.optimize.optimize import SearchJournal
 from composer.optimize.problem import splits
 from composer.optimize.report import Confirmed, choose
@@ -28,14 +28,14 @@ def suite(count: int, name: str = "asked") -> Suite:
     return Suite(name=name, kind="target", chat=False, examples=examples)
 
 
-def standing(candidate: Candidate, nats: list[float], alone: float = 0.1, base: float = 3.0) -> Standing:
+def standing(candidate: Candidate, nats: list[float], alone: float = 0.1, base: float = 3.0) -> CandidateResults:
     """A candidate with these nats per token on its only member's examples."""
 
     def measured(values: list[float]) -> list[Measured]:
         return [Measured(value, 1, exact=False) for value in values]
 
     run = measured([base] * len(nats)), measured([alone] * len(nats)), measured(nats)
-    return Standing(candidate, Outcome(len(nats), (effect_of(("member", "asked"), *run, 1),), ()))
+    return CandidateResults(candidate, Outcome(len(nats), (effect_of(("member", "asked"), *run, 1),), ()))
 
 
 @given(st.integers(2, 70), st.integers(1, 40), st.integers(1, 64), st.integers(1, 100))
@@ -74,7 +74,7 @@ def test_a_race_finds_the_planted_winner_whatever_the_order(count: int, seed: in
     planted = candidates[generator.randrange(len(candidates))]
     noise = {candidate.name: [generator.gauss(0, 0.05) for _ in range(8)] for candidate in candidates}
 
-    def measure(candidate: Candidate, k: int) -> Standing:
+    def measure(candidate: Candidate, k: int) -> CandidateResults:
         nats = 0.5 if candidate is planted else 1.2
         return standing(candidate, [nats + error for error in noise[candidate.name][:k]])
 

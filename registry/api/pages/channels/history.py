@@ -6,7 +6,7 @@ from fastapi import APIRouter, Query, Request, Response
 
 from registry.api.http.request import ResourcesOf
 from registry.api.pages.html import drawings, scores
-from registry.api.pages.html.drawings import Interval, Point
+from registry.api.pages.html.drawings import IntervalBar, ScorePoint
 from registry.api.pages.html.render import page_about
 from registry.api.pages.html.wire import PageReader, PageRoute, RepositoryOf
 from registry.api.routes.views import score_view
@@ -38,7 +38,7 @@ def show_history(
         stated = [score_view(entry.score) for entry in entries]
         rows = [(entry, score, scores.interval(score)) for entry, score in zip(entries, stated, strict=True)]
         kind = repository.kind
-    points = [Point(entry.version, Interval(score.value, *ends, "now"), score.n) for entry, score, ends in rows]
+    points = [ScorePoint(entry.version, IntervalBar(score.value, *ends, "now"), score.n) for entry, score, ends in rows]
     return page_about(
         request,
         "history.html",

@@ -40,7 +40,7 @@ def mark(kind: str) -> Markup:
 
 
 @dataclass(frozen=True, slots=True)
-class Interval:
+class IntervalBar:
     """A value with its 95 % interval, drawn in the style `kind`: base, before or now."""
 
     value: float
@@ -49,7 +49,7 @@ class Interval:
     kind: str
 
 
-def intervals(named: str, rows: Sequence[Interval], low: float, high: float) -> Markup:
+def intervals(named: str, rows: Sequence[IntervalBar], low: float, high: float) -> Markup:
     """Values with error bars on one axis from `low` to `high`, each in a row of 9 px."""
     left, right, row_px = 6.0, 164.0, 9
     height = 4 + row_px * len(rows)
@@ -64,7 +64,7 @@ def intervals(named: str, rows: Sequence[Interval], low: float, high: float) -> 
     return _svg(f"{named}: {said}; axis {low:.3g} to {high:.3g}", 170, height, "".join(parts))
 
 
-def against_limit(named: str, rows: Sequence[Interval], limit: float, *, above: bool) -> Markup:
+def against_limit(named: str, rows: Sequence[IntervalBar], limit: float, *, above: bool) -> Markup:
     """Values with error bars beside a limit, a dashed line. The zone that passes, above or below it, is shaded."""
     ends = [limit, *(end for row in rows for end in (row.low, row.high))]
     margin = 0.08 * ((max(ends) - min(ends)) or abs(limit) or 1.0)
@@ -84,15 +84,15 @@ def against_limit(named: str, rows: Sequence[Interval], limit: float, *, above: 
 
 
 @dataclass(frozen=True, slots=True)
-class Point:
+class ScorePoint:
     """A version's score, and the number of its examples."""
 
     version: str
-    score: Interval
+    score: IntervalBar
     n: int
 
 
-def history(named: str, points: Sequence[Point]) -> Markup:
+def history(named: str, points: Sequence[ScorePoint]) -> Markup:
     """Scores with error bars over versions, lowest first. Each shows its value on hover."""
     ends = [end for point in points for end in (point.score.low, point.score.high)]
     margin = 0.06 * ((max(ends) - min(ends)) or abs(ends[0]) or 1.0)
@@ -263,7 +263,7 @@ def loss(row: LossLine, axis: tuple[float, float]) -> Markup:
     return _svg(said, 170, height, "".join(parts))
 
 
-def _bars(rows: Sequence[Interval], x: Callable[[float], float]) -> Iterator[str]:
+def _bars(rows: Sequence[IntervalBar], x: Callable[[float], float]) -> Iterator[str]:
     for number, row in enumerate(rows):
         y = 6.5 + 9 * number
         yield f'<line class="bar {row.kind}" x1="{x(row.low)}" x2="{x(row.high)}" y1="{y}" y2="{y}"/>'

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from registry.api.pages.html import drawings
-from registry.api.pages.html.drawings import Interval
+from registry.api.pages.html.drawings import IntervalBar
 from registry.api.pages.html.scores import ends
 from registry.wire.quality import GateResultOut, PromotionGateOut
 
@@ -56,7 +56,7 @@ def _drawing(gate: GateResultOut) -> Markup | None:
     if gate.value is None or gate.limit is None:
         return None
     metric = gate.rule.partition(" ")[0].rpartition(".")[2]
-    rows = [Interval(gate.value, *ends(metric, gate.value, gate.stderr, gate.n or 0), "now")]
+    rows = [IntervalBar(gate.value, *ends(metric, gate.value, gate.stderr, gate.n or 0), "now")]
     if other := gate.other:
-        rows.append(Interval(other.value, *ends(metric, other.value, other.stderr, other.n), "before"))
+        rows.append(IntervalBar(other.value, *ends(metric, other.value, other.stderr, other.n), "before"))
     return drawings.against_limit(gate.rule, rows, gate.limit, above=bool(gate.at_least))

@@ -8,7 +8,7 @@ from markupsafe import Markup
 
 from composer.formats.recipes.suite import guard_cost
 from registry.api.pages.html import drawings
-from registry.api.pages.html.drawings import Interval, Point
+from registry.api.pages.html.drawings import IntervalBar, ScorePoint
 from registry.database.engine import Session
 from registry.database.tables import Release
 from registry.domain.catalog import histories as stored
@@ -63,7 +63,7 @@ def interval(score: ScoreOut | Value) -> tuple[float, float]:
     return ends(score.metric, score.value, score.stderr, score.n)
 
 
-def axis(metric: str, rows: Sequence[Interval]) -> tuple[float, float]:
+def axis(metric: str, rows: Sequence[IntervalBar]) -> tuple[float, float]:
     """The ends of an axis that contains all rows: 0 to 1 for a share of examples."""
     if metric == "accuracy":
         return 0.0, 1.0
@@ -108,9 +108,9 @@ def histories(session: Session, release: Release) -> list[History]:
 
 def _history(name: str, points: Sequence[Value], shown: str) -> History:
     drawn = [
-        Point(
+        ScorePoint(
             score.version,
-            Interval(score.value, *interval(score), "now" if score.version == shown else "before"),
+            IntervalBar(score.value, *interval(score), "now" if score.version == shown else "before"),
             score.n,
         )
         for score in points
@@ -120,7 +120,7 @@ def _history(name: str, points: Sequence[Value], shown: str) -> History:
 
 def _line(score: ScoreOut, before: ScoreOut | None, base: ScoreOut | None) -> ScoreLine:
     given = [("base", base), ("before", before), ("now", score)]
-    rows = [Interval(stated.value, *interval(stated), kind) for kind, stated in given if stated is not None]
+    rows = [IntervalBar(stated.value, *interval(stated), kind) for kind, stated in given if stated is not None]
     low, high = axis(score.metric, rows)
     name = f"{score.suite}.{score.metric}"
     guards = base is not None and score.kind == "guard" and score.metric == "nll"

@@ -11,7 +11,7 @@ from composer.conflicts.view import DEFAULT_MEASURE
 from registry.api.http.pagination import Cursor, decode_number, first_rows
 from registry.api.http.request import ResourcesOf, RowId
 from registry.api.pages.html import drawings, gates, scores
-from registry.api.pages.html.drawings import Interval
+from registry.api.pages.html.drawings import IntervalBar
 from registry.api.pages.html.forms import FormOf
 from registry.api.pages.html.render import page, redirect
 from registry.api.pages.html.wire import PageCaller, PageContributor, PageRoute
@@ -135,7 +135,7 @@ def _compared(score: Mapping[str, Any]) -> list[ComparedRow]:
     if score.get("base"):
         rows.append(("base", None, score["base"], "base"))
     bars = [
-        Interval(
+        IntervalBar(
             measured["value"], *scores.ends(score["metric"], measured["value"], measured["stderr"], measured["n"]), kind
         )
         for _, _, measured, kind in rows
