@@ -285,8 +285,15 @@ def _unwritten(write: Callable[[], None]) -> str:
 
 def _check_of(checked: Checked) -> NodeCheck:
     served = checked.result.served
-    figures = {"share": served.share, "worst_nats": served.worst} if served else {}
-    return NodeCheck(verdict=checked.result.verdict, at=checked.at, **figures)
+    if served is None:
+        return NodeCheck(verdict=checked.result.verdict, at=checked.at)
+    return NodeCheck(
+        verdict=checked.result.verdict,
+        at=checked.at,
+        share=served.share,
+        worst_nats=served.worst,
+        tolerance_nats=served.limits.worst,
+    )
 
 
 def _row_of(kept: KeptServer) -> NodeServer:

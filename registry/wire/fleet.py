@@ -18,12 +18,20 @@ Text = Annotated[str, Field(max_length=1000)]
 
 class NodeCheck(Wire):
     """A served check: whether the server applies the release. `share` is 1 where the release is applied and 0 where the
-    base answers, `worst_nats` the largest difference of a token. Both are null if the check measured nothing."""
+    base answers, `worst_nats` the largest difference of a token, and `tolerance_nats` the largest one that proves a
+    release. They are null if the check measured nothing."""
 
     verdict: Literal["proved", "unproved", "failed"]
     at: Moment
     share: float | None = Field(default=None, allow_inf_nan=False)
     worst_nats: float | None = Field(default=None, allow_inf_nan=False)
+    tolerance_nats: float | None = Field(default=None, allow_inf_nan=False)
+
+    @property
+    def stated(self) -> str:
+        """The verdict in words: `proved within 0.3 nats`."""
+        within = f" within {self.tolerance_nats:g} nats" if self.tolerance_nats is not None else ""
+        return f"proved{within}" if self.verdict == "proved" else self.verdict
 
 
 class NodeChannel(Wire):

@@ -422,11 +422,18 @@ def test_the_page_of_a_channel_shows_the_rollout(house: House, clock: Clock) -> 
 
     own = commit(house)
     assert "Rollout" not in page(), "no node follows it"
-    proof = {"verdict": "proved", "at": clock.now.isoformat(), "share": 0.998, "worst_nats": 0.08}
+    proof = {
+        "verdict": "proved",
+        "at": clock.now.isoformat(),
+        "share": 0.998,
+        "worst_nats": 0.08,
+        "tolerance_nats": 0.6,
+    }
     for node in ("a", "b"):
         reported(house, node, live(commit=own, check=proof))
     clock.passes(40)
     assert "1.1.0 is proved on 2 of 2 nodes, 40 s ago." in page()
+    assert "proved within 0.6 nats: share 0.998, worst token 0.08 nats, 40 s ago" in page()
     failed = {"verdict": "failed", "at": clock.now.isoformat(), "share": -0.007, "worst_nats": 14.3}
     reported(house, "b", live("1.0.0", commit=own, state="failed", check=failed, error="<b>The check failed.</b>"))
     text = page()

@@ -84,12 +84,13 @@ def test_the_status_shows_each_node_and_a_node_that_has_ended_is_removed(stocked
     cli = stocked_embedded
     pushed(cli, world)
     assert cli.ok("rollout", "status", CHANNEL).out.endswith("; no node follows it\n")
-    check = {"verdict": "proved", "at": "2026-12-01T12:00:00Z", "share": 0.998, "worst_nats": 0.08}
+    figures = {"share": 0.998, "worst_nats": 0.08, "tolerance_nats": 0.3}
+    check = {"verdict": "proved", "at": "2026-12-01T12:00:00Z", **figures}
     report(cli, "a", "1.0.0", check=check)
     report(cli, "b", "1.1.0", state="failed", error="The check failed.")
     shown = cli.ok("--wide", "rollout", "status", CHANNEL).out
     assert "1 following, 1 failed; proved on 1 of 2 nodes" in shown
-    assert "proved (share 0.998, worst 0.08 nats)" in shown
+    assert "proved within 0.3 nats (share 0.998, worst 0.08 nats)" in shown
     assert "The check failed." in shown
     document = cli.json("rollout", "status", CHANNEL)
     assert document["totals"] == {"following": 1, "switching": 0, "behind": 0, "failed": 1, "silent": 0}

@@ -17,8 +17,11 @@ NAMES = {
 ENDS = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
 
-def write_llama(base: Path, out: Path, kind: type[np.floating] = np.float32) -> Path:
-    """Writes the checkpoint with matrices of that type; norms stay in float32, as llama.cpp wants them."""
+def write_llama(
+    base: Path, out: Path, kind: type[np.floating] = np.float32, quantized: gguf.GGMLQuantizationType | None = None
+) -> Path:
+    """Writes the checkpoint with matrices of that type, or with quantized ones where a row has full blocks; norms stay
+    in float32, as llama.cpp wants them."""
     config = json.loads((base / "config.json").read_text())
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     writer = gguf.GGUFWriter(str(out), "llama")
@@ -42,7 +45,9 @@ def write_llama(base: Path, out: Path, kind: type[np.floating] = np.float32) -> 
                     weight = weight.reshape(count, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
                 name = f"blk.{layer}.{NAMES[name]}"
             values = np.ascontiguousarray(weight.astype(np.float32 if weight.ndim == 1 else kind))
-            writer.add_tensor(f"{ENDS.get(name, name)}.weight", values)
+            blocks = quantized if values.ndim == 2 and values.shape[1] % 32 == 0 and name not in ENDS else None
+            values = values if blocks is None else gguf.quantize(values, blocks)
+            writer.add_tensor(f"{ENDS.get(name, name)}.weight", values, raw_dtype=blocks)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import gguf
 import httpx2
 import pytest
 import torch
@@ -18,12 +19,13 @@ from registry.agent.directory import MirrorDirectory
 from registry.agent.servers.llamacpp import LlamaServer
 from registry.agent.versions import ServedVersion
 from registry.errors import Usage
-from registry.formats.evidence import EvidenceExample
+from registry.formats.evidence import USUAL, EvidenceExample, Limits
 from tests import services
 from tests.eventually import eventually
 from tests.scenarios.world import Cli, World
 from tests.serving.conftest import Site, converted, llama_processes, mirrored
 from tests.serving.double import answers
+from tests.serving.llama_base import write_llama
 from tests.serving.llama_server import command, llama_server, port_range
 from tests.serving.test_mirror import NEW, OLD, Users, front
 
@@ -139,6 +141,33 @@ def test_the_check_proves_the_release_and_refuses_another(llama: Path, world: Wo
             refused = server.check(version.name, evidence(world, other))
             assert (refused.verdict, "does not apply acme/sql@1.0.0: share" in refused.why) == ("failed", True)
         assert server.check(version.name).verdict == "unproved", "without evidence"
+        server.close()
+
+
+@pytest.mark.parametrize(
+    ("kind", "tolerance", "verdict"),
+    [
+        ("Q8_0", None, "proved"),
+        ("Q5_0", None, "unproved"),
+        ("Q5_0", 0.6, "proved"),
+        pytest.param("Q4_0", 1.0, "failed", marks=pytest.mark.long),
+    ],
+)
+def test_a_quantized_base_proves_only_what_is_near_enough(
+    kind: str, tolerance: float | None, verdict: str, world: World, tmp_path: Path
+) -> None:
+    base = write_llama(world.base, tmp_path / "base.gguf", quantized=gguf.GGMLQuantizationType[kind])
+    directory, version = MirrorDirectory(tmp_path / "served"), ServedVersion("acme/sql", "1.0.0", "ab" * 20)
+    shutil.copytree(world.adapters["sql"], directory.path(version.commit))
+    converted(directory, version, base)
+    limits = USUAL if tolerance is None else Limits.within(tolerance)
+    with llama_processes(command(base, port_range()), directory, limits) as server:
+        server.load(version, directory.path(version.commit))
+        result = server.check(version.name, evidence(world, "sql"))
+        assert (result.verdict, result.served and result.served.limits) == (verdict, limits), result
+        assert (verdict == "proved") == ("worst token" not in result.why)
+        for other in ("other-sql", "terraform", "support"):
+            assert server.check(version.name, evidence(world, other)).verdict == "failed", other
         server.close()
 
 

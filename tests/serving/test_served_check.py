@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from datetime import UTC, datetime
+from math import isfinite
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from registry.domain.catalog import releases, suites
 from registry.domain.catalog.attestations import About
 from registry.errors import Invalid
 from registry.formats.attestations import EVIDENCE, Statement
-from registry.formats.evidence import EvidenceExample, evidence_of
+from registry.formats.evidence import USUAL, EvidenceExample, Limits, decide, evidence_of
 from registry.formats.references import parse_repository, parse_version
 from registry.worker.attesting import attested
 from tests.eventually import eventually
@@ -25,6 +26,7 @@ from tests.scenarios.world import Cli, World
 from tests.serving.conftest import Site, mirrored
 from tests.serving.contract import COMMIT, one_release
 from tests.serving.double import BASE, double, log_probabilities, weights_hash
+from tests.serving.scripted import models, ok, scripted
 
 NAME = "acme/sql@1.0.0"
 Check = tuple[str, CheckResult]
@@ -42,11 +44,13 @@ def examples(weights: str, lengths: Sequence[int]) -> list[EvidenceExample]:
     return made
 
 
-def checks(kinds: Sequence[str], lengths: Sequence[Sequence[int]], adapter: Path, root: Path) -> Iterator[Check]:
+def checks(
+    kinds: Sequence[str], lengths: Sequence[Sequence[int]], adapter: Path, root: Path, limits: Limits = USUAL
+) -> Iterator[Check]:
     """The check of servers that apply the adapter, or what a kind of mistake makes of it."""
     weights, directory = weights_hash(adapter), one_release(root, adapter).path(COMMIT)
     for wrong in kinds:
-        with double(wrong=wrong) as (url, _), closing(VllmServer(url)) as server:
+        with double(wrong=wrong) as (url, _), closing(VllmServer(url, limits)) as server:
             server.load(ServedVersion("acme/sql", "1.0.0", COMMIT), directory)
             for some in lengths:
                 yield wrong, server.check(NAME, examples(weights, some))
@@ -66,6 +70,32 @@ def test_no_wrong_thing_is_proved(
         assert not wrong or "worst token" in result.why
         if wrong == "unapplied":
             assert abs(result.served.share) < 0.01, "the base answers"
+
+
+def test_a_stated_tolerance_proves_a_quantised_server_and_nothing_else(world: World, tmp_path: Path) -> None:
+    limits = Limits.within(0.6)
+    for wrong, result in checks(WRONG, LENGTHS[1:2], world.adapters["sql"], tmp_path / "served", limits):
+        assert result.verdict == ("proved" if wrong == "quantised" else "failed"), (wrong, result)
+        assert wrong != "quantised" or (result.served and result.served.worst > USUAL.worst)
+
+
+def test_a_weak_adapter_is_proved_only_where_the_evidence_tells_it_from_its_base() -> None:
+    weak = [EvidenceExample((1, 2, 3), 1, (-1.0, -1.0), (-1.1, -0.9))]
+    for off, verdict in ((0.0, "proved"), (0.03, "unproved"), (0.06, "failed"), (0.1, "failed")):
+        assert decide(weak, [[-1.0 - off, -1.0 + off]]).verdict() == verdict, "tokens up and down do not cancel"
+    assert decide(weak, [[-1.06, -1.06]], Limits.within(1.0)).verdict() == "failed", "however much a token may be off"
+
+
+@pytest.mark.parametrize("said", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_what_is_not_a_log_probability_fails_the_check_and_can_be_reported(said: str) -> None:
+    rows = b'{"choices": [{"logprobs": {"tokens": ["token_id:2"], "token_logprobs": [%s]}}]}' % said.encode()
+    with (
+        scripted({"/v1/models": models(), "/v1/completions": ok(rows)}) as server,
+        closing(VllmServer(server.url)) as kept,
+    ):
+        result = kept.check(NAME, [EvidenceExample((1, 2), 1, (-1.0,), (-4.0,))])
+    assert (result.verdict, result.served and result.served.worst > 1000) == ("failed", True)
+    assert isfinite(result.served.share) if result.served else False
 
 
 def test_evidence_by_which_a_release_looks_like_its_base_proves_nothing() -> None:

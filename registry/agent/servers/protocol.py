@@ -29,6 +29,13 @@ class CheckResult:
     served: Served | None = None
 
 
+def compared(address: str, name: str, served: Served, *, loosely: bool = False) -> CheckResult:
+    """The result of a check that has compared answers with evidence, `loosely` as for `Served.verdict`."""
+    verdict = served.verdict(loosely=loosely)
+    does = {"proved": "", "unproved": "may apply", "failed": "does not apply"}[verdict]
+    return CheckResult(verdict, does and f"{address} {does} {name}: {served}.", served)
+
+
 @dataclass(frozen=True, slots=True)
 class Endpoint:
     """Where requests to a version go. `lora` has the scale of each adapter of that server, by id, if every request must

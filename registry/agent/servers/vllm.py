@@ -9,15 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from registry.agent.servers.protocol import CHECK_S, CheckResult, HttpServer
+from registry.agent.servers.protocol import CHECK_S, CheckResult, HttpServer, compared
 from registry.agent.versions import ServedVersion
 from registry.errors import RegistryError, Unavailable
-from registry.formats.evidence import MAX_OFF, EvidenceExample, decide
+from registry.formats.evidence import USUAL, EvidenceExample, Limits, decide, log_probability
 
 _METRIC = "vllm:lora_requests_info"
 _REQUESTS = re.compile(rf"^{_METRIC}\{{(.*)\}} ([0-9.eE+-]+)\s*$", re.MULTILINE)
-_LEAST_LOG_PROBABILITY = -1e4
-"""In nats: a server may answer minus infinity, which would leave no share to compute."""
 _AT_ONCE = 16
 """Tokens that a check lets a server generate: those after one that the evidence does not have are of no use."""
 _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
@@ -27,6 +25,10 @@ class VllmServer(HttpServer):
     """Lists names with their paths, which makes the server itself the ledger of what it has loaded."""
 
     kind = "vllm"
+
+    def __init__(self, address: str, limits: Limits = USUAL) -> None:
+        super().__init__(address)
+        self._limits = limits
 
     def loaded(self) -> Mapping[str, str]:
         document = self.document("/v1/models")
@@ -84,10 +86,7 @@ class VllmServer(HttpServer):
         known = [values for values in answered if values is not None]
         if len(known) < len(answered):
             return CheckResult("unproved", f"{self.address} answers without log-probabilities of tokens.")
-        served = decide(evidence, known)
-        if served.proved:
-            return CheckResult("proved", served=served)
-        return CheckResult("failed", f"{self.address} does not apply {name}: {served}.", served)
+        return compared(self.address, name, decide(evidence, known, self._limits))
 
     def _answered(self, name: str, example: EvidenceExample, until_s: float) -> list[float] | None:
         """The server's log-probabilities of the completion's tokens, up to one that is off; None if it does not say
@@ -108,7 +107,7 @@ class VllmServer(HttpServer):
                 if not forced or forced[0][0] != example.ids[at]:
                     return None
                 values.append(forced[0][1])
-            if any(abs(value - own) > MAX_OFF for value, own in zip(values, example.release, strict=False)):
+            if any(abs(value - own) > self._limits.worst for value, own in zip(values, example.release, strict=False)):
                 break
         return values
 
@@ -122,7 +121,7 @@ class VllmServer(HttpServer):
             if rows is None:
                 return None
             tokens = [int(text.removeprefix("token_id:")) for text in rows["tokens"]]
-            values = [max(float(value), _LEAST_LOG_PROBABILITY) for value in rows["token_logprobs"]]
+            values = [log_probability(value) for value in rows["token_logprobs"]]
             return list(zip(tokens, values, strict=True))
         except (KeyError, IndexError, TypeError, ValueError, AttributeError):
             return None

@@ -77,7 +77,7 @@ def _checked(check: "wire.fleet.NodeCheck | None") -> str:
         return ""
     figures = [f"share {check.share:.3f}"] if check.share is not None else []
     figures += [f"worst {check.worst_nats:.2f} nats"] if check.worst_nats is not None else []
-    return f"{check.verdict} ({', '.join(figures)})" if figures else check.verdict
+    return f"{check.stated} ({', '.join(figures)})" if figures else check.stated
 
 
 def waited_for_nodes(connection: Connection, channel: str, wait_s: int | None) -> Refused | None:

@@ -40,6 +40,15 @@ Servers = Annotated[
         "directory[=BASE_NAME] for servers that watch DIR/by-version. May be repeated.",
     ),
 ]
+Tolerance = Annotated[
+    float | None,
+    typer.Option(
+        metavar="NATS",
+        min=0.3,
+        max=1.0,
+        help="How far a token's log-probability may be off on servers of quantized bases; by default 0.3.",
+    ),
+]
 Front = Annotated[str | None, typer.Option(metavar="URL", help="A front whose requests under way count, too.")]
 Verify = Annotated[Path | None, typer.Option(metavar="PUB.pem", help="Serve only releases that this key signed.")]
 Keep = Annotated[int, typer.Option(min=0, help="Earlier releases whose files are kept, for each channel.")]
@@ -68,6 +77,7 @@ def mirror(  # noqa: PLR0913
     channels: Channels,
     directory: Target,
     server: Servers = None,
+    tolerance: Tolerance = None,
     front: Front = None,
     verify: Verify = None,
     keep: Keep = 2,
@@ -103,20 +113,18 @@ def mirror(  # noqa: PLR0913
         host = parse_node_name(node or socket.gethostname().lower(), "node")
         named = loop.Node(parse_node_name(group, "group"), host, max_unavailable)
     files = [GatewayFile(text, pool) for text in write or ()]
-    splits = front is not None or any(file.splits for file in files)
+    splits = bool(front) or any(file.splits for file in files)
     options = Options(keep, parse_duration(grace), on_empty == "unload", splits=splits)
     kept_in, state = MirrorDirectory(directory), health.Health()
-    opened, listens_at = _servers(server, kept_in), address(listen) if listen else None
+    opened, listens_at = _servers(server, kept_in, tolerance), address(listen) if listen else None
     with ExitStack() as stack:
         api = stack.enter_context(connected()).api
         check = _signed_by(api, verify)
         stack.enter_context(kept_in.locked())
         if listens_at is not None:
             stack.callback(health.serve(state, *listens_at))
-        busy_in_front = _busy_in(front) if front else None
-        servers = [
-            KeptServer(kept, kept_in, busy_in_front, options.grace_s, partial(_evidence, api)) for kept in opened
-        ]
+        busy, evidence = _busy_in(front) if front else None, partial(_evidence, api)
+        servers = [KeptServer(kept, kept_in, busy, options.grace_s, evidence) for kept in opened]
         reporter = loop.Reporter(api, named, state) if named else None
         duties = Duties(check, reporter.may_switch if reporter else _always, partial(write_all, files))
         mirrored = Mirror(api, kept_in, servers, options, duties)
@@ -135,23 +143,25 @@ def _always() -> bool:
     return True
 
 
-def _servers(texts: Sequence[str] | None, directory: "MirrorDirectory") -> "Sequence[Server]":
+def _servers(texts: Sequence[str] | None, directory: "MirrorDirectory", tolerance: float | None) -> "Sequence[Server]":
     """The servers that `--server` names; DIR/by-version if none is named."""
     from registry.agent.servers.command import CommandServer
     from registry.agent.servers.files import DirectoryServer
     from registry.agent.servers.llamacpp import LlamaServer
     from registry.agent.servers.sglang import SglangServer
     from registry.agent.servers.vllm import VllmServer
+    from registry.formats.evidence import USUAL, Limits
 
     opened: list[Server] = []
+    limits = USUAL if tolerance is None else Limits.within(tolerance)
     for text in texts or ["directory"]:
         kind, _, address = text.partition("=")
         if kind == "directory":
             opened.append(DirectoryServer(directory, address or None))
         elif kind in ("vllm", "sglang") and address.startswith(("http://", "https://")):
-            opened.append((VllmServer if kind == "vllm" else SglangServer)(address))
+            opened.append((VllmServer if kind == "vllm" else SglangServer)(address, limits))
         elif kind == "llamacpp":
-            opened.append(LlamaServer(address, directory))
+            opened.append(LlamaServer(address, directory, limits))
         elif kind == "exec" and address:
             opened.append(CommandServer(address))
         else:

@@ -63,7 +63,7 @@ def _check(check: NodeCheck | None, now: datetime) -> str:
         return ""
     figures = f"share {check.share:.3f}, " if check.share is not None else ""
     figures += f"worst token {check.worst_nats:.2f} nats, " if check.worst_nats is not None else ""
-    return f"{check.verdict}: {figures}{ago(check.at, now)}"
+    return f"{check.stated}: {figures}{ago(check.at, now)}"
 
 
 def ago(at: datetime, now: datetime) -> str:
