@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import Row, Select, func, select
 from sqlalchemy.orm import Session
@@ -97,9 +97,8 @@ def publish(session: Session, actor: Actor, new: NewRelease) -> tuple[Release, b
     if new.signed is not None:
         refuse_other_release(new.signed, bound)
     quotas.refuse_release(session, new.repository.namespace)
-    policy = namespaces.find_for_share(
-        session, new.repository.namespace
-    )  # locked, so that no concurrent change is missed
+    # Locked, so that no concurrent change is missed.
+    policy = SignaturePolicy.of(namespaces.find_for_share(session, new.repository.namespace))
     covers = new.signed.covers if new.signed and new.signed_by else None
     refuse_without_signature(new.repository.namespace, policy, new.signed_by, covers)
     if policy.require_signature:
@@ -295,9 +294,21 @@ def full_name(release: Release) -> str:
     return f"{repositories.name_of(release.repository)}:{release.version}"
 
 
+class SignaturePolicy(NamedTuple):
+    """A namespace's columns about signatures."""
+
+    require_signature: bool
+    signing_keys: Sequence[str]
+    signature_covers: str
+
+    @classmethod
+    def of(cls, namespace: Namespace) -> "SignaturePolicy":
+        return cls(namespace.require_signature, namespace.signing_keys, namespace.signature_covers)
+
+
 def refuse_without_signature(
     namespace: str,
-    policy: Namespace | Row[*tuple[Any, ...]],
+    policy: SignaturePolicy,
     signed_by: str | None,
     covers: str | None,
     published: str | None = None,

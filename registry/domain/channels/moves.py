@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from datetime import datetime
+from typing import Any, Protocol, cast
 
 from sqlalchemy import Select, Table, bindparam, func, insert, literal_column, select, update
 from sqlalchemy.orm import Session, joinedload
@@ -12,7 +13,8 @@ from registry.database.tables import Canary, Channel, Gate, Move, Namespace, Pro
 from registry.domain.access import audit, namespaces
 from registry.domain.access.audit import Act, Actor
 from registry.domain.catalog import releases, repositories, signatures
-from registry.domain.catalog.releases import full_name
+from registry.domain.catalog.releases import SignaturePolicy, full_name
+from registry.domain.catalog.repositories import Kind
 from registry.domain.channels import pending, policies
 from registry.domain.channels.policies import (
     SERVES_NOTHING,
@@ -26,6 +28,7 @@ from registry.domain.channels.serving import (
     LEFT_RELEASE,
     MOVE_COLUMNS,
     ChannelMove,
+    NewMove,
     move_before,
     serving_move,
     way_back,
@@ -46,7 +49,6 @@ _canary, _channel, _gate, _move, _namespace, _promotion, _release, _repository, 
 _ASKED = (
     select(
         _release.id,
-        _release.base_digest,
         _release.sort_key,
         _release.signed_by,
         _release.signature_covers.label("covers"),
@@ -73,6 +75,23 @@ _ASKED = (
 )
 """The release and the namespace's policy, locked until the transaction ends. Moves of one channel, and yanks, wait for
 each other here instead of failing, unless they state the move that they expect."""
+
+
+class _Asked(Protocol):
+    """The columns of `_ASKED`."""
+
+    id: int
+    sort_key: str
+    signed_by: str | None
+    covers: str | None
+    commit: str
+    kind: Kind
+    channel_id: int
+    require_signature: bool
+    signing_keys: Sequence[str]
+    signature_covers: str
+
+
 _asked_for, _served = Release.__table__.alias("asked_for"), Release.__table__.alias("served")
 _STATE = (
     select(
@@ -103,6 +122,32 @@ _STATE = (
 )
 """A channel's policy, current move and waiting promotion, and why the release is yanked: read after the lock is
 acquired."""
+
+
+class _State(Protocol):
+    """The columns of `_STATE`. All of the current move is None before the first one, and what follows `move_id` may be None
+    by itself."""
+
+    yank_reason: str | None
+    move_id: int | None
+    rules: Sequence[str] | None
+    policy: Mapping[str, Any] | None
+    pending_id: int | None
+    canary_id: int | None
+    to_release_id: int | None
+    commit: str | None
+    served_version: str | None
+    id: int | None
+    kind: str | None
+    from_version: str | None
+    to_version: str | None
+    actor: str | None
+    reason: str | None
+    forced: bool | None
+    gates: Sequence[Mapping[str, Any]] | None
+    at: datetime | None
+
+
 _INSERT = insert(cast(Table, Move.__table__)).returning(_move.id)
 _POINT = (
     update(cast(Table, Channel.__table__))
@@ -137,8 +182,10 @@ def attempt(
     completes; a move ends any other waiting promotion of the channel. `given_up` are scores that will not come.
     """
     release = _load_release_and_policy(session, wanted)
-    refuse_unsigned(session, release.id, release, (release.signed_by, release.covers), wanted)
-    current = session.execute(_STATE, {"channel": release.channel_id, "release": release.id}).one()
+    signing = SignaturePolicy(release.require_signature, release.signing_keys, release.signature_covers)
+    refuse_unsigned(session, release.id, signing, (release.signed_by, release.covers), wanted)
+    values = {"channel": release.channel_id, "release": release.id}
+    current = cast(_State, session.execute(_STATE, values).one())
     policies.refuse_unpromotable(current.yank_reason, wanted)
     check_expected(current.move_id, current.served_version, wanted.expected, wanted.subject)
     # A request that waited here may be older than the last move.
@@ -167,13 +214,13 @@ def _record_promotion(  # noqa: PLR0913
     session: Session,
     actor: Actor,
     wanted: PromotionRequest,
-    release: Any,
-    current: Any,
+    release: _Asked,
+    current: _State,
     report: PolicyReport,
     completing: int | None,
 ) -> ChannelMove:
     results = [result.to_json() for result in report.results]
-    values = {
+    values: NewMove = {
         "channel_id": release.channel_id,
         "kind": "promote",
         "from_release_id": current.to_release_id,
@@ -229,7 +276,7 @@ def roll_back(  # noqa: PLR0913
             subject=subject,
             next_step=f"`adaptory history {subject}` shows its moves; promote another release.",
         )
-    values: dict[str, Any] = {
+    values: NewMove = {
         "channel_id": channel.id,
         "kind": "rollback",
         "from_release_id": current.to_release_id,
@@ -259,7 +306,7 @@ def roll_back(  # noqa: PLR0913
     return ChannelMove.recorded(move_id, values, left.version, reached.version)
 
 
-def _serves(move_id: int, version: str, commit: str) -> dict[str, Any]:
+def _serves(move_id: int, version: str | None, commit: str | None) -> dict[str, Any]:
     """The release that a channel serves after a move, for the audit row."""
     return {"move": move_id, "version": version, "commit": commit}
 
@@ -326,7 +373,7 @@ def _promoting(channel: Channel, to: Version, subject: str) -> str:
     return f"`adaptory promote {subject.rpartition('@')[0]}:{to} --to {channel.name}`"
 
 
-def _load_release_and_policy(session: Session, wanted: PromotionRequest) -> Any:
+def _load_release_and_policy(session: Session, wanted: PromotionRequest) -> _Asked:
     """Loads the release and policy, and creates the channel if needed. Raises NotFound if anything else is missing."""
     name = wanted.repository
     values = {
@@ -340,7 +387,7 @@ def _load_release_and_policy(session: Session, wanted: PromotionRequest) -> Any:
         release = releases.find(session, name, wanted.version, wanted.kind)
         _create(session, release.repository_id, name, wanted.channel)
         row = session.execute(_ASKED, values).one()
-    return row
+    return cast(_Asked, row)
 
 
 def _create(session: Session, repository_id: int, name: RepositoryName, channel: str) -> None:
@@ -363,10 +410,14 @@ def lock(session: Session, repository: Repository, name: str) -> Channel:
 
 
 def refuse_unsigned(
-    session: Session, release_id: int, policy: Any, named: tuple[str | None, str | None], wanted: PromotionRequest
+    session: Session,
+    release_id: int,
+    policy: SignaturePolicy,
+    named: tuple[str | None, str | None],
+    wanted: PromotionRequest,
 ) -> None:
-    """Raises Refused if the namespace requires a signature that the release lacks. `policy` has the namespace's columns
-    about signatures, `named` the signer and the extent that the release's own row names."""
+    """Raises Refused if the namespace requires a signature that the release lacks. `named` are the signer and the
+    extent that the release's own row names."""
     if policy.require_signature:
         signed = signatures.signer(session, release_id, policy.signing_keys, named)
         releases.refuse_without_signature(wanted.repository.namespace, policy, *signed, wanted.release)
@@ -415,7 +466,7 @@ def check_expected(move_id: int | None, served: str | None, expected: Expected |
         raise _moved(subject)
 
 
-def _record_move(session: Session, move: Mapping[str, Any], key: str, seen: int | None, subject: str) -> int:
+def _record_move(session: Session, move: NewMove, key: str, seen: int | None, subject: str) -> int:
     """Records a move and returns its id. Compare-and-set: of two moves that saw the same state, one succeeds. The
     target is not yanked, so it is served; `key` is its sort key."""
     move_id = session.scalars(_INSERT, move).one()

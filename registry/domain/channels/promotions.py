@@ -345,7 +345,7 @@ def _refusal(session: Session, release: Release, wanted: PromotionRequest) -> Re
     namespace = session.get_one(Namespace, wanted.repository.namespace)
     named = (release.signed_by, release.signature_covers)
     try:
-        moves.refuse_unsigned(session, release.id, namespace, named, wanted)
+        moves.refuse_unsigned(session, release.id, releases.SignaturePolicy.of(namespace), named, wanted)
         policies.refuse_unpromotable(release.yank_reason if release.yanked else None, wanted)
     except Refused as error:
         return error

@@ -4,7 +4,7 @@ it."""
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, TypedDict
 
 from sqlalchemy import ColumnElement, Select, bindparam, func, literal_column, or_, select
 from sqlalchemy.orm import Session
@@ -196,6 +196,21 @@ _OF_RELEASE = (
 )
 
 
+class NewMove(TypedDict):
+    """The columns of a move that is inserted."""
+
+    channel_id: int
+    kind: str
+    from_release_id: int | None
+    to_release_id: int
+    below_id: int | None
+    actor: str
+    reason: str
+    forced: bool
+    gates: Sequence[Mapping[str, Any]]
+    at: datetime
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChannelMove:
     """A channel's move; `gates` are the recorded results, empty where they were not read. `changed` is false for a
@@ -219,12 +234,19 @@ class ChannelMove:
         return cls(**{name: columns[name] for name in cls.__dataclass_fields__ if name in columns})
 
     @classmethod
-    def recorded(
-        cls, move_id: int, values: Mapping[str, Any], from_version: str | None, to_version: str
-    ) -> "ChannelMove":
+    def recorded(cls, move_id: int, values: NewMove, from_version: str | None, to_version: str) -> "ChannelMove":
         """From the inserted columns."""
-        own = {name: values[name] for name in ("kind", "actor", "reason", "forced", "gates", "at")}
-        return cls(id=move_id, from_version=from_version, to_version=to_version, **own)
+        return cls(
+            id=move_id,
+            kind=values["kind"],
+            from_version=from_version,
+            to_version=to_version,
+            actor=values["actor"],
+            reason=values["reason"],
+            forced=values["forced"],
+            gates=values["gates"],
+            at=values["at"],
+        )
 
 
 @prepared
