@@ -125,8 +125,7 @@ acquired."""
 
 
 class _State(Protocol):
-    """The columns of `_STATE`. All of the current move is None before the first one, and what follows `move_id` may be None
-    by itself."""
+    """The columns of `_STATE`. They are None where the channel has none, as all of a move before the first one."""
 
     yank_reason: str | None
     move_id: int | None
