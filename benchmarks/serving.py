@@ -98,7 +98,7 @@ def start_agent(url: str, kept_in: Path, address: str) -> MirrorDirectory:
     duties = Duties(lambda _release, _files: None, lambda: True)
     mirror = Mirror(api, directory, [kept], Options(), duties)
     followed = loop.Followed(api, [CHANNEL], health, lambda _text: None)
-    threading.Thread(target=loop.run, args=(mirror, followed, None, health), daemon=True).start()
+    threading.Thread(target=lambda: loop.run(mirror, followed, None, None, health), daemon=True).start()
     return directory
 
 
