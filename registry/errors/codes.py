@@ -34,6 +34,7 @@ REFUSED = {
     "not_earlier": "A rollback goes only back. Promote it: `adaptory promote REPO:VERSION --to CHANNEL`.",
     "no_lineage": "Name a model with inputs (adaptory show REF).",
     "not_rebuilt": "Rebuild only releases made by a composition.",
+    "counted_twice": "Report figures without requests, or let ADAPTORY_PROMETHEUS__REQUESTS count others.",
     "nothing_splits": "Serve it by `adaptory mirror --front` and `adaptory route`, or promote without a canary.",
     "nothing_below": "`adaptory history REPO@CHANNEL` shows its moves; promote another release.",
     "nothing_fits": "Serve the adapters separately, and route each request to its own.",

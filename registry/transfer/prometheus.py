@@ -5,7 +5,6 @@ reported, so that the canary is held.
 """
 
 import logging
-import math
 import time
 from bisect import bisect_left, bisect_right
 from collections import Counter
@@ -16,9 +15,11 @@ from typing import Any, cast
 import httpx2
 
 from registry.domain.access.audit import Actor
-from registry.domain.rollouts import canaries, drift
+from registry.domain.access.roles import REGISTRY
+from registry.domain.rollouts import canaries
 from registry.domain.rollouts.canaries import BOUNDS_S, VersionFigures, Watched
 from registry.environment.sections import PrometheusSettings
+from registry.errors import Refused
 from registry.errors.outages import OutageLog
 from registry.transfer.issuer_keys import FETCH_ERRORS, FETCH_S, fetch_table, issuer_client, reason
 from registry.transfer.resources import Resources
@@ -50,9 +51,12 @@ def measure_canaries(resources: Resources) -> None:
             continue
         if not own.requests + served.requests:
             continue
-        with resources.write() as session:
-            actor = Actor(drift.ACTOR, resources.clock(), {})
-            canaries.measure(session, actor, watched, SOURCE, asked_at, (own, served))
+        try:
+            with resources.write() as session:
+                actor = Actor(REGISTRY, resources.clock(), {})
+                canaries.measure(session, actor, watched, SOURCE, asked_at, (own, served))
+        except Refused as error:
+            outages.warn(f"The figures of {watched.channel} in Prometheus do not count", error.detail)
 
 
 def _figures(
@@ -89,8 +93,8 @@ def _seconds(buckets: list[Sample], *, lowest: bool) -> dict[int, int]:
 
 
 def _samples(http: httpx2.Client, settings: PrometheusSettings, query: str, at: datetime) -> list[Sample]:
-    """The labels and values of the answer to a query. Raises one of FETCH_ERRORS for anything but a vector of counts;
-    what Prometheus cannot compute (NaN) is left out."""
+    """The labels and values of the answer to a query. Raises one of FETCH_ERRORS for anything but a vector of
+    counts, and for what Prometheus cannot compute (NaN): errors that are not known are not none."""
     headers = {"Authorization": f"Bearer {settings.token.get_secret_value()}"} if settings.token else {}
     deadline = time.monotonic() + FETCH_S
     params = {"query": query, "time": f"{at.timestamp():.3f}"}
@@ -101,10 +105,9 @@ def _samples(http: httpx2.Client, settings: PrometheusSettings, query: str, at: 
         data = cast("dict[str, Any]", table["data"])
         if data["resultType"] != "vector":
             raise ValueError(f"{query[:100]!r} answers no vector")
-        samples = [(row["metric"], float(row["value"][1])) for row in data["result"]]
+        samples = [(dict(row["metric"]), float(row["value"][1])) for row in data["result"]]
     except (KeyError, TypeError, IndexError) as error:
         raise ValueError("its answer is not that of a query") from error
-    counts = [(labels, value) for labels, value in samples if not math.isnan(value)]
-    if any(not 0 <= value <= _MOST for _, value in counts):
+    if any(not 0 <= value <= _MOST for _, value in samples):
         raise ValueError(f"{query[:100]!r} answers something that is not a count")
-    return counts
+    return samples

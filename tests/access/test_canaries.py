@@ -119,15 +119,18 @@ def test_without_figures_a_canary_is_held_and_never_promoted(splitting: House, c
 
 def test_a_canary_is_refused_where_nothing_splits_its_requests_or_a_gate_fails(house: House) -> None:
     assert begun(house).json()["code"] == "nothing_splits"
-    assert put(house, "a", live(splits=True)).status_code == 200
     assert put(house, "b", live()).status_code == 200
-    refused = begun(house).json()
-    assert refused["code"] == "nothing_splits"
-    assert "prod/b" in refused["detail"]
-    assert put(house, "b", live(splits=True)).status_code == 200
+    assert begun(house).json()["code"] == "nothing_splits"
+    assert put(house, "a", live(splits=True)).status_code == 200
     assert begun(house, "1.1.0").json()["code"] == "already_served"
     house.ask("admin", "PUT", f"{CHANNEL}/policy", json={"version": 1, "soak": [{"channel": "staging", "hours": 24}]})
     assert begun(house).json()["code"] == "gate_failed"
+
+
+def test_one_node_that_splits_no_requests_is_named_and_prevents_no_canary(splitting: House) -> None:
+    assert put(splitting, "b", live()).status_code == 200
+    assert begun(splitting).json()["why"] == "prod/b split no requests: their users get 1.1.0."
+    assert splitting.ask("reader", "GET", CANARY).json()["state"] == "running"
 
 
 def test_a_rollback_waits_for_the_end_of_a_canary_and_a_promotion_replaces_it(splitting: House) -> None:

@@ -125,8 +125,8 @@ def test_openapi_says_how_a_caller_is_known_and_what_may_go_wrong(house: House) 
     assert {"401", "403", "404", "409", "412", "413", "422", "429"} <= set(move["responses"])
 
 
-def test_a_user_cannot_be_called_as_callers_without_a_token_are(house: House) -> None:
-    for user in ("anonymous", "Anonymous "):
+def test_a_user_cannot_be_called_as_callers_without_a_token_or_the_registry_are(house: House) -> None:
+    for user in ("anonymous", "Anonymous ", "registry"):
         made = house.ask("operator", "POST", "/v1/tokens", json={"user": user})
         assert (made.status_code, made.json()["code"]) == (422, "user_reserved")
         granted = house.ask("operator", "PUT", "/v1/namespaces/acme/members", json={"user": user, "role": "admin"})

@@ -23,7 +23,7 @@ from registry.transfer.prometheus import measure_canaries
 from registry.worker import runner
 from tests import services
 from tests.access.house import PRIVATE, House
-from tests.access.test_canaries import CANARY, begun, splitting
+from tests.access.test_canaries import CANARY, begun, figures, report, reported, splitting
 from tests.access.test_fleet import Clock, Json, clock, furnished, house, live, put
 from tests.eventually import eventually
 
@@ -162,6 +162,8 @@ def test_an_answer_that_is_not_one_of_a_query_changes_nothing(
         ("", 200, ""), ("[]", 200, ""), ("{}", 200, ""), (" " * (300 << 10), 200, ""), ("", 302, "/elsewhere"),
         (vector % '[{"metric": {}, "value": [1, "-4"]}]', 200, ""),
         (vector % '[{"metric": {}, "value": [1, "+Inf"]}]', 200, ""),
+        (vector % '[{"metric": {}, "value": [1, "NaN"]}]', 200, ""),
+        (vector % '[{"metric": "le", "value": [1, "4"]}]', 200, ""),
         (vector % "[7]", 200, ""), (vector % "7", 200, ""),
         ('{"data": {"resultType": "matrix", "result": []}}', 200, ""),
         ('{"error": "parse error"}', 400, ""),
@@ -193,6 +195,32 @@ def test_counts_that_fall_and_answers_that_come_late_are_not_counted_twice(split
         prometheus.counted(CANDIDATE, 500, 0, {})
         measure_canaries(house.resources)
         assert shown(house)["requests"] == [105, 105], "a worker with newer figures was faster"
+
+
+def test_requests_that_agents_and_a_prometheus_count_count_once(
+    splitting: House, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    with answering() as prometheus:
+        house = asking(splitting, prometheus.url)
+        for model in (CANDIDATE, SERVED):
+            prometheus.counted(model, 50, 0, {"0.5": 50, "+Inf": 50})
+        assert begun(house).status_code == 200
+        reported(house, figures(100), figures(100))  # counted before the canary
+        measure_canaries(house.resources)
+        assert shown(house)["requests"] == [50, 50]
+        refused = report(house, figures(120), figures(130)).json()
+        assert (refused["code"], shown(house)["requests"]) == ("counted_twice", [50, 50])
+        reported(house, figures(0, **{"sql-live.accuracy": (9, 7.0)}), figures(0), "grader")
+
+        assert begun(house).status_code == 200
+        reported(house, figures(100), figures(100))
+        reported(house, figures(120), figures(130))
+        measure_canaries(house.resources)
+        assert shown(house)["requests"] == [20, 30]
+        assert "front already counts" in caplog.text
+        assert begun(house).status_code == 200
+        measure_canaries(house.resources)
+        assert shown(house)["requests"] == [50, 50], "each canary counts anew"
 
 
 def test_only_addresses_of_a_prometheus_are_accepted() -> None:

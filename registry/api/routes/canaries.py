@@ -31,8 +31,9 @@ def begin(
 ) -> CanaryOut:
     """Give a release a share of the channel's requests, if its promotion would pass now. Replaces a running canary.
 
-    422 if a gate does not pass, or if a node that serves the channel cannot split its requests. With `watch` in the
-    channel's policy, live figures lead it to its promotion or end it; without, somebody promotes or stops it.
+    422 if a gate does not pass, or if no node splits the requests of the channel; `why` names nodes that do not.
+    With `watch` in the channel's policy, live figures lead it to its promotion or end it; without, somebody promotes
+    or stops it.
     """
     wanted = PromotionRequest(
         named.name,

@@ -15,6 +15,8 @@ from registry.errors import Invalid, NotAllowed, NotFound, RegistryError, Unauth
 
 EVERYWHERE = "*"
 ANONYMOUS = "anonymous"
+REGISTRY = "registry"
+"""The actor of what the registry itself does."""
 
 
 class Role(StrEnum):
@@ -173,11 +175,13 @@ def namespaces_of(actor: Actor) -> list[str]:
 
 
 def refuse_reserved(user: str) -> None:
-    """Raises Invalid for the name of anonymous callers: a user of that name could be confused with them."""
-    if user.strip().lower() == ANONYMOUS:
+    """Raises Invalid for the names of anonymous callers and of the registry itself: a user of that name could be
+    confused with them, and report figures as the registry does."""
+    stands_for = {ANONYMOUS: "callers without a token", REGISTRY: "the registry itself"}.get(user.strip().lower())
+    if stands_for is not None:
         raise Invalid(
             "user_reserved",
-            f"{user} cannot be a user name: it stands for callers without a token.",
+            f"{user} cannot be a user name: it stands for {stands_for}.",
             subject=user,
             next_step="Choose another name. To let everyone read, make a namespace public (`adaptory namespace set`).",
         )

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 from registry.database.tables import Canary, CanaryFigures, Channel, Repository
 from registry.domain.access import tokens
 from registry.domain.access.audit import Act, Actor
-from registry.domain.access.roles import Role, holds
+from registry.domain.access.roles import REGISTRY, Role, holds
 from registry.domain.catalog import releases, repositories
 from registry.domain.channels import moves, pending, policies, promotions
 from registry.domain.channels.policies import PromotionRequest, PromotionVerdict
@@ -153,7 +153,7 @@ def _slower(
 def begin(session: Session, actor: Actor, wanted: PromotionRequest, weight: int) -> Canary:
     """Gives the release `weight` per cent of the channel's requests, if the promotion would pass now. Replaces a
     running canary. Raises Refused if a gate does not pass, if the channel serves nothing or the release already, or if
-    a node that follows the channel does not split requests; Stale for another expected move."""
+    no node splits its requests; Stale for another expected move."""
     repository = repositories.find(session, wanted.repository, wanted.kind)
     session.scalar(moves.locked(repository, wanted.channel))
     channel = moves.find(session, repository, wanted.channel)
@@ -161,7 +161,8 @@ def begin(session: Session, actor: Actor, wanted: PromotionRequest, weight: int)
     judged = promotions.judge(session, actor, wanted)
     if judged.error is not None:
         raise judged.error
-    _refuse_unfit(session, actor.at, wanted, judged)
+    _refuse_unfit(wanted, judged)
+    others = _not_splitting(session, actor.at, wanted)
     policy, _ = policies.find(session, repository, wanted.channel)
     earlier = pending.running_canary(session, channel.id)
     if earlier is not None:
@@ -176,6 +177,7 @@ def begin(session: Session, actor: Actor, wanted: PromotionRequest, weight: int)
         watch=policy.watch.to_json() if policy.watch else None,
         state=pending.RUNNING,
         report=[],
+        why=f"{', '.join(others[:5])} split no requests: their users get {judged.served}." if others else "",
         actor=actor.name,
         token_id=actor.token_id,
         source=actor.source,
@@ -189,7 +191,7 @@ def begin(session: Session, actor: Actor, wanted: PromotionRequest, weight: int)
     return canary
 
 
-def _refuse_unfit(session: Session, now: datetime, wanted: PromotionRequest, judged: promotions.Judgement) -> None:
+def _refuse_unfit(wanted: PromotionRequest, judged: promotions.Judgement) -> None:
     if judged.served is None:
         raise Refused(
             "serves_nothing",
@@ -206,17 +208,20 @@ def _refuse_unfit(session: Session, now: datetime, wanted: PromotionRequest, jud
             subject=wanted.subject,
             findings=[result.to_json() for result in judged.results],
         )
+
+
+def _not_splitting(session: Session, now: datetime, wanted: PromotionRequest) -> list[str]:
+    """The nodes that follow the channel and do not split its requests. They do not prevent a canary, since a single
+    agent could then prevent all. Raises Refused if no node splits them."""
     nodes = fleet.whether_split(session, ChannelName(wanted.repository, wanted.channel), now)
-    others = [name for name, splits in nodes.items() if not splits]
-    if others or not nodes:
-        who = f"{', '.join(others[:5])} does not split requests" if others else "no node that reports splits requests"
+    if not any(nodes.values()):
         raise Refused(
             "nothing_splits",
-            f"{wanted.subject} cannot have a canary: {who}.",
+            f"{wanted.subject} cannot have a canary: no node that reports splits its requests.",
             subject=wanted.subject,
-            next_step="Run `adaptory mirror --front URL --group NAME` on each node; one that has ended is removed with "
-            f"`adaptory rollout forget {wanted.repository.namespace} GROUP/NODE`.",
+            next_step="Run `adaptory mirror --front URL --group NAME` on each node.",
         )
+    return [name for name, splits in nodes.items() if not splits]
 
 
 def latest(session: Session, channel: Channel) -> Canary | None:
@@ -263,6 +268,7 @@ def report(
         )
         session.add(row)
     _refuse_fewer(row, document)
+    _refuse_twice(session, canary, row, document)
     grew = any(_of(row.last, version) != counted[version] for version in document)
     # A version that the source counts for the first time had no requests before.
     canary.totals = [
@@ -329,6 +335,22 @@ def measure(
         for version, figures in zip(watched.versions, counted, strict=True)
     }
     report(session, actor, repository, watched.channel.channel, source, grown)
+
+
+def _refuse_twice(session: Session, canary: Canary, row: CanaryFigures, document: Mapping[str, Any]) -> None:
+    """Raises Refused if agents and the registry's own source, a Prometheus, both count requests: most would count
+    twice. The first one goes on; figures without requests, such as those of a grader, always count."""
+    if not any(figures["requests"] for figures in document.values()):
+        return
+    is_own = CanaryFigures.reporter == REGISTRY
+    others = is_own if row.reporter != REGISTRY else ~is_own
+    for other in session.scalars(select(CanaryFigures).where(CanaryFigures.canary_id == canary.id, others)):
+        if any(_of(other.last, version).requests > _of(other.first, version).requests for version in other.last):
+            raise Refused(
+                "counted_twice",
+                f"{other.source} already counts the requests of this canary, and {row.source} may count the same.",
+                subject=row.source,
+            )
 
 
 def _refuse_fewer(row: CanaryFigures, document: Mapping[str, Any]) -> None:

@@ -16,10 +16,10 @@ from registry.database.engine import insert_if_absent
 from registry.database.tables import FleetDrift, FleetNode
 from registry.domain.access import audit
 from registry.domain.access.audit import Act, Actor
+from registry.domain.access.roles import REGISTRY
 from registry.domain.rollouts import fleet
 
 PATIENCE = {fleet.BEHIND: timedelta(minutes=5), fleet.SILENT: fleet.LEASE}
-ACTOR = "registry"
 _SHOWN = 100
 _UNTRACKED = {"synchronize_session": False}
 
@@ -87,4 +87,4 @@ def _announce(session: Session, now: datetime, act: Act, rows: Sequence[tuple[st
         channels.setdefault((namespace, f"{namespace}/{repository}@{channel}"), []).append(shown)
     for (namespace, subject), nodes in channels.items():
         detail: dict[str, Any] = {"nodes": nodes[:_SHOWN], "count": len(nodes)}
-        audit.record(session, Actor(ACTOR, now, {}), act, subject, namespace=namespace, **detail)
+        audit.record(session, Actor(REGISTRY, now, {}), act, subject, namespace=namespace, **detail)
