@@ -87,10 +87,10 @@ def pull(  # noqa: PLR0913
             check(target)
         return target
     _refuse_occupied(target, f"{wanted.repository}:{wanted.version}", replace=replace)
-    target.parent.mkdir(parents=True, exist_ok=True)
     staging = target.with_name(f".{target.name}.{wanted.commit[:12]}.partial")
-    staging.mkdir(exist_ok=True)
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staging.mkdir(exist_ok=True)
         with _alone(staging, target):
             _Pull(api, wanted, staging, progress, cache).run()
             if check is not None:

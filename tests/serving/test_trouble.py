@@ -66,6 +66,32 @@ def test_a_full_disk_changes_nothing_that_is_served_and_is_reported(site: Site) 
             eventually(lambda: agent.problems() == [], within_s=30)
 
 
+@pytest.mark.long
+def test_a_disk_that_becomes_read_only_changes_nothing_that_is_served_and_is_reported(site: Site) -> None:
+    port = services.free_port()
+    with (
+        small_disk(site.directory / "served") as disk,
+        double(port=port) as (url, server),
+        mirrored(site, "--server", f"vllm={url}", *NODE) as agent,
+    ):
+        agent.wait_for(OLD)
+        eventually(lambda: reported(site)["state"] == "following", within_s=30)
+        subprocess.run(["/bin/mount", "-o", "remount,ro", disk], check=True)
+        agent.wait_for_problem("Read-only")
+        eventually(lambda: "Read-only" in (reported(site)["error"] or ""), within_s=30)
+        assert reported(site)["state"] == "following", "nothing had to be written"
+        site.promote("1.1.0")
+        eventually(lambda: reported(site)["state"] == "failed", within_s=30)
+        server.kill()
+        server.join(10)
+        with double(port=port):
+            eventually(lambda: OLD in loaded(url), within_s=30)
+            assert agent.routed() == OLD
+            subprocess.run(["/bin/mount", "-o", "remount,rw", disk], check=True)
+            agent.wait_for(NEW)
+            eventually(lambda: agent.problems() == [], within_s=30)
+
+
 @contextmanager
 def elsewhere(site: Site, clocks: JumpingClocks, *words: object) -> Generator[Agent]:
     """An agent with clocks of its own."""
