@@ -105,7 +105,7 @@ def _samples(http: httpx2.Client, settings: PrometheusSettings, query: str, at: 
         data = cast("dict[str, Any]", table["data"])
         if data["resultType"] != "vector":
             raise ValueError(f"{query[:100]!r} answers no vector")
-        samples = [(dict(row["metric"]), float(row["value"][1])) for row in data["result"]]
+        samples: list[Sample] = [(dict(row["metric"]), float(row["value"][1])) for row in data["result"]]
     except (KeyError, TypeError, IndexError) as error:
         raise ValueError("its answer is not that of a query") from error
     if any(not 0 <= value <= _MOST for _, value in samples):

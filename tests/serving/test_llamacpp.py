@@ -3,12 +3,17 @@
 import os
 import shutil
 import signal
+import socket
+import subprocess
+import sys
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import gguf
 import httpx2
+import psutil
 import pytest
 import torch
 from peft import PeftModel
@@ -18,7 +23,7 @@ from composer.export.gguf import GGUF_FILE
 from registry.agent.directory import MirrorDirectory
 from registry.agent.servers.llamacpp import LlamaServer
 from registry.agent.versions import ServedVersion
-from registry.errors import Usage
+from registry.errors import Refused, Usage
 from registry.formats.evidence import USUAL, EvidenceExample, Limits
 from tests import services
 from tests.eventually import eventually
@@ -171,6 +176,55 @@ def test_a_quantized_base_proves_only_what_is_near_enough(
         server.close()
 
 
+def test_a_port_that_another_process_has_is_not_used_and_a_number_that_is_anothers_is_no_server(
+    llama: Path, world: World, tmp_path: Path
+) -> None:
+    directory, version = MirrorDirectory(tmp_path / "served"), ServedVersion("acme/sql", "1.0.0", "ab" * 20)
+    shutil.copytree(world.adapters["sql"], directory.path(version.commit))
+    converted(directory, version, llama)
+    ports = port_range()
+    first = int(ports.partition("-")[0])
+    file, sleep = (
+        directory.root / "gguf" / version.name / version.commit / "adapter.gguf",
+        "import time; time.sleep(60)",
+    )
+    commands = (("-o", file.parent), ("--port", first + 1, "--lora", file), ("--port", first, "--lora", "/other.gguf"))
+    with ExitStack() as stack, llama_processes(command(llama, ports), directory) as server:
+        (directory.root / "llamacpp").mkdir()
+        for words in commands:
+            other = stack.enter_context(subprocess.Popen([sys.executable, "-c", sleep, *map(str, words)]))
+            stack.callback(other.kill)
+            (directory.root / "llamacpp" / f"{first}.pid").write_text(str(other.pid))
+            eventually(lambda: sleep in psutil.Process(other.pid).cmdline())  # noqa: B023
+            assert server.loaded() == {}
+        taken = [stack.enter_context(socket.create_server(("127.0.0.1", first)))]
+        server.load(version, directory.path(version.commit))
+        assert server.endpoint(version.name).url.endswith(f":{first + 1}")
+        server.unload(version.name)
+        assert not (directory.root / "llamacpp" / f"{first + 1}.pid").exists(), "its number may become another's"
+        assert other.poll() is None
+        taken += [stack.enter_context(socket.create_server(("127.0.0.1", first + more))) for more in (1, 2, 3)]
+        with pytest.raises(Refused, match="needs a port, and all of"):
+            server.load(version, directory.path(version.commit))
+        server.close()
+
+
+@pytest.mark.long
+def test_an_adapter_is_converted_anew_for_another_base(llama: Path, world: World, tmp_path: Path) -> None:
+    directory, version = MirrorDirectory(tmp_path / "served"), ServedVersion("acme/sql", "1.0.0", "ab" * 20)
+    shutil.copytree(world.adapters["sql"], directory.path(version.commit))
+    file = directory.root / "gguf" / version.name / version.commit / "adapter.gguf"
+    base = Path(shutil.copy(llama, tmp_path / "base.gguf"))
+    numbers = list[int]()
+    for changed_s in (0, 0, 10):
+        os.utime(base, (llama.stat().st_mtime + changed_s,) * 2)
+        with llama_processes(command(base, port_range()), directory) as server:
+            server.load(version, directory.path(version.commit))
+            numbers.append(file.stat().st_mtime_ns)
+            server.close()
+    assert numbers[0] == numbers[1] < numbers[2]
+
+
 def evidence(world: World, adapter: str) -> list[EvidenceExample]:
     """What a worker would record of two examples."""
     base = LlamaForCausalLM.from_pretrained(world.base).eval()
@@ -190,6 +244,8 @@ def evidence(world: World, adapter: str) -> list[EvidenceExample]:
         ("llama-server -m base.gguf --port 8100", "a range of at least two ports"),
         ("llama-server -m base.gguf --port 8100-8101 --lora mine.gguf", "which the agent adds itself"),
         ("llama-server --port 8100-8101", "the base's GGUF file"),
+        ("llama-server -m base.gguf --port 1-65535", "more than 100 ports"),
+        ("llama-server -m base.gguf --port 8100-8101 --reuse-port", "another server could answer"),
     ],
 )
 def test_a_command_that_cannot_be_used_is_explained(command_line: str, names: str, tmp_path: Path) -> None:

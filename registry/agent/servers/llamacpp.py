@@ -1,5 +1,6 @@
 """llama.cpp: each version in a process of its own, since a running server cannot load another adapter."""
 
+import json
 import os
 import re
 import shlex
@@ -11,6 +12,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ import httpx2
 import psutil
 
 from composer.formats.gguf import open_gguf_base
-from registry.agent.directory import MirrorDirectory
+from registry.agent.directory import MirrorDirectory, write_json
 from registry.agent.servers.protocol import CHECK_S, CheckResult, Endpoint, HttpServer, compared
 from registry.agent.versions import ServedVersion
 from registry.errors import Refused, RegistryError, Unavailable, Usage
@@ -30,6 +32,7 @@ _MAX_TEXT = 300
 _TOP = 1000
 """As many tokens of a position are asked for with their log-probabilities."""
 MAX_PORTS = 100
+"""Each port is looked at in every round."""
 _SCALES = (1.0,)
 """Of the only adapter of a process."""
 _START = 'echo $$ > "$0" && exec "$@"'
@@ -47,14 +50,18 @@ class LlamaServer:
         self._words, self._directory, self._limits = shlex.split(command), directory, limits
         if any(word.startswith("--lora") for word in self._words):
             raise _unusable(command, "has --lora, which the agent adds itself")
-        self._model = self._option("-m", "--model")
-        ports = re.fullmatch(r"([0-9]{1,5})-([0-9]{1,5})", self._option("--port"))
+        if "--reuse-port" in self._words:
+            raise _unusable(command, "has --reuse-port, with which another server could answer for a version")
+        self._model = _option(self._words, "-m", "--model")
+        ports = re.fullmatch(r"([0-9]{1,5})-([0-9]{1,5})", _option(self._words, "--port"))
         if ports is None or not 0 < int(ports[1]) < int(ports[2]) < 65536:
             raise _unusable(command, "needs a range of at least two ports, such as --port 8100-8103")
+        if int(ports[2]) - int(ports[1]) >= MAX_PORTS:
+            raise _unusable(command, f"has more than {MAX_PORTS} ports")
         if not self._model:
             raise _unusable(command, "needs the base's GGUF file: -m FILE")
         self._range, self._ports = ports[0], range(int(ports[1]), int(ports[2]) + 1)
-        host = self._option("--host") or "127.0.0.1"
+        host = _option(self._words, "--host") or "127.0.0.1"
         self._host = "127.0.0.1" if host in ("0.0.0.0", "::") else host  # noqa: S104 - what the operator chose
         self.address = f"http://{self._host}:{self._range}"
         self._http = {port: HttpServer(f"http://{self._host}:{port}") for port in self._ports}
@@ -76,7 +83,7 @@ class LlamaServer:
             running = self._running(port)
             if running is None or not self._is_ready(port, running[0]):
                 continue
-            file = Path(running[1][running[1].index("--lora") + 1])
+            file = running[1]
             name, commit = "/".join(file.parts[-4:-2]), file.parts[-2]
             served[name], paths[name] = (port, file), str(self._directory.path(commit))
         self._served = served
@@ -89,7 +96,7 @@ class LlamaServer:
         file = self._converted(version, directory)
         running = {port: self._running(port) for port in self._ports}
         # One may have been started by an agent that was killed while it waited.
-        port = next((port for port, other in running.items() if other and str(file) in other[1]), None)
+        port = next((port for port, other in running.items() if other and other[1] == file), None)
         if port is None:
             port = next((port for port, other in running.items() if other is None and self._is_free(port)), None)
             if port is None:
@@ -201,8 +208,9 @@ class LlamaServer:
         return pid in self._ready
 
     def _converted(self, version: ServedVersion, directory: Path) -> Path:
-        """The release as a GGUF file. Removes the files of releases that are gone from by-commit. The conversion needs
-        torch, and gives its memory back by ending."""
+        """The release as a GGUF file. Removes the files of releases that are gone from by-commit, and all for another
+        base. The conversion needs torch, and gives its memory back by ending."""
+        self._keep_of_this_base()
         for kept in self._files.glob("*/*/*"):
             if not self._directory.path(kept.name).is_dir():
                 shutil.rmtree(kept, ignore_errors=True)
@@ -228,6 +236,21 @@ class LlamaServer:
             raise Refused("server_refused", f"{version.name} cannot be converted: {said}", subject=version.name)
         return file
 
+    def _keep_of_this_base(self) -> None:
+        """Removes the conversions for another base, whose rows may be in another order. Running processes have read
+        theirs."""
+        try:
+            base, noted = Path(self._model).resolve(), self._files / "base.json"
+            status = base.stat()
+            of_base = {"path": str(base), "bytes": status.st_size, "changed_ns": status.st_mtime_ns}
+            if noted.is_file() and json.loads(noted.read_bytes()) != of_base:
+                shutil.rmtree(self._files)
+            self._files.mkdir(parents=True, exist_ok=True)
+            write_json(noted, of_base)
+        except (OSError, ValueError) as error:
+            message = f"{self._model} cannot be compared with the base of earlier conversions: {error}."
+            raise Unavailable("server_unreachable", message, subject=self._model) from error
+
     def _start(self, port: int, version: ServedVersion, file: Path) -> None:
         words = [str(port) if word == self._range else word for word in self._words]
         words += ["--alias", version.name, "--lora", str(file)]
@@ -251,9 +274,9 @@ class LlamaServer:
             message = f"{version.name} cannot be started: {error}."
             raise Unavailable("server_unreachable", message, subject=version.name) from error
 
-    def _running(self, port: int) -> tuple[int, Sequence[str]] | None:
-        """The number and the command of the process that an agent of this directory started on the port. The number
-        may be another's by now."""
+    def _running(self, port: int) -> tuple[int, Path] | None:
+        """The number and the adapter of the process that an agent of this directory started on the port. The number may
+        be another's by now, also that of a process on another port or of a conversion."""
         if child := self._children.get(port):
             child.poll()  # else one that has ended stays listed
         try:
@@ -261,7 +284,9 @@ class LlamaServer:
             words = psutil.Process(pid).cmdline()
         except (OSError, ValueError, psutil.Error):
             return None
-        return (pid, words) if any(word.startswith(str(self._files)) for word in words) else None
+        file = Path(_option(words, "--lora"))
+        is_ours = _option(words, "--port") == str(port) and self._files in file.parents
+        return (pid, file) if is_ours else None
 
     def _end(self, port: int) -> None:
         for number, within_s in ((signal.SIGTERM, END_S), (signal.SIGKILL, END_S)):
@@ -270,6 +295,8 @@ class LlamaServer:
                 with suppress(ProcessLookupError):
                     os.killpg(running[0], number)
                 time.sleep(0.1)
+        if self._running(port) is None:  # its number may become another's
+            self._note(port).unlink(missing_ok=True)
 
     def _is_free(self, port: int) -> bool:
         with socket.socket() as tried:
@@ -280,11 +307,6 @@ class LlamaServer:
                 return False
         return True
 
-    def _option(self, *names: str) -> str:
-        """The value of an option of the command; empty without it."""
-        following = zip(self._words, self._words[1:], strict=False)
-        return next((value for word, value in following if word in names), "")
-
     def _file(self, name: str, commit: str) -> Path:
         return self._files / name / commit / "adapter.gguf"
 
@@ -293,6 +315,11 @@ class LlamaServer:
 
     def _log(self, port: int) -> Path:
         return self._notes / f"{port}.log"
+
+
+def _option(words: Sequence[str], *names: str) -> str:
+    """The value of an option of a command; empty without it."""
+    return next((value for word, value in pairwise(words) if word in names), "")
 
 
 def _rows(answer: httpx2.Response, address: str) -> Sequence[Mapping[str, Any]]:
