@@ -75,7 +75,7 @@ class MirrorDirectory:
 
     @contextmanager
     def locked(self) -> Generator[None]:
-        """Makes the directory, and removes what an agent that was killed left half done. Raises Conflict while another
+        """Makes the directory, and removes what a killed agent left unfinished. Raises Conflict while another
         agent uses it, Unavailable if it cannot be written."""
         with _writing(self.root):
             self._by_commit.mkdir(parents=True, exist_ok=True)
@@ -180,7 +180,7 @@ class MirrorDirectory:
         self._remove(self.path(commit))
 
     def remove_partial(self, needed: Container[str]) -> None:
-        """Removes what was fetched of releases that are not needed any more."""
+        """Removes the files of releases that are no longer needed."""
         for partial in self._by_commit.glob(".*.partial"):
             if partial.name.split(".")[1] not in needed:
                 self._remove(partial)

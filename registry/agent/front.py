@@ -341,7 +341,7 @@ def _stated(document: Mapping[str, Any], server: str, routes: Routes) -> Mapping
 
 
 def _last(kept: bytearray, *, is_stream: bool) -> Mapping[str, Any] | None:
-    """The answer, or of a streamed one what its last events state; None if that cannot be read."""
+    """The answer or, if it was streamed, what its last events state; None if that cannot be read."""
     merged: dict[str, Any] = {}
     lines = [line[6:] for line in kept.split(b"\n") if line.startswith(b"data: {")] if is_stream else [bytes(kept)]
     for line in lines:

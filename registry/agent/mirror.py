@@ -30,7 +30,7 @@ WAIT_S = 20.0
 """A round waits no longer for a server. One whose work takes longer is late: it keeps what it has, and the round goes
 on with the others."""
 CLOCK_S = 60.0
-"""A clock that differs so much from the registry's is a problem: people see times of both."""
+"""A clock that differs by this much from the registry's is a problem: people see times of both."""
 _WEAKEST = ("proved", "unproved", "failed")
 _MAX_TEXT, _MAX_URL = 1000, 500
 T = TypeVar("T")
@@ -219,7 +219,7 @@ class Mirror:
         return target.weights
 
     def _tidy(self, routes: Routes, targets: Mapping[str, _Target]) -> None:
-        """Unloads what nothing is routed to any more, then removes directories that no server has loaded. Raises
+        """Unloads versions that no route names any longer, then removes directories that no server has loaded. Raises
         Unavailable if the directory cannot be written."""
         wanted = routes.versions() | {version for target in targets.values() for version in target.weights}
         self._directory.touch(version.commit for version in wanted)
@@ -241,7 +241,7 @@ class Mirror:
                 self._directory.remove(commit)
 
     def _wrong_clock(self) -> str:
-        """What is wrong with this host's clock, by the registry's, or an empty text."""
+        """What is wrong with this host's clock, compared with the registry's; empty if nothing is."""
         ahead_s = self._api.ahead_s or 0.0
         if abs(ahead_s) < CLOCK_S:
             return ""
@@ -275,7 +275,7 @@ class Mirror:
 
 
 def _unwritten(write: Callable[[], None]) -> str:
-    """Writes. Returns why that failed, or an empty text."""
+    """Runs `write`. Returns why it failed, or an empty string."""
     try:
         write()
     except Unavailable as error:

@@ -296,7 +296,7 @@ def _is_of(url: httpx2.URL, registry: httpx2.URL) -> bool:
 
 
 def _moment(text: str) -> datetime:
-    """A date of HTTP."""
+    """An HTTP date."""
     moment = parsedate_to_datetime(text)
     return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 

@@ -90,7 +90,7 @@ def decide(
     examples: Sequence[EvidenceExample], answered: Sequence[Sequence[float | None]], limits: Limits = USUAL
 ) -> Served:
     """Compares a server's log-probabilities of each example's completion tokens with the evidence, for as many of the
-    first tokens as it answered; at least one. None is a token that the server does not say.
+    first tokens as it answered; at least one. None stands for a token that the server does not report.
 
     share = 1 - |server - release| / |base - release|, each the sum of absolute differences over these tokens: those of
     tokens that became more and less probable do not cancel.
@@ -106,8 +106,8 @@ def decide(
 
 
 def log_probability(said: object) -> float:
-    """A server's log-probability as a finite number, which is far off for anything else. Raises ValueError or TypeError
-    for what is not a number."""
+    """A server's log-probability; one that is not finite becomes a number that is far off. Raises ValueError or
+    TypeError for what is not a number."""
     value = float(said)  # pyright: ignore[reportArgumentType]
     return -_FARTHEST if isnan(value) else max(-_FARTHEST, min(value, _FARTHEST))
 

@@ -102,7 +102,7 @@ class LlamaServer:
             if port is None:
                 raise Refused(
                     "server_refused",
-                    f"{version.name} needs a port, and all of {self._range} are used.",
+                    f"{version.name} needs a port, and all of {self._range} are in use.",
                     subject=self._range,
                 )
             self._start(port, version, file)
@@ -162,7 +162,7 @@ class LlamaServer:
                     if time.monotonic() > until_s:
                         return CheckResult("unproved", f"The check did not end within {CHECK_S:g} seconds.")
                     said = self._next_token(name, example.ids[:position], until_s)
-                    # A token that is not listed has at most what the least probable one of the list has, which says
+                    # An unlisted token is at most as probable as the last one of the list, which says
                     # nothing where the release gives it less.
                     least = min(said.values())
                     unsaid = least if example.release[position - example.start] > least else None

@@ -151,4 +151,4 @@ def _read_token() -> str | None:
         return stripped_token(text) or None
     except ValueError as error:
         next_step = "Give the token alone, as `adaptory token create` printed it."
-        raise Usage("bad_token", f"The token: {error}.", subject="token", next_step=next_step) from error
+        raise Usage("bad_token", f"The token cannot be used: {error}.", subject="token", next_step=next_step) from error

@@ -207,7 +207,8 @@ def _busy_in(front: str) -> "Callable[[], frozenset[str]]":
     def busy() -> frozenset[str]:
         names = requests.document(UNDER_WAY)
         if not isinstance(names, dict):
-            raise Unavailable("server_unreachable", f"{front}{UNDER_WAY} is not of a front.", subject=front)
+            detail = f"{front}{UNDER_WAY} does not answer as a front does."
+            raise Unavailable("server_unreachable", detail, subject=front)
         return frozenset(cast(dict[str, int], names))
 
     return busy

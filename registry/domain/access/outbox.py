@@ -41,7 +41,7 @@ _deliveries = cast(Table, WebhookDelivery.__table__)
 _HOOKS = select(Webhook.id, Webhook.repository, Webhook.events).where(
     or_(Webhook.namespace.is_(None), Webhook.namespace == bindparam("of_namespace"))
 )
-"""The webhooks that see a namespace. Composed once: every move asks for them."""
+"""The webhooks that see a namespace. Composed once, since every move reads them."""
 
 
 def event_of(act: str, after: Mapping[str, Any] | None) -> str | None:

@@ -35,7 +35,7 @@ def state(session: Session, actor: Actor, suite: str, metrics: Mapping[str, bool
         if HIGHER_IS_BETTER.get(metric, better) != better:
             raise Invalid(
                 "bad_metric",
-                f"{suite}: {metric} is {'lower' if better else 'higher'} is better on every suite.",
+                f"{suite}: {'lower' if better else 'higher'} {metric} is better on every suite.",
                 subject=metric,
                 next_step=f"Leave {metric} out of the suite's metrics: `adaptory eval` records it.",
             )

@@ -308,7 +308,7 @@ _SERVED = Prepared(
 
 
 def channels_of(session: Session, releases: Collection[int]) -> Mapping[int, list[str]]:
-    """By id of these releases, the names of the channels that serve it now, in order.
+    """The names of the channels that serve each of these releases now, in order, by the release's id.
 
     The caller has checked that they may be read.
     """

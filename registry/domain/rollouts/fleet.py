@@ -293,7 +293,7 @@ def _switching(session: Session, row: FleetNode, now: datetime) -> int:
 
 
 def forget(session: Session, now: datetime) -> None:
-    """Removes nodes that have been silent for long."""
+    """Removes nodes that have been silent for a long time."""
     _remove(session, FleetNode.seen_at < now - FORGOTTEN)
 
 

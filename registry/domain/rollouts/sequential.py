@@ -52,8 +52,8 @@ def above_limit(sample: Sample, limit: float) -> float:
 
 
 def above_other(sample: Sample, other: Sample, margin: float) -> float:
-    """The evidence that the true mean is above that of the other sample plus the margin: the least against any pair of
-    means that are not so."""
+    """The evidence that the true mean is above that of the other sample plus the margin: the weakest evidence
+    against a pair of means for which it is not."""
     if not sample.n or not other.n or sample.mean <= other.mean + margin:
         return -inf
     return _least(lambda mean: other.evidence(mean) + sample.evidence(mean + margin), other.mean, sample.mean - margin)
