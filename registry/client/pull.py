@@ -296,7 +296,6 @@ class _Pull:
                 "blob_corrupt",
                 f"{file.wanted.path} of {self._name} was damaged on the way or in the store.",
                 subject=file.wanted.path,
-                next_step="Pull again. If it happens again, the store is damaged.",
             )
 
     def _ends_early(self, file: PartialFile) -> Unavailable:

@@ -69,7 +69,6 @@ def create_token(
         raise Usage(
             "bad_lifetime",
             f"A token cannot last {expires_in_days} days.",
-            next_step="Give a number of days with --expires-in-days, or leave it out for the default.",
         )
     body: dict[str, Any] = {"user": user, "name": name, "expires_in_days": expires_in_days}
     if scope:

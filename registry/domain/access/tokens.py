@@ -70,7 +70,6 @@ def create(session: Session, actor: Actor, new: NewToken) -> tuple[Token, str]:
             "token_not_allowed",
             f"{actor.name} may not create this token with the current one.",
             subject=new.user,
-            next_step="Use a token without scope; a token for another user requires a registry admin.",
         )
     refuse_reserved(new.user)
     scope = {
@@ -159,7 +158,6 @@ def revoke(session: Session, actor: Actor, token_id: str) -> Token:
             "token_unknown",
             f"With the current token you cannot revoke a token {token_id[:16]}.",
             subject=token_id[:16],
-            next_step="`adaptory token list` shows yours; one with a scope revokes only itself.",
         )
     if row.revoked_at is None:
         row.revoked_at = actor.at

@@ -433,7 +433,6 @@ def adapters_on(session: Session, actor: Actor, base: Base) -> Sequence[Release]
             "too_many_adapters",
             f"More than {MAX_ADAPTERS} adapters use {base.name}.",
             subject=base.name,
-            next_step="Upgrade in parts, with tokens that read fewer namespaces.",
         )
     return rows
 

@@ -333,7 +333,6 @@ def _check_gates(session: Session, recipe: Recipe, lock: Lock) -> None:
                 "no_channel",
                 f"{rule}: a composition has no channel.",
                 subject=str(rule),
-                next_step="Compare with the base or the inputs; the channel's own gate checks the promotion.",
             )
         if rule.suite not in locking.evaluated(recipe, lock):
             raise Usage(
