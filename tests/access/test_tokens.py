@@ -201,7 +201,7 @@ def test_a_narrowed_token_sees_and_revokes_itself_alone(house: House, user: str)
     for other in (user, "reader"):
         refused = house.ask("weak", "DELETE", f"/v1/tokens/{house.ids[other]}")
         assert (refused.status_code, refused.json()["code"]) == (404, "token_unknown")
-        assert "revokes only itself" in refused.json()["next"]
+        assert "can revoke only itself" in refused.json()["next"]
         assert house.ask(other, "GET", "/v1/whoami").status_code == 200
     assert {user, "ci"} <= {row["name"] for row in house.ask(user, "GET", "/v1/tokens").json()["items"]}
     assert house.ask("weak", "DELETE", f"/v1/tokens/{made['id']}").status_code == 200
