@@ -31,8 +31,10 @@ def note_oldest_code(connection: Connection) -> None:
     migrations after it. A migration names that code by its newest revision in `oldest_code`; without it, only code that
     knows the migration does."""
     current = context.get_context().get_current_revision()
-    applied = [one for one in context.script.walk_revisions() if current is not None and one.revision <= current]
-    oldest = max((getattr(one.module, "oldest_code", one.revision) for one in applied), default=None)
+    applied = [
+        script for script in context.script.walk_revisions() if current is not None and script.revision <= current
+    ]
+    oldest = max((getattr(script.module, "oldest_code", script.revision) for script in applied), default=None)
     if "oldest_code" not in {column["name"] for column in inspect(connection).get_columns("alembic_version")}:
         connection.execute(text("ALTER TABLE alembic_version ADD COLUMN oldest_code VARCHAR(32)"))
     connection.execute(text("UPDATE alembic_version SET oldest_code = :oldest"), {"oldest": oldest})

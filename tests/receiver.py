@@ -34,7 +34,9 @@ class Received:
         signed = b".".join([self.headers["webhook-id"].encode(), self.headers["webhook-timestamp"].encode(), self.body])
         key = base64.b64decode(secret.split("_", 1)[1])
         expected = "v1," + base64.b64encode(hmac.digest(key, signed, hashlib.sha256)).decode()
-        return any(hmac.compare_digest(expected, one) for one in self.headers["webhook-signature"].split(" "))
+        return any(
+            hmac.compare_digest(expected, signature) for signature in self.headers["webhook-signature"].split(" ")
+        )
 
 
 @dataclass
@@ -49,7 +51,7 @@ class Receiver:
     @property
     def seen(self) -> list[tuple[str, str]]:
         """The type and the subject of each event, in the order in which they came."""
-        return [(one.event["type"].removeprefix("adaptory."), one.event["subject"]) for one in self.got]
+        return [(request.event["type"].removeprefix("adaptory."), request.event["subject"]) for request in self.got]
 
 
 @contextmanager

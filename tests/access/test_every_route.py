@@ -215,7 +215,7 @@ def _expected(method: str, path: str, caller: str, namespace: str) -> int | str:
     if wanted.endswith(" somewhere") or wanted == "operator":
         return _of_no_namespace(method, path, wanted, caller)
     held = Role.ADMIN if caller == "operator" else ROLES.get(caller)
-    if held and any(at_least(held, Role(one)) for one in wanted.split(" or ")):
+    if held and any(at_least(held, Role(role)) for role in wanted.split(" or ")):
         return "allowed"
     readable = held is not None or namespace == PUBLIC
     if not readable:

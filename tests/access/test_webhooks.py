@@ -119,7 +119,7 @@ def test_a_failing_delivery_holds_back_its_repository_alone_and_nothing_is_lost_
     assert [row["event"] for row in listed(house, hook, state="pending")] == ["channel.moved"]
     let_deliveries_elapse(house.resources, PAUSES[0])
     assert deliver_due(house.resources) == 2
-    got = [(one.headers["webhook-id"], one.event) for one in receiver.got]
+    got = [(request.headers["webhook-id"], request.event) for request in receiver.got]
     slack = [event for _, event in got if "text" in event]
     assert slack == [{"text": "acme/merged@prod now serves 1.0.0 instead of 1.1.0, by operator: &lt;because&gt;"}]
     moves = [(key, event) for key, event in got if event.get("subject") == "acme/sql@prod"]
@@ -157,7 +157,7 @@ def test_attempts_follow_the_stated_pauses_until_the_delivery_is_dead_and_it_can
     again = house.ask("admin", "POST", f"/v1/webhooks/{hook['id']}/deliveries/{delivered['id']}/replay")
     assert (again.status_code, again.json()["state"]) == (202, "pending")
     assert deliver_due(house.resources) == 1
-    assert len({one.headers["webhook-id"] for one in receiver.got}) == 1
+    assert len({request.headers["webhook-id"] for request in receiver.got}) == 1
     with house.resources.write() as session:
         deliveries.forget(session, datetime.now(UTC) + deliveries.KEPT + DAY)
     assert listed(house, hook) == []
@@ -184,8 +184,8 @@ def test_a_receiver_that_hangs_holds_back_no_other_webhook_and_two_workers_never
     with ExitStack() as stack:
         slow = stack.enter_context(receiving())
         slow.goes_on.clear()
-        for one in (slow, receiver):
-            add(house, one, events=["channel.moved"])
+        for each in (slow, receiver):
+            add(house, each, events=["channel.moved"])
         stop = threading.Event()
         workers = [threading.Thread(target=Deliverer(house.resources).run, args=(stop,)) for _ in range(2)]
         for worker in workers:
@@ -198,8 +198,8 @@ def test_a_receiver_that_hangs_holds_back_no_other_webhook_and_two_workers_never
         assert len(slow.got) == 1, "the next of a repository waits for it"
         slow.goes_on.set()
         eventually(lambda: len(slow.got) == 3)
-    for one in (slow, receiver):
-        assert [got.event["data"]["after"]["version"] for got in one.got] == ["1.0.0", "1.1.0", "1.0.0"]
+    for each in (slow, receiver):
+        assert [got.event["data"]["after"]["version"] for got in each.got] == ["1.0.0", "1.1.0", "1.0.0"]
 
 
 def test_each_event_comes_once_and_what_did_not_happen_is_not_announced(house: House, receiver: Receiver) -> None:
@@ -232,7 +232,7 @@ def test_each_event_comes_once_and_what_did_not_happen_is_not_announced(house: H
     assert seen.count(("release.taken_down", "acme/sql:1.0.0")) == 1
     assert seen.count(("job.ended", f"job/{job}")) == 1
     assert {kind for kind, _ in seen} <= set(EVENTS)
-    assert len({one.headers["webhook-id"] for one in receiver.got}) == len(receiver.got)
+    assert len({request.headers["webhook-id"] for request in receiver.got}) == len(receiver.got)
 
 
 def test_a_job_that_failed_does_not_name_inputs_that_admins_of_its_namespace_may_not_read(
@@ -321,7 +321,7 @@ def test_nodes_out_of_step_are_announced_once_and_once_more_when_they_are_back(
     with house.resources.write() as session:
         drift.record(session, datetime.now(UTC))
     deliver_due(house.resources)
-    drifted, recovered = (one.event for one in receiver.got)
+    drifted, recovered = (request.event for request in receiver.got)
     assert (drifted["type"], drifted["subject"]) == ("adaptory.fleet.drifted", "acme/sql@prod")
     assert (recovered["type"], recovered["data"]["detail"]) == (
         "adaptory.fleet.recovered",

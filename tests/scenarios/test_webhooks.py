@@ -75,7 +75,7 @@ def test_an_attempt_of_a_worker_that_is_killed_is_made_again_with_the_same_id(
     assert deliver_due(resources) == 0, "its lease lasts"
     let_deliveries_elapse(resources, LEASE)
     assert deliver_due(resources) == 1
-    assert len({one.headers["webhook-id"] for one in receiver.got}) == 1
+    assert len({request.headers["webhook-id"] for request in receiver.got}) == 1
     assert len(receiver.got) == 2
     [delivery] = cli.json("webhook", "deliveries", added["id"], "--state", "delivered")["items"]
     assert delivery["attempts"] == 2
