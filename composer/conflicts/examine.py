@@ -104,7 +104,8 @@ def _measured(
         effort = Effort(evidence.k, max(evidence.k, evidence.most), Limits.of(policy))
         device = evidence.load().device if evidence.elsewhere is None else CPU  # remote runners combine there
         combine = by_method(adapters, how, evidence.calibration, device)
-        sets = [*evidence.searched, *(evidence.calibration.sets if evidence.calibration else ())]
+        fit = evidence.calibration
+        sets = [*evidence.searched, *((*fit.sets, *fit.guards) if fit else ())]
         used_examples = used_in(sets, [*suites, *evidence.guards])
         counted = (used_examples, evidence.progress, evidence.elsewhere)
         probed = probe(evidence.load, members, evidence.guards, effort, combine, *counted)

@@ -25,34 +25,46 @@ from composer.methods.regmean import ModuleInputs
 
 @dataclass(frozen=True)
 class Calibration:
-    """The calibration sets, one for each adapter, in order. `load` returns the base, the same one every time, whose
-    weights have the digest `base`; it is None where nothing is kept. At most `settings.tokens` of a member's tokens are
-    used, chosen by `settings.seed`. `progress` is called with each number of finished examples."""
+    """The calibration sets, one for each adapter, in order, and those of the guards. `load` returns the base, the same
+    one every time, whose weights have the digest `base`; it is None where nothing is kept. At most `settings.tokens` of
+    a member's tokens are used, and as many of all guards', chosen by `settings.seed`. `progress` is called with each
+    number of finished examples."""
 
     load: Callable[[], LoadedModel]
     sets: Sequence[CalibrationSet]
     settings: Regmean
     progress: Callable[[int], None] = lambda _count: None
     base: str | None = None
+    guards: Sequence[CalibrationSet] = ()
 
     @property
     def model(self) -> LoadedModel:
         return self.load()
 
     def to_json(self) -> list[dict[str, object]]:
-        return [examples.to_json() for examples in self.sets]
+        return [examples.to_json() for examples in (*self.sets, *self.guards)]
+
+    @property
+    def examples(self) -> int:
+        """The examples that one step runs."""
+        guards = self.guards if self.settings.guard else ()
+        return sum(map(len, (*self.sets, *guards)))
 
     def pick(self, members: Sequence[int]) -> "Calibration":
         """The calibration of some of the adapters, by their indices."""
         return replace(self, sets=[self.sets[member] for member in members])
 
     def observe(
-        self, member: int, active: Sequence[Delta], wanted: Mapping[str, LowRank]
+        self, member: int | None, active: Sequence[Delta], wanted: Mapping[str, LowRank]
     ) -> Mapping[str, ModuleInputs]:
-        """Maps keys to the inputs of the `wanted` deltas' matrices on the member's examples under `active` deltas.
-        Leaves out those whose inputs cannot be observed. Raises what `encode` and `deltas_applied` raise."""
+        """Maps keys to the inputs of the `wanted` deltas' matrices on the examples of the member, or on the guards'
+        for None, under `active` deltas. Leaves out those whose inputs cannot be observed. Raises what `encode` and
+        `deltas_applied` raise."""
+        sets = self.guards if member is None else [self.sets[member]]
+        if not sets:
+            return {}
         loaded, collector = self.model, _Collector()
-        examples = _encoded(loaded, self.sets[member])
+        examples = [example for used in sets for example in _encoded(loaded, used)]
         watches: dict[str, Watch] = {}
         stacks: dict[str, dict[str, list[tuple[str, int]]]] = defaultdict(lambda: defaultdict(list))
         for key, delta in wanted.items():

@@ -10,8 +10,12 @@ I x I or O x I is formed. a_m = 1 / (|W X_m|² t_m) with t_m = Σ over modules |
 relative errors count equally. rho is relative to the mean eigenvalue of Σ a_m X_m X_m^T. w0 is the mean of the
 least-squares weights, which the form `weights` takes as they are instead of a fitted A.
 
+On the inputs X_g of a guard, which every member should leave to the base, D should do nothing: one term more,
+a_g |D X_g|², with a_g = g / (|W X_g|² mean_m t_m). It is that of a member without a delta.
+
 Shapes: O outputs and I inputs of a module, r_i rank of member i, R their sum, T members; N_m rows (tokens) of member m,
-N their sum. Everything is computed in float64.
+N their sum with the guard's. Lists of inputs have an entry for each member, and the guard's last if there is one.
+Everything is computed in float64.
 """
 
 import os
@@ -53,16 +57,18 @@ class ModuleInputs:
         return torch.cat([part.double() for part in self.parts])
 
 
-Observe = Callable[[int, Sequence[Delta], Mapping[str, LowRank]], Mapping[str, ModuleInputs]]
+Observe = Callable[[int | None, Sequence[Delta], Mapping[str, LowRank]], Mapping[str, ModuleInputs]]
 """(member index, active deltas, a delta per key) -> by key, the inputs of the matrix that the delta adds to, on that
-member's examples. Matrices whose inputs cannot be observed (packed projections) are left out."""
+member's examples, or on the guard's for None: nothing if there is no guard. Matrices whose inputs cannot be observed
+(packed projections) are left out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FitReport:
     """The result of a fit. `errors` has √(Σ over modules |(D - Δ_m) X_m|² / |W X_m|² / t_m) for each member m, on the
     inputs of the last step; `errors_of_sum` has the same for the weighted sum w0 Σ Δ_i. `weights` are the members'
-    least-squares weights, w0 their mean. `fitted` counts modules and expert stacks. Those in `kept_at_sum` keep the
+    least-squares weights, w0 their mean. `guard` and `guard_of_sum` have √(Σ |D X_g|² / |W X_g|² / mean t_m) on the
+    guard's inputs, None without a guard. `fitted` counts modules and expert stacks. Those in `kept_at_sum` keep the
     weighted sum (a stack, in at least one expert): their inputs cannot be observed, no example reached them, or an
     adapter has no factors there."""
 
@@ -72,6 +78,8 @@ class FitReport:
     errors_of_sum: tuple[float, ...]
     fitted: int
     kept_at_sum: tuple[str, ...]
+    guard: float | None = None
+    guard_of_sum: float | None = None
 
     def to_json(self) -> dict[str, object]:
         return {name: getattr(self, name) for name in self.__slots__}
@@ -86,8 +94,8 @@ class Fit:
 
 
 class Inputs:
-    """A module's inputs: X_m (N_m x I) for each member, and products that modules with the same inputs (q, k, v)
-    share."""
+    """A module's inputs: X_m (N_m x I) for each member and the guard, and products that modules with the same inputs
+    (q, k, v) share."""
 
     def __init__(self, X: Sequence[torch.Tensor]) -> None:
         self.X = list(X)
@@ -135,16 +143,22 @@ class ModuleFit:
         ends = list(accumulate(len(A) for A in self.A))
         return [slice(end - len(A), end) for end, A in zip(ends, self.A, strict=True)]
 
+    def rho(self, a: Sequence[float], ridge: float) -> float:
+        """The ridge relative to the mean eigenvalue of the members' Σ a_m S_m."""
+        own = zip(a[: len(self.A)], self.inputs.energies, strict=False)
+        return ridge * sum(a_m * energy for a_m, energy in own) / self.inputs.columns
+
     def inner(self, member: int) -> torch.Tensor:
-        """Σ <Δ_i x, Δ_j x> over the member's rows x: T x T."""
+        """Σ <Δ_i x, Δ_j x> over the rows x of a member or of the guard: T x T."""
         H_RN = torch.cat(self.A) @ self.X[member].T
         products_RR = self._products * (H_RN @ H_RN.T)
         return torch.stack([torch.stack([products_RR[i, j].sum() for j in self.blocks]) for i in self.blocks])
 
     def error(self, fitted: Sequence[torch.Tensor], member: int) -> float:
-        """|(Σ B_i A*_i - Δ_m) X_m|²."""
+        """|(Σ B_i A*_i - Δ_m) X_m|², where the guard has no Δ_m."""
         H_RN = torch.cat(list(fitted)) @ self.X[member].T
-        H_RN[self.blocks[member]] -= self.A[member] @ self.X[member].T
+        if member < len(self.A):
+            H_RN[self.blocks[member]] -= self.A[member] @ self.X[member].T
         return max(0.0, float((self._products * (H_RN @ H_RN.T)).sum()))
 
     @property
@@ -164,16 +178,20 @@ def fit(
     """Fits the factors of the adapters' linear modules on the device; every other delta gets the weight w0, and the
     report names it.
 
-    The settings are `ridge` (rho), `steps` (1 or 2) and `form`: `input` fits A over the whole input side, `core` only
-    recombines the rows of A (an R x R matrix), `weights` fits one weight for each adapter, which its other deltas get
-    too. Raises what `observe` raises.
+    The settings are `ridge` (rho), `steps` (1 or 2), `guard` (g) and `form`: `input` fits A over the whole input side,
+    `core` only recombines the rows of A (an R x R matrix), `weights` fits one weight for each adapter, which its other
+    deltas get too. Raises what `observe` raises.
     """
     members = [index for index, adapter in enumerate(adapters) if len(adapter.deltas)]
     own = [[times(delta, weights[index].of(*names_of(delta))) for delta in adapters[index].deltas] for index in members]
     pairs = _factored(own)
     some = {key: next(iter(own.values())) for key, own in pairs.items()}
+
+    def guarded(active: Sequence[Delta]) -> _Guard:
+        return _Guard(settings.guard, observe(None, active, some) if settings.guard else {})
+
     problem = _Problem.of(
-        pairs, [observe(index, active, some) for index, active in zip(members, own, strict=True)], device
+        pairs, [observe(index, active, some) for index, active in zip(members, own, strict=True)], guarded([]), device
     )
     fitted_T = problem.weights(settings.ridge)
     w0 = fmean(fitted_T)
@@ -181,17 +199,20 @@ def fit(
     solved, errors = problem.solved(_solver(settings, w_T))
     for _ in range(1, settings.steps):
         merged = [delta for deltas in _with_factors(own, solved, w_T) for delta in deltas]
-        problem = _Problem.of(pairs, [observe(index, merged, some) for index in members], device)
+        problem = _Problem.of(pairs, [observe(index, merged, some) for index in members], guarded(merged), device)
         if settings.form == "weights":
             w_T = fitted_T = problem.weights(settings.ridge)
         solved, errors = problem.solved(_solver(settings, w_T))
     fitted = dict(zip(members, _with_factors(own, solved, w_T), strict=True))
     additive = [delta for deltas in own for delta in deltas if not isinstance(delta, Replacement)]
+    count, errors_of_sum = len(members), list(problem.errors_of_sum(w0))
     report = FitReport(
         w0=w0,
         weights=tuple(fitted_T),
-        errors=tuple(errors),
-        errors_of_sum=tuple(problem.errors_of_sum(w0)),
+        errors=tuple(errors[:count]),
+        errors_of_sum=tuple(errors_of_sum[:count]),
+        guard=errors[count] if errors[count:] else None,
+        guard_of_sum=errors_of_sum[count] if errors_of_sum[count:] else None,
         fitted=len(
             {
                 _stack_or_module(delta)
@@ -214,8 +235,7 @@ def solve_input(module: ModuleFit, a: Sequence[float], w0: float, ridge: float) 
 
     or its dual of size N x N, if there are fewer rows than inputs.
     """
-    inputs = module.inputs
-    rho = ridge * sum(a_m * energy for a_m, energy in zip(a, inputs.energies, strict=True)) / inputs.columns
+    inputs, rho = module.inputs, module.rho(a, ridge)
     if rho <= 0:
         return [w0 * A for A in module.A]
     return (primal if inputs.columns < inputs.rows else dual)(module, a, w0, rho)
@@ -225,7 +245,7 @@ def primal(module: ModuleFit, a: Sequence[float], w0: float, rho: float) -> list
     weighted = [a_m * S_II for a_m, S_II in zip(a, module.inputs.moments, strict=True)]
     factor = _factor(torch.stack(weighted).sum(0), rho)
     return [
-        torch.cholesky_solve((A @ S_II + rho * w0 * A).T, factor).T for A, S_II in zip(module.A, weighted, strict=True)
+        torch.cholesky_solve((A @ S_II + rho * w0 * A).T, factor).T for A, S_II in zip(module.A, weighted, strict=False)
     ]
 
 
@@ -258,13 +278,12 @@ def solve_core(module: ModuleFit, a: Sequence[float], w0: float, ridge: float) -
     A_RI = torch.cat(module.A)
     G_RR = A_RI @ A_RI.T
     system_RR, wanted_RR = torch.zeros_like(G_RR), torch.zeros_like(G_RR)
-    for X_NI, a_m, block in zip(module.X, a, module.blocks, strict=True):
+    for X_NI, a_m, block in zip(module.X, a, [*module.blocks, slice(0)], strict=False):  # of the guard, none is kept
         H_RN = A_RI @ X_NI.T
         K_RR = a_m * (H_RN @ H_RN.T)
         system_RR += K_RR
         wanted_RR[block] += K_RR[block]
-    energy = sum(a_m * energy for a_m, energy in zip(a, module.inputs.energies, strict=True))
-    rho = ridge * energy / module.inputs.columns
+    rho = module.rho(a, ridge)
     if rho <= 0:
         return [w0 * A for A in module.A]
     system_RR, wanted_RR = system_RR + rho * G_RR, wanted_RR + rho * w0 * G_RR
@@ -273,7 +292,7 @@ def solve_core(module: ModuleFit, a: Sequence[float], w0: float, ridge: float) -
 
 
 Solve = Callable[[ModuleFit, Sequence[float]], list[torch.Tensor]]
-"""(a module, each member's a) -> A* of each member."""
+"""(a module, a of each member and of the guard) -> A* of each member."""
 
 
 def _solver(settings: Regmean, w_T: Sequence[float]) -> Solve:
@@ -285,15 +304,26 @@ def _solver(settings: Regmean, w_T: Sequence[float]) -> Solve:
 
 
 @dataclass(frozen=True, slots=True)
+class _Guard:
+    """The guard's weight g and its inputs by key; empty if there is no guard."""
+
+    weight: float
+    seen: Mapping[str, ModuleInputs]
+
+
+@dataclass(frozen=True, slots=True)
 class _Problem:
     """One step's fit: for each matrix that can be fitted, the pairs by member and the inputs. Each is computed on
     `device`; results are on the CPU.
 
-    `inner` has Σ over modules G_m / |W X_m|² (T x T) for each member; its diagonal gives t_m.
+    `seen` has an entry for each of the `count` members, and one for the guard if there is one. `inner` has
+    Σ over modules G_m / |W X_m|² (T x T) for each; a member's diagonal gives t_m.
     """
 
     pairs: Mapping[str, Mapping[int, LowRank]]
     seen: Sequence[Mapping[str, ModuleInputs]]
+    count: int
+    guard: float
     inner: list[torch.Tensor]
     device: torch.device
 
@@ -301,20 +331,23 @@ class _Problem:
     def of(
         cls,
         pairs: Mapping[str, Mapping[int, LowRank]],
-        seen: Sequence[Mapping[str, ModuleInputs]],
+        own: Sequence[Mapping[str, ModuleInputs]],
+        guard: _Guard,
         device: torch.device,
     ) -> "_Problem":
+        count, seen = len(own), [*own, *([guard.seen] if guard.seen else [])]
         pairs = {name: own for name, own in pairs.items() if any(name in observed for observed in seen)}
         # An expert that gets no token of a member's examples has no rows there.
         columns = {name: next(iter(own.values())).A_RI.shape[1] for name, own in pairs.items()}
         none = {name: ModuleInputs([torch.zeros(0, count)], 0.0) for name, count in columns.items()}
-        inner = [torch.zeros(len(seen), len(seen), dtype=torch.float64) for _ in seen]
-        problem = cls(pairs, seen := [{**none, **observed} for observed in seen], inner, device)
-        members = range(len(seen))
-        for name, own in problem.each(lambda _name, module: [module.inner(member).cpu() for member in members]):
+        inner = [torch.zeros(count, count, dtype=torch.float64) for _ in seen]
+        seen = [{**none, **observed} for observed in seen]
+        problem = cls(pairs, seen, count, guard.weight, inner, device)
+        each = range(len(seen))
+        for name, grams in problem.each(lambda _name, module: [module.inner(member).cpu() for member in each]):
             for member, observed in enumerate(seen):
                 if observed[name].base_energy > 0:
-                    inner[member] += own[member] / observed[name].base_energy
+                    inner[member] += grams[member] / observed[name].base_energy
         return problem
 
     def each(self, compute: Callable[[str, ModuleFit], T]) -> Iterator[tuple[str, T]]:
@@ -347,34 +380,37 @@ class _Problem:
         """The module's factors in float64."""
         pairs = {member: pair.to(self.device) for member, pair in self.pairs[name].items()}
         some = next(iter(pairs.values()))
-        A, B = [some.A_RI[:0].double()] * len(self.seen), [some.B_OR[:, :0].double()] * len(self.seen)
+        A, B = [some.A_RI[:0].double()] * self.count, [some.B_OR[:, :0].double()] * self.count
         for member, pair in pairs.items():
             A[member], B[member] = pair.A_RI.double(), pair.B_OR.double() * pair.scale
         return ModuleFit(A, B, inputs)
 
     def alpha(self, name: str) -> list[float]:
-        """a_m = 1 / (|W X_m|² t_m); 0 if the base does nothing. A member that does nothing has no t_m."""
+        """a_m = 1 / (|W X_m|² t_m), and that of the guard; 0 if the base does nothing."""
         energies = [observed[name].base_energy for observed in self.seen]
-        return [1 / (value * (t or 1.0)) if value > 0 else 0.0 for value, t in zip(energies, self._t(), strict=True)]
+        shares = [*self._t(), *([self._mean_t() / self.guard] if len(self.seen) > self.count else [])]
+        return [1 / (value * t) if value > 0 else 0.0 for value, t in zip(energies, shares, strict=True)]
 
     def weights(self, ridge: float) -> list[float]:
         """The weights w that minimize Σ_m a_m |Σ_i w_i Δ_i X_m - Δ_m X_m|² over all modules together,
 
-        (Σ_m G_m / t_m + r) w = Σ_m G_m[:, m] / t_m + r / T  (2605.29101), with r relative to the mean eigenvalue. 1 / T
-        each if there were no inputs.
+        (Σ_m G_m / t_m + g G_g / mean t + r) w = Σ_m G_m[:, m] / t_m + r / T  (2605.29101), with r relative to the mean
+        eigenvalue of the members' part. 1 / T each if there were no inputs.
         """
-        count = len(self.seen)
-        grams = [gram / (t or 1.0) for gram, t in zip(self.inner, self._t(), strict=True)]
-        system_TT = torch.stack(grams).sum(0)
+        count = self.count
+        grams = [gram / t for gram, t in zip(self.inner[:count], self._t(), strict=True)]
+        own_TT = torch.stack(grams).sum(0)
+        system_TT = own_TT + sum(self.inner[count:], torch.zeros_like(own_TT)) * self.guard / self._mean_t()
         wanted_T = torch.stack([gram[:, member] for member, gram in enumerate(grams)]).sum(0)
-        r = ridge * float(system_TT.trace()) / count
+        r = ridge * float(own_TT.trace()) / count
         if r <= 0:
             return [1 / count] * count
         identity = torch.eye(count, dtype=torch.float64)
         return torch.linalg.solve(system_TT + r * identity, wanted_T + r / count).tolist()
 
     def solved(self, solve: Solve) -> tuple[dict[str, list[torch.Tensor]], list[float]]:
-        """Each module's fitted A by member, in float32, and each member's relative error on the inputs."""
+        """Each module's fitted A by member, in float32, and the relative errors on the inputs of each member and of
+        the guard."""
 
         def fitted(name: str, module: ModuleFit) -> tuple[list[torch.Tensor], list[float]]:
             alpha = self.alpha(name)
@@ -384,17 +420,22 @@ class _Problem:
 
         solved = dict(self.each(fitted))
         squares = [fsum(errors[member] for _, errors in solved.values()) for member in range(len(self.seen))]
+        squares[self.count :] = [square / self.guard for square in squares[self.count :]]
         return {name: factors for name, (factors, _) in solved.items()}, list(map(sqrt, squares))
 
     def errors_of_sum(self, w0: float) -> Iterator[float]:
-        """Each member's relative error under w0 Σ Δ_i: |Σ_i c_i Δ_i X_m|² with c_i = w0, but c_m = w0 - 1."""
-        for member, (inner_TT, t) in enumerate(zip(self.inner, self._t(), strict=True)):
-            c_T = torch.full((len(self.seen),), w0, dtype=torch.float64)
-            c_T[member] -= 1
-            yield sqrt(max(0.0, float(c_T @ inner_TT @ c_T)) / (t or 1.0))
+        """The relative errors under w0 Σ Δ_i: |Σ_i c_i Δ_i X_m|² with c_i = w0, but c_m = w0 - 1."""
+        for member, (inner_TT, t) in enumerate(zip(self.inner, [*self._t(), self._mean_t()], strict=False)):
+            c_T = torch.full((self.count,), w0, dtype=torch.float64)
+            c_T[member : member + 1] -= 1
+            yield sqrt(max(0.0, float(c_T @ inner_TT @ c_T)) / t)
 
     def _t(self) -> list[float]:
-        return [float(gram[member, member]) for member, gram in enumerate(self.inner)]
+        """t_m; 1 for a member that does nothing."""
+        return [float(gram[member, member]) or 1.0 for member, gram in enumerate(self.inner[: self.count])]
+
+    def _mean_t(self) -> float:
+        return fmean(self._t()) if self.count else 1.0
 
 
 def _factored(own: Sequence[Sequence[Delta]]) -> dict[str, dict[int, LowRank]]:

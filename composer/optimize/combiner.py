@@ -10,7 +10,7 @@ from composer.evaluation.calibration import Calibration
 from composer.evaluation.hooks import Deltas
 from composer.export.combine import refuse_uncombinable
 from composer.formats.recipes.methods import Regmean
-from composer.formats.recipes.suite import CalibrationSet
+from composer.formats.recipes.suite import CalibrationSet, Suite
 from composer.methods.combine import combine_parsed
 from composer.methods.regmean import ModuleInputs, Observe
 from composer.optimize.candidates import Candidate
@@ -44,7 +44,13 @@ class Combiner:
         device = self._problem.load().device
         if not isinstance(settings, Regmean):
             return combine_parsed(adapters, weights, settings, device=device).deltas
-        calibration = Calibration(self._problem.load, self._sets(fit_on), settings, lambda _count: self._progress(0))
+        calibration = Calibration(
+            self._problem.load,
+            self._sets([member.suite for member in members], fit_on),
+            settings,
+            lambda _count: self._progress(0),
+            guards=[used for used in self._sets(self._problem.other_guards, fit_on) if len(used)],
+        )
         observe = self._observe(calibration, candidate)
         self._fitted[key] = combine_parsed(adapters, weights, settings, observe, device).deltas
         return self._fitted[key]
@@ -53,17 +59,16 @@ class Combiner:
         """Drops the inputs that fits on the same examples share."""
         self._observed.clear()
 
-    def _sets(self, fit_on: FitOn) -> list[CalibrationSet]:
-        """Each member's examples to fit on. Those of a half leave out the other half's, since suites may share some."""
-        problem = self._problem
+    def _sets(self, suites: Sequence[Suite], fit_on: FitOn) -> list[CalibrationSet]:
+        """Each suite's examples to fit on. Those of a half leave out the other half's, since suites may share some."""
+        problem, splits = self._problem, [self._problem.splits[suite.digest] for suite in suites]
         if fit_on == "all":
-            return [CalibrationSet(member.suite, problem.searched) for member in problem.members]
+            return [split.searched for split in splits]
         first, second = slice(problem.searched // 2), slice(problem.searched // 2, None)
         part, other = (first, second) if fit_on == "first half" else (second, first)
         scored = {example for split in problem.splits.values() for example in split.search[other]}
         sets: list[CalibrationSet] = []
-        for member in problem.members:
-            split = problem.splits[member.suite.digest]
+        for split in splits:
             examples = [example for example in split.search[part] if example not in scored]
             sets.append(CalibrationSet(split.part(examples), len(examples)) if examples else CalibrationSet())
         return sets
@@ -71,14 +76,17 @@ class Combiner:
     def _observe(self, calibration: Calibration, candidate: Candidate) -> Observe:
         """Observes inputs. Every fit begins with those under each member's own deltas, which are remembered: all fits
         on the same examples share them."""
-        begun: set[int] = set()
+        begun: set[int | None] = set()
         tokens = (calibration.settings.tokens, calibration.settings.seed)
 
-        def observe(member: int, active: Sequence[Delta], wanted: Mapping[str, LowRank]) -> Mapping[str, ModuleInputs]:
+        def observe(
+            member: int | None, active: Sequence[Delta], wanted: Mapping[str, LowRank]
+        ) -> Mapping[str, ModuleInputs]:
             if member in begun:  # a second step, under the fitted deltas
                 return calibration.observe(member, active, wanted)
             begun.add(member)
-            key = (member, json.dumps(calibration.sets[member].to_json()), tokens, candidate.factors)
+            used = calibration.guards if member is None else [calibration.sets[member]]
+            key = (member, json.dumps([examples.to_json() for examples in used]), tokens, candidate.factors)
             if key not in self._observed:
                 self._observed[key] = calibration.observe(member, active, wanted)
             return self._observed[key]

@@ -32,9 +32,14 @@ class Split:
         """A suite of some of the examples, for a fit."""
         return Suite(**{**self.suite.content, "examples": tuple(examples)})  # pyright: ignore[reportArgumentType]
 
+    @property
+    def searched(self) -> CalibrationSet:
+        """The search examples, to fit on."""
+        return CalibrationSet(self.suite, len(self.search))
+
     def to_json(self) -> dict[str, object]:
         """The digests of the search examples, in the form of a lock's calibration sets."""
-        return CalibrationSet(self.suite, len(self.search)).to_json()
+        return self.searched.to_json()
 
 
 def splits(members: Sequence[Suite], guards: Sequence[Suite], search: int, confirm: int) -> dict[str, Split]:

@@ -129,7 +129,7 @@ class AdapterGroup:
         """The conflict report of the combination with these weights and this method."""
         from composer.conflicts.examine import examine
 
-        calibration = calibration_of(settings, evidence.load, evidence.suites)
+        calibration = calibration_of(settings, evidence.load, evidence.suites, guards=evidence.guards)
         checkpoint = self._checkpoint(measured=bool(evidence.k or evidence.prompts))
         with self._display.progress("probe", None, "examples") as bar:
             evidence = replace(evidence, calibration=calibration, progress=bar)
@@ -179,21 +179,23 @@ def calibration_of(
     load: "Callable[[], LoadedModel]",
     suites: "Sequence[Suite | None]",
     prompts: Sequence[tuple[str, ...]] = (),
+    guards: "Sequence[Suite]" = (),
 ) -> "Calibration | None":
-    """The calibration of a fitted method; None for other methods, and if an adapter has neither a suite nor prompts.
-    Raises Refused for a suite that would have no examples left for evaluation."""
+    """The calibration of a fitted method, with the guards on which it leaves the base as it is; None for other methods,
+    and if an adapter has neither a suite nor prompts. Raises Refused for a suite that would have no examples left for
+    evaluation."""
     from composer.formats.recipes.methods import Regmean
 
     if not isinstance(settings, Regmean):
         return None
     from composer.evaluation.calibration import Calibration
-    from composer.formats.recipes.suite import CalibrationSet
+    from composer.formats.recipes.suite import CalibrationSet, guard_sets
 
     sets = [CalibrationSet(prompts=texts) for texts in prompts]
     sets = sets or [_calibration_set(suite, settings.examples) for suite in suites if suite]
     if len(sets) < max(len(suites), len(prompts), 1):
         return None
-    return Calibration(cache(load), sets, settings)
+    return Calibration(cache(load), sets, settings, guards=guard_sets(guards))
 
 
 def _calibration_set(suite: "Suite", count: int) -> "CalibrationSet":

@@ -78,15 +78,16 @@ def calibration_sets(rows: Sequence[Row]) -> list[CalibrationSet]:
 
 
 def calibration_of(
-    load: "Callable[[], LoadedModel]", base: str, rows: Sequence[Row] | None, settings: "AnySettings"
+    load: "Callable[[], LoadedModel]", base: str, rows: Sequence[Row] | None, settings: "AnySettings", members: int
 ) -> "Calibration | None":
-    """Builds the calibration from the base with this digest and the sets in `calibration_rows`; None for a method that
-    is not fitted."""
+    """Builds the calibration from the base with this digest and the sets in `calibration_rows`, those of the members
+    and then those of the guards; None for a method that is not fitted."""
     from composer.evaluation.calibration import Calibration
 
     if rows is None or not isinstance(settings, Regmean):
         return None
-    return Calibration(load, calibration_sets(rows), settings, base=base)
+    sets = calibration_sets(rows)
+    return Calibration(load, sets[:members], settings, base=base, guards=sets[members:])
 
 
 def _combine(node: Node, unit: Unit, _count: Count) -> Result:
@@ -98,6 +99,7 @@ def _combine(node: Node, unit: Unit, _count: Count) -> Result:
         content["base"],
         content["calibration"],
         parse_settings(content["method"], content["settings"]),
+        len(content["members"]),
     )
     members = [(fetched(node, row["files"], row["name"]), parse_weight(row["weight"])) for row in content["members"]]
     architecture = shared_architecture(node, content["architecture"])

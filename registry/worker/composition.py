@@ -105,14 +105,14 @@ class CompositionRun:
         return dict.fromkeys(locking.gates_against_inputs(self.member_suites), False)
 
     def calibration_sets(self, held: JobRun) -> list[CalibrationSet]:
-        """The examples that the lock chose to fit each input on."""
+        """The examples that the lock chose to fit each input on, in order, and those of the guards."""
         sets: list[CalibrationSet] = []
-        for source, row in zip(self.recipe.inputs, self.lock.calibration, strict=False):
+        for index, row in enumerate(self.lock.calibration):
             if "suite_digest" in row:
                 (content,) = suites_named(held, [row["suite_digest"]])
                 sets.append(CalibrationSet(content, len(row["examples"])))
             else:
-                sets.append(CalibrationSet(prompts=source.prompts))
+                sets.append(CalibrationSet(prompts=self.recipe.inputs[index].prompts))
         return sets
 
     def searched(self, held: JobRun) -> list[CalibrationSet]:

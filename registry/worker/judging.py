@@ -42,11 +42,13 @@ class JudgedInput:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Examination:
-    """The suites to measure a candidate on, without the examples in `used`, on which the method was fitted."""
+    """The suites to measure a candidate on, without the examples in `used`, on which the method was fitted.
+    `base_scored` are the digests of the suites on which the base has recorded scores."""
 
     suites: Sequence[Suite]
     used: Container[Example]
     examine: Examine
+    base_scored: Container[str] = frozenset()
 
     def count(self, suite: Suite) -> int:
         """The number of the suite's examples that the candidate is measured on."""
@@ -54,9 +56,19 @@ class Examination:
 
     def examples(self, members: Sequence[JudgedInput]) -> int:
         """The total number of examples that the candidate, the base and the members are measured on."""
-        candidate = sum(self.count(suite) for suite in self.suites)
-        candidate += sum(count for suite in self.suites if (count := self.count(suite)) < len(suite.examples))
-        return candidate + sum(self.count(suite) for _, suite in self.missing(members))
+        measured = [*self.suites, *self.on_base, *(suite for _, suite in self.missing(members))]
+        return sum(map(self.count, measured))
+
+    @property
+    def on_base(self) -> list[Suite]:
+        """The suites on which the base is measured: those from which examples are left out, since its recorded scores
+        cover all of them, and guards without a recorded score."""
+        return [
+            suite
+            for suite in self.suites
+            if self.count(suite) < len(suite.examples)
+            or (suite.kind == "guard" and suite.digest not in self.base_scored)
+        ]
 
     def scores(self, subject: Subject, suite: Suite) -> list[Row]:
         """Evaluates the subject on the suite's remaining examples."""
@@ -91,8 +103,8 @@ class Examination:
 
 
 def with_inputs(candidate: Sequence[Row], examination: Examination, members: Sequence[JudgedInput]) -> list[Row]:
-    """Adds to each of the candidate's scores those of the inputs on the same examples and, where examples are left out,
-    that of the base. Scores that are not recorded are measured now. `own_suite` marks the input's own suite."""
+    """Adds to each of the candidate's scores those of the inputs on the same examples and, on `on_base`, that of the
+    base. Scores that are not recorded are measured now. `own_suite` marks the input's own suite."""
     beside: dict[tuple[str, str], list[Row]] = {}
     missing = examination.missing(members)
     for member in members:
@@ -113,9 +125,7 @@ def with_inputs(candidate: Sequence[Row], examination: Examination, members: Seq
                         "own_suite": suite.name == member.suite,
                     }
                 )
-    # On suites from which examples are left out: the base's recorded scores cover all examples.
-    partial = [suite for suite in examination.suites if examination.count(suite) < len(suite.examples)]
-    rows = [row for suite in partial for row in examination.scores(BASE, suite)]
+    rows = [row for suite in examination.on_base for row in examination.scores(BASE, suite)]
     named = ("value", "stderr", "n")
     on_base = {(row["suite_digest"], row["metric"]): {"base": {name: row[name] for name in named}} for row in rows}
     return [

@@ -65,14 +65,14 @@ def _searched(held: JobRun, work: CompositionRun, asked: Optimize) -> Lock:
     choice, lock, evidence = report.choice, work.lock, document(report)
     if choice is None:
         return replace(lock, optimized=evidence)
-    fitted_on = [problem.splits[suite.digest].to_json() for suite in suites] if choice.is_fitted else []
+    fitted_on = (*suites, *problem.other_guards) if choice.is_fitted else ()
     return locking.with_choice(
         lock,
         SearchChoice(
             method=choice.method,
             settings=choice.settings,
             factors=choice.factors,
-            calibration=fitted_on,
+            calibration=[problem.splits[suite.digest].to_json() for suite in fitted_on],
             evidence=evidence,
         ),
     )

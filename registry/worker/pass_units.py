@@ -177,7 +177,7 @@ def _probe(
         return loaded_base(node, content["base"], hints)
 
     settings = parse_settings(content["method"], content["settings"])
-    calibration = calibration_of(load, content["base"], content["calibration"], settings)
+    calibration = calibration_of(load, content["base"], content["calibration"], settings, len(members))
     probed = [Probed(member.name, member.loaded.deltas, member.weight, member.suite) for member in members]
     combine = by_method([member.loaded for member in members], settings, calibration, load().device)
     return pass_runner(Runner(load, node.check), probed, guards, combine)

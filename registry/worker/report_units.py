@@ -139,7 +139,7 @@ def _evidence(content: Row, expected: _Expected, known: _KnownPasses) -> "Eviden
         guards=[Suite.from_json(guard) for guard in probe["guards"]],
         k=probe["k"],
         most=usual_most(probe["k"]),
-        calibration=calibration_of(_no_base, probe["base"], probe["calibration"], settings),
+        calibration=calibration_of(_no_base, probe["base"], probe["calibration"], settings, len(probe["suites"])),
         searched=calibration_sets(probe["searched"]),
         progress=expected,
         elsewhere=known,

@@ -145,7 +145,9 @@ def evaluate(held: JobRun) -> None:
         examined = Examined(base=work.lock.base, hints=hints, files=subject.files, model=subject.merged)
         return examine(held, examined, suite, examples, done)
 
-    examination = Examination(suites=contents, used=used, examine=measured_by_units)
+    with held.resources.read() as session:
+        scored = {score.suite.digest for score in suites.scores_of(session, session.get_one(Base, work.lock.base))}
+    examination = Examination(suites=contents, used=used, examine=measured_by_units, base_scored=scored)
     compared = _compared(held, work)
     done.expect(examination.examples(compared))
     measured = {suite.digest: examination.measured(candidate, suite) for suite in contents}

@@ -208,3 +208,17 @@ def test_a_promotion_is_gated_by_what_went_into_the_release(team: Cli, tmp_path:
     team.ok("gate", "acme/sql@prod", "--rule", "sql-exact.nll within 1000 of inputs")
     refused = team("promote", "acme/sql:1.0.0", "--to", "prod")
     assert (refused.code, "no inputs to compare with" in refused.err + refused.out) == (1, True)
+
+
+def test_a_tamed_adapter_is_fitted_to_change_nothing_on_half_of_the_guard(team: Cli, tmp_path: Path) -> None:
+    """Two gates judge it: its own task, and what it costs on the examples of the guard that it was not fitted on."""
+    loose = ("--set", "examples=2", "--set", "ridge=1e-6", "--set", "guard=1e-6")
+    asked = ("tame", "acme/sql", "--as", "acme/sql-tame:1.0.0", "--guard", "guard-exact", "--suite", "sql-exact")
+    done = team.json(*asked, *loose)
+    own, guard = done["lock"]["calibration"]
+    assert (own["suite"], len(own["examples"]), guard["suite"], len(guard["examples"])) == (
+        "sql-exact", 2, "guard-exact", 3,
+    )  # fmt: skip
+    assert {row["suite"]: row["n"] for row in done["candidate_scores"]} == {"sql-exact": 4, "guard-exact": 3}
+    assert "guard-exact.nll within 0.15 of base" in {gate["rule"] for gate in done["gates"]}
+    assert [row["repository"] for row in team.json("show", "acme/sql-tame")["inputs"]] == ["acme/sql"]

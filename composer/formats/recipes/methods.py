@@ -99,6 +99,9 @@ BelowOne = Annotated[
 Ridge = Annotated[
     float, _number("a number from 1e-6 to 1e6", lambda number: 1e-6 <= number <= 1e6, minimum=1e-6, maximum=1e6)
 ]
+GuardWeight = Annotated[
+    float, _number("a number from 0 to 1000", lambda number: 0 <= number <= 1000, minimum=0, maximum=1000)
+]
 Rank = Annotated[int, _integer(1, 65_536)]
 Seed = Annotated[int, _integer(0, 2**53)]
 Positions = Annotated[
@@ -277,6 +280,7 @@ class _Fit(MethodSettings):
     ridge: Ridge = 0.01
     form: Literal["input", "core", "weights"] = "input"
     tokens: Annotated[int, _integer(16, 65_536)] = Field(2048, description="The most tokens to fit a module on.")
+    guard: GuardWeight = Field(1.0, description="The weight of the guard suites' examples, on which nothing changes.")
     seed: Seed = 0
 
 
@@ -346,7 +350,7 @@ PIPELINES: dict[str, Pipeline] = {
     **_PLAIN,
     **{f"pico_{name}": replace(pipeline, calibrate="pico", version=2) for name, pipeline in _PLAIN.items()},
     **{f"peft_{name}": Pipeline(parity=name) for name in _PEFT_TYPES},
-    "regmean": Pipeline(fitted=True),
+    "regmean": Pipeline(fitted=True, version=2),
 }
 
 METHOD_NAMES = ", ".join([*(name for name in PIPELINES if not name.startswith("pico_")), "pico_…"])

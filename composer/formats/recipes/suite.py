@@ -370,6 +370,17 @@ class CalibrationSet:
         return {"suite": self.suite.name, "suite_digest": self.suite.digest, "examples": used}
 
 
+GUARD_EXAMPLES = 16
+"""The most examples of a guard suite to fit on."""
+
+
+def guard_sets(suites: Iterable[Suite]) -> list[CalibrationSet]:
+    """The examples of guard suites on which a fit leaves the base as it is: at most half of a suite, since the others
+    judge the result."""
+    counts = [(suite, min(GUARD_EXAMPLES, len(suite.examples) // 2)) for suite in suites]
+    return [CalibrationSet(suite, count) for suite, count in counts if count]
+
+
 def used_in(sets: Iterable[CalibrationSet], suites: Iterable[Suite]) -> frozenset[Example]:
     """The examples of the suites that are in one of the sets: results are judged on the others."""
     known = list(sets)

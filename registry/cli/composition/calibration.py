@@ -3,7 +3,7 @@
 import json
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,17 +29,27 @@ Prompts = Annotated[
         "--prompts", metavar="FILE", help="For regmean: each adapter's prompts, one per line, instead of suites."
     ),
 ]
+Guards = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--guard", metavar="FILE", help="For regmean: a suite on which the result should answer as the base does."
+    ),
+]
 
 MAX_NOTE_BYTES = 64 << 20
 
 
+@dataclass(frozen=True)
+class ExampleFiles:
+    """The files that --suite, --prompts and --guard name."""
+
+    suites: Sequence[Path] | None
+    prompts: Sequence[Path] | None
+    guards: Sequence[Path] | None
+
+
 def local_calibration(
-    method: str,
-    settings: dict[str, object],
-    base: Path | None,
-    suites: list[Path] | None,
-    prompts: list[Path] | None,
-    device: str,
+    method: str, settings: dict[str, object], base: Path | None, files: ExampleFiles, device: str
 ) -> "Calibration | None":
     """The calibration that the options of `combine` and `merge` describe. Raises Usage for these options with a method
     that is not fitted, for both suites and prompts, and for a fitted method without a base or without either."""
@@ -47,19 +57,20 @@ def local_calibration(
 
     parsed = parse_settings(method, settings)
     if not parsed.pipeline.fitted:
-        if suites or prompts:
-            message = f"--suite and --prompts have no effect: {method} is not fitted on examples."
+        if files.suites or files.prompts or files.guards:
+            message = f"--suite, --prompts and --guard have no effect: {method} is not fitted on examples."
             raise Usage("idle_option", message, subject="--suite", next_step="Leave them out, or add --method regmean.")
         return None
-    if base is None or bool(suites) == bool(prompts):
+    if base is None or bool(files.suites) == bool(files.prompts):
         message = f"{method} is fitted on examples: it needs --base, and --suite or --prompts for each adapter."
         raise Usage("needs_examples", message, subject="--suite", next_step="Write --suite FILE once for each adapter.")
     from composer.conflicts.examine import parse_prompts
     from composer.evaluation.model import load_model
     from composer.formats.recipes.suite import MAX_FILE_BYTES, parse_suite
 
-    asked = [tuple(parse_prompts(read_text(path, MAX_FILE_BYTES), str(path))) for path in prompts or []]
-    calibration = calibration_of(parsed, lambda: load_model(base, device), list(map(parse_suite, suites or [])), asked)
+    asked = [tuple(parse_prompts(read_text(path, MAX_FILE_BYTES), str(path))) for path in files.prompts or []]
+    own, guards = (list(map(parse_suite, paths or [])) for paths in (files.suites, files.guards))
+    calibration = calibration_of(parsed, lambda: load_model(base, device), own, asked, guards)
     return calibration and replace(calibration, base=_digest(base))
 
 
@@ -80,8 +91,7 @@ def fitting(calibration: "Calibration | None") -> "Generator[Calibration | None]
     if calibration is None:
         yield None
         return
-    examples = calibration.settings.steps * sum(map(len, calibration.sets))
-    with render.progress("fit", examples, "examples") as bar:
+    with render.progress("fit", calibration.settings.steps * calibration.examples, "examples") as bar:
         yield replace(calibration, progress=bar)
 
 
@@ -113,6 +123,8 @@ def fit_lines(fit: dict[str, Any] | None, names: Sequence[str]) -> list[tuple[st
         return []
     errors = zip(names, fit["errors"], fit["errors_of_sum"], strict=False)
     rows = [(f"error {name}", f"{error:.3f} (weighted sum: {plain:.3f})") for name, error, plain in errors]
+    if fit["guard"] is not None:
+        rows.append(("change on the guard", f"{fit['guard']:.3f} (weighted sum: {fit['guard_of_sum']:.3f})"))
     kept = [("at the weighted sum", ", ".join(fit["kept_at_sum"]))] if fit["kept_at_sum"] else []
     return [("fitted modules", str(fit["fitted"])), *rows, *kept]
 

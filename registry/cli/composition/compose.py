@@ -49,6 +49,9 @@ Require = Annotated[
 Json = dict[str, Any]
 """A lock, a conflict report or scores of a composition, which are the composer's documents."""
 
+TAMED_EXAMPLES, TAMED_COST = 8, 0.15
+"""The examples of the task that a tamed adapter is fitted on, and the nats of general ability that it may cost."""
+
 _ASKED_S = 1.2
 """How long to wait for a second interrupt: the first one ends the command within two seconds."""
 
@@ -82,10 +85,54 @@ def compose(  # noqa: PLR0913
         wanted = wanted.model_copy(update={"policy": {**wanted.policy, "require": str(verdict)}})
     if optimize and wanted.optimize is None:
         wanted = wanted.model_copy(update={"optimize": Optimize.model_validate({})})
+    _run({"recipe": wanted.to_json(), "plan": plan, **wishes(priority, memory)}, follow=plan or follow, json=json)
+
+
+@root.command()
+def tame(  # noqa: PLR0913
+    ref: Annotated[
+        str, typer.Argument(metavar="REF", help="An adapter's release.", autocompletion=complete.references)
+    ],
+    into: Annotated[str, typer.Option("--as", metavar="NAMESPACE/NAME:VERSION", help="The release to publish.")],
+    guard: Annotated[
+        list[str],
+        typer.Option(help="A guard suite: outside its task, the result answers as the base.", metavar="SUITE"),
+    ],
+    suite: Annotated[
+        str | None, typer.Option(help="The adapter's task; the target suite on which it gained most by default.")
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="The base; the release's own by default.")] = None,
+    set_: Settings = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Wait until it ends; the embedded registry always does.")
+    ] = False,
+    json: JsonFlag = False,
+) -> None:
+    """Keep an adapter's answers on its task, and the base's everywhere else.
+
+    Fits the adapter's factors to change nothing on half of each guard suite, measures both on the other half, and
+    publishes the result if it keeps the adapter's answers and costs at most 0.15 nats of general ability.
+    """
+    from composer.formats.recipes.recipe import parse_recipe
+
+    content = {
+        "base": base,
+        "inputs": [{"adapter": ref, **({"suite": suite} if suite else {})}],
+        "method": "regmean",
+        "settings": {"examples": TAMED_EXAMPLES, **settings_of(set_)},
+        "adapter": into,
+        "evaluate": guard,
+        "gates": [f"{name}.nll within {TAMED_COST} of base" for name in guard],
+        "notes": f"{ref}, tamed with {', '.join(guard)}",
+    }
+    _run({"recipe": parse_recipe(content).to_json(), "plan": False}, follow=follow, json=json)
+
+
+def _run(body: Json, *, follow: bool, json: bool) -> None:
+    """Starts a composition and shows what came of it."""
     with connected() as connection:
-        body = {"recipe": wanted.to_json(), "plan": plan, **wishes(priority, memory)}
         composition = connection.api.post("/v1/compositions", body, wire.work.CompositionOut)
-        if plan or follow or connection.resources is not None:
+        if follow or connection.resources is not None:
             with jobs_running(connection, composition.job):
                 composition = _follow_or_cancel(connection, composition, lines=follow)
     failure = _error(composition) if composition.state in ("refused", "failed", "cancelled") else None
@@ -194,6 +241,10 @@ def _side_by_side(scores: list[Json]) -> list[tuple[Any, ...]]:
         value = render.with_error(score["value"], score["stderr"], score["n"])
         metric = score["metric"]
         rows.append((score["suite"], metric, "candidate", value, score["n"]))
+        if on_base := score.get("base"):
+            rows.append(
+                ("", "", "base", render.with_error(on_base["value"], on_base["stderr"], on_base["n"]), on_base["n"])
+            )
         for measured in score.get("inputs", []):
             name, value = (
                 f"{measured['repository']}:{measured['version']}",

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from registry.cli.composition.calibration import (
+    ExampleFiles,
+    Guards,
     Prompts,
     Suites,
     contradictions,
@@ -59,6 +61,7 @@ def merge(  # noqa: PLR0913
     rule: Rules = None,
     suite: Suites = None,
     prompts: Prompts = None,
+    guard: Guards = None,
     json: JsonFlag = False,
 ) -> None:
     """Merge adapters into a checkpoint, on local directories, without a registry.
@@ -76,7 +79,7 @@ def merge(  # noqa: PLR0913
         raise Usage("idle_option", message, subject="--seed", next_step="Leave it out, or add --rounding stochastic.")
     checkpoint, rounded = open_checkpoint(base, dequantize), parse_rounding(rounding, seed or 0)
     adapters, settings = _weighted(adapter, rule), settings_of(set_, sequential=sequential)
-    calibration = local_calibration(method, settings, base, suite, prompts, device)
+    calibration = local_calibration(method, settings, base, ExampleFiles(suite, prompts, guard), device)
     if calibration is not None:
         refuse_uneven(calibration, adapters)
         _warn(contradictions(calibration, [path.name for path, _ in adapters]))
@@ -109,6 +112,7 @@ def combine(  # noqa: PLR0913
     rule: Rules = None,
     suite: Suites = None,
     prompts: Prompts = None,
+    guard: Guards = None,
     device: Device = "auto",
     json: JsonFlag = False,
 ) -> None:
@@ -124,7 +128,7 @@ def combine(  # noqa: PLR0913
         raise Usage("two_settings", message, subject=f"--{twice[0]}")
     settings |= budget
     adapters = _weighted(adapter, rule)
-    calibration = local_calibration(method, settings, base, suite, prompts, device)
+    calibration = local_calibration(method, settings, base, ExampleFiles(suite, prompts, guard), device)
     refuse_uneven(calibration, adapters)
     _warn(contradictions(calibration, [path.name for path, _ in adapters]))
     with fitting(calibration) as counted:

@@ -84,6 +84,8 @@ EXAMPLES = {
     "storage check": "adaptory storage check",
     "suite add": "adaptory suite add examples/suites/*.yaml",
     "suite list": "adaptory suite list",
+    "tame": """adaptory tame acme/sql-migration --as acme/sql-tame:1.0.0 \\
+  --guard guard-general""",
     "takedown": "adaptory takedown acme/sql-migration:1.0.0 --reason 'customer data'",
     "token create": "adaptory token create --user pia --scope acme=publisher",
     "token list": "adaptory token list",

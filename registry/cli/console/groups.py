@@ -26,7 +26,7 @@ GROUPS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ),
     (
         "Compose",
-        ("conflicts", "compose", "merge", "combine", "convert", "extract"),
+        ("conflicts", "compose", "tame", "merge", "combine", "convert", "extract"),
         "adaptory conflicts acme/sql acme/support --probe 8",
     ),
     ("Serve", ("mirror", "route"), "adaptory mirror acme/sql@prod ./served"),

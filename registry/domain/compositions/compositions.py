@@ -325,8 +325,9 @@ def _refuse_namespace(session: Session, actor: Actor, name: str, signer: str | N
 def _check_gates(session: Session, recipe: Recipe, lock: Lock) -> None:
     base = session.get_one(Base, lock.base)
     measured = gates.scores(session, base)
+    fitted_on = {row.get("suite") for row in lock.calibration}
     for rule in gates.parse_rules(recipe.gates or ()):
-        suites.find(session, rule.suite)
+        measured_with_it = suites.find(session, rule.suite).kind == "guard" or rule.suite in fitted_on
         _refuse_unmeasured(rule)
         if gates.compared_with(rule) == "served":
             raise Usage(
@@ -342,7 +343,7 @@ def _check_gates(session: Session, recipe: Recipe, lock: Lock) -> None:
                 next_step=f"Add {rule.suite} to `evaluate`.",
             )
         gates.refuse_keeping_losses(session, rule)
-        if gates.compared_with(rule) == "base" and (rule.suite, rule.metric) not in measured:
+        if gates.compared_with(rule) == "base" and (rule.suite, rule.metric) not in measured and not measured_with_it:
             raise Refused(
                 "base_not_evaluated",
                 f"{rule}: the base {base.name} has no {rule.metric} on the current {rule.suite}, so this cannot pass.",

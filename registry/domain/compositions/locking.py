@@ -9,7 +9,7 @@ from sqlalchemy.orm import Session
 
 from composer.formats.recipes.methods import AnySettings, Regmean, parse_settings
 from composer.formats.recipes.recipe import Lock, LockedInput, Recipe
-from composer.formats.recipes.suite import CalibrationSet
+from composer.formats.recipes.suite import CalibrationSet, guard_sets
 from composer.formats.recipes.suite import Suite as SuiteContent
 from registry.database.tables import Base, Release
 from registry.domain.catalog import bases, releases, suites
@@ -203,8 +203,9 @@ def _gates_to_add(recipe: Recipe, own: Sequence[str | None]) -> tuple[str, ...]:
 def _calibration(
     session: Session, recipe: Recipe, settings: AnySettings, own: Sequence[str | None]
 ) -> tuple[dict[str, object], ...]:
-    """The examples that a fitted method uses: each input's prompts, or the first examples of its suite. Raises Refused
-    if there are none, or if none would be left for evaluation."""
+    """The examples that a fitted method uses: each input's prompts, or the first examples of its suite, and after them
+    those of the guard suites that the recipe evaluates. Raises Refused if an input has none, or if none would be left
+    for evaluation."""
     if not isinstance(settings, Regmean):
         return ()
     if recipe.model and not recipe.adapter:
@@ -229,4 +230,6 @@ def _calibration(
                 next_step="Add examples to the suite, or set fewer (settings: {examples: N}).",
             )
         sets.append(CalibrationSet(SuiteContent.from_json(suite.content), count))
-    return tuple(examples.to_json() for examples in sets)
+    named = [suites.find(session, name) for name in recipe.evaluate]
+    guards = [SuiteContent.from_json(suite.content) for suite in named if suite.kind == "guard"]
+    return tuple(examples.to_json() for examples in (*sets, *guard_sets(guards)))

@@ -1,6 +1,7 @@
 """RegMean's laws on small random factors, with a dense least-squares solution as the oracle."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -52,6 +53,26 @@ def test_primal_dual_and_dense_least_squares_agree(seed: int, first: float, othe
     expected = least_squares(one, a, w0, rho)
     for solved in (primal(one, a, w0, rho), dual(one, a, w0, rho)):
         torch.testing.assert_close(product(one.B, solved), expected, rtol=1e-7, atol=1e-8)
+
+
+@given(SEEDS, st.floats(0.01, 100), st.floats(0, 100), st.floats(-1, 2), st.floats(1e-3, 1e3))
+def test_a_guard_adds_rows_on_which_least_squares_wants_no_change(
+    seed: int, first: float, guard: float, w0: float, rho: float
+):
+    seed %= 10**6
+    one = module(seed, rows=(4, 9, 5))  # two members, and the guard's rows
+    a = [first, 1.0, guard]
+    with_zero = replace(one, A=[*one.A, one.A[0][:0]], B=[*one.B, one.B[0][:, :0]])
+    expected = least_squares(with_zero, a, w0, rho)
+    for solved in (primal(one, a, w0, rho), dual(one, a, w0, rho)):
+        torch.testing.assert_close(product(one.B, solved), expected, rtol=1e-7, atol=1e-8)
+
+
+@pytest.mark.parametrize("solve", [solve_input, solve_core])
+def test_the_heavier_the_guard_the_less_changes_on_its_inputs(solve: Callable[..., list[torch.Tensor]]):
+    one = module(3, ranks=(3, 3), rows=(4, 4, 2))
+    changes = [float((one.X[2] @ product(one.B, solve(one, [1.0, 1.0, g], 0.5, 0.01)).T).norm()) for g in (0, 1, 100)]
+    assert changes[0] > 2 * changes[1] > 4 * changes[2]
 
 
 @given(SEEDS, st.booleans())
@@ -115,7 +136,9 @@ def adapter(seed: int, name: str = "one", rank: int = 2, modules: Sequence[str] 
 def seeing(*seeds: int, hidden: Sequence[str] = ()) -> Callable[..., Mapping[str, ModuleInputs]]:
     """The same rows for any active deltas, different ones for each member and module."""
 
-    def observe(member: int, _active: Sequence[Delta], modules: Sequence[str]) -> dict[str, ModuleInputs]:
+    def observe(member: int | None, _active: Sequence[Delta], modules: Sequence[str]) -> dict[str, ModuleInputs]:
+        if member is None:
+            return {}
         rows = {path: random(seeds[member] + 100 * index, 6, INPUTS) for index, path in enumerate(modules)}
         return {path: ModuleInputs([X], float(X.square().sum())) for path, X in rows.items() if path not in hidden}
 
