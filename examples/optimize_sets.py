@@ -31,7 +31,7 @@ from composer.optimize.candidates import Candidate
 from composer.optimize.combiner import Combiner
 from composer.optimize.objective import kept_share
 from composer.optimize.optimize import SearchJournal, optimize
-from composer.optimize.problem import SearchMember, SearchProblem
+from composer.optimize.problem import SearchEffort, SearchMember, SearchProblem
 from composer.optimize.report import OptimizeReport, headline
 
 SETS = (
@@ -71,7 +71,9 @@ def searched(loaded: LoadedModel, members: Sequence[study_sets.Member], names: S
         SearchMember(adapter=replace(one.adapter, name=name), suite=one.suite)
         for one, name in zip(members, names, strict=True)
     ]
-    problem = SearchProblem(load=lambda: loaded, members=own, guards=[suite_of(TASKS["guard"])])
+    problem = SearchProblem(
+        load=lambda: loaded, members=own, guards=[suite_of(TASKS["guard"])], effort=SearchEffort(thorough=True)
+    )
     with TemporaryDirectory() as directory:
         journal = Path(directory) / "search.jsonl"
         begun = process_time()

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks import STUDY_TASKS, TASKS, Task
-from train import ADAPTERS, ALL_RUNS, RUNS
+from train import ADAPTERS, FRESH, STUDY
 
 from composer.conflicts.comparison import compare_all
 from composer.conflicts.evidence.activations import activation_interference
@@ -32,7 +32,7 @@ from composer.formats.recipes.weights import weights_of
 from composer.methods.combine import combine_deltas
 
 OLDER = {"sql-migration": "sql", "terraform-review": "terraform", "support-macros": "support"}
-SMALL = [name for name in ALL_RUNS if name not in RUNS]
+SMALL = [*STUDY, *FRESH]
 METHODS: dict[str, tuple[str, float]] = {"sum": ("stack", 1.0), "mean": ("stack", 0.5), "ties": ("ties", 1.0)}
 PROBED = (1, 2, 4, 8, 16)
 MEASURED = 16

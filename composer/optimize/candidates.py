@@ -13,6 +13,8 @@ SUM_FACTORS = (1.0, 0.7, 0.5)
 MEMBER_FACTORS = (0.7, 0.5)
 FITS = ((0.01, 1), (0.1, 2), (0.01, 2))
 """(ridge, steps) of RegMean."""
+PLAIN_FIT = "regmean, ridge 0.01, 2 steps"
+"""The candidate that a search confirms before it races any."""
 
 
 @dataclass(frozen=True, kw_only=True)

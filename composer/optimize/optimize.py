@@ -28,7 +28,7 @@ from composer.evaluation.measure import Measured
 from composer.findings import Verdict
 from composer.formats.recipes.suite import Example
 from composer.formats.recipes.weights import Weight
-from composer.optimize.candidates import Candidate, fitted, full_space, low_rank, weighted_sum
+from composer.optimize.candidates import PLAIN_FIT, Candidate, fitted, full_space, low_rank, weighted_sum
 from composer.optimize.combiner import Combiner, FitOn
 from composer.optimize.evolution import Evolution
 from composer.optimize.objective import LEAST_GAIN, CandidateResults, best_first, race, simplest_of_the_best
@@ -101,9 +101,9 @@ def optimize(
 
 
 def expected_passes(problem: SearchProblem, given: Sequence[Candidate] = ()) -> int:
-    """The examples that a search measures in which all candidates are equally good, counted by the search itself
-    without running any."""
-    bench = Bench(not_run)
+    """The examples that a thorough search measures in which all candidates are equally good, counted by the search
+    itself without running any."""
+    bench, problem = Bench(not_run), replace(problem, effort=replace(problem.effort, thorough=True))
     if not problem.contradictions():
         _Search(problem, bench).run(given)
     return bench.passes
@@ -128,6 +128,8 @@ class _Search:
     def run(self, given: Sequence[Candidate]) -> tuple[list[Confirmed], list[Tried]]:
         """The best candidates, confirmed, and all that were tried."""
         candidates = self._candidates(given)
+        if not self.problem.effort.thorough and (early := self._confirmed_at_once(candidates)):
+            return early, []
         history = race(candidates, self._standing, self.problem.searched, self.limits, self._affordable, self._ahead)
         if not history:
             message, step = "No combination of these members can be made.", "Serve them separately."
@@ -149,6 +151,16 @@ class _Search:
         return [standing for standing in confirmed if standing is not None], [
             Tried.of(standing, self.limits) for standing in tried.values()
         ]
+
+    def _confirmed_at_once(self, candidates: Sequence[Candidate]) -> list[Confirmed]:
+        """RegMean in two steps, with the mean beside it, on the unseen examples; empty unless every limit is kept
+        beyond doubt. In the study no search clearly beat it, and it takes a tenth of the time."""
+        plain = next((one for one in candidates if one.name == PLAIN_FIT), None)
+        shown = [one for one in candidates if one.family == "mean"]
+        if plain is None or (first := self._confirmed(plain, _BEST + 1)) is None or first.verdict is not Verdict.OK:
+            return []
+        beside = [self._confirmed(one, _BEST + 1) for one in shown]
+        return [first, *(one for one in beside if one is not None)]
 
     def _candidates(self, given: Sequence[Candidate]) -> list[Candidate]:
         """The candidates, each once, under its first name: the mean of two is half of their sum. The search decides on

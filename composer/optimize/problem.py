@@ -86,7 +86,8 @@ class SearchMember:
 class SearchEffort:
     """`search` and `confirm` are examples of each suite. The search ends after `passes` measured examples or `seconds`,
     whichever comes first, and then confirms; the first round is always run. `evolve` is the number of weighted sums
-    that an evolution strategy tries, of whole generations. `seed` is that of fits and of the strategy."""
+    that an evolution strategy tries, of whole generations. `seed` is that of fits and of the strategy. Unless it is
+    `thorough`, nothing is raced where plain RegMean is confirmed at once."""
 
     search: int = SEARCH
     confirm: int = CONFIRM
@@ -94,12 +95,14 @@ class SearchEffort:
     seconds: float = inf
     seed: int = 0
     evolve: int = 0
+    thorough: bool = False
 
     @classmethod
     def of(cls, asked: Optimize) -> "SearchEffort":
         """The effort that a recipe states."""
         seconds = inf if asked.minutes is None else asked.minutes * 60
-        return cls(asked.search, asked.confirm, asked.passes or inf, seconds, asked.seed, asked.evolve)
+        known = (asked.search, asked.confirm, asked.passes or inf, seconds, asked.seed, asked.evolve)
+        return cls(*known, thorough=asked.thorough or bool(asked.evolve))
 
 
 @dataclass(frozen=True, kw_only=True)

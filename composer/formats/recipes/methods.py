@@ -280,7 +280,7 @@ class _Fit(MethodSettings):
     ridge: Ridge = 0.01
     form: Literal["input", "core", "weights"] = "input"
     tokens: Annotated[int, _integer(16, 65_536)] = Field(2048, description="The most tokens to fit a module on.")
-    guard: GuardWeight = Field(1.0, description="The weight of the guard suites' examples, on which nothing changes.")
+    guard: GuardWeight = Field(0.3, description="The weight of the guard suites' examples, on which nothing changes.")
     seed: Seed = 0
 
 

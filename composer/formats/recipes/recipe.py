@@ -130,6 +130,11 @@ class Optimize(Document):
     evolve: Annotated[int, Field(ge=0, le=MAX_EVOLVE)] = Field(
         0, description="Weighted sums that an evolution strategy (CMA-ES) tries: for more than six inputs."
     )
+    thorough: bool = Field(False, description="Try every candidate, also where plain regmean is confirmed at once.")
+
+    def to_json(self) -> dict[str, Any]:
+        """The document; without `thorough` if it is false, since servers before 0.3 refuse the key."""
+        return self.model_dump(exclude=None if self.thorough else {"thorough"})
 
 
 class Recipe(Document):
@@ -210,7 +215,7 @@ class Recipe(Document):
             "gates": None if self.gates is None else list(self.gates),
             "notes": self.notes,
             **({"policy": dict(self.policy)} if self.policy else {}),
-            **({"optimize": self.optimize.model_dump()} if self.optimize else {}),
+            **({"optimize": self.optimize.to_json()} if self.optimize else {}),
             **_rounding_json(self.rounding),
         }
 

@@ -46,11 +46,16 @@ Require = Annotated[
         metavar="VERDICT", help="Exit 1 unless the verdict is this one or better: ok, undecided, unmeasured, warn."
     ),
 ]
+Thorough = Annotated[
+    bool, typer.Option("--thorough", help="With --optimize: try every candidate, even if regmean is confirmed at once.")
+]
 Json = dict[str, Any]
 """A lock, a conflict report or scores of a composition, which are the composer's documents."""
 
-TAMED_EXAMPLES, TAMED_COST = 8, 0.15
-"""The examples of the task that a tamed adapter is fitted on, and the nats of general ability that it may cost."""
+TAMED = {"examples": 8, "guard": 1.0}
+"""The settings of the fit. No other adapter competes, so the guard weighs more than in a combination."""
+TAMED_COST = 0.15
+"""The nats of general ability that a tamed adapter may cost."""
 
 _ASKED_S = 1.2
 """How long to wait for a second interrupt: the first one ends the command within two seconds."""
@@ -66,6 +71,7 @@ def compose(  # noqa: PLR0913
         bool,
         typer.Option("--optimize", help="Find method, settings and weights on examples of the inputs' suites first."),
     ] = False,
+    thorough: Thorough = False,
     follow: Annotated[
         bool, typer.Option("--follow", help="Wait until it ends; the embedded registry always does.")
     ] = False,
@@ -85,6 +91,12 @@ def compose(  # noqa: PLR0913
         wanted = wanted.model_copy(update={"policy": {**wanted.policy, "require": str(verdict)}})
     if optimize and wanted.optimize is None:
         wanted = wanted.model_copy(update={"optimize": Optimize.model_validate({})})
+    if thorough and wanted.optimize is None:
+        message = "--thorough has no effect without --optimize."
+        raise Usage("idle_option", message, subject="--thorough", next_step="Add --optimize, or leave it out.")
+    if thorough and wanted.optimize is not None:
+        searched = wanted.optimize.model_copy(update={"thorough": True})
+        wanted = wanted.model_copy(update={"optimize": searched})
     _run({"recipe": wanted.to_json(), "plan": plan, **wishes(priority, memory)}, follow=plan or follow, json=json)
 
 
@@ -119,7 +131,7 @@ def tame(  # noqa: PLR0913
         "base": base,
         "inputs": [{"adapter": ref, **({"suite": suite} if suite else {})}],
         "method": "regmean",
-        "settings": {"examples": TAMED_EXAMPLES, **settings_of(set_)},
+        "settings": {**TAMED, **settings_of(set_)},
         "adapter": into,
         "evaluate": guard,
         "gates": [f"{name}.nll within {TAMED_COST} of base" for name in guard],

@@ -10,7 +10,16 @@ import typer
 
 from composer.formats.untrusted import read_text
 from registry.cli.composition import optimize as optimizing
-from registry.cli.composition.compose import Method, Require, Rules, Settings, required, settings_of, with_rules
+from registry.cli.composition.compose import (
+    Method,
+    Require,
+    Rules,
+    Settings,
+    Thorough,
+    required,
+    settings_of,
+    with_rules,
+)
 from registry.cli.console import complete, render
 from registry.cli.console.connect import connected
 from registry.cli.console.groups import refuse_idle, root
@@ -88,6 +97,7 @@ def conflicts(  # noqa: PLR0913
     optimize: Annotated[
         bool, typer.Option("--optimize", help="Find the method, settings and weights that keep most of each adapter.")
     ] = False,
+    thorough: Thorough = False,
     budget: Budget = None,
     explain: Annotated[bool, typer.Option("--explain", help="Show the reasons for the verdict or the choice.")] = False,
     modules: Annotated[int, typer.Option(min=0, help="With --explain: number of modules shown per pair.")] = 2,
@@ -112,13 +122,12 @@ def conflicts(  # noqa: PLR0913
             idle = {"--probe": probe, "--prompts": prompts, "--html": html, "--require": require}
             refuse_idle(idle, "with --optimize, which measures on examples of its own", "Leave one of the two out.")
             evidence = group.evidence(suite or [], guard or [], (SEARCH, None), (), device)
-            content = f"{group.content()} {device}"
-            weighted = list(zip(group.load(), given, strict=True))
-            effort = optimizing.effort_of(budget)
+            content, weighted = f"{group.content()} {device}", list(zip(group.load(), given, strict=True))
+            effort = optimizing.effort_of(budget, thorough=thorough)
             best = optimizing.search(evidence, weighted, settings, rules, content=content, effort=effort)
             optimizing.present(best, json, explain=explain)
             return
-        refuse_idle({"--budget": budget}, "without --optimize", "Add --optimize, or leave it out.")
+        refuse_idle({"--budget": budget, "--thorough": thorough}, "without --optimize", "Add it, or leave these out.")
         evidence = group.evidence(suite or [], guard or [], (probe, probe_max), _prompts(prompts), device)
         report = group.examine(given, settings, evidence, rules)
     rendered = document(report)

@@ -59,7 +59,7 @@ def search(
         return document(optimize(problem, [own], journal, bar))
 
 
-def effort_of(texts: list[str] | None) -> "SearchEffort":
+def effort_of(texts: list[str] | None, *, thorough: bool) -> "SearchEffort":
     """Parses `--budget KEY=VALUE`, the keys of `optimize` in a recipe. Raises Usage naming the key."""
     from pydantic import ValidationError
 
@@ -69,7 +69,7 @@ def effort_of(texts: list[str] | None) -> "SearchEffort":
 
     pairs = [text.partition("=") for text in texts or []]
     try:
-        asked = Optimize.model_validate({key: _number(value) for key, _, value in pairs})
+        asked = Optimize.model_validate({"thorough": thorough, **{key: _number(value) for key, _, value in pairs}})
     except ValidationError as error:
         problem = problem_of(error)
         names = ", ".join(Optimize.model_fields)

@@ -18,14 +18,14 @@ from composer.findings import Verdict
 from composer.formats.recipes.suite import Example, Kind, Suite, example_digest
 from composer.formats.recipes.weights import Weight, parse_rule
 from composer.methods.combine import combine_parsed
-from composer.optimize.candidates import Candidate
+from composer.optimize.candidates import PLAIN_FIT, Candidate
 from composer.optimize.optimize import expected_passes, optimize
 from composer.optimize.problem import SearchEffort, SearchMember, SearchProblem
 from composer.optimize.report import OptimizeReport, document
 from tests.composer.small_model import Load, load_adapter, save_llama, scaled
 from tests.device import DEVICE
 
-EFFORT = SearchEffort(search=4, confirm=8)
+EFFORT = SearchEffort(search=4, confirm=8, thorough=True)
 
 
 def suite_of(loaded: LoadedModel, adapter: LoadedAdapter, topic: str, kind: Kind = "target", count: int = 16) -> Suite:
@@ -128,6 +128,16 @@ def test_an_interrupted_search_goes_on_where_it_was(
     again = optimize(problem, journal=tmp_path / "search.jsonl")
     assert decided(again) == decided(report)
     assert again.run < report.run
+
+
+def test_a_fit_that_keeps_every_limit_beyond_doubt_is_taken_before_anything_is_raced(
+    problem: SearchProblem, report: OptimizeReport
+) -> None:
+    quick = optimize(replace(problem, effort=replace(EFFORT, thorough=False)))
+    assert quick.choice is not None
+    assert [standing.candidate.name for standing in quick.best] == [quick.choice.name, "mean"] == [PLAIN_FIT, "mean"]
+    assert quick.tried == ()
+    assert 2 * quick.passes < report.passes
 
 
 def test_two_of_the_same_adapter_are_averaged(problem: SearchProblem, loaded: LoadedModel) -> None:
