@@ -48,7 +48,7 @@ class Examination:
     suites: Sequence[Suite]
     used: Container[Example]
     examine: Examine
-    base_scored: Container[str] = frozenset()
+    base_scored: Container[str] = frozenset[str]()
 
     def count(self, suite: Suite) -> int:
         """The number of the suite's examples that the candidate is measured on."""
