@@ -41,7 +41,7 @@ def test_evidence_is_made_by_a_worker_on_a_suite_that_allows_it(team: Cli, tmp_p
     examples = evidence_of(statement)
     assert len(examples) == 8
     assert decide(examples, [example.release for example in examples]) == Served(1.0, 0.0)
-    assert not decide(examples, [example.base for example in examples]).proved
+    assert decide(examples, [example.base for example in examples]).verdict() == "failed"
     suite = {score["suite_digest"] for score in team.json("show", "acme/sql:1.0.0")["scores"]}
     assert statement.subjects["suite said"] in suite
     assert team.json("show", "acme/sql:1.0.0")["commit"] == before
