@@ -59,8 +59,8 @@ class ModuleInputs:
 
 Observe = Callable[[int | None, Sequence[Delta], Mapping[str, LowRank]], Mapping[str, ModuleInputs]]
 """(member index, active deltas, a delta per key) -> by key, the inputs of the matrix that the delta adds to, on that
-member's examples, or on the guard's for None: nothing if there is no guard. Matrices whose inputs cannot be observed
-(packed projections) are left out."""
+member's examples, or on the guard's for None (an empty mapping without a guard). Matrices whose inputs cannot be
+observed (packed projections) are left out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -305,7 +305,7 @@ def _solver(settings: Regmean, w_T: Sequence[float]) -> Solve:
 
 @dataclass(frozen=True, slots=True)
 class _Guard:
-    """The guard's weight g and its inputs by key; empty if there is no guard."""
+    """The guard's weight g and its inputs by key, which are empty without a guard."""
 
     weight: float
     seen: Mapping[str, ModuleInputs]

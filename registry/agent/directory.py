@@ -180,7 +180,7 @@ class MirrorDirectory:
         self._remove(self.path(commit))
 
     def remove_partial(self, needed: Container[str]) -> None:
-        """Removes the files of releases that are no longer needed."""
+        """Removes partial downloads, except those of the releases that are needed."""
         for partial in self._by_commit.glob(".*.partial"):
             if partial.name.split(".")[1] not in needed:
                 self._remove(partial)

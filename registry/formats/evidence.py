@@ -56,8 +56,8 @@ class Served:
     limits: Limits = USUAL
 
     def verdict(self, *, loosely: bool = False) -> Literal["proved", "unproved", "failed"]:
-        """Proved within the limits, failed for a token that is off or if the server is no nearer to the release than to
-        its base, else unproved: the evidence cannot tell. `loosely` lets tokens be off."""
+        """Proved within the limits; failed if a token is off or the server is as near to the base as to the release;
+        else unproved, since the evidence cannot tell. `loosely` lets tokens be off."""
         is_near = self.worst <= self.limits.worst
         if is_near and self.share >= self.limits.share:
             return "proved"

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -40,24 +41,37 @@ def fill(disk: Path) -> Path:
     return filler
 
 
-def test_a_full_disk_changes_nothing_that_is_served_and_is_reported(site: Site) -> None:
-    port = services.free_port()
+@contextmanager
+def on_a_small_disk(site: Site) -> Generator[tuple[Path, Agent, str, BaseProcess]]:
+    """The disk, the agent that follows from it, and its server's address and process."""
     with (
         small_disk(site.directory / "served") as disk,
-        double(port=port) as (url, server),
+        double() as (url, server),
         mirrored(site, "--server", f"vllm={url}", *NODE) as agent,
     ):
         agent.wait_for(OLD)
         eventually(lambda: reported(site)["state"] == "following", within_s=30)
+        yield disk, agent, url, server
+
+
+@contextmanager
+def restarted(url: str, server: BaseProcess) -> Generator[None]:
+    """Another server on the same port, which has no adapter loaded."""
+    server.kill()
+    server.join(10)
+    with double(port=int(url.rpartition(":")[2])):
+        yield
+
+
+def test_a_full_disk_changes_nothing_that_is_served_and_is_reported(site: Site) -> None:
+    with on_a_small_disk(site) as (disk, agent, url, server):
         filler = fill(disk)
         site.promote("1.1.0")
         agent.wait_for_problem("disk")
         eventually(lambda: reported(site)["state"] == "failed", within_s=30)
         node = reported(site)
         assert (node["version"], "disk" in node["error"]) == ("1.0.0", True)
-        server.kill()
-        server.join(10)
-        with double(port=port):
+        with restarted(url, server):
             eventually(lambda: OLD in loaded(url), within_s=30)
             assert agent.routed() == OLD
             filler.unlink()
@@ -68,23 +82,14 @@ def test_a_full_disk_changes_nothing_that_is_served_and_is_reported(site: Site) 
 
 @pytest.mark.long
 def test_a_disk_that_becomes_read_only_changes_nothing_that_is_served_and_is_reported(site: Site) -> None:
-    port = services.free_port()
-    with (
-        small_disk(site.directory / "served") as disk,
-        double(port=port) as (url, server),
-        mirrored(site, "--server", f"vllm={url}", *NODE) as agent,
-    ):
-        agent.wait_for(OLD)
-        eventually(lambda: reported(site)["state"] == "following", within_s=30)
+    with on_a_small_disk(site) as (disk, agent, url, server):
         subprocess.run(["/bin/mount", "-o", "remount,ro", disk], check=True)
         agent.wait_for_problem("Read-only")
         eventually(lambda: "Read-only" in (reported(site)["error"] or ""), within_s=30)
         assert reported(site)["state"] == "following", "nothing had to be written"
         site.promote("1.1.0")
         eventually(lambda: reported(site)["state"] == "failed", within_s=30)
-        server.kill()
-        server.join(10)
-        with double(port=port):
+        with restarted(url, server):
             eventually(lambda: OLD in loaded(url), within_s=30)
             assert agent.routed() == OLD
             subprocess.run(["/bin/mount", "-o", "remount,rw", disk], check=True)
