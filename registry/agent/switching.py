@@ -117,7 +117,7 @@ class KeptServer:
         except RegistryError as error:
             self.error = error.detail
             return
-        self.answers, self.error = True, ""
+        self.answers, self.error = True, self.server.problem
         self.checks = {name: check for name, check in self.checks.items() if name in self.loaded}
         self._idle = {name: idle for name, idle in self._idle.items() if name in self.loaded}
         self._ours &= self.loaded.keys()

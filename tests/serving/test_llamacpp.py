@@ -21,7 +21,9 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from composer.export.gguf import GGUF_FILE
 from registry.agent.directory import MirrorDirectory
+from registry.agent.servers import llamacpp
 from registry.agent.servers.llamacpp import LlamaServer
+from registry.agent.switching import KeptServer
 from registry.agent.versions import ServedVersion
 from registry.errors import Refused, Usage
 from registry.formats.evidence import USUAL, EvidenceExample, Limits
@@ -146,6 +148,28 @@ def test_the_check_proves_the_release_and_refuses_another(llama: Path, world: Wo
             refused = server.check(version.name, evidence(world, other))
             assert (refused.verdict, "does not apply acme/sql@1.0.0: share" in refused.why) == ("failed", True)
         assert server.check(version.name).verdict == "unproved", "without evidence"
+        server.close()
+
+
+def test_a_process_that_does_not_answer_keeps_its_route_and_is_reported(
+    llama: Path, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llamacpp, "HANGS_S", 0.5)
+    directory, version = MirrorDirectory(tmp_path / "served"), ServedVersion("acme/sql", "1.0.0", "ab" * 20)
+    shutil.copytree(world.adapters["sql"], directory.path(version.commit))
+    converted(directory, version, llama)
+    with llama_processes(command(llama, port_range()), directory) as server:
+        server.load(version, directory.path(version.commit))
+        [note] = (directory.root / "llamacpp").glob("*.pid")
+        process = psutil.Process(int(note.read_text()))
+        process.suspend()
+        kept = KeptServer(server, directory, None, grace_s=60)
+        kept.look()
+        eventually(lambda: kept.look() or "has not answered for" in kept.error, within_s=30)
+        assert set(kept.loaded) == {version.name}
+        assert f"({version.name})" in kept.error
+        process.resume()
+        eventually(lambda: kept.look() or not kept.error, within_s=30)
         server.close()
 
 

@@ -24,6 +24,7 @@ class CommandServer:
     """
 
     kind = "exec"
+    problem = ""
 
     def __init__(self, command: str) -> None:
         self.address, self._command = command, shlex.split(command)

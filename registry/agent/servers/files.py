@@ -13,6 +13,7 @@ class DirectoryServer:
     """Adds and removes directories in `DIR/by-version`, such as those that vLLM's file-system resolver looks up."""
 
     kind = "directory"
+    problem = ""
 
     def __init__(self, directory: MirrorDirectory, base_name: str | None) -> None:
         self._directory, self._base_name = directory, base_name

@@ -31,6 +31,8 @@ START_S, END_S, CONVERT_S = 600.0, 10.0, 600.0
 _MAX_TEXT = 300
 _TOP = 1000
 """As many tokens of a position are asked for with their log-probabilities."""
+HANGS_S, HEALTH_S = 120.0, 1.0
+"""After that long without an answer a process is reported, and the time for each answer."""
 MAX_PORTS = 100
 """Each port is looked at in every round."""
 _SCALES = (1.0,)
@@ -69,6 +71,7 @@ class LlamaServer:
         self._files, self._notes = directory.root / "gguf", directory.root / "llamacpp"
         self._served: Mapping[str, tuple[int, Path]] = {}
         self._ready = set[int]()
+        self._answered_s = dict[int, float]()
         self._children = dict[int, subprocess.Popen[bytes]]()
 
     def close(self) -> None:
@@ -87,7 +90,25 @@ class LlamaServer:
             name, commit = "/".join(file.parts[-4:-2]), file.parts[-2]
             served[name], paths[name] = (port, file), str(self._directory.path(commit))
         self._served = served
+        self._answered_s = {port: self._last_answer_s(port) for port, _ in served.values()}
         return paths
+
+    @property
+    def problem(self) -> str:
+        """The processes that have not answered for a while: they keep their routes, since they may compute."""
+        now_s = time.monotonic()
+        return " ".join(
+            f"{self._http[port].address} ({name}) has not answered for {now_s - self._answered_s[port]:.0f} seconds. "
+            "If it hangs, end its process: the agent starts another one."
+            for name, (port, _) in self._served.items()
+            if now_s - self._answered_s[port] > HANGS_S
+        )
+
+    def _last_answer_s(self, port: int) -> float:
+        with suppress(Unavailable):
+            self._http[port].request("GET", "/health", within_s=HEALTH_S)
+            return time.monotonic()
+        return self._answered_s.get(port, time.monotonic())
 
     def endpoint(self, name: str) -> Endpoint:
         return Endpoint(self._http[self._served[name][0]].address, _SCALES)

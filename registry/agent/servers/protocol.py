@@ -55,6 +55,11 @@ class Server(Protocol):
     @property
     def address(self) -> str: ...
 
+    @property
+    def problem(self) -> str:
+        """What was wrong at the last `loaded`, although versions are served; empty if nothing was."""
+        ...
+
     def loaded(self) -> Mapping[str, str]:
         """The names that the server has loaded, each with the path that it was loaded from."""
         ...
@@ -85,6 +90,8 @@ class Server(Protocol):
 
 class HttpServer:
     """Requests to a server, with its failures as errors."""
+
+    problem = ""
 
     def __init__(self, address: str) -> None:
         self.address = address.rstrip("/")
