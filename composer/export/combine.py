@@ -90,7 +90,7 @@ def combine(  # noqa: PLR0913
         "made": "combine",
         "adapters": [adapter_use(path, weight).to_json() for path, weight in adapters],
         "method": method,
-        "method_version": parsed.pipeline.version,
+        "method_version": parsed.version,
         "settings": parsed.to_json(),
         **({"calibration": calibration.to_json(), "calibration_base": calibration.base} if calibration else {}),
         "note": dict(note or {}),

@@ -24,7 +24,7 @@ from composer.formats.checkpoints.files import LocalFile, StoredFile, local_file
 from composer.formats.checkpoints.hashing import hash_file
 from composer.formats.checkpoints.header import PICKLE_SUFFIXES
 from composer.formats.checkpoints.staging import NOTE_FILE
-from composer.formats.recipes.methods import PIPELINES
+from composer.formats.recipes.methods import parse_settings
 from composer.formats.recipes.rounding import Rounding, parse_rounding
 from composer.merge.chunks import Chunk, Rewriter, chunks_of, prepare
 from composer.merge.copying import CopiedRange, copied_ranges, equal, pieces
@@ -174,7 +174,7 @@ def rebuild(plan: MergePlan, merged: Path, device: str = "auto", progress: Progr
 def _earlier(plan: MergePlan, merged: Path) -> str:
     """The method and version of an older note, else empty. Notes without a version are of the first."""
     made: object = read_json(merged / NOTE_FILE, "missing_note", "Make the merge again.").get("method_version", 1)
-    now = PIPELINES[plan.method].version
+    now = parse_settings(plan.method, plan.settings).version
     return f"{plan.method} {made}" if isinstance(made, int) and made < now else ""
 
 

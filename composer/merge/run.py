@@ -14,7 +14,7 @@ from composer.findings import Finding
 from composer.formats.checkpoints.checkpoint import INDEX_FILE
 from composer.formats.checkpoints.hashing import architecture_digest, refuse_changed
 from composer.formats.checkpoints.staging import NOTE_FILE, staged_directory, write_json
-from composer.formats.recipes.methods import PIPELINES
+from composer.formats.recipes.methods import parse_settings
 from composer.merge.chunks import Rewriter
 from composer.merge.io.journal import ShardJournal
 from composer.merge.plan import MergePlan
@@ -139,7 +139,7 @@ def _note(plan: MergePlan, note: Mapping[str, Any] | None, survivals: Mapping[st
         "adapters": [adapter.to_json() for adapter in plan.adapters],
         "tokenizer": plan.side_files.to_json(),
         "method": plan.method,
-        "method_version": PIPELINES[plan.method].version,
+        "method_version": parse_settings(plan.method, plan.settings).version,
         "settings": dict(plan.settings),
         "dtype": plan.dtype,
         "rounding": asdict(plan.rounding),

@@ -34,17 +34,24 @@ def joined(settings: MethodSettings, weights: Sequence[float], total: float) -> 
 def elect(X_TMN: torch.Tensor, w_T: Sequence[float], vote: str = "plain", divide: str = "count") -> torch.Tensor:
     """Elects the sign of each entry by vote and joins the deltas that have it: Σ_kept w_i X_i / D.
 
-    TIES (arXiv 2306.01708) has plain votes, D counts the kept deltas, and w = 1. `weighted` votes with w_i X_i, `count`
-    with the signs; a tie falls back to the plain vote, since plus would be arbitrary (the signs of a basis are). D may
-    also be the sum of the kept weights, or 1 (`none`). Zeros do not vote.
+    TIES (arXiv 2306.01708) has plain votes, D counts the kept deltas, and w = 1. `count` votes with the signs; a tie
+    falls back to the plain vote, since plus would be arbitrary (the signs of a basis are). Zeros do not vote. D may
+    also be the sum of the kept weights, or 1 (`none`).
+
+    `weighted` is mergekit's rule (its `get_mask`): votes are w_i X_i, and a delta is kept where w_i X_i has the elected
+    sign. A negative weight thus votes and counts as the opposite delta; only D = Σ w_i keeps its sign.
     """
+    shares = {"count": [1.0] * len(w_T), "weights": w_T, "none": None}[divide]
+    if vote == "weighted" and min(w_T) < 0:
+        signs_T = X_TMN.new_tensor(w_T).sign()
+        X_TMN, w_T = X_TMN * signs_T[:, None, None], [abs(w) for w in w_T]
     votes_MN = _votes(X_TMN, w_T, vote)
-    total_MN, D_MN = _agreeing(X_TMN, w_T, votes_MN, divide)
-    if D_MN is None:
+    total_MN, D_MN = _agreeing(X_TMN, w_T, votes_MN, shares)
+    if D_MN is None or shares is None:
         return total_MN
     nothing: torch.Tensor | float = 0.0
-    if divide == "weights" and min(w_T) < 0 < max(w_T):  # weights that cancel cannot be a divisor
-        nothing = _NOTHING * cast(torch.Tensor, _agreeing(X_TMN, [abs(w) for w in w_T], votes_MN, divide)[1])
+    if min(shares) < 0 < max(shares):  # weights that cancel cannot be a divisor
+        nothing = _NOTHING * cast(torch.Tensor, _agreeing(X_TMN, w_T, votes_MN, [abs(w) for w in shares])[1])
     return total_MN / torch.where(D_MN.abs() <= nothing, 1.0, D_MN)
 
 
@@ -59,17 +66,17 @@ def _votes(X_TMN: torch.Tensor, w_T: Sequence[float], vote: str) -> torch.Tensor
 
 
 def _agreeing(
-    X_TMN: torch.Tensor, w_T: Sequence[float], votes_MN: torch.Tensor, divide: str
+    X_TMN: torch.Tensor, w_T: Sequence[float], votes_MN: torch.Tensor, shares: Sequence[float] | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(Σ w_i X_i over deltas with the elected sign, the divisor). Works in place, one delta at a time."""
+    """(Σ w_i X_i, the sum of the shares) over deltas with the elected sign. Works in place, one delta at a time."""
     sign_MN = torch.where(votes_MN >= 0, 1.0, -1.0).to(X_TMN.dtype)
     total_MN = torch.zeros_like(sign_MN)
-    D_MN = None if divide == "none" else torch.zeros_like(sign_MN)
-    for X_MN, w in zip(X_TMN, w_T, strict=True):
+    D_MN = None if shares is None else torch.zeros_like(sign_MN)
+    for i, (X_MN, w) in enumerate(zip(X_TMN, w_T, strict=True)):
         agrees_MN = (X_MN * sign_MN).clamp_(min=0)  # |X| where the signs agree
         total_MN.add_(agrees_MN, alpha=w)
-        if D_MN is not None:
-            D_MN.add_(agrees_MN.gt_(0), alpha=w if divide == "weights" else 1.0)
+        if D_MN is not None and shares is not None:
+            D_MN.add_(agrees_MN.gt_(0), alpha=shares[i])
     return total_MN.mul_(sign_MN), D_MN
 
 
@@ -81,7 +88,7 @@ def sce_weights(squares: Sequence[float]) -> list[float]:
 
 def sce(X_TMN: torch.Tensor, w_T: Sequence[float]) -> torch.Tensor:
     """`elect` by a plain vote with SCE's weights, divided by the kept weights unless those are negligible."""
-    total_MN, D_MN = _agreeing(X_TMN, w_T, X_TMN.sum(0), "weights")
+    total_MN, D_MN = _agreeing(X_TMN, w_T, X_TMN.sum(0), w_T)
     return total_MN if D_MN is None else total_MN / D_MN.clamp(min=1e-6)
 
 

@@ -30,7 +30,7 @@ class Candidate:
     @property
     def key(self) -> str:
         """Names the candidate in a journal: two with the same key give the same deltas."""
-        how = [self.method, self.parsed.pipeline.version, dict(self.settings), self.factors]
+        how = [self.method, self.parsed.version, dict(self.settings), self.factors]
         return json.dumps(how, sort_keys=True, separators=(",", ":"))
 
     @property

@@ -36,7 +36,7 @@ def combined_adapter(held: JobRun, work: CompositionRun) -> list[ManifestFile]:
         "base": lock.base,
         "architecture": share_architecture(held.engine.node, work.architecture),
         "method": lock.method,
-        "method_version": work.settings.pipeline.version,
+        "method_version": work.settings.version,
         "settings": lock.settings,
         "members": member_rows(work),
         "note": work.note,

@@ -62,7 +62,7 @@ def elected(Xs: Sequence[Dense], weights: Sequence[float], vote: str = "plain", 
     sign = torch.where(votes >= 0, 1.0, -1.0)
     total, count, weight = (torch.zeros_like(Xs[0]) for _ in range(3))
     for X, w in zip(Xs, weights, strict=True):
-        agrees = X.sign() == sign
+        agrees = (w * X if vote == "weighted" else X).sign() == sign
         total += w * X * agrees
         count += agrees
         weight += w * agrees

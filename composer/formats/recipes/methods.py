@@ -127,6 +127,11 @@ class MethodSettings(Document):
     )
 
     @property
+    def version(self) -> int:
+        """The version of the method with these settings."""
+        return self.pipeline.version
+
+    @property
     def divides(self) -> bool:
         """Whether the sum is divided by the sum of the weights."""
         return self.pipeline.combine == "mean"
@@ -272,6 +277,11 @@ class Elect(MethodSettings):
         "plain", description="The way in which an entry's sign is elected."
     )
     divide: Literal["count", "weights", "none"] = Field("count", description="The divisor of the kept entries.")
+
+    @property
+    def version(self) -> int:
+        """One higher for weighted votes, since negative weights counted otherwise before."""
+        return self.pipeline.version + (self.vote == "weighted")
 
 
 class _Fit(MethodSettings):

@@ -157,7 +157,7 @@ def fitted_adapter(
     wanted: dict[str, tuple[str, Any]] = {
         "adapters": ("adapters", [adapter_use(path, weight).to_json() for path, weight in adapters]),
         "method": ("method", how[0]),
-        "method_version": ("version of the method", parsed.pipeline.version),
+        "method_version": ("version of the method", parsed.version),
         "settings": ("settings", parsed.to_json()),
         "calibration": ("examples", calibration.to_json()),
         "calibration_base": ("base", calibration.base),

@@ -85,7 +85,7 @@ def lock_inputs(session: Session, recipe: Recipe, base: Base, inputs: Sequence[R
         settings=settings.to_json(),
         dtype=None,
         inputs=locked,
-        method_version=settings.pipeline.version,
+        method_version=settings.version,
     )
 
 
@@ -141,7 +141,7 @@ def with_choice(lock: Lock, choice: SearchChoice) -> Lock:
         settings=settings.to_json(),
         inputs=tuple(inputs),
         calibration=tuple(choice.calibration),
-        method_version=settings.pipeline.version,
+        method_version=settings.version,
         optimized=choice.evidence,
     )
 

@@ -151,11 +151,12 @@ def test_a_weight_that_is_stored_transposed_gets_the_transposed_delta(method: st
 def test_votes_and_divisors_of_an_election_are_settings() -> None:
     deltas = low_ranks()
     X = [B @ A for B, A in pairs(deltas)]
-    for vote in ("plain", "weighted", "count"):
-        for divide in ("count", "weights", "none"):
-            ours = combined("ties", deltas, (1.0, 0.5, 0.7), {"vote": vote, "divide": divide, "density": 0.5})
-            theirs = dense.elected([dense.trimmed(x, 0.5) for x in X], (1.0, 0.5, 0.7), vote, divide)
-            assert error(ours, theirs) < 1e-5, (vote, divide)
+    for weights in ((1.0, 0.5, 0.7), (1.0, -0.5, 0.7)):
+        for vote in ("plain", "weighted", "count"):
+            for divide in ("count", "weights", "none"):
+                ours = combined("ties", deltas, weights, {"vote": vote, "divide": divide, "density": 0.5})
+                theirs = dense.elected([dense.trimmed(x, 0.5) for x in X], weights, vote, divide)
+                assert error(ours, theirs) < 1e-5, (weights, vote, divide)
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if "iso" not in name and "della" not in name])
@@ -406,6 +407,37 @@ def test_an_election_divides_by_what_it_keeps_however_large_or_small_the_weights
     X_TMN = torch.tensor([[[1.0, 0.0, 4.0]], [[3.0, 2.0, -1.0]]])
     assert elect(X_TMN, [2000.0, 2000.0], divide="count").tolist() == [[4000.0, 4000.0, 8000.0]]
     assert elect(X_TMN, [1.0, 0.0005], divide="weights").tolist() == [[pytest.approx(1.001, abs=1e-4), 2.0, 4.0]]
+
+
+@pytest.mark.parametrize(
+    ("weights", "divide", "by_mergekit"),
+    [
+        ((1.0, -0.5, 0.75), "none", [-1.75, 3.0, 5.0, 2.75, -3.5, -2.5]),
+        ((1.0, -0.5, 0.75), "weights", [-7.0, 4.0, 4.0, 2.2, -14.0, -5.0]),
+        ((1.0, 0.5, 0.75), "none", [2.0, 3.5, 4.5, -1.5, 2.0, -1.5]),
+        ((-1.0, -0.5, -0.75), "weights", [4 / 3, 2.8, 18 / 7, -3.0, 4.0, -1.5]),
+        ((1.0, -1.0, 0.5), "weights", [5.0, -3.0, 10.0, 8.0, 10.0, -3.5]),
+    ],
+)
+def test_a_weighted_vote_is_the_ties_of_mergekit_for_weights_of_either_sign(
+    weights: tuple[float, ...], divide: str, by_mergekit: list[float]
+) -> None:
+    """`by_mergekit` is what mergekit 0.1.5 returns for `ties` with density 1 (normalize: true for `weights`)."""
+    rows = ([1.0, -2.0, 3.0, 0.5, 0.0, -1.5], [2.0, 1.0, -1.0, -3.0, 4.0, 2.0], [-1.0, 4.0, 2.0, 1.0, -2.0, 0.25])
+    X_TMN = torch.tensor([[row] for row in rows])
+    assert elect(X_TMN, weights, "weighted", divide)[0].tolist() == pytest.approx(by_mergekit, abs=1e-6)
+    # The count of the kept deltas is a divisor that mergekit lacks: a negative weight is the opposite adapter.
+    opposite = X_TMN * torch.tensor(weights).sign()[:, None, None]
+    assert torch.equal(
+        elect(X_TMN, weights, "weighted", "count"), elect(opposite, [abs(w) for w in weights], "weighted", "count")
+    )
+
+
+def test_only_weighted_votes_have_a_new_version() -> None:
+    """Results of the other votes did not change, and their locks keep their digests."""
+    versions = {vote: parse_settings("ties", {"vote": vote}).version for vote in ("plain", "count", "weighted")}
+    assert versions == {"plain": 1, "count": 1, "weighted": 2}
+    assert parse_settings("pico_core_ties", {"vote": "weighted"}).version == 3
 
 
 def test_weights_that_cancel_are_no_divisor() -> None:
