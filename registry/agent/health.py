@@ -42,8 +42,11 @@ class Health:
             report, age_s = self._report, time.monotonic() - self._at_s
             problems = [error for error in self._errors.values() if error]
         if report is not None:
-            problems += [f"{row.channel}: {row.error}" for row in report.channels if row.error]
-            problems += [f"{row.url}: {row.error}" for row in report.servers if row.error]
+            of_servers = [row.error for row in report.servers if row.error]
+            problems += [
+                f"{row.channel}: {row.error}" for row in report.channels if row.error not in (None, *of_servers)
+            ]
+            problems += of_servers
         status = "stuck" if age_s > STUCK_S else "degraded" if problems or report is None else "following"
         return {
             "status": status,

@@ -114,7 +114,7 @@ class Mirror:
                 target.error = target.error or why
         # Nothing is unloaded before gateways have the routes without it.
         problem = _unwritten(partial(self._duties.publish, after)) or _unwritten(partial(self._tidy, after, targets))
-        problem = problem or self._wrong_clock()
+        problem = problem or self._wrong_clock() or next((kept.error for kept in self._servers if kept.error), "")
         report = self._report(after, targets, problem, switches=switches)
         state = {**report.model_dump(mode="json"), "by_version": self._directory.notes()}
         if state != self._state:
