@@ -28,6 +28,8 @@ Json = dict[str, Any]
 """A document as it comes, for callers that name no type."""
 Answer = TypeVar("Answer", bound=Wire)
 Item = TypeVar("Item", bound=Wire)
+Token = str | Callable[[], str | None] | None
+"""A token, or what returns the one of the moment: a server for one user has another secret after a restart."""
 _PAGE = 500
 """Maximum items per page."""
 _Rows = Page[Json]
@@ -57,7 +59,7 @@ class Api:
         self,
         url: str,
         transport: httpx2.BaseTransport | None = None,
-        token: str | None = None,
+        token: Token = None,
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
         self.url, self._on_change = url, on_change
@@ -280,13 +282,14 @@ class _Outside(httpx2.BaseTransport):
 class _Bearer(httpx2.Auth):
     """Sends the token to the registry only: a store refuses a presigned link together with another authentication."""
 
-    def __init__(self, url: str, token: str) -> None:
+    def __init__(self, url: str, token: str | Callable[[], str | None]) -> None:
         self._home = httpx2.URL(url)
         self._token = token
 
     def auth_flow(self, request: httpx2.Request) -> Generator[httpx2.Request, httpx2.Response]:
-        if _is_of(request.url, self._home):
-            request.headers["Authorization"] = f"Bearer {self._token}"
+        token = self._token if isinstance(self._token, str) else self._token()
+        if token and _is_of(request.url, self._home):
+            request.headers["Authorization"] = f"Bearer {token}"
         yield request
 
 

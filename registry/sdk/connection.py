@@ -16,7 +16,7 @@ from registry.errors import Unavailable, Usage
 from registry.sdk.profile_file import LOCAL, Profiles
 
 if TYPE_CHECKING:
-    from registry.client.api import Api
+    from registry.client.api import Api, Token
     from registry.environment.settings import Settings
     from registry.transfer.resources import Resources
 
@@ -147,13 +147,12 @@ def open_registry(
         yield Connection(api, settings, resources)
 
 
-def _remote(settings: "Settings") -> tuple[str, str | None, str] | None:
+def _remote(settings: "Settings") -> tuple[str, "Token", str] | None:
     """URL, token and profile name of the registry to use; None for the embedded one. The token of a server for one
     user is its secret, if it runs from the same home."""
     if settings.profile is None and settings.url:
         token = settings.token.get_secret_value() if settings.token else None
-        url, secret = with_secret(settings.home_directory, settings.url)
-        return (settings.url, token, "") if token else (url, secret, "")
+        return (*_signed_in(settings, settings.url, token), "")
     if settings.profile == LOCAL:
         return None
     profiles = Profiles(settings.home_directory)
@@ -161,8 +160,15 @@ def _remote(settings: "Settings") -> tuple[str, str | None, str] | None:
     if name is None:
         return None
     profile = profiles.find(name)
-    url, secret = with_secret(settings.home_directory, profile.url)
-    return (profile.url if profile.token else url, profile.token or secret, f" (profile {name})")
+    return (*_signed_in(settings, profile.url, profile.token), f" (profile {name})")
+
+
+def _signed_in(settings: "Settings", url: str, token: str | None) -> tuple[str, "Token"]:
+    """The address and the token to send there: the one given, or else the secret of the server that runs then."""
+    if token:
+        return url, token
+    home = settings.home_directory
+    return with_secret(home, url)[0], lambda: with_secret(home, url)[1]
 
 
 def _embedded(settings: "Settings") -> str:

@@ -237,6 +237,24 @@ def test_the_secret_of_a_killed_server_is_not_sent_and_removed_by_the_next(tmp_p
         assert home.with_secret(directory, url)[1] == "mine"
 
 
+def test_a_program_that_runs_on_sends_the_secret_of_the_restarted_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, closed = tmp_path / "home", {"ADAPTORY_LOOPBACK_OPEN": "false"}
+    with server(directory, **closed) as (url, process):
+        monkeypatch.setenv("ADAPTORY_HOME", str(directory))
+        monkeypatch.setenv("ADAPTORY_URL", url)
+        with open_registry(load_settings()) as connection:
+            before = secret_of(url, directory)
+            assert connection.api.get("/v1/whoami")["user"]
+            process.terminate()
+            process.join(20)
+            monkeypatch.setattr(services, "free_port", lambda: port_of(url))
+            with server(directory, **closed):
+                assert secret_of(url, directory) != before
+                assert connection.api.get("/v1/whoami")["user"]
+
+
 def test_a_directory_that_all_users_share_is_refused_as_a_home(tmp_path: Path) -> None:
     shared = tmp_path / "tmp"
     shared.mkdir()
