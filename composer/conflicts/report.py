@@ -5,7 +5,7 @@ fail.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from typing import Any
 
@@ -27,7 +27,6 @@ from composer.conflicts.findings import (
     weak_evidence,
 )
 from composer.conflicts.metrics import PairMetrics, SetMetrics, rounded_for_json
-from composer.conflicts.retention import retained, too_large
 from composer.conflicts.rounding import Rounded, rounded_at
 from composer.conflicts.view import SCHEMA
 from composer.deltas.lowrank import PairSums
@@ -36,12 +35,14 @@ from composer.deltas.variants.load import LoadedAdapter
 from composer.errors import Mismatch
 from composer.findings import HARD, Finding, Severity, Verdict, next_step
 from composer.formats.checkpoints.checkpoint import Checkpoint
-from composer.formats.recipes.methods import AnySettings, Pipeline, effective_weights, parse_settings
+from composer.formats.recipes.methods import AnySettings, effective_weights, parse_settings
 from composer.formats.recipes.policy import Policy
 from composer.formats.recipes.suite import Contradiction
 from composer.formats.recipes.weights import Weight, weights_of
 from composer.merge.rounding_loss import total
 from composer.methods.combine import combine_parsed, participating, projected_off_protected, with_deltas
+from composer.methods.retention import Retention, is_sum, retention_of, too_large, unknown
+from composer.methods.spectral import total_loss
 from composer.methods.structural import structural
 
 MAX_ROWS = 20_000
@@ -128,6 +129,7 @@ class ConflictReport:
     limits: Limits
     method: str
     advice: tuple[str, ...]
+    kept: Retention
 
     @property
     def probe(self) -> ProbeResult | None:
@@ -148,6 +150,8 @@ class ConflictReport:
                 "modules": [{"module": module, **numbers.to_json()} for module, numbers in self.modules.items()],
                 "probe": self.probe.overall.to_json(self.limits) if self.probe else None,
                 "advice": list(self.advice),
+                "kept": None if self.kept.of_sum is None else rounded_for_json(self.kept.of_sum),
+                "kept_words": self.kept.words,
             },
             "activations": _activations_json(self.evidence),
             "findings": [finding.to_json() for finding in self.findings],
@@ -190,12 +194,12 @@ def conflicts(  # noqa: PLR0913
     taking_part = adapters if blocked else projected_off_protected(adapters, weights_of(weights), settings)
     compared = compare_all(taking_part, effective_weights(weights, settings))
     rounded = rounded_at(compared, base) if base else {}
-    retention = [None] * len(names) if blocked else _retention(adapters, weights, settings, compared.total)
+    retention, little = _retention(adapters, weights, settings, blocked=blocked)
     members = tuple(_member(compared, index, retention) for index in range(len(names)))
     by_prompts = of_contradictions(contradictions, rules)
     both = list(combinations(range(len(names)), 2))
     pairs = tuple(_pair(compared, indices, evidence, by_prompts, rules, settings.method) for indices in both)
-    fixed = [*hard, *of_adapters(adapters, compared, weights_of(weights)), *of_rounding(rounded)]
+    fixed = [*hard, *of_adapters(adapters, compared, weights_of(weights)), *of_rounding(rounded), *little]
     numbers = _Numbers(members, pairs, compared.total, fixed, contradictions, evidence)
     judged, verdict = numbers.judged(rules)
     advice = _advice(pairs, compared.total, judged, evidence, rules, settings.method)
@@ -214,6 +218,7 @@ def conflicts(  # noqa: PLR0913
         limits=Limits.of(rules),
         method=settings.method,
         advice=tuple(dict.fromkeys(advice)),
+        kept=retention,
     )
 
 
@@ -308,25 +313,28 @@ def _together(compared: PairSums, *rounded: Rounded) -> SetMetrics:
 
 
 def _retention(
-    adapters: Sequence[LoadedAdapter], weights: Sequence[Weight | float], settings: AnySettings, total: PairSums
-) -> list[float | None]:
-    """Reads the retention of a plain sum from the factors; otherwise compares the method's result with each adapter."""
-    pipeline = settings.pipeline
-    if pipeline.fitted:  # the result depends on the examples
-        return [None] * len(adapters)
-    if pipeline in (Pipeline(), Pipeline(combine="mean")) and not settings.alters:
-        return [total.retention(i) if total.norm(i) else None for i in range(len(adapters))]
-    if (pipeline.space == "full" or pipeline.parity) and too_large(adapters):
-        return [None] * len(adapters)
-    return retained(adapters, combine_parsed(adapters, weights, settings).deltas)
+    adapters: Sequence[LoadedAdapter], weights: Sequence[Weight | float], settings: AnySettings, *, blocked: bool
+) -> tuple[Retention, list[Finding]]:
+    """What the method keeps of the adapters, and its findings, as notices: what they mean for the answers is measured
+    here or not known. Not known for a fitted method, whose result depends on the examples, or for too many entries."""
+    effective, pipeline = effective_weights(weights, settings), settings.pipeline
+    dense = pipeline.space == "full" or bool(pipeline.parity)
+    if blocked or pipeline.fitted or (dense and too_large(adapters)):
+        return unknown(adapters, effective), []
+    if is_sum(settings):  # combining them could raise, where a report has a finding
+        return retention_of(adapters, weights, settings), []
+    combined = combine_parsed(adapters, weights, settings)
+    kept = retention_of(adapters, weights, settings, combined)
+    little = kept.findings(settings.method, total_loss(combined.compressions))
+    return kept, [replace(finding, severity=Severity.NOTICE) for finding in little]
 
 
-def _member(compared: Compared, index: int, retention: Sequence[float | None]) -> ComparedAdapter:
+def _member(compared: Compared, index: int, kept: Retention) -> ComparedAdapter:
     return ComparedAdapter(
         name=compared.names[index],
         weight=compared.weights[index],
         share=compared.total.shares()[index],
-        retention=retention[index],
+        retention=kept.members[index].retention,
         modules=[module for module in compared.modules if module in compared.touched[index]],
     )
 

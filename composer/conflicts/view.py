@@ -142,7 +142,8 @@ class Maps:
 class Report:
     """`sentence` has the kind of its mark; `lines` give the reasons. `note` holds for all pairs. `pairs` are the worst
     ones of
-    `all_pairs`, `findings` the loudest ones of `all_findings`; `axis` has the ends for all losses."""
+    `all_pairs`, `findings` the loudest ones of `all_findings`; `axis` has the ends for all losses; `kept` says what the
+    method keeps of the adapters, from the weights."""
 
     kind: str
     verdict: str
@@ -159,6 +160,7 @@ class Report:
     activations: Json | None
     findings: Sequence[tuple[str, Json]]
     all_findings: int
+    kept: str
 
 
 def read(report: Json, most_pairs: int | None = None, most_findings: int | None = None) -> Report:
@@ -190,6 +192,7 @@ def read(report: Json, most_pairs: int | None = None, most_findings: int | None 
         activations=report.get("activations"),
         findings=[(SEVERITIES[finding["severity"]], finding) for finding in findings[:most_findings]],
         all_findings=len(findings),
+        kept=report["whole"].get("kept_words", ""),
     )
 
 

@@ -16,11 +16,13 @@ from composer.export.peft import PeftAdapter, peft_form, refuse_unheld, write_ad
 from composer.findings import Finding, Severity
 from composer.formats.adapters.provenance import adapter_use, files_of
 from composer.formats.adapters.tokenizers import chosen_tokenizer
+from composer.formats.checkpoints.card import CARD_FILE, made_card
 from composer.formats.checkpoints.checkpoint import Architecture
 from composer.formats.checkpoints.hashing import identities
 from composer.formats.recipes.methods import AnySettings, parse_settings
 from composer.formats.recipes.weights import Weight, weights_of
 from composer.methods.combine import FitReport, combine_parsed, participating
+from composer.methods.retention import Retention, retention_of
 from composer.methods.spectral import Compression, total_loss
 
 _SHARED_FIELDS = ("task_type", "base_model_name_or_path", "revision", "auto_mapping")
@@ -37,6 +39,7 @@ class CombineReport:
     size_bytes: int
     compressions: tuple[Compression, ...]
     findings: tuple[Finding, ...]
+    retention: Retention
     fit: FitReport | None = None
 
     @property
@@ -47,7 +50,8 @@ class CombineReport:
     def to_json(self) -> dict[str, Any]:
         rows = [asdict(compression) | {"relative": compression.relative} for compression in self.compressions]
         fit = {"fit": self.fit.to_json() if self.fit else None}
-        return asdict(self) | {"compressions": rows, "lost": self.lost} | fit
+        kept = {"retention": self.retention.to_json()}
+        return asdict(self) | {"compressions": rows, "lost": self.lost} | kept | fit
 
 
 def combine(  # noqa: PLR0913
@@ -81,21 +85,23 @@ def combine(  # noqa: PLR0913
     # An adapter does not change the weights, so a tied tensor has two sides here, regardless of how a merge would treat
     # it.
     untied, observe = parsed.with_tied("untie"), calibration.observe if calibration else None
-    combined = combine_parsed(loaded, [weight for _, weight in adapters], untied, observe, torch_device(device))
+    weights = [weight for _, weight in adapters]
+    combined = combine_parsed(loaded, weights, untied, observe, torch_device(device))
+    kept = retention_of(loaded, weights, untied, combined)
     form = peft_form(combined.deltas, one_rank=parsed.rank is not None)
-    first = loaded[0].config.raw
-    fields = {name: first.get(name) for name in _SHARED_FIELDS}
-    fields["fan_in_fan_out"] = any(adapter.config.fan_in_fan_out for adapter in loaded)
     note = {
         "made": "combine",
         "adapters": [adapter_use(path, weight).to_json() for path, weight in adapters],
         "method": method,
         "method_version": parsed.version,
         "settings": parsed.to_json(),
+        "retention": kept.to_json(),
         **({"calibration": calibration.to_json(), "calibration_base": calibration.base} if calibration else {}),
         "note": dict(note or {}),
     }
-    size = write_adapter(form, out_dir, fields | _short_targets(loaded, form), note, inputs, tokenizer)
+    card = made_card("Adapter", [adapter.name for adapter in loaded], method, kept.words)
+    size = write_adapter(form, out_dir, _fields(loaded, form), note, inputs, {**tokenizer, CARD_FILE: card})
+    little = kept.findings(method, total_loss(combined.compressions))
     return CombineReport(
         out_dir=str(out_dir),
         modules=len(form.wrapped),
@@ -103,9 +109,17 @@ def combine(  # noqa: PLR0913
         replacements=len(form.replacements),
         size_bytes=size,
         compressions=tuple(combined.compressions),
-        findings=(*combined.findings, *_dropped_copies(loaded)),
+        findings=(*combined.findings, *_dropped_copies(loaded), *little),
+        retention=kept,
         fit=combined.fit,
     )
+
+
+def _fields(loaded: Sequence[LoadedAdapter], form: PeftAdapter) -> dict[str, Any]:
+    """Further fields of the config: what the first adapter has, and shorter targets."""
+    fields = {name: loaded[0].config.raw.get(name) for name in _SHARED_FIELDS}
+    fields["fan_in_fan_out"] = any(adapter.config.fan_in_fan_out for adapter in loaded)
+    return fields | _short_targets(loaded, form)
 
 
 def refuse_uncombinable(

@@ -73,12 +73,12 @@ def write_adapter(
     fields: Mapping[str, Any],
     note: Mapping[str, Any],
     inputs: Mapping[Path, Identity] = NO_INPUTS,
-    beside: Mapping[str, Path] = NO_FILES,
+    beside: Mapping[str, Path | str] = NO_FILES,
 ) -> int:
     """Writes the adapter to the directory `out_dir` in float32; returns the size of the weights file.
 
     `fields` are further fields of the config; unless they override it, the targets are all modules and parameters by
-    path. `note` is written beside it, and the files `beside` are copied there. Raises what `write_files` raises.
+    path. `note` is written beside it, and what is `beside` by name. Raises what `write_files` raises.
     """
     return write_files(_tensors(form), {**_config(form), **fields}, out_dir, note, inputs, beside)
 
@@ -89,11 +89,11 @@ def write_files(
     out_dir: Path,
     note: Mapping[str, Any],
     inputs: Mapping[Path, Identity] = NO_INPUTS,
-    beside: Mapping[str, Path] = NO_FILES,
+    beside: Mapping[str, Path | str] = NO_FILES,
 ) -> int:
-    """Writes tensors by PEFT's key, the config, and copies of the files `beside` by name; returns the size of the
-    weights file. Raises RefusedOutput for an existing directory, a value that is not finite, and for `inputs` modified
-    meanwhile."""
+    """Writes tensors by PEFT's key, the config, and what is `beside` by name: copies of files, or texts. Returns the
+    size of the weights file. Raises RefusedOutput for an existing directory, a value that is not finite, and for
+    `inputs` modified meanwhile."""
     for key, tensor in tensors.items():
         if DTYPE_NAMES[tensor.dtype] in FLOAT_DTYPES and not bool(torch.isfinite(tensor).all()):
             message = f"{key} would have a NaN or an infinite value."
@@ -102,8 +102,11 @@ def write_files(
         _save(tensors, staging / WEIGHTS_FILE)
         write_json(staging / CONFIG_FILE, config)
         write_json(staging / NOTE_FILE, note)
-        for name, path in beside.items():
-            shutil.copyfile(path, staging / name)
+        for name, content in beside.items():
+            if isinstance(content, str):
+                (staging / name).write_text(content, encoding="utf-8")
+            else:
+                shutil.copyfile(content, staging / name)
         (staging / WEIGHTS_FILE).chmod(
             (staging / CONFIG_FILE).stat().st_mode
         )  # safetensors makes it readable for the owner only

@@ -3,9 +3,10 @@
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeGuard, cast
 
@@ -45,6 +46,7 @@ from composer.merge.quantized.gap import quantized_bases
 from composer.merge.shards import ShardPlan
 from composer.merge.side_files import SideFiles, planned_side_files
 from composer.methods.combine import combine_parsed
+from composer.methods.retention import Retention, retention_of
 from composer.methods.spectral import Compression
 
 _DTYPES = {"bf16": "BF16", "bfloat16": "BF16", "fp16": "F16", "float16": "F16", "fp32": "F32", "float32": "F32"}
@@ -56,7 +58,8 @@ _BYTES_VERSION = 8  # raised when the same inputs result in different bytes, so 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergePlan:
     """Everything a merge will do, decided before a byte is written. `inputs` are the files that determine its bytes, as
-    they were then. `compressions` have each module's loss where the method cuts to a rank."""
+    they were then. `retention` computes what is kept of each adapter, once. `compressions` have each module's loss
+    where the method cuts to a rank."""
 
     checkpoint: Checkpoint
     shards: tuple[ShardPlan, ...]
@@ -68,6 +71,7 @@ class MergePlan:
     findings: tuple[Finding, ...]
     inputs: Mapping[Path, Identity]
     side_files: SideFiles
+    retention: Callable[[], Retention]
     compressions: tuple[Compression, ...] = ()
     rounding: Rounding = field(default_factory=Rounding)
 
@@ -136,7 +140,8 @@ def plan_merge(  # noqa: PLR0913
     loaded = [with_new_rows(checkpoint, _tokens_on_own_head(checkpoint, adapter), vocabulary) for adapter in read]
     for adapter in loaded:
         _refuse_changed_base(checkpoint, adapter)
-    combined = combine_parsed(loaded, [weight for _, weight in adapters], parsed, device=torch_device(device))
+    weights = [weight for _, weight in adapters]
+    combined = combine_parsed(loaded, weights, parsed, device=torch_device(device))
     head = _untied_head(checkpoint, loaded) if combined.tied == "untie" else None
     deltas = _by_tensor(checkpoint, combined.deltas, head)
     refuse_uneven(vocabulary, deltas, head)
@@ -156,6 +161,7 @@ def plan_merge(  # noqa: PLR0913
         findings=(*combined.findings, *_reported(loaded), *beside.findings, *quantized_bases(checkpoint, loaded)),
         inputs=inputs,
         side_files=beside,
+        retention=cache(partial(retention_of, loaded, weights, parsed, combined)),
         compressions=tuple(combined.compressions),
         rounding=rounding or Rounding(),
     )

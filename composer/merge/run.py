@@ -11,6 +11,7 @@ import torch
 
 from composer.deltas.tensors import torch_device
 from composer.findings import Finding
+from composer.formats.checkpoints.card import CARD_FILE, made_card
 from composer.formats.checkpoints.checkpoint import INDEX_FILE
 from composer.formats.checkpoints.hashing import architecture_digest, refuse_changed
 from composer.formats.checkpoints.staging import NOTE_FILE, staged_directory, write_json
@@ -20,6 +21,7 @@ from composer.merge.io.journal import ShardJournal
 from composer.merge.plan import MergePlan
 from composer.merge.rounding_loss import RoundingLoss, find_lost, total
 from composer.merge.shards import Written, write_shards
+from composer.methods.retention import Retention
 from composer.methods.spectral import Compression, total_loss
 
 _SPARE_BYTES = 8 << 20  # index, notes and the file system's own
@@ -45,6 +47,7 @@ class MergeReport:
     device: str
     survival: RoundingLoss
     findings: tuple[Finding, ...]
+    retention: Retention
     compressions: tuple[Compression, ...] = ()
 
     @property
@@ -55,6 +58,7 @@ class MergeReport:
     def to_json(self) -> dict[str, Any]:
         rows = [asdict(compression) | {"relative": compression.relative} for compression in self.compressions]
         reports = {"survival": self.survival.to_json(), "findings": [finding.to_json() for finding in self.findings]}
+        reports["retention"] = self.retention.to_json()
         return {**asdict(self), **reports, "lost": self.lost, "compressions": rows}
 
 
@@ -97,11 +101,14 @@ def write_texts(
     write_json(directory / "config.json", plan.config)
     if plan.checkpoint.index is not None:
         write_json(directory / INDEX_FILE, index_of(plan))
+    card = made_card("Model", [use.name for use in plan.adapters], plan.method, plan.retention().words)
+    (directory / CARD_FILE).write_text(card, encoding="utf-8")
     write_json(directory / NOTE_FILE, _note(plan, note, survivals))
 
 
 def report_of(plan: MergePlan, written: Written, out_dir: str, seconds: float, device: torch.device) -> MergeReport:
     """The report of a plan that was written."""
+    kept, lost = plan.retention(), total_loss(plan.compressions)
     dtypes = {tensor.target.name: tensor.target.dtype for shard in plan.shards for tensor in shard.tensors}
     return MergeReport(
         out_dir=out_dir,
@@ -114,7 +121,8 @@ def report_of(plan: MergePlan, written: Written, out_dir: str, seconds: float, d
         seconds=seconds,
         device=str(device),
         survival=total(written.survivals.values()),
-        findings=tuple(find_lost(written.survivals, dtypes, plan.rounding)),
+        findings=(*find_lost(written.survivals, dtypes, plan.rounding), *kept.findings(plan.method, lost)),
+        retention=kept,
         compressions=plan.compressions,
     )
 
@@ -143,6 +151,7 @@ def _note(plan: MergePlan, note: Mapping[str, Any] | None, survivals: Mapping[st
         "settings": dict(plan.settings),
         "dtype": plan.dtype,
         "rounding": asdict(plan.rounding),
+        "retention": plan.retention().to_json(),
         "survival": {"whole": total(survivals.values()).to_json(), "tensors": changed},
         "note": dict(note or {}),
     }

@@ -114,4 +114,4 @@ def _is_stored(node: Node, result: Result) -> bool:
     return are_stored(node, from_rows(result["files"]))
 
 
-COMBINE = Task(name="combine", version=1, run=_combine, intact=_is_stored)
+COMBINE = Task(name="combine", version=2, run=_combine, intact=_is_stored)

@@ -255,5 +255,5 @@ def _files_are_stored(node: Node, result: Result) -> bool:
 
 PLAN = Task(name="merge plan", version=2, run=_plan, intact=always_intact)
 SHARD = Task(name="merge shard", version=1, run=_stream, intact=_shard_is_stored)
-TEXTS = Task(name="merge texts", version=1, run=_texts, intact=_files_are_stored)
-MERGE = Task(name="merge on a disk", version=1, run=_merge, intact=_files_are_stored)
+TEXTS = Task(name="merge texts", version=2, run=_texts, intact=_files_are_stored)
+MERGE = Task(name="merge on a disk", version=2, run=_merge, intact=_files_are_stored)

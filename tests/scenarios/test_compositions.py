@@ -1,5 +1,6 @@
 """From a recipe to a combined adapter and a merged checkpoint, compared with PEFT and plain arithmetic."""
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,8 @@ def test_a_recipe_is_planned_composed_and_composed_again(team: Cli, world: World
 
     team.ok("pull", "acme/assistant:1.0.0", "-o", tmp_path / "adapter")
     team.ok("pull", "acme/assistant-merged", "-o", tmp_path / "model")
+    check_kept(done, [tmp_path / "adapter", tmp_path / "model"])
+    assert "keeps 100 % of the sum" in team.ok("compose", recipe).out
     expected = weighted_sum(world, WEIGHTS)
     check_adapter(tmp_path / "adapter", world.base, expected)
     check_model(tmp_path / "model", world.base, expected)
@@ -130,6 +133,17 @@ def check_attested(cli: Cli, directory: Path) -> None:
     pushed = cli("promote", "acme/sql:1.0.0", "--to", "composed", "--new-channel")
     assert (pushed.code, "no worker attests that it composed it" in pushed.err) == (1, True)
     cli.ok("promote", "acme/assistant:1.0.0", "--to", "composed", "--new-channel")
+
+
+def check_kept(done: dict[str, Any], directories: list[Path]) -> None:
+    """What is left of each input is one figure in the report, the notes and the cards, which the releases show."""
+    report = done["conflicts"]
+    assert report["whole"]["kept_words"].startswith("keeps 100 % of the sum; acme/sql:1.0.0 ")
+    for directory in directories:
+        note = json.loads((directory / "adaptory.json").read_text())["retention"]
+        kept = [member["retention"] for member in note["adapters"]]
+        assert kept == pytest.approx([member["retention"] for member in report["adapters"]], rel=1e-3)
+        assert f"It {note['words']}." in (directory / "README.md").read_text()
 
 
 def check_lock(cli: Cli, lock: dict[str, Any]) -> None:

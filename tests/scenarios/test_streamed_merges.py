@@ -41,6 +41,8 @@ from tests.scenarios.test_roles_of_a_composition import asking
 from tests.scenarios.traces import api_of, home_of, traces
 from tests.scenarios.world import Cli, World
 
+NAMING = ("adaptory.json", "README.md")
+"""Files that name the adapters: those of a registry by commit."""
 RECIPE: dict[str, Any] = {
     "inputs": [{"adapter": "acme/sql:1.0.0", "weight": 0.5}, {"adapter": "acme/support:1.0.0", "weight": 0.5}],
     "method": "linear", "model": "acme/merged:1.0.0", "probe": 0, "gates": [],
@@ -101,15 +103,15 @@ def left_on_disk(site: Site) -> set[str]:
 
 
 def merged_on_disk(world: World, out: Path) -> dict[str, bytes]:
-    """The files that a merge on a disk makes, but for the note."""
+    """The files that a merge on a disk makes, but for those that name adapters."""
     members = [(world.adapters[name], 0.5) for name in ("sql", "support")]
     run_merge(plan_merge(open_checkpoint(world.base), members, "linear"), out)
-    return {path.name: path.read_bytes() for path in out.iterdir() if path.name != "adaptory.json"}
+    return {path.name: path.read_bytes() for path in out.iterdir() if path.name not in NAMING}
 
 
 def pulled(site: Site, out: Path) -> dict[str, bytes]:
     site.cli.ok("pull", "acme/merged:1.0.0", "-o", out)
-    return {path.name: path.read_bytes() for path in out.iterdir() if path.name != "adaptory.json"}
+    return {path.name: path.read_bytes() for path in out.iterdir() if path.name not in NAMING}
 
 
 def test_a_base_in_a_bucket_is_hashed_and_merged_where_it_is(
@@ -398,7 +400,7 @@ def test_only_what_lies_right_below_the_prefix_is_read(site: Site, world: World)
     assert recipe_id
     assert site.job["state"] == "done"
     paths = {row["path"] for row in site.cli.json("show", "acme/merged:1.0.0")["files"]}
-    assert paths == {path.name for path in world.base.iterdir()} | {"adaptory.json"}
+    assert paths == {path.name for path in world.base.iterdir()} | {"adaptory.json", "README.md"}
 
 
 @pytest.mark.long

@@ -291,6 +291,7 @@ def _members(report: ConflictReport) -> TextTable:
     ]
     columns = ("adapter", "weight", "energy", "retention")
     note = "Retention: how much of the adapter is in the combination (its weight, if the others do not affect it)."
+    note += f" The combination {report.kept.words}." if report.kept.words else ""
     return TextTable("Adapters", columns, tuple(rows), note)
 
 

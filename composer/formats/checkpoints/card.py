@@ -95,6 +95,16 @@ def front_matter(content: bytes) -> dict[str, Any]:
     return load_mapping(block, CARD_FILE) if block.strip() else {}
 
 
+def made_card(what: str, adapters: Sequence[str], method: str, kept: str) -> str:
+    """The card of a model or an adapter that was made of adapters; `kept` says in words what is left of them."""
+    lines = [
+        f"# {what} made of {len(adapters)} adapter{'s' if len(adapters) > 1 else ''}",
+        f"Made by Adaptory with the method `{method}`." + (f" It {kept}." if kept else ""),
+        "`adaptory.json` has the adapters, their weights and all settings.",
+    ]
+    return "\n\n".join(lines) + "\n"
+
+
 def card_provenance(content: bytes) -> tuple[dict[str, Any], list[Finding]]:
     """The provenance in a model card, and a warning for each part that cannot be used."""
     try:

@@ -14,6 +14,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from composer.errors import Interrupted, RefusedOutput
+from composer.formats.checkpoints.card import CARD_FILE
 from composer.formats.checkpoints.checkpoint import INDEX_FILE
 from composer.formats.checkpoints.header import PICKLE_SUFFIXES
 
@@ -159,16 +160,16 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def side_files(source: Path) -> list[str]:
-    """The files of a checkpoint besides its weights: tokenizer, generation config, licence, …; the caller writes config
-    and index. Only regular files at the top of the directory, of at most 64 MiB; no weights in any format, no adapter,
-    no hidden files."""
+    """The files of a checkpoint besides its weights: tokenizer, generation config, licence, …; the caller writes
+    config, index and card, since a base's card describes another model. Only regular files at the top of the directory,
+    of at most 64 MiB; no weights in any format, no adapter, no hidden files."""
     files = [file for file in sorted(source.iterdir()) if file.is_file()]
     return [file.name for file in files if is_side_file(file.name, file.stat().st_size)]
 
 
 def is_side_file(name: str, size_bytes: int) -> bool:
     """Whether a regular file at the top of a checkpoint is one of these."""
-    if name in ("config.json", INDEX_FILE, NOTE_FILE, ADAPTER_FILE) or name.startswith("."):
+    if name in ("config.json", INDEX_FILE, NOTE_FILE, ADAPTER_FILE, CARD_FILE) or name.startswith("."):
         return False
     if PurePath(name).suffix in _WEIGHT_SUFFIXES or name.endswith(".index.json"):
         return False

@@ -40,7 +40,7 @@ fails if a binomial test is sure, not by the counted share."""
 
 CODES = frozenset({
     *THRESHOLDS, *HARD, "weak_evidence", "probe_open", "zero_delta", "zero_modules", "not_factors", "dropped_code",
-    "bf16_swallow", "f16_swallow", "tied_shared", "tied_untied",
+    "little_kept", "bf16_swallow", "f16_swallow", "tied_shared", "tied_untied",
 })  # fmt: skip
 """The severity of the findings that a conflict report may have."""
 

@@ -3,6 +3,7 @@
 import json as json_module
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import wrap
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -296,6 +297,9 @@ def _show_conflicts(report: Json) -> None:
         render.summary("conflicts", report["summary"])
     else:
         render.out(f"conflicts: {report['verdict']}")
+    if words := report["whole"].get("kept_words"):
+        for line in wrap(f"from the weights: the combination {words}", 80, subsequent_indent="  "):
+            render.out(line)
 
 
 def required(verdict: str | None) -> "Verdict | None":

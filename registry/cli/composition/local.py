@@ -40,6 +40,7 @@ Output = Annotated[Path, typer.Option("-o", "--output", help="A new directory.")
 Json = dict[str, Any]
 
 _RANKS = 5
+_SHOWN_APART = ("out_dir", "findings", "survival", "retention", "compressions")
 """Up to this many ranks are listed; beyond it, only the range."""
 
 
@@ -92,9 +93,10 @@ def merge(  # noqa: PLR0913
     _warn(report.findings)
     document = report.to_json()
     document["findings"] = [finding.to_json() for finding in (*merging.findings, *report.findings)]
-    left_out = ("out_dir", "findings", "survival", "compressions", *(() if document["compressions"] else ("lost",)))
+    left_out = (*_SHOWN_APART, *(() if document["compressions"] else ("lost",)))
     rounding_rows = render.fields(document["survival"], "sampled_rows", "relative_size")
-    shown = render.fields(document, *left_out) + [(f"rounding: {name}", value) for name, value in rounding_rows]
+    shown = render.fields(document, *left_out) + _kept(document)
+    shown += [(f"rounding: {name}", value) for name, value in rounding_rows]
     render.document(document, json, lambda: _show_cut(f"merged into {output}", shown, document["compressions"]))
 
 
@@ -136,7 +138,7 @@ def combine(  # noqa: PLR0913
     _warn(report.findings)
     document = report.to_json()
     readable = {**document, "ranks": _ranks(document["ranks"])}
-    shown = render.fields(readable, "out_dir", "findings", "compressions", "fit")
+    shown = render.fields(readable, "out_dir", "findings", "retention", "compressions", "fit") + _kept(document)
     shown += fit_lines(document["fit"], [path.name for path, _ in adapters])
     render.document(document, json, lambda: _show_cut(f"combined into {output}", shown, document["compressions"]))
 
@@ -230,6 +232,12 @@ def extract(  # noqa: PLR0913
     if saved := document["saved"]:
         shown.append(("saved in full", f"{len(saved)}: {', '.join(saved[:3])}{', …' if len(saved) > 3 else ''}"))
     render.document(document, json, lambda: _show_cut(f"extracted to {output}", shown, document["compressions"]))
+
+
+def _kept(document: Json) -> list[tuple[str, Any]]:
+    """`retention  keeps 43 % of the sum; sql 61 %, terraform 22 %`"""
+    words = document["retention"]["words"]
+    return [("retention", words)] if words else []
 
 
 def _show_cut(title: str, shown: list[tuple[str, Any]], compressions: list[Json]) -> None:

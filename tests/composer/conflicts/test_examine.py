@@ -13,7 +13,6 @@ import torch
 from composer.conflicts.examine import Evidence, examine
 from composer.conflicts.render.text import document, summary
 from composer.conflicts.report import SCHEMA, conflicts
-from composer.conflicts.retention import too_large
 from composer.deltas.delta import Layout, LowRank
 from composer.deltas.variants.load import LoadedAdapter, load_deltas
 from composer.evaluation.model import LoadedModel
@@ -22,6 +21,7 @@ from composer.formats.checkpoints.checkpoint import open_checkpoint
 from composer.formats.recipes.methods import parse_settings
 from composer.formats.recipes.policy import parse_policy
 from composer.formats.recipes.suite import Example, Suite
+from composer.methods.retention import too_large
 from tests.composer.small_model import Load, save_adapter
 
 DOCUMENTED = Path(__file__).with_name("conflicts.schema.json")

@@ -44,6 +44,7 @@ def test_a_merged_directory_is_a_checkpoint_with_all_that_the_base_had(plan: Mer
     base = plan.checkpoint.path
     (base / "tokenizer.json").write_text("{}")
     (base / "LICENSE").write_text("as you like")
+    (base / "README.md").write_text("the card of the base, which is another model")
     for weights in ("pytorch_model.bin", "model.gguf", "pytorch_model.bin.index.json", ".hidden"):
         (base / weights).write_text("not for the copy")
     plan = replace(plan, side_files=planned_side_files(base, [], Vocabulary(plan.checkpoint.architecture)))
@@ -57,6 +58,7 @@ def test_a_merged_directory_is_a_checkpoint_with_all_that_the_base_had(plan: Mer
         "LICENSE",
         "model.safetensors.index.json",
         "adaptory.json",
+        "README.md",
     }
     assert AutoConfig.from_pretrained(tmp_path / "merged").model_type == "llama"
     assert opened(tmp_path / "merged").architecture == plan.checkpoint.architecture
