@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
+from datetime import timedelta
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,11 @@ from registry.domain.access import namespaces, tokens
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import EVERYWHERE, Role
 from registry.domain.access.tokens import NewToken
+from registry.domain.jobs.queue import MAX_ATTEMPTS, PAUSES
 from registry.environment.settings import Settings
 from registry.errors import NotAllowed
 from registry.transfer.bases import Bases
+from registry.transfer.collect import collect
 from registry.transfer.resources import Resources
 from registry.worker import merging
 from registry.worker.engine.opened import WorkerEngine
@@ -352,7 +355,7 @@ def test_a_killed_merge_goes_on_with_its_finished_shards_and_leaves_what_a_sweep
 
 
 @pytest.mark.long
-def test_a_merge_that_fails_leaves_nothing_in_the_store(site: Site) -> None:
+def test_a_merge_that_fails_in_each_attempt_leaves_what_gc_removes(site: Site) -> None:
     site.begin()
     before = traces(site.cli)
 
@@ -360,13 +363,18 @@ def test_a_merge_that_fails_leaves_nothing_in_the_store(site: Site) -> None:
         if done:
             raise OSError("as the disk of the work directory")
 
-    with resources_of(site.cli.environment) as resources:
-        engine = Watched(resources)
-        engine.within = fail
-        with closing(engine):
-            assert run_one(resources, KINDS, "worker", engine=engine)
-    assert site.job["code"] == "disk_error"
+    for attempt in range(MAX_ATTEMPTS):
+        with resources_of(site.cli.environment, 2 * PAUSES[-1] * attempt) as resources:
+            engine = Watched(resources)
+            engine.within = fail
+            with closing(engine):
+                assert run_one(resources, KINDS, "worker", engine=engine)
+        state = "failed" if attempt == MAX_ATTEMPTS - 1 else "queued"
+        assert site.job == {"state": state, "code": "disk_error"}
+    with resources_of(site.cli.environment, 2 * PAUSES[-1] * MAX_ATTEMPTS) as resources:
+        collect(resources, grace=timedelta(0))
     assert traces(site.cli).blobs == before.blobs
+    assert left_on_disk(site) == set()
 
 
 def test_only_an_admin_of_the_registry_adds_a_location_in_a_bucket(site: Site, tmp_path: Path) -> None:
