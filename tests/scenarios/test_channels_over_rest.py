@@ -6,7 +6,9 @@ from collections import Counter
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from html import unescape
 from typing import Any
+from urllib.parse import quote
 
 import httpx2
 import pytest
@@ -300,14 +302,25 @@ def test_a_guard_is_compared_with_the_base_while_the_channel_serves_nothing(line
     assert second["detail"] == (
         "1.19 (n=6) against 0.9 (n=6): worse by 0.29; costs 0.41 nats of general ability (base 0.78)"
     ), "each step may be small: the detail says what they cost together"
-    page = line.http.get(f"{line.path.removeprefix('/v1/adapters')}/1.2.0").text
+    named = line.path.removeprefix("/v1/adapters/")
+    page = line.http.get(f"/{named}/1.2.0").text
     assert "costs 0.41 nats of general ability (base 0.78)" in page
+    taming = f"/compose?tame={quote(named, safe='')}%3A1.2.0&amp;guard=guard-exact"
+    assert [match in page for match in (taming, taming.replace("1.2.0", "1.1.0"))] == [True, False]
+    form = line.http.get(unescape(taming)).text
+    assert [text in form for text in (f'value="{named}-tamed:1.2.0"', "guard-exact.nll within 0.15 of base")] == [
+        True
+    ] * 2
+    record(line, "1.2.0", {"guard-exact": 1.19}, n=3)
+    page = line.http.get(f"/{named}/1.2.0").text
+    assert "measured on 3 examples, the base on 6: they do not compare" in page
+    assert "Tame it" not in page
 
 
-def record(line: Line, version: str | None, values: dict[str, float], stderr: float | None = None) -> None:
+def record(line: Line, version: str | None, values: dict[str, float], stderr: float | None = None, n: int = 6) -> None:
     """Records scores of a release, or of the base."""
     digests = {suite["name"]: suite["digest"] for suite in line.http.get("/v1/suites").json()["items"]}
-    row = {"metric": "nll", "stderr": stderr, "n": 6, "higher_is_better": False}
+    row = {"metric": "nll", "stderr": stderr, "n": n, "higher_is_better": False}
     rows = [{"suite_digest": digests[suite], "value": value, **row} for suite, value in values.items()]
     base = line.http.get("/v1/bases").json()["items"][0]["digest"]
     path = f"{line.path}/releases/{version}" if version else f"/v1/bases/{base}"

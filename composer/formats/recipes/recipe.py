@@ -22,7 +22,7 @@ notes: one line
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Self, cast
 
@@ -337,6 +337,26 @@ def parse_recipe(document: object, subject: str = "recipe") -> Recipe:
         problem = problem_of(error)
         next_step = f"Use one of {METHOD_NAMES}." if problem.loc == ("method",) else problem.next_step
         raise _bad(problem.at(subject), problem.why, next_step or _CORRECT) from error
+
+
+TAMED = {"examples": 8, "guard": 1.0}
+"""The settings of the fit. No other adapter competes, so the guard weighs more than in a combination."""
+TAMED_COST = 0.15
+"""The nats of general ability that a tamed adapter may cost."""
+
+
+def taming(adapter: str, into: str, guards: Sequence[str], suite: str | None = None) -> dict[str, Any]:
+    """The recipe that keeps an adapter's answers on its task, and the base's on what the guard suites measure. `suite`
+    is its task; by default the target suite on which it gained most."""
+    return {
+        "inputs": [{"adapter": adapter, **({"suite": suite} if suite else {})}],
+        "method": "regmean",
+        "settings": dict(TAMED),
+        "adapter": into,
+        "evaluate": list(guards),
+        "gates": [f"{name}.nll within {TAMED_COST} of base" for name in guards],
+        "notes": f"{adapter}, tamed with {', '.join(guards)}",
+    }
 
 
 def _rules_json(rules: tuple[WeightRule, ...]) -> dict[str, Any]:

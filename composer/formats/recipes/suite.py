@@ -22,7 +22,7 @@ from collections.abc import Callable, Container, Iterable, Mapping
 from functools import cached_property
 from itertools import combinations
 from pathlib import Path
-from typing import Annotated, Literal, cast
+from typing import Annotated, Literal, Protocol, cast
 
 from pydantic import ConfigDict, FailFast, Field, Strict, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
@@ -59,10 +59,26 @@ LEAST_COST = 0.005
 """In nats a token: a smaller rise of a guard's loss is not called a cost."""
 
 
+class Measured(Protocol):
+    """A score: its value and the number of its examples, 0 if that is not stated."""
+
+    @property
+    def value(self) -> float: ...
+    @property
+    def n(self) -> int: ...
+
+
+def score_cost(score: Measured, base: Measured) -> str:
+    """`guard_cost` of two scores on the same content. A model that was fitted on some of a guard's examples is measured
+    on the others, on which the base's score says nothing."""
+    if score.n and base.n and score.n != base.n:
+        return f"measured on {score.n} examples, the base on {base.n}: they do not compare"
+    return guard_cost(score.value, base.value)
+
+
 def guard_cost(loss: float, base: float) -> str:
-    """Describes a model's loss on a guard relative to the base's on the same content, both in nats per token: `costs
-    3.3 nats
-    of general ability (base 0.78)`."""
+    """Describes a model's loss on a guard relative to the base's on the same examples, both in nats per token: `costs
+    3.3 nats of general ability (base 0.78)`."""
     cost = loss - base
     rounded = f"{cost:.1f}" if cost >= 1 else f"{cost:.2f}"
     words = "no general ability" if cost < LEAST_COST else f"{rounded} nats of general ability"

@@ -53,11 +53,6 @@ Thorough = Annotated[
 Json = dict[str, Any]
 """A lock, a conflict report or scores of a composition, which are the composer's documents."""
 
-TAMED = {"examples": 8, "guard": 1.0}
-"""The settings of the fit. No other adapter competes, so the guard weighs more than in a combination."""
-TAMED_COST = 0.15
-"""The nats of general ability that a tamed adapter may cost."""
-
 _ASKED_S = 1.2
 """How long to wait for a second interrupt: the first one ends the command within two seconds."""
 
@@ -126,18 +121,11 @@ def tame(  # noqa: PLR0913
     Fits the adapter's factors to change nothing on half of each guard suite, measures both on the other half, and
     publishes the result if it keeps the adapter's answers and costs at most 0.15 nats of general ability.
     """
-    from composer.formats.recipes.recipe import parse_recipe
+    from composer.formats.recipes.recipe import parse_recipe, taming
 
-    content = {
-        "base": base,
-        "inputs": [{"adapter": ref, **({"suite": suite} if suite else {})}],
-        "method": "regmean",
-        "settings": {**TAMED, **settings_of(set_)},
-        "adapter": into,
-        "evaluate": guard,
-        "gates": [f"{name}.nll within {TAMED_COST} of base" for name in guard],
-        "notes": f"{ref}, tamed with {', '.join(guard)}",
-    }
+    content = taming(ref, into, guard, suite)
+    content["base"] = base
+    content["settings"] |= settings_of(set_)
     _run({"recipe": parse_recipe(content).to_json(), "plan": False}, follow=follow, json=json)
 
 

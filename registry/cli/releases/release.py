@@ -354,16 +354,16 @@ def _made_of(connection: Connection, release: "wire.catalog.ReleaseOut") -> "Lin
 
 def _guard_costs(connection: Connection, release: "wire.catalog.ReleaseOut") -> list[tuple[str, str]]:
     """By guard, what its loss costs beside the base's on the same content."""
-    from composer.formats.recipes.suite import guard_cost
+    from composer.formats.recipes.suite import score_cost
 
     losses = [score for score in release.scores if score.kind == "guard" and score.metric == "nll"]
     if not losses:
         return []
     scores = connection.api.base(release.base.digest).scores
-    base = {score.suite_digest: score.value for score in scores if score.metric == "nll"}
+    base = {score.suite_digest: score for score in scores if score.metric == "nll"}
     unknown = f"unknown until `adaptory eval {release.base.name}` measures the base on it"
     return [
-        (score.suite, guard_cost(score.value, base[score.suite_digest]) if score.suite_digest in base else unknown)
+        (score.suite, score_cost(score, base[score.suite_digest]) if score.suite_digest in base else unknown)
         for score in losses
     ]
 

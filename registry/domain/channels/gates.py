@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from composer.formats.recipes.suite import guard_cost
+from composer.formats.recipes.suite import score_cost
 from registry.database.tables import Base, Release, ReleaseInput, Score, Suite
 from registry.domain.access import namespaces
 from registry.domain.access.audit import Actor
@@ -339,7 +339,7 @@ def _with_cost(rule: Rule, result: GateResult, candidate: Scores, against: Basel
     own, base = candidate.get(key), against.base.get(key)
     if rule.suite not in against.guards or rule.metric != "nll" or own is None or base is None:
         return result
-    return replace(result, detail=f"{result.detail}; {guard_cost(own.value, base.value)}")
+    return replace(result, detail=f"{result.detail}; {score_cost(own, base)}")
 
 
 def _judge(rule: Rule, candidate: Scores, against: Baselines, needs: ScoreConditions) -> GateResult:

@@ -84,6 +84,7 @@ def show_release(
         release=release,
         answer=shown.answer,
         releaser=holds(actor, Role.RELEASER, str(named)),
+        publisher=holds(actor, Role.PUBLISHER, str(named)),
         serving=shown.serving,
         moves=shown.moves[:MAX_MOVES],
         more_moves=len(shown.moves) > MAX_MOVES,

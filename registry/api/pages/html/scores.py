@@ -6,7 +6,8 @@ from math import sqrt
 
 from markupsafe import Markup
 
-from composer.formats.recipes.suite import guard_cost
+from composer.formats.recipes.recipe import TAMED_COST
+from composer.formats.recipes.suite import score_cost
 from registry.api.pages.html import drawings
 from registry.api.pages.html.drawings import IntervalBar, ScorePoint
 from registry.database.engine import Session
@@ -21,7 +22,7 @@ from registry.wire.quality import ScoreOut
 class ScoreLine:
     """A metric of a suite: its values, and whether this release is `better` or `worse` than the previous one, `none
     shown` if the difference is within its error, or empty without a previous one. `cost` states in words how a guard
-    compares with the base."""
+    compares with the base; `costly_guard` is its name if the adapter should be tamed."""
 
     name: str
     n: int
@@ -32,6 +33,7 @@ class ScoreLine:
     before: float | None
     base: float | None
     cost: str
+    costly_guard: str
     comparison: str
     drawing: Markup
 
@@ -124,7 +126,8 @@ def _line(score: ScoreOut, before: ScoreOut | None, base: ScoreOut | None) -> Sc
     low, high = axis(score.metric, rows)
     name = f"{score.suite}.{score.metric}"
     guards = base is not None and score.kind == "guard" and score.metric == "nll"
-    cost = guard_cost(score.value, base.value) if base is not None and guards else ""
+    cost = score_cost(score, base) if base is not None and guards else ""
+    is_costly = base is not None and guards and score.n == base.n and score.value - base.value > TAMED_COST
     return ScoreLine(
         name=name,
         n=score.n,
@@ -135,6 +138,7 @@ def _line(score: ScoreOut, before: ScoreOut | None, base: ScoreOut | None) -> Sc
         before=None if before is None else before.value,
         base=None if base is None else base.value,
         cost=cost,
+        costly_guard=score.suite if is_costly else "",
         comparison="" if before is None else compare(score, before),
         drawing=drawings.intervals(name, rows, low, high),
     )

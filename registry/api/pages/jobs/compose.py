@@ -7,7 +7,7 @@ from urllib.parse import parse_qsl
 from fastapi import APIRouter, Request, Response
 
 from composer.formats.recipes.methods import PIPELINES
-from composer.formats.recipes.recipe import DTYPES, MAX_INPUTS
+from composer.formats.recipes.recipe import DTYPES, MAX_INPUTS, taming
 from registry.api.http.problems import as_registry_error
 from registry.api.http.request import ResourcesOf
 from registry.api.http.threads import in_search_threads
@@ -22,20 +22,23 @@ from registry.domain.access.audit import Actor
 from registry.domain.catalog import suites
 from registry.domain.compositions import compositions
 from registry.errors import RegistryError
+from registry.formats.references import parse_reference
 from registry.transfer.resources import Resources
 
 router = APIRouter(route_class=PageRoute)
 
 FIRST_METHOD = "mean"
 """The method of an empty form: among those that need no examples, it preserves most of the worst member."""
+FIRST_VERSION = "1.0.0"
 SPARE_ROWS, MORE_ROWS, MAX_SUITES = 2, 6, 60
+_PARAMETERS = ("with", "method", "set", "probe", "optimize", "composition", "tame", "guard")
 
 
-@router.get("/compose", openapi_extra=parses("with", "method", "set", "probe", "optimize", "composition"))
+@router.get("/compose", openapi_extra=parses(*_PARAMETERS))
 @in_search_threads
 def show_compose(request: Request, resources: ResourcesOf, actor: PageContributor) -> Response:
-    """A form with a recipe for the adapters in the address, or with the recipe of a composition and the options in the
-    address."""
+    """A form with a recipe for the adapters in the address, with the one that tames an adapter, or with the recipe of a
+    composition and the options in the address."""
     given = parse_qsl(request.url.query)
     form = RecipeForm.of_document(_document(resources, actor, given))
     return _page(request, resources, actor, form)
@@ -59,6 +62,8 @@ def compose(request: Request, resources: ResourcesOf, actor: PageContributor, fo
 def _document(resources: Resources, actor: Actor, given: Fields) -> dict[str, Any]:
     """The recipe that the form shows first."""
     options, chosen = dict(given), Chosen.of_address(given)
+    if tamed := options.get("tame"):
+        return taming(tamed, _tamed_name(tamed), values_of(given, "guard"))
     if source := options.get("composition"):
         document = _recipe_of(resources, actor, source)
         if method := options.get("method"):
@@ -74,6 +79,12 @@ def _document(resources: Resources, actor: Actor, given: Fields) -> dict[str, An
     if options.get("optimize"):
         document["optimize"] = document.get("optimize") or {"search": 8}
     return document
+
+
+def _tamed_name(adapter: str) -> str:
+    """A name for the tamed release: that of its adapter with `-tamed`, in the same version."""
+    reference = parse_reference(adapter)
+    return f"{reference.repository}-tamed:{reference.version or FIRST_VERSION}"
 
 
 def _recipe_of(resources: Resources, actor: Actor, composition: str) -> dict[str, Any]:
