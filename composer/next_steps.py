@@ -78,6 +78,7 @@ NEXT_STEPS = {
     "ranks_differ": "Use peft_cat or peft_svd.",
     "remote_base": "Download the base, and add its directory: `adaptory base add DIR --name NAME`.",
     "rounding": "Use nearest or stochastic.",
+    "rule_ambiguous": "Name the tower in the rule's modules, or write `*` for all: `0/model.vision_tower.*`, `0/*`.",
     "rule_unused": "List the adapter's modules with `adaptory inspect`.",
     "scorer_failed": "Correct the scorer or the suite: every answer must have a score from 0 to 1.",
     "scorer_missing": "Install the package of the scorer where evaluations run.",

@@ -14,7 +14,7 @@ from composer.conflicts.metrics import PairMetrics, rounded_for_json
 from composer.deltas.lowrank import PairSums
 from composer.findings import Verdict
 from composer.formats.recipes.policy import THRESHOLDS, Policy
-from composer.formats.recipes.weights import layer_of
+from composer.formats.recipes.weights import layer_of, tower_of
 
 EvidenceKind = Literal["probe", "activations", "weights"]
 FROM_WEIGHTS = (
@@ -266,6 +266,8 @@ def _concentrated(shares: Mapping[str, float]) -> tuple[str, float, str] | None:
 
 def _thirds(shares: Mapping[str, float]) -> Sequence[tuple[str, float, str]]:
     by_layer: dict[int, float] = defaultdict(float)
+    if len({tower_of(module) for module in shares} - {""}) > 1:  # layers of one number have nothing in common
+        return []
     for module, share in shares.items():
         layer = layer_of(module)
         if layer is not None:

@@ -8,9 +8,11 @@ from composer.deltas.delta import LowRank, RowwiseDelta, names_of
 from composer.deltas.lowrank import PairSums, relations
 from composer.deltas.tensors import all_finite
 from composer.deltas.variants.load import LoadedAdapter
-from composer.formats.recipes.weights import Weight, layer_of
+from composer.formats.recipes.weights import Weight, layer_of, tower_of
 from composer.methods.spectral import decomposing
 
+Layer = tuple[str, int]
+"""A tower, as the path before the layer's number, and the number."""
 Slot = tuple[str, int]
 """A module and the first row of the delta in its weight. Each expert of a stack is a slot of its own."""
 
@@ -24,7 +26,7 @@ class Compared:
     weights: Sequence[Weight]
     slots: Mapping[Slot, Sequence[LowRank | None]]
     modules: Mapping[str, PairSums]
-    layers: Mapping[int, PairSums]
+    layers: Mapping[Layer, PairSums]
     total: PairSums
     touched: Sequence[frozenset[str]]
     factored: bool
@@ -43,11 +45,12 @@ def compare_all(adapters: Sequence[LoadedAdapter], weights: Sequence[Weight]) ->
             one = relations(deltas, [weight.of(*names) for weight in weights])
         modules[module] = modules[module] + one if module in modules else one
     nothing = PairSums.zero(len(adapters))
-    layers: dict[int, PairSums] = {}
+    layers: dict[Layer, PairSums] = {}
     for module, sums in modules.items():
         layer = layer_of(module)
         if layer is not None:
-            layers[layer] = layers.get(layer, nothing) + sums
+            key = tower_of(module), layer
+            layers[key] = layers.get(key, nothing) + sums
     touched = [
         frozenset(module for (module, _), deltas in slots.items() if deltas[index] is not None)
         for index in range(len(adapters))

@@ -10,7 +10,7 @@ from itertools import combinations
 from typing import Any
 
 from composer.conflicts.advice import Case, EvidenceKind, Explanation, SetCase, cancelling, explain, explain_set
-from composer.conflicts.comparison import Compared, compare_all
+from composer.conflicts.comparison import Compared, Layer, compare_all
 from composer.conflicts.evidence.activations import Activations, Directed
 from composer.conflicts.evidence.interval import Interval
 from composer.conflicts.evidence.outcome import Limits, Outcome
@@ -65,7 +65,7 @@ class Pair:
     evidence: EvidenceKind
     explanation: Explanation
     numbers: PairMetrics
-    layers: Mapping[int, PairMetrics]
+    layers: Mapping[Layer, PairMetrics]
     modules: Mapping[str, PairMetrics]
     outcome: Outcome | None
 
@@ -85,7 +85,7 @@ class Pair:
             "evidence": self.evidence,
             **self.explanation.to_json(),
             **self.numbers.to_json(),
-            "layers": [{"layer": layer, **numbers.to_json()} for layer, numbers in self.layers.items()],
+            "layers": _layer_rows(self.layers),
             "modules": [{"module": module, **self.modules[module].to_json()} for module in listed],
             "probe": self.outcome.to_json(limits) if self.outcome else None,
         }
@@ -120,7 +120,7 @@ class ConflictReport:
     members: tuple[ComparedAdapter, ...]
     pairs: tuple[Pair, ...]
     together: SetMetrics
-    layers: Mapping[int, SetMetrics]
+    layers: Mapping[Layer, SetMetrics]
     modules: Mapping[str, SetMetrics]
     findings: tuple[Finding, ...]
     evidence: ProbeResult | Activations | None
@@ -146,7 +146,7 @@ class ConflictReport:
             "whole": {
                 **self.together.to_json(),
                 "shares": {member.name: rounded_for_json(member.share) for member in self.members},
-                "layers": [{"layer": layer, **numbers.to_json()} for layer, numbers in self.layers.items()],
+                "layers": _layer_rows(self.layers),
                 "modules": [{"module": module, **numbers.to_json()} for module, numbers in self.modules.items()],
                 "probe": self.probe.overall.to_json(self.limits) if self.probe else None,
                 "advice": list(self.advice),
@@ -251,6 +251,10 @@ class _Numbers:
         ]
         measured = [_of_evidence(self.evidence, rules, outcome) for outcome in (None, *(p.outcome for p in self.pairs))]
         return rules.judged(findings), rules.verdict(findings, Verdict.worst(measured))
+
+
+def _layer_rows(layers: Mapping[Layer, PairMetrics] | Mapping[Layer, SetMetrics]) -> list[dict[str, object]]:
+    return [{"tower": tower, "layer": layer, **numbers.to_json()} for (tower, layer), numbers in layers.items()]
 
 
 def _advice(

@@ -3,12 +3,12 @@ Reports are stored, so every schema up to this one can be read; fields that an o
 torch.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from composer.formats.recipes.suite import guard_cost
-from composer.formats.recipes.weights import layer_of
+from composer.formats.recipes.weights import layer_of, tower_labels, tower_of
 
 Json = Mapping[str, Any]
 Cell = tuple[str, int | None]
@@ -199,25 +199,32 @@ def read(report: Json, most_pairs: int | None = None, most_findings: int | None 
 def maps(report: Json, measure: str) -> Maps:
     """The maps of a measure; a pair without common modules has none."""
     chosen, pairs = MEASURES[measure], _by_verdict(report)
+    listed = [module["module"] for member in report["adapters"] for module in member["modules"]]
+    cells = cells_of([*listed, *(module["module"] for pair in pairs for module in pair["modules"])])
     drawn = [
         PairMap(
             _name(pair),
             len(pair["modules"]),
-            {cell_of(module["module"]): module[measure] - chosen.origin for module in pair["modules"]},
+            {cells[module["module"]]: module[measure] - chosen.origin for module in pair["modules"]},
         )
         for pair in pairs
         if pair["modules"]
     ]
     top = max([LEAST_SCALE, *(abs(value) for pair_map in drawn for value in pair_map.cells.values())])
-    frame = dict.fromkeys(cell_of(module["module"]) for member in report["adapters"] for module in member["modules"])
+    frame = dict.fromkeys(cells[module] for module in listed)
     return Maps(chosen, top, list(frame), drawn, len(pairs))
 
 
-def cell_of(module: str) -> Cell:
-    """A module's kind, without its block, and its layer."""
+def cells_of(modules: Collection[str]) -> dict[str, Cell]:
+    """The cell of each module: its kind, without its block but with its tower if there are several, and its layer."""
+    labels = tower_labels(modules)
+    return {module: _cell(module, labels.get(tower_of(module), "")) for module in modules}
+
+
+def _cell(module: str, tower: str) -> Cell:
     layer = layer_of(module)
     kind = f".{module}".partition(f".{layer}.")[2] or module
-    return kind.removeprefix("self_attn.").removeprefix("mlp."), layer
+    return f"{tower} {kind.removeprefix('self_attn.').removeprefix('mlp.')}".lstrip(), layer
 
 
 def _name(pair: Json) -> str:

@@ -1,7 +1,7 @@
 """The weight of an adapter: one number, with other numbers for some layers or modules. No torch."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import isfinite
@@ -18,6 +18,7 @@ LARGEST = 1e12
 """Maximum factor: float32 ends at 3.4e38, which squares and products of such factors reach."""
 _SMALLEST_SUM = 1e-8
 _LAYER = re.compile(r"\.([0-9]{1,6})\.")
+_IN_EVERY_TOWER = frozenset({"model", "base_model", "transformer", "layers", "layer", "h", "block", "blocks"})
 _RANGE = re.compile(r"([0-9]{1,6})(?:-([0-9]{1,6}))?")
 _GLOB = re.compile(r"[\w.*?\[\]!-]{1,200}")
 
@@ -47,6 +48,31 @@ def layer_of(module: str) -> int | None:
     """The layer number of a module path: the first number in it."""
     match = _LAYER.search(f"{module}.")
     return int(match[1]) if match else None
+
+
+def tower_of(module: str) -> str:
+    """The path before the layer number, which tells a vision tower's layer 0 from a language model's; empty without a
+    layer."""
+    match = _LAYER.search(f"{module}.")
+    return module[: match.start()] if match else ""
+
+
+def tower_name(tower: str) -> str:
+    """What is particular in the path of a tower: `vision_tower.encoder` of `model.vision_tower.encoder.layers`."""
+    return ".".join(part for part in tower.split(".") if part not in _IN_EVERY_TOWER)
+
+
+def tower_labels(modules: Iterable[str]) -> dict[str, str]:
+    """A short label for the tower of each module that is in a layer: what distinguishes it from the others, empty for
+    a single tower. `model.vision_tower.encoder.layers` and `model.language_model.layers` are `vision_tower` and
+    `language_model`."""
+    towers = {tower for module in modules if (tower := tower_of(module))}
+    labels = {tower: tower_name(tower) for tower in towers}
+    different = set(labels.values())
+    if len(different) < 2:
+        return dict.fromkeys(towers, "")
+    short = {label: label.partition(".")[0] for label in different}
+    return {tower: short[own] if len(set(short.values())) == len(different) else own for tower, own in labels.items()}
 
 
 def _layers(value: object) -> tuple[int, int]:
@@ -95,6 +121,14 @@ class WeightRule(Document):
             if layer is None or not self.layers[0] <= layer <= self.layers[1]:
                 return False
         return self.modules is None or fnmatchcase(module, self.modules) or fnmatchcase(module, f"*.{self.modules}")
+
+    def towers(self, modules: Iterable[str]) -> list[str]:
+        """The towers among whose layers the rule does not choose; empty if it has no layers, names a tower, or begins
+        its glob with `*`, which means all of them."""
+        if self.layers is None or (self.modules or "").startswith("*"):
+            return []
+        towers = sorted({tower_of(module) for module in modules if self.holds(module)})
+        return towers if len(towers) > 1 else []
 
     def to_json(self) -> dict[str, Any]:
         layers = {} if self.layers is None else {"layers": f"{self.layers[0]}-{self.layers[1]}"}

@@ -233,7 +233,7 @@ def test_weights_by_module_count_in_every_weighted_number(red: LoadedAdapter, gr
 
 def test_layers_are_sums_over_their_modules(red: LoadedAdapter, green: LoadedAdapter) -> None:
     (pair,) = conflicts([red, green], [1.0, 1.0]).pairs
-    assert list(pair.layers) == [0, 1]
+    assert list(pair.layers) == [("model.layers", 0), ("model.layers", 1)]
     own = [layer.retention_b for layer in pair.layers.values()]
     assert min(own) < pair.numbers.retention_b < max(own), "a quotient of sums"
 

@@ -19,7 +19,7 @@ from composer.conflicts.metrics import PairMetrics
 from composer.conflicts.render.html import page as page_of
 from composer.conflicts.render.text import document, explanations
 from composer.conflicts.report import ConflictReport, conflicts
-from composer.conflicts.view import LEAST_SCALE, MEASURES, cell_of
+from composer.conflicts.view import LEAST_SCALE, MEASURES, cells_of
 from composer.deltas.variants.load import LoadedAdapter, load_deltas
 from composer.evaluation.model import load_model
 from composer.formats.recipes.suite import Example, Suite
@@ -184,7 +184,7 @@ def _level(report: ConflictReport, measure: str, numbers: PairMetrics) -> str:
     changed = replace(first, modules={**first.modules, module: numbers})
     tree = Tree(page(replace(report, pairs=(changed, *report.pairs[1:])))).root
     node = next(element for element in maps(tree) if f"m-{measure}" in str(element.attributes["class"]))
-    kind, layer = cell_of(module)
+    kind, layer = cells_of([module])[module]
     title = f"{'other' if layer is None else layer} {kind}: "
     return next(
         str(cell.attributes["class"]) for cell in node.find("td") if str(cell.attributes.get("title")).startswith(title)

@@ -1,6 +1,7 @@
 """Models with a language model beside other towers, whose modules have other names in memory than on disk."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,10 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 
+from composer.conflicts.report import conflicts
+from composer.conflicts.view import cells_of, maps
+from composer.deltas.variants.load import load_deltas
+from composer.errors import Mismatch
 from composer.formats.adapters.facts import read_adapter
 from composer.formats.adapters.inspection import inspect
 from composer.formats.adapters.placement.naming import (
@@ -37,6 +42,9 @@ from composer.formats.adapters.placement.result import OTHER_PATHS
 from composer.formats.adapters.serving import loads_in
 from composer.formats.checkpoints.checkpoint import Architecture, open_checkpoint
 from composer.formats.checkpoints.header import TensorSpec
+from composer.formats.recipes.weights import Weight, layer_of, parse_rule, tower_of
+from composer.methods.combine import combine_deltas
+from registry.api.pages.html.drawings import in_layers
 from tests.composer.adapted import assert_all_close, merge
 from tests.composer.formats.test_adapter import facts_of
 from tests.composer.tiny import load_model, tensors_in
@@ -190,3 +198,42 @@ def test_a_module_that_could_be_in_two_places_is_in_neither() -> None:
     names = ("language_model.model.layers.0.mlp.up_proj.weight", "layers.0.mlp.up_proj.weight")
     architecture = Architecture("", False, dict.fromkeys(names, TensorSpec("F32", (8, 8))))
     assert find_weight("model.layers.0.mlp.up_proj", "weight", architecture) == sorted(names)
+
+
+def test_a_rule_of_layers_names_its_tower_and_maps_keep_towers_apart(tmp_path: Path) -> None:
+    """Layer 0 of the vision tower is not layer 0 of the language model."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    torch.manual_seed(0)
+    llava().save_pretrained(base)
+    model = get_peft_model(llava(), LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    model.save_pretrained(str(adapter))
+    architecture = open_checkpoint(base).architecture
+    loaded = load_deltas(adapter, architecture)
+    with pytest.raises(Mismatch) as refused:
+        combine_deltas([loaded], [Weight(1.0, (parse_rule("0=0"),))])
+    assert refused.value.code == "rule_ambiguous"
+    assert all(tower in str(refused.value) for tower in {tower_of(delta.module) for delta in loaded.deltas})
+    left = {
+        rule: {delta.module for delta in combine_deltas([loaded], [Weight(1.0, (parse_rule(rule),))]).deltas}
+        for rule in ("0/*vision_tower*=0", "0/*=0")
+    }
+    everything = {delta.module for delta in loaded.deltas}
+    assert len(everything) == 8
+    assert {module for module in everything if ".layers.0." in module and "vision_tower" in module} == (
+        everything - left["0/*vision_tower*=0"]
+    )
+    assert everything - left["0/*=0"] == {module for module in everything if ".layers.0." in module}
+    report = conflicts([loaded, replace(loaded, name="again")], [1.0, 1.0])
+    assert len(report.pairs[0].layers) == 4
+    assert {(row["tower"], row["layer"]) for row in report.to_json()["whole"]["layers"]} == {
+        (tower_of(module), layer_of(module)) for module in everything
+    }
+    (drawn,) = maps(report.to_json(), "cosine").drawn
+    assert len(drawn.cells) == drawn.modules == 8, "no module overwrites another"
+    assert {kind for kind, _ in drawn.cells} == {
+        f"{tower} {part}_proj" for tower in ("vision_tower", "language_model") for part in "qv"
+    }
+    whisper = [f"model.{side}.layers.{layer}.self_attn.q_proj" for side in ("encoder", "decoder") for layer in (0, 1)]
+    assert set(cells_of(whisper).values()) == {(f"{side} q_proj", n) for side in ("encoder", "decoder") for n in (0, 1)}
+    assert set(in_layers(whisper).values()) == set(cells_of(whisper).values())
+    assert cells_of(["model.layers.0.self_attn.q_proj"]) == {"model.layers.0.self_attn.q_proj": ("q_proj", 0)}

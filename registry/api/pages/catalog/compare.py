@@ -8,7 +8,7 @@ from fastapi import APIRouter, Query, Request, Response
 
 from registry.api.http.request import ResourcesOf
 from registry.api.pages.html import scores
-from registry.api.pages.html.drawings import cells
+from registry.api.pages.html.drawings import cells, in_layers, modules_of
 from registry.api.pages.html.render import link, page_about, redirect
 from registry.api.pages.html.wire import PageReader, PageRoute, RepositoryOf
 from registry.api.routes.documents import releases_shown
@@ -67,7 +67,8 @@ def compare(
         rows = [releases.find(session, named, parse_version(version)) for version in wanted]
         spectra = [row.spectrum for row in rows]
         shown = releases_shown(session, actor, [row.id for row in rows])
-    sizes = [cells(spectrum, "norm") for spectrum in spectra]
+    located = in_layers(*map(modules_of, spectra))
+    sizes = [cells(spectrum, "norm", located) for spectrum in spectra]
     return page_about(
         request,
         "compare.html",

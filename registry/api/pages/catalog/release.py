@@ -14,7 +14,7 @@ from registry.api.http.threads import in_store_threads
 from registry.api.pages.catalog import answers, card
 from registry.api.pages.catalog.answers import AnswerBlock, Channels
 from registry.api.pages.html import scores
-from registry.api.pages.html.drawings import MAX_ROWS, Cell, cells, frame_of
+from registry.api.pages.html.drawings import MAX_ROWS, Cell, cells, frame_of, in_layers, modules_of
 from registry.api.pages.html.render import HEADERS, link, page_about, redirect
 from registry.api.pages.html.scores import History
 from registry.api.pages.html.wire import PageReader, PageRoute, RepositoryOf, VersionOf
@@ -53,7 +53,7 @@ class ReleasePage:
     before: ReleaseOut | None
     base_scores: Sequence[ScoreOut]
     spectrum: Mapping[str, Any] | None
-    frame: Collection[Cell]
+    frame: Collection[str]
     serving: Sequence[ChannelOut]
     moves: Sequence[MoveOut]
     answer: AnswerBlock
@@ -75,7 +75,7 @@ def show_release(
         return _to_release(resources, str(named) if version == "latest" else f"{named}:{version}")
     with resources.snapshot() as session:
         shown = _shown(session, actor, named, releases.find(session, named, parse_version(version)), channel)
-    release = shown.release
+    release, located = shown.release, in_layers(shown.frame, modules_of(shown.spectrum))
     compared = scores.lines(release.scores, shown.before.scores if shown.before else [], shown.base_scores)
     return page_about(
         request,
@@ -93,8 +93,8 @@ def show_release(
         scores=compared,
         histories=shown.histories,
         spectrum=shown.spectrum,
-        maps=_maps(shown.spectrum),
-        frame=shown.frame,
+        maps=_maps(shown.spectrum, located),
+        frame={located[module] for module in shown.frame},
         max_rows=MAX_ROWS,
         max_files=MAX_FILES,
         descendants=shown.descendants[:MAX_DESCENDANTS],
@@ -159,11 +159,21 @@ def show_modules(
     )
 
 
-def _maps(spectrum: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+def _maps(spectrum: Mapping[str, Any] | None, located: Mapping[str, Cell]) -> list[dict[str, Any]]:
     """The maps of a release: how large its change is, and how much of its rank it uses."""
     return [
-        {"id": "size", "name": "Size of the change", "unit": "Frobenius norm", "cells": cells(spectrum, "norm")},
-        {"id": "rank", "name": "Rank in use", "unit": "for 95 % of the energy", "cells": cells(spectrum, "rank_95")},
+        {
+            "id": "size",
+            "name": "Size of the change",
+            "unit": "Frobenius norm",
+            "cells": cells(spectrum, "norm", located),
+        },
+        {
+            "id": "rank",
+            "name": "Rank in use",
+            "unit": "for 95 % of the energy",
+            "cells": cells(spectrum, "rank_95", located),
+        },
     ]
 
 

@@ -3,15 +3,15 @@
 Each has a title that describes it, and a size, so that the page does not shift while it loads.
 """
 
-import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import log10
 from typing import Any
 
 from markupsafe import Markup, escape
 
-from composer.conflicts.view import LossLine
+from composer.conflicts.view import LossLine, cells_of
+from composer.formats.recipes.weights import tower_name, tower_of
 from registry.database.engine import Session
 from registry.database.tables import Base
 from registry.domain.catalog import bases
@@ -300,35 +300,38 @@ MAX_ROWS = 256
 """The most modules in the table on a release's page, 40 kB; a longer table has its own page."""
 MAX_TENSORS, MAX_KINDS = 5_000, 40
 """The most modules of a base for which a map shows which ones are adapted: a base with many experts has more."""
-_LAYER = re.compile(r"(?:^|\.)(\d+)\.(.+)")
 
 
-def cells(spectrum: Mapping[str, Any] | None, measure: str) -> dict[Cell, float]:
+def in_layers(*named: Iterable[str]) -> dict[str, Cell]:
+    """Kind and layer of each module in a layer. Kinds of several towers have the tower's name, so what is drawn side
+    by side is located together."""
+    located = cells_of([module for modules in named for module in modules])
+    return {module: (kind, layer) for module, (kind, layer) in located.items() if layer is not None}
+
+
+def modules_of(spectrum: Mapping[str, Any] | None) -> list[str]:
+    """The modules of a stored spectrum."""
+    return [row["module"] for row in spectrum["modules"]] if spectrum else []
+
+
+def cells(spectrum: Mapping[str, Any] | None, measure: str, located: Mapping[str, Cell]) -> dict[Cell, float]:
     """A measure of the modules by kind and layer, without modules outside of layers, which only the table shows."""
-    cells: dict[Cell, float] = {}
-    for module in spectrum["modules"] if spectrum else ():
-        if cell := cell_of(module["module"]):
-            cells[cell] = float(module[measure])
-    return cells
+    rows = spectrum["modules"] if spectrum else ()
+    return {cell: float(row[measure]) for row in rows if (cell := located.get(row["module"]))}
 
 
-def frame_of(session: Session, base: Base) -> set[Cell]:
+def frame_of(session: Session, base: Base) -> list[str]:
     """The matrices in a base's layers that an adapter could change; empty if there are more than a map shows."""
     if base.tensor_count > MAX_TENSORS:
-        return set()
+        return []
     tensors = bases.architecture(session, base.digest).tensors
-    matrices = (name.removesuffix(".weight") for name, spec in tensors.items() if len(spec.shape) == 2)
-    cells = {cell for cell in map(cell_of, matrices) if cell}
-    return cells if len({kind for kind, _ in cells}) <= MAX_KINDS else set()
-
-
-def cell_of(module: str) -> Cell | None:
-    """Kind and layer of a module; None for one outside of layers."""
-    match = _LAYER.search(module)
-    return (match[2].removeprefix("self_attn.").removeprefix("mlp."), int(match[1])) if match else None
+    matrices = [name.removesuffix(".weight") for name, spec in tensors.items() if len(spec.shape) == 2]
+    located = in_layers(matrices)
+    return list(located) if len({kind for kind, _ in located.values()}) <= MAX_KINDS else []
 
 
 def short(module: str) -> str:
     """A module in words: `layer 20 q_proj`."""
-    cell = cell_of(module)
-    return f"layer {cell[1]} {cell[0]}" if cell else module
+    kind, layer = cells_of([module])[module]
+    words = ("layer", str(layer), tower_name(tower_of(module)), kind)
+    return module if layer is None else " ".join(filter(None, words))
