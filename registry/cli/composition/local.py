@@ -40,8 +40,8 @@ Output = Annotated[Path, typer.Option("-o", "--output", help="A new directory.")
 Json = dict[str, Any]
 
 _RANKS = 5
-_SHOWN_APART = ("out_dir", "findings", "survival", "retention", "compressions")
 """Up to this many ranks are listed; beyond it, only the range."""
+_SHOWN_APART = ("out_dir", "findings", "survival", "retention", "compressions")
 
 
 @root.command()
