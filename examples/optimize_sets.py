@@ -119,7 +119,9 @@ def unseen(bench: Bench, combiner: Combiner, problem: SearchProblem, candidate: 
     if candidate.is_fitted:
         candidate = replace(candidate, settings={**candidate.settings, "examples": problem.searched})
     members = [Probed(own.adapter.name, own.adapter.deltas, 1.0, own.suite) for own in problem.members]
-    references = bench.references(members, [], lambda suite: problem.splits[suite.digest].confirm)
+    references = bench.references(
+        members, [], lambda suite: problem.splits[suite.digest].confirm[: problem.effort.confirm]
+    )
     combined = bench.run(candidate.key, lambda: combiner.deltas(candidate), references.rows)
     halves: list[float] = []
     for half in (slice(0, None, 2), slice(1, None, 2)):

@@ -5,7 +5,7 @@ from math import inf
 
 from composer.conflicts.advice import alike, by_weight, cancelling, near_duplicate
 from composer.conflicts.comparison import Compared, finite
-from composer.conflicts.evidence.interval import Interval, share_interval
+from composer.conflicts.evidence.interval import Interval, needed_for
 from composer.conflicts.evidence.outcome import LEAST_ANSWERED, LEAST_EXAMPLES, NOTICEABLE_NATS, Effect, Limits, Outcome
 from composer.conflicts.metrics import PairMetrics
 from composer.conflicts.rounding import Rounded
@@ -200,8 +200,16 @@ def _open(together: str, effect: Effect, limits: Limits) -> Iterator[Finding]:
             f"({_so_far(effect.loss_interval)})."
         )
         yield Finding("probe_open", Severity.NOTICE, subject, message, effect.loss)
+    if effect.answered and effect.has_few_answers and limits.answers and effect.of_answers(limits) is Verdict.OK:
+        message = (
+            f"In {together}, {effect.member} is judged by its loss alone: it answers {effect.answered} of "
+            f"{_examples(effect.examples)} of {effect.suite} exactly by itself ({effect.still_answered} of them here), "
+            f"and a share needs {LEAST_ANSWERED}."
+        )
+        yield Finding("few_answers", Severity.NOTICE, subject, message, float(effect.answered))
     if effect.of_answers(limits) is Verdict.UNDECIDED:
-        few = "" if limits.by_interval else f"; {LEAST_ANSWERED} exact matches are needed to decide"
+        least = needed_for(limits.answers)
+        few = f"; at least {least} exact matches are needed to decide" if least and effect.answered < least else ""
         message = (
             f"{start} retains {limits.answers:.0%} of its exact match on {effect.suite} "
             f"({effect.still_answered} of {effect.answered} so far{few})."
@@ -234,7 +242,7 @@ def _of_effect(together: str, effect: Effect, limits: Limits) -> Iterator[Findin
         severity = Severity.WARNING if effect.of_loss(limits) is Verdict.WARN else Severity.NOTICE
         yield Finding("probe_loss", severity, subject, message, effect.loss)
     if effect.of_answers(limits) is Verdict.WARN:
-        sure = share_interval(effect.still_answered, effect.answered)
+        sure = effect.answers_interval
         message = (
             f"In {together}, {effect.member} retains exact match on {effect.still_answered} of the {effect.answered} "
             f"examples of {effect.suite} that it answers alone ({sure.low:.0%} to {sure.high:.0%} of all)."

@@ -21,7 +21,8 @@ from composer.conflicts.evidence.bench import (
     Runner,
     not_run,
 )
-from composer.conflicts.evidence.outcome import Outcome
+from composer.conflicts.evidence.outcome import LEAST_EXAMPLES, Outcome
+from composer.conflicts.evidence.probe import Effort, grown
 from composer.errors import Mismatch, NotSupported
 from composer.evaluation.journal import JournalFile
 from composer.evaluation.measure import Measured
@@ -32,8 +33,8 @@ from composer.optimize.candidates import PLAIN_FIT, Candidate, fitted, full_spac
 from composer.optimize.combiner import Combiner, FitOn
 from composer.optimize.evolution import Evolution
 from composer.optimize.objective import LEAST_GAIN, CandidateResults, best_first, race, simplest_of_the_best
-from composer.optimize.problem import SearchProblem, Split
-from composer.optimize.report import Confirmed, OptimizeReport, Tried, choose
+from composer.optimize.problem import CONFIRM_GROWTH, SearchProblem, Split
+from composer.optimize.report import Confirmed, OptimizeReport, Tried, broken_limit, choose
 from composer.optimize.surface import Point, proposed
 
 
@@ -153,14 +154,23 @@ class _Search:
         ]
 
     def _confirmed_at_once(self, candidates: Sequence[Candidate]) -> list[Confirmed]:
-        """RegMean in two steps, with the mean beside it, on the unseen examples; empty unless every limit is kept
-        beyond doubt. In the study no search clearly beat it, and it takes a tenth of the time."""
+        """RegMean in two steps, with the mean beside it, on the unseen examples; empty unless it keeps every limit. In
+        the study no search clearly beat it, and it takes a tenth of the time."""
         plain = next((one for one in candidates if one.name == PLAIN_FIT), None)
         shown = [one for one in candidates if one.family == "mean"]
-        if plain is None or (first := self._confirmed(plain, _BEST + 1)) is None or first.verdict is not Verdict.OK:
+        if plain is None or (first := self._confirmed(plain, _BEST + 1)) is None or not self._keeps_limits(first):
             return []
         beside = [self._confirmed(one, _BEST + 1) for one in shown]
         return [first, *(one for one in beside if one is not None)]
+
+    def _keeps_limits(self, confirmed: Confirmed) -> bool:
+        """Whether losses and guards are beyond doubt, and enough of the counted answers are left. The suites may have
+        too few to prove that, which no other candidate would change."""
+        if confirmed.verdict is Verdict.OK:
+            return True
+        decided = confirmed.outcome.verdict(replace(self.limits, answers=0.0)) is Verdict.OK
+        guarded = len(confirmed.outcome.guards) == len(self.problem.other_guards)
+        return decided and guarded and not confirmed.excess and confirmed.unseen >= LEAST_EXAMPLES
 
     def _candidates(self, given: Sequence[Candidate]) -> list[Candidate]:
         """The candidates, each once, under its first name: the mean of two is half of their sum. The search decides on
@@ -292,18 +302,32 @@ class _Search:
         return CandidateResults(candidate, outcome) if outcome is not None else None
 
     def _confirmed(self, candidate: Candidate, claims: int) -> Confirmed | None:
-        """The candidate, fitted on all search examples, on the unseen ones. The intervals of `claims` candidates hold
-        together."""
+        """The candidate, fitted on all search examples, on unseen ones: more of them while it is undecided. The
+        intervals of `claims` candidates hold together."""
         if candidate.is_fitted:
             candidate = replace(candidate, settings={**candidate.settings, "examples": self.problem.searched})
-        outcome = self._outcome(candidate, lambda split: split.confirm, halves=False, claims=claims)
-        if outcome is None:
+
+        def measured(k: int) -> Outcome | None:
+            return self._outcome(candidate, lambda split: split.confirm[:k], halves=False, claims=claims)
+
+        k = self.problem.effort.confirm
+        if (first := measured(k)) is None:
             return None
+        available = max(len(split.confirm) for split in self.problem.splits.values())
+        effort = Effort(k, k * CONFIRM_GROWTH, self.limits)
+        outcome = grown(lambda more: measured(more) or first, effort, available)
         unseen = min(effect.examples for effect in (*outcome.effects, *outcome.guards))
         verdict = outcome.verdict(self.limits)
         if len(outcome.guards) < len(self.problem.other_guards):  # a guard has no unseen example
             verdict = Verdict.worst([verdict, Verdict.UNDECIDED])
-        return Confirmed(candidate=candidate, outcome=outcome, verdict=verdict, unseen=unseen)
+        return Confirmed(
+            candidate=candidate,
+            outcome=outcome,
+            verdict=verdict,
+            unseen=unseen,
+            excess=CandidateResults(candidate, outcome).excess(self.limits),
+            broken=broken_limit(outcome, self.limits),
+        )
 
     def _outcome(
         self, candidate: Candidate, chosen: Callable[[Split], tuple[Example, ...]], *, halves: bool, claims: int

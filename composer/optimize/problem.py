@@ -16,13 +16,18 @@ from composer.formats.recipes.suite import CalibrationSet, Contradiction, Exampl
 from composer.formats.recipes.weights import Weight
 from composer.optimize.evolution import require_cmaes
 
+CONFIRM_GROWTH = 8
+"""A confirmation that is undecided goes on with up to this many times as many unseen examples, as far as suites
+have them."""
+
 
 # Which examples of a suite a search may see, and which the best are confirmed on.
 #
 # No example is in both. Gates are judged on all that the search did not see: confirmation only chooses among the best.
 @dataclass(frozen=True)
 class Split:
-    """The first examples of the suite's fixed random order are for the search, later ones for the confirmation."""
+    """The first examples of the suite's fixed random order are for the search, later ones for the confirmation, which
+    begins with few of them."""
 
     suite: Suite
     search: tuple[Example, ...]
@@ -53,7 +58,7 @@ def splits(members: Sequence[Suite], guards: Sequence[Suite], search: int, confi
     seen = {suite.digest: suite.sample(min(searched, len(suite.examples) // 2)) for suite in (*members, *guards)}
     anywhere = frozenset(example for examples in seen.values() for example in examples)
     return {
-        suite.digest: Split(suite, seen[suite.digest], suite.sample(confirm, without=anywhere))
+        suite.digest: Split(suite, seen[suite.digest], suite.sample(confirm * CONFIRM_GROWTH, without=anywhere))
         for suite in (*members, *guards)
     }
 
@@ -84,10 +89,11 @@ class SearchMember:
 
 @dataclass(frozen=True)
 class SearchEffort:
-    """`search` and `confirm` are examples of each suite. The search ends after `passes` measured examples or `seconds`,
-    whichever comes first, and then confirms; the first round is always run. `evolve` is the number of weighted sums
-    that an evolution strategy tries, of whole generations. `seed` is that of fits and of the strategy. Unless it is
-    `thorough`, nothing is raced where plain RegMean is confirmed at once."""
+    """`search` and `confirm` are examples of each suite; `confirm` grows while it decides nothing. The search
+    ends after `passes` measured examples or `seconds`, whichever comes first, and then confirms; the first round is
+    always run. `evolve` is the number of weighted sums that an evolution strategy tries, of whole generations. `seed`
+    is that of fits and of the strategy. Unless it is `thorough`, nothing is raced where plain RegMean is confirmed at
+    once."""
 
     search: int = SEARCH
     confirm: int = CONFIRM

@@ -1,11 +1,12 @@
 """The result of a search, for people and for a lock."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 
 from composer.conflicts.evidence.outcome import LEAST_EXAMPLES, Limits, Outcome
 from composer.findings import Verdict
+from composer.formats.recipes.methods import Regmean
 from composer.formats.recipes.suite import Contradiction
 from composer.optimize.candidates import Candidate
 from composer.optimize.objective import CandidateResults, kept_share
@@ -14,12 +15,15 @@ from composer.optimize.objective import CandidateResults, kept_share
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Confirmed:
     """A candidate on examples that the search has not seen, at least `unseen` of each suite. The intervals of all
-    losses and rises of the confirmed candidates hold together."""
+    losses and rises of the confirmed candidates hold together. `excess` is by how much the worst value exceeds its
+    limit, sure or not, and `broken` names a limit that is surely broken."""
 
     candidate: Candidate
     outcome: Outcome
     verdict: Verdict
     unseen: int
+    excess: float = 0.0
+    broken: str = ""
 
     @property
     def worst_kept(self) -> float:
@@ -31,6 +35,7 @@ class Confirmed:
             "verdict": str(self.verdict),
             "worst_kept": self.worst_kept,
             "examples": self.unseen,
+            "broken": self.broken,
             "members": [{**effect.to_json(), "kept_share": kept_share(effect)} for effect in self.outcome.effects],
             "guards": [guard.to_json() for guard in self.outcome.guards],
         }
@@ -105,8 +110,39 @@ class OptimizeReport:
 
 
 def choose(best: Sequence[Confirmed]) -> Candidate | None:
-    """The first that breaks no limit on unseen examples. None if all do."""
-    return next((confirmed.candidate for confirmed in best if confirmed.verdict is not Verdict.WARN), None)
+    """The first of those with the best verdict on unseen examples, and of the undecided ones, of those whose measured
+    values keep the limits. Of alike fits, that in two steps is preferred to that in one. None if all are harmful."""
+    order = list(Verdict)
+    usable = [confirmed for confirmed in best if confirmed.verdict is not Verdict.WARN]
+    usable.sort(key=lambda one: (order.index(one.verdict), one.excess > 0))
+    if not usable:
+        return None
+    first = usable[0]
+    alike = [one for one in usable if (one.verdict, one.excess > 0) == (first.verdict, first.excess > 0)]
+    family = [one.candidate for one in alike if one.candidate.family == first.candidate.family]
+    return max(family, key=lambda one: _steps(one)) if first.candidate.is_fitted else first.candidate
+
+
+def _steps(candidate: Candidate) -> int:
+    settings = candidate.parsed
+    return settings.steps if isinstance(settings, Regmean) else 0
+
+
+def broken_limit(outcome: Outcome, limits: Limits) -> str:
+    """Names the member or guard that surely breaks a limit, with its value and the limit; empty if none does."""
+    return next(iter(_broken(outcome, limits)), "")
+
+
+def _broken(outcome: Outcome, limits: Limits) -> Iterable[str]:
+    victim = outcome.victim(limits)
+    if victim.of_answers(limits) is Verdict.WARN:
+        left = f"{victim.still_answered} of {victim.answered} exact matches"
+        yield f"{victim.member} keeps {left}, {limits.answers:.0%} required"
+    if victim.of_loss(limits) is Verdict.WARN:
+        yield f"{victim.member} loses {victim.loss:.2f} nats a token, {victim.limit(limits):.2f} allowed"
+    for guard in outcome.guards:
+        if guard.verdict(limits) is Verdict.WARN:
+            yield f"{guard.suite} rises {guard.rise:.2f} nats a token, {limits.guard:.2f} allowed"
 
 
 def document(report: OptimizeReport) -> dict[str, object]:
@@ -120,7 +156,8 @@ def headline(report: OptimizeReport) -> str:
         first = report.contradictions[0]
         return f"nothing was tried: {first.different} of {first.shared} shared prompts have other answers"
     if report.choice is None:
-        return f"nothing fits: no combination of {len(report.tried)} keeps the limits"
+        nearest = next((f"; in {one.candidate.name}, {one.broken}" for one in report.best if one.broken), "")
+        return f"nothing fits: no combination of {len(report.tried)} keeps the limits{nearest}"
     chosen = next(confirmed for confirmed in report.best if confirmed.candidate is report.choice)
     count, name = chosen.unseen, report.choice.name
     if chosen.verdict is Verdict.OK:

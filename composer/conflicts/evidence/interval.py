@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import atan, cos, exp, inf, lgamma, log, log1p, pi, sin, sqrt
+from math import atan, ceil, cos, exp, inf, lgamma, log, log1p, pi, sin, sqrt
 from statistics import NormalDist
 
 CONFIDENCE = 0.95
@@ -61,19 +61,23 @@ def _below(t: float, dof: int) -> float:
     return 0.5 + between / 2
 
 
-def surely_less(count: int, total: int, share: float) -> bool:
-    """Whether `count` of `total` shows that the true share is below `share`: the binomial tail is below 5 %."""
-    if not 0 < share < 1:
-        return share >= 1 and count < total
-    return _at_most(count, total, share) < 1 - CONFIDENCE
-
-
 def share_interval(count: int, total: int) -> Interval:
-    """The interval of the true share, given `count` of `total` (Clopper-Pearson, never too narrow)."""
-    tail = (1 - CONFIDENCE) / 2
+    """The interval of the true share, given `count` of `total`: each end excludes it in at most 5 % of cases.
+
+    Clopper and Pearson (Biometrika 26, 1934), never too narrow. Wilson's score interval is shorter, and its lower end
+    excludes shares near 1 too often (Brown, Cai and DasGupta, Statistical Science 16, 2001): those are judged here.
+    """
+    if not total:
+        return Interval(0.0, 1.0)
+    tail = 1 - CONFIDENCE
     high = 1.0 if count == total else _bisected(lambda share: _at_most(count, total, share) > tail)
     low = 0.0 if count == 0 else _bisected(lambda share: 1 - _at_most(count - 1, total, share) < tail)
     return Interval(low, high)
+
+
+def needed_for(share: float) -> int | None:
+    """The fewest answers that, with none lost, show that at least this share is left. None for 1: no number does."""
+    return None if share >= 1 else ceil(log(1 - CONFIDENCE) / log(share)) if share > 0 else 0
 
 
 def _bisected(below: Callable[[float], bool]) -> float:

@@ -1,14 +1,14 @@
 """The effects of a combination on its members and guards, and whether they are acceptable.
 
-Losses are judged by their intervals. Answers are judged by the share that is left, which a mean in nats cannot
-replace: of 262 adapters, half of those that kept 0.8 to 0.9 of their gain in nats kept under 22 % of their answers.
+Losses are judged by their intervals, and so is the share of answers that is left. A mean in nats cannot replace it: of
+262 adapters, half of those that kept 0.8 to 0.9 of their gain in nats kept under 22 % of their answers.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import inf
 
-from composer.conflicts.evidence.interval import Interval, interval, share_interval, surely_less
+from composer.conflicts.evidence.interval import Interval, interval, share_interval
 from composer.evaluation.measure import Measured, ratio
 from composer.findings import Verdict
 from composer.formats.recipes.policy import THRESHOLDS, Policy
@@ -17,7 +17,8 @@ LEAST_EXAMPLES = 8
 """Fewer examples never show that something is harmless: one in twelve of the study's examples fails, and four
 examples rarely include that one."""
 LEAST_ANSWERED = 8
-"""Examples that a member must answer word for word alone before the share that is left is judged."""
+"""Examples that a member must answer word for word alone before the share that is left can show that it is unharmed.
+With fewer, its loss decides."""
 COVERAGE = {8: 0.95, 16: 0.96}
 """The share of pairs in which both members' 95 % intervals held, by examples per suite (docs/methods/study.md)."""
 NOTICEABLE_NATS = 0.02
@@ -33,8 +34,8 @@ _ROUNDING_NATS = 1e-5
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
     """The limits: a member's `loss` in nats per token (with `of_gain`, a share of its gain over the base, if
-    noticeable); the least share of its `answers` that must be left, from LEAST_ANSWERED answers on (with `by_interval`,
-    once a binomial test is sure); and the rise of a `guard` in nats per token.
+    noticeable); the least share of its `answers` that must be left (with `by_interval`, an interval that contains it
+    leaves nothing open); and the rise of a `guard` in nats per token.
     """
 
     loss: float = 0.1
@@ -97,6 +98,16 @@ class Effect:
         """The share of its answers that is left; None if it gave none alone."""
         return self.still_answered / self.answered if self.answered else None
 
+    @property
+    def answers_interval(self) -> Interval:
+        """The interval of the share of its answers that is left."""
+        return share_interval(self.still_answered, self.answered)
+
+    @property
+    def has_few_answers(self) -> bool:
+        """Whether the member gives too few answers alone to judge it by them."""
+        return self.answered < LEAST_ANSWERED
+
     def limit(self, limits: Limits) -> float:
         """The largest acceptable loss, in nats per token."""
         return max(NOTICEABLE_NATS, limits.loss * (self.base - self.alone)) if limits.of_gain else limits.loss
@@ -109,15 +120,13 @@ class Effect:
         return Verdict.UNDECIDED if self.loss_interval.holds(limit) else Verdict.OK
 
     def of_answers(self, limits: Limits) -> Verdict:
-        """The verdict on the answers, by the share that is left; undecided with too few answers."""
-        if self._surely_silenced(limits):
+        """The verdict on the answers, by the interval of the share that is left. With few answers only a sure loss
+        counts."""
+        sure = self.answers_interval
+        if sure.high < limits.answers:
             return Verdict.WARN
-        if not self.answered or not limits.answers:
-            return Verdict.OK
-        too_few_left = self.still_answered < limits.answers * self.answered
-        if limits.by_interval or self.answered < LEAST_ANSWERED:
-            return Verdict.UNDECIDED if too_few_left or not limits.by_interval else Verdict.OK
-        return Verdict.WARN if too_few_left else Verdict.OK
+        decided = sure.low >= limits.answers or limits.by_interval or self.has_few_answers
+        return Verdict.OK if decided else Verdict.UNDECIDED
 
     def verdict(self, limits: Limits) -> Verdict:
         """The worst of the verdicts on loss and answers; at best undecided below LEAST_EXAMPLES examples."""
@@ -126,13 +135,10 @@ class Effect:
 
     def surely_harmed(self, limits: Limits) -> bool:
         """Whether the member is harmed so clearly that more examples would not change it."""
-        return self.of_loss(limits) is Verdict.WARN or self._surely_silenced(limits)
-
-    def _surely_silenced(self, limits: Limits) -> bool:
-        return surely_less(self.still_answered, self.answered, limits.answers)
+        return Verdict.WARN in (self.of_loss(limits), self.of_answers(limits))
 
     def to_json(self) -> dict[str, object]:
-        share = share_interval(self.still_answered, self.answered).to_json() if self.answered else None
+        share = self.answers_interval.to_json() if self.answered else None
         return {**asdict(self), "loss_interval": self.loss_interval.to_json(), "answers_interval": share}
 
     def judged_json(self, limits: Limits) -> dict[str, object]:
@@ -215,12 +221,13 @@ class Outcome:
         return any(effect.verdict(limits) is Verdict.UNDECIDED for effect in (*self.effects, *self.guards))
 
     def needs_more(self, limits: Limits) -> bool:
-        """Whether more examples would help: something is undecided, a guard rose, or lost answers may be chance. Not if
-        a member is surely harmed."""
+        """Whether more examples would help: something is undecided, a guard rose, or a member has given too few answers
+        yet to be judged by them. Not if a member is surely harmed."""
         if any(effect.surely_harmed(limits) for effect in self.effects):
             return False
         risen = any(guard.rise > limits.guard for guard in self.guards)
-        return risen or self.verdict(limits) is not Verdict.OK
+        few = any(effect.answered and effect.has_few_answers for effect in self.effects) and limits.answers > 0
+        return risen or few or self.verdict(limits) is not Verdict.OK
 
     def to_json(self, limits: Limits) -> dict[str, object]:
         return {

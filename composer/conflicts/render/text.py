@@ -9,7 +9,7 @@ from math import inf
 from typing import Any
 
 from composer.conflicts.advice import FROM_WEIGHTS, of_outcome, of_unmeasured
-from composer.conflicts.evidence.interval import Interval, share_interval
+from composer.conflicts.evidence.interval import Interval
 from composer.conflicts.evidence.outcome import COVERAGE, NOTICEABLE_NATS, Effect, Limits, Outcome, SideEffect
 from composer.conflicts.evidence.probe import ProbeResult
 from composer.conflicts.metrics import PairMetrics
@@ -111,9 +111,11 @@ def _answers_line(effect: Effect, limits: Limits) -> str:
     name = cut(effect.member)
     if not effect.answered:
         return f"{name} alone has no exact match on {_count(effect.examples, 'example')}: its loss decides"
-    share = share_interval(effect.still_answered, effect.answered)
+    share = effect.answers_interval
     kept = f"{effect.still_answered} of {effect.answered} ({share.low:.0%} to {share.high:.0%})"
     required = f", {limits.answers:.0%} required" if limits.answers else ""
+    if effect.has_few_answers and effect.of_answers(limits) is Verdict.OK:
+        required = ", too few to judge: its loss decides"
     return f"{name}: exact match retained on {kept}{required}"
 
 

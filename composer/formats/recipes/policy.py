@@ -36,11 +36,11 @@ DROPPED = frozenset({"amplified", "crowding", "sign_conflict"})
 
 MODES = {"probe_loss": "of gain", "probe_answers": "by interval"}
 """Words that may follow a threshold: `0.5 of gain` is a share of a member's gain, not nats per token; `0.5 by interval`
-fails if a binomial test is sure, not by the counted share."""
+leaves nothing open where the interval contains the threshold."""
 
 CODES = frozenset({
-    *THRESHOLDS, *HARD, "weak_evidence", "probe_open", "zero_delta", "zero_modules", "not_factors", "dropped_code",
-    "little_kept", "bf16_swallow", "f16_swallow", "tied_shared", "tied_untied",
+    *THRESHOLDS, *HARD, "weak_evidence", "probe_open", "few_answers", "zero_delta", "zero_modules", "not_factors",
+    "dropped_code", "little_kept", "bf16_swallow", "f16_swallow", "tied_shared", "tied_untied",
 })  # fmt: skip
 """The severity of the findings that a conflict report may have."""
 

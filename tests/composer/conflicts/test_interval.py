@@ -5,7 +5,7 @@ from math import inf
 import numpy as np
 import pytest
 
-from composer.conflicts.evidence.interval import Interval, interval, quantile, share_interval, surely_less
+from composer.conflicts.evidence.interval import Interval, interval, needed_for, quantile, share_interval
 
 
 @pytest.mark.parametrize(
@@ -42,29 +42,28 @@ def test_no_spread_is_no_doubt() -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "total", "share", "expected"),
+    ("count", "total", "share", "less"),
     [(0, 4, 0.5, False), (0, 5, 0.5, True), (4, 16, 0.5, True), (5, 16, 0.5, False), (0, 0, 0.5, False)],
 )
-def test_a_share_is_surely_less_where_the_binomial_tail_says_so(
-    count: int, total: int, share: float, expected: bool
+def test_a_share_is_surely_less_where_the_binomial_tail_is_below_five_percent(
+    count: int, total: int, share: float, less: bool
 ) -> None:
-    assert surely_less(count, total, share) is expected
+    assert (share_interval(count, total).high < share) is less
 
 
 def test_a_share_is_judged_from_a_hundred_thousand_examples() -> None:
-    assert surely_less(49_000, 100_000, 0.5)
-    assert not surely_less(49_900, 100_000, 0.5)
+    assert share_interval(49_000, 100_000).high < 0.5 < share_interval(49_900, 100_000).high
 
 
-def test_of_all_that_must_be_left_one_is_missing_or_none() -> None:
-    assert surely_less(15, 16, 1.0)
-    assert not surely_less(16, 16, 1.0)
-    assert not surely_less(0, 16, 0.0)
+def test_twenty_nine_answers_show_that_nine_in_ten_are_left_and_no_number_shows_it_of_all() -> None:
+    assert (needed_for(0.9), needed_for(0.5), needed_for(0.0), needed_for(1.0)) == (29, 5, 0, None)
+    assert share_interval(28, 28).low < 0.9 < share_interval(29, 29).low
+    assert share_interval(15, 16).high < 1.0 == share_interval(16, 16).high
 
 
 @pytest.mark.parametrize(
     ("count", "total", "low", "high"),
-    [(0, 10, 0.0, 0.3085), (10, 10, 0.6915, 1.0), (9, 10, 0.5550, 0.9975), (50, 100, 0.3983, 0.6017)],
+    [(0, 10, 0.0, 0.2589), (10, 10, 0.7411, 1.0), (9, 10, 0.6058, 0.9949), (50, 100, 0.4136, 0.5864)],
 )
 def test_the_interval_of_a_share_is_clopper_and_pearsons(count: int, total: int, low: float, high: float) -> None:
     share = share_interval(count, total)

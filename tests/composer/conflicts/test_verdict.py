@@ -141,7 +141,7 @@ def test_the_summary_fits_a_screen(red: LoadedAdapter, green: LoadedAdapter) -> 
     assert summary.headline == "warn, measured on 8 examples a suite in 2 s"
     assert summary.lines == (
         "red + green",
-        "red: exact match retained on 2 of 8 (3% to 65%), 90% required",
+        "red: exact match retained on 2 of 8 (5% to 60%), 90% required",
         "red loses 1.50 nats a token (1.22 to 1.78), 0.10 allowed",
         "guard general rises 0.60 nats a token (0.36 to 0.84), 0.05 allowed",
         "guard general costs 0.80 nats of general ability (base 0.70)",

@@ -26,6 +26,7 @@ from tests.composer.small_model import Load, load_adapter, save_llama, scaled
 from tests.device import DEVICE
 
 EFFORT = SearchEffort(search=4, confirm=8, thorough=True)
+QUICK = SearchEffort(search=2, confirm=2, thorough=True)
 
 
 def suite_of(loaded: LoadedModel, adapter: LoadedAdapter, topic: str, kind: Kind = "target", count: int = 16) -> Suite:
@@ -156,7 +157,9 @@ def test_if_nothing_fits_there_is_no_choice_and_the_best_are_shown(problem: Sear
     assert impossible.best
     assert {standing.verdict for standing in impossible.best} == {Verdict.WARN}
     assert "ties_svd x 0.7" in {trial.candidate.name for trial in impossible.tried}, "full space is the last resort"
-    assert str(document(impossible)["headline"]).startswith("nothing fits")
+    headline = str(document(impossible)["headline"])
+    assert re.match(r"nothing fits: no combination of \d+ keeps the limits; in .+, (red|blue) loses", headline)
+    assert headline.endswith("nats a token, -100.00 allowed")
 
 
 def test_members_that_answer_the_same_prompts_differently_are_not_searched(problem: SearchProblem) -> None:
@@ -204,7 +207,7 @@ def test_the_members_own_weights_and_rules_are_part_of_what_is_chosen(problem: S
     members = [replace(one, weight=weight) for one, weight in zip((red, blue), weights, strict=True)]
     plain = Candidate(name="plain", family="given", method="stack", factors=(1.0, 1.0))
     undone = replace(plain, name="undone", factors=(2.0, 4.0))
-    effort = SearchEffort(search=2, confirm=2)
+    effort = QUICK
     own = optimize(replace(problem, members=members, effort=effort), [undone])
     reference = optimize(replace(problem, effort=effort), [plain])
 
@@ -218,7 +221,7 @@ def test_the_members_own_weights_and_rules_are_part_of_what_is_chosen(problem: S
 @pytest.mark.long
 def test_a_rank_that_the_recipe_asks_for_holds_for_every_candidate(problem: SearchProblem) -> None:
     asked = {"rank": 3, "tied": "untie", "protect": [1]}
-    result = optimize(replace(problem, settings=asked, effort=SearchEffort(search=2, confirm=2)))
+    result = optimize(replace(problem, settings=asked, effort=QUICK))
     assert len(result.tried) > 8
     for trial in result.tried:
         assert (trial.candidate.settings["rank"], trial.candidate.settings["tied"]) == (3, "untie")
@@ -243,7 +246,7 @@ def test_adapters_of_a_tied_embedding_are_searched_as_they_are_merged(tmp_path: 
             load=lambda: loaded,
             members=members,
             limits=loose,
-            effort=SearchEffort(search=2, confirm=2),
+            effort=QUICK,
             settings=settings,
         )
     )
@@ -258,14 +261,24 @@ def test_adapters_of_a_tied_embedding_are_searched_as_they_are_merged(tmp_path: 
 
 
 def test_few_unseen_examples_confirm_nothing(problem: SearchProblem) -> None:
-    few = optimize(replace(problem, effort=SearchEffort(search=4, confirm=7)))
-    assert "not confirmed" in str(document(few)["headline"])
+    members = [
+        replace(member, suite=Suite(**{**member.suite.content, "examples": member.suite.sample(10)}))  # pyright: ignore[reportArgumentType]
+        for member in problem.members
+    ]
+    few = optimize(replace(problem, members=members, effort=SearchEffort(search=4, confirm=4)))
+    assert "not confirmed: only 6 unseen examples" in str(document(few)["headline"])
+
+
+def test_an_undecided_confirmation_goes_on_with_more_examples(problem: SearchProblem) -> None:
+    (first, *_) = optimize(replace(problem, effort=SearchEffort(search=2, confirm=4))).best
+    assert first.unseen == 8, "four decide nothing, eight do"
+    assert optimize(replace(problem, limits=Limits(loss=-100.0))).best[0].unseen == 8, "the harm is sure"
 
 
 @pytest.mark.long
 def test_what_the_recipe_says_is_a_candidate_too(problem: SearchProblem) -> None:
     own = Candidate(name="as given", family="given", method="ctm_mean", factors=(1.0, 1.0))
-    result = optimize(replace(problem, effort=SearchEffort(search=2, confirm=2)), [own])
+    result = optimize(replace(problem, effort=QUICK), [own])
     assert "as given" in {trial.candidate.name for trial in result.tried}
 
 
@@ -281,7 +294,9 @@ def test_a_search_needs_two_members(problem: SearchProblem) -> None:
 def test_a_guard_that_is_a_members_suite_or_named_twice_counts_once(problem: SearchProblem) -> None:
     (guard,) = problem.guards
     doubled = replace(
-        problem, guards=[guard, problem.members[0].suite, guard], effort=SearchEffort(search=2, confirm=2)
+        problem,
+        guards=[guard, problem.members[0].suite, guard],
+        effort=QUICK,
     )
     assert [guard.suite for guard in optimize(doubled).best[0].outcome.guards] == ["guard"]
 
@@ -290,7 +305,11 @@ def test_a_given_fit_is_scored_on_examples_that_it_has_not_seen_however_many_it_
     problem: SearchProblem, tmp_path: Path
 ) -> None:
     own = Candidate(name="own", family="given", method="regmean", factors=(1.0, 1.0), settings={"examples": 8})
-    optimize(replace(problem, effort=SearchEffort(search=2, confirm=2)), [own], journal=tmp_path / "search.jsonl")
+    optimize(
+        replace(problem, effort=QUICK),
+        [own],
+        journal=tmp_path / "search.jsonl",
+    )
     rows = [row for line in (tmp_path / "search.jsonl").read_text().splitlines()[1:] for row in json.loads(line)]
     assert {who[-4:] for who, *_ in rows if re.match(r'\["regmean",\d+,{}', who)} == {"half"}
 
@@ -300,7 +319,7 @@ def test_an_adapter_without_factors_leaves_the_methods_that_need_them_out(
 ) -> None:
     dora = scaled_dora(load)
     members = [problem.members[0], SearchMember(adapter=dora, suite=suite_of(loaded, dora, "dora"))]
-    result = optimize(replace(problem, members=members, guards=[], effort=SearchEffort(search=2, confirm=2)))
+    result = optimize(replace(problem, members=members, guards=[], effort=QUICK))
     assert result.best
     assert {"iso", "tsv"} <= result.left_out.keys()
 

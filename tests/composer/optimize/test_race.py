@@ -1,6 +1,7 @@
 """The parts of a search that need no model: splits, the race, its objective, the response surface, the journal."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -132,17 +133,27 @@ def test_a_member_that_gained_nothing_counts_as_if_it_had_gained_a_little() -> N
     assert nothing.kept == [pytest.approx(-0.1 / LEAST_GAIN)]
 
 
-def test_the_first_that_breaks_no_limit_is_chosen() -> None:
-    def confirmed(name: str, verdict: Verdict) -> Confirmed:
-        one = standing(weighted_sum(name, "sum", [1]), [0.5] * 8)
-        return Confirmed(candidate=one.candidate, outcome=one.outcome, verdict=verdict, unseen=8)
+def test_an_ok_candidate_is_chosen_before_an_undecided_one_and_two_steps_before_one() -> None:
+    def confirmed(name: str, verdict: Verdict, excess: float = 0.0, steps: int = 0) -> Confirmed:
+        candidate = weighted_sum(name, "sum", [1])
+        if steps:
+            candidate = replace(candidate, family="regmean", method="regmean", settings={"steps": steps})
+        outcome = standing(candidate, [0.5] * 8).outcome
+        return Confirmed(candidate=candidate, outcome=outcome, verdict=verdict, unseen=8, excess=excess)
 
     first, second, third = (
         confirmed("a", Verdict.WARN), confirmed("b", Verdict.UNDECIDED), confirmed("c", Verdict.OK),
     )  # fmt: skip
-    assert choose([first, second, third]) is second.candidate
+    assert choose([first, second, third]) is third.candidate
     assert choose([third, second]) is third.candidate
     assert choose([first]) is None
+    below = confirmed("below", Verdict.UNDECIDED, excess=0.1)
+    assert choose([below, second]) is second.candidate
+    assert choose([first, below]) is below.candidate
+    one, two = confirmed("one", Verdict.OK, steps=1), confirmed("two", Verdict.OK, steps=2)
+    assert choose([one, third, two]) is two.candidate
+    assert choose([third, one, two]) is third.candidate
+    assert choose([one, replace(two, verdict=Verdict.UNDECIDED)]) is one.candidate
 
 
 def test_the_surface_proposes_the_weights_where_the_worst_member_keeps_most() -> None:
