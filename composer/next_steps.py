@@ -61,6 +61,7 @@ NEXT_STEPS = {
     "no_prompts": "Give a prompt, or run only the weight checks.",
     "no_rank": "Set rank or energy.",
     "not_decomposable": "Look for NaN or far too large values with `adaptory inspect`.",
+    "not_a_guard": "Name a suite of kind guard with at least 8 examples: half of them are fitted on, the others judge.",
     "not_extractable": "Use the fine-tuned checkpoint itself: push it with --kind model.",
     "not_finite": "Train without NaN and infinity, and save again; in a combination, lower the weights.",
     "not_quantized": "Leave --dequantize out.",

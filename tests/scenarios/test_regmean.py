@@ -13,6 +13,7 @@ from transformers import LlamaForCausalLM
 
 from tests import services
 from tests.scenarios.conftest import Templates, first_releases
+from tests.scenarios.test_evaluations import write_suite
 from tests.scenarios.world import Cli, World
 
 NAMES = ("sql", "support")
@@ -212,13 +213,17 @@ def test_a_promotion_is_gated_by_what_went_into_the_release(team: Cli, tmp_path:
 
 def test_a_tamed_adapter_is_fitted_to_change_nothing_on_half_of_the_guard(team: Cli, tmp_path: Path) -> None:
     """Two gates judge it: its own task, and what it costs on the examples of the guard that it was not fitted on."""
+    team.ok("suite", "add", write_suite(tmp_path, "general", kind="guard", chat=False))
     loose = ("--set", "examples=2", "--set", "ridge=1e-6", "--set", "guard=1e-6")
-    asked = ("tame", "acme/sql", "--as", "acme/sql-tame:1.0.0", "--guard", "guard-exact", "--suite", "sql-exact")
-    done = team.json(*asked, *loose)
+    asked = ("tame", "acme/sql", "--as", "acme/sql-tame:1.0.0", "--suite", "sql-exact")
+    done = team.json(*asked, "--guard", "general", *loose)
     own, guard = done["lock"]["calibration"]
     assert (own["suite"], len(own["examples"]), guard["suite"], len(guard["examples"])) == (
-        "sql-exact", 2, "guard-exact", 3,
+        "sql-exact", 2, "general", 4,
     )  # fmt: skip
-    assert {row["suite"]: row["n"] for row in done["candidate_scores"]} == {"sql-exact": 4, "guard-exact": 3}
-    assert "guard-exact.nll within 0.15 of base" in {gate["rule"] for gate in done["gates"]}
+    assert {row["suite"]: row["n"] for row in done["candidate_scores"]} == {"sql-exact": 4, "general": 4}
+    assert "general.nll within 0.15 of base" in {gate["rule"] for gate in done["gates"]}
+    for name, why in (("sql-exact", "it is a target suite"), ("guard-exact", "it has 6 examples")):
+        refused = team(*asked, "--guard", name)
+        assert (refused.code, f"{name} cannot guard the fit: {why}." in refused.err) == (1, True)
     assert [row["repository"] for row in team.json("show", "acme/sql-tame")["inputs"]] == ["acme/sql"]

@@ -27,7 +27,7 @@ from typing import Annotated, Literal, Protocol, cast
 from pydantic import ConfigDict, FailFast, Field, Strict, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
-from composer.errors import InvalidFile
+from composer.errors import InvalidFile, Mismatch
 from composer.formats.recipes.documents import (
     LISTED,
     Document,
@@ -388,6 +388,14 @@ class CalibrationSet:
 
 GUARD_EXAMPLES = 16
 """The most examples of a guard suite to fit on."""
+LEAST_GUARD_EXAMPLES = 8
+
+
+def check_guard(name: str, kind: str, examples: int) -> None:
+    """Raises Mismatch for a suite that is no guard, or too small to both fit on it and judge by it."""
+    why = f"it is a {kind} suite" if kind != "guard" else f"it has {examples} examples"
+    if kind != "guard" or examples < LEAST_GUARD_EXAMPLES:
+        raise Mismatch("not_a_guard", f"{name} cannot guard the fit: {why}.", subject=name)
 
 
 def guard_sets(suites: Iterable[Suite]) -> list[CalibrationSet]:

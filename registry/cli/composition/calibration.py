@@ -66,10 +66,12 @@ def local_calibration(
         raise Usage("needs_examples", message, subject="--suite", next_step="Write --suite FILE once for each adapter.")
     from composer.conflicts.examine import parse_prompts
     from composer.evaluation.model import load_model
-    from composer.formats.recipes.suite import MAX_FILE_BYTES, parse_suite
+    from composer.formats.recipes.suite import MAX_FILE_BYTES, check_guard, parse_suite
 
     asked = [tuple(parse_prompts(read_text(path, MAX_FILE_BYTES), str(path))) for path in files.prompts or []]
     own, guards = (list(map(parse_suite, paths or [])) for paths in (files.suites, files.guards))
+    for suite in guards:
+        check_guard(suite.name, suite.kind, suite.count)
     calibration = calibration_of(parsed, lambda: load_model(base, device), own, asked, guards)
     return calibration and replace(calibration, base=_digest(base))
 

@@ -122,7 +122,12 @@ def tame(  # noqa: PLR0913
     publishes the result if it keeps the adapter's answers and costs at most 0.15 nats of general ability.
     """
     from composer.formats.recipes.recipe import parse_recipe, taming
+    from composer.formats.recipes.suite import check_guard
 
+    with connected() as connection:
+        for name in guard:
+            known = connection.api.get(f"/v1/suites/{name}", wire.quality.SuiteOut)
+            check_guard(known.name, known.kind, known.examples)
     content = taming(ref, into, guard, suite)
     content["base"] = base
     content["settings"] |= settings_of(set_)
