@@ -52,6 +52,7 @@ NEXT_STEPS = {
     "module_class": "Merge the adapter instead: that works on the weights alone.",
     "needs_base": "Name the base with --base.",
     "no_chat_template": "Set `chat: false` in the suite, or register the instruction-tuned base.",
+    "no_active_order": "Use sequential=true, which merges one adapter after the other.",
     "no_cuda": "Use --device cpu.",
     "no_eos": "Set eos_token in the base's tokenizer_config.json, or `ends: false` in the suite.",
     "no_examples_left": "Add examples, or fit on fewer.",

@@ -142,6 +142,9 @@ class LowRank:
 Rows = Callable[[torch.Tensor, int], torch.Tensor]
 """(W_MN, first row) -> Δ_MN: the delta for these rows of the stored matrix, in W's dtype (float32 or float64)."""
 
+RowsOn = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
+"""(W_MN, now_MN, first row) -> the delta to `now` of what was trained on W."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowwiseDelta:
@@ -152,7 +155,8 @@ class RowwiseDelta:
     factors. `reads_base`: `rows` reads W. `rescales`: two such deltas of one weight have no common order of training
     (DoRA, OFT, …). `alone`: trained on a different weight than W (KaSA), unlike any other delta. `all_rows`: all M rows
     are needed at once (a norm over a column of a transposed weight). `sets_rows`: rows that are set regardless of the
-    base; two deltas cannot both set one row. `stacked` is as in LowRank.
+    base; two deltas cannot both set one row. `rows_on`: the delta to a weight that other adapters have changed,
+    with what it computes from W (a norm) left as it is. `stacked` is as in LowRank.
     """
 
     module: str
@@ -169,6 +173,7 @@ class RowwiseDelta:
     kernel: tuple[int, ...] = ()
     twin: bool = False
     sets_rows: frozenset[int] = frozenset()
+    rows_on: RowsOn | None = None
     stacked: ExpertSlice | None = None
 
 

@@ -10,6 +10,7 @@ from typing import TypeVar, cast
 import torch
 
 from composer.deltas.delta import Additive, Delta, LowRank, Replacement, RowwiseDelta
+from composer.errors import NotSupported
 from composer.formats.recipes.methods import Elect, MethodSettings
 from composer.formats.recipes.weights import divisor
 
@@ -117,10 +118,17 @@ def times(delta: D, weight: float) -> D:
     return replace(delta, rows=lambda W_MN, begin: delta.rows(W_MN, begin) * weight)
 
 
-def one_after_the_other(steps: Sequence[Sequence[tuple[Additive, float]]]) -> RowwiseDelta:
+def one_after_the_other(steps: Sequence[Sequence[tuple[Additive, float]]], *, active: bool = False) -> RowwiseDelta:
     """The weighted deltas of one slot as one delta. Each step's deltas apply to W plus the results of the steps before,
-    as if the adapters were merged one after the other, but without rounding in between."""
+    as if the adapters were merged one after the other, but without rounding in between.
+
+    `active`: as PEFT computes adapters that are active together, and merges them together. A DoRA adapter then scales
+    what the adapters before it left, as before, but by the norms of W + s B A, not of the changed weight (PEFT 0.21,
+    DoraLinearVariant). Raises NotSupported for other deltas that read W.
+    """
     deltas = [delta for step in steps for delta, _ in step]
+    if active:
+        _refuse_other_readers(deltas)
     first, computed = deltas[0], [delta for delta in deltas if isinstance(delta, RowwiseDelta)]
 
     def rows(W_MN: torch.Tensor, begin: int) -> torch.Tensor:
@@ -128,7 +136,9 @@ def one_after_the_other(steps: Sequence[Sequence[tuple[Additive, float]]]) -> Ro
         for step in steps:
             now_MN = W_MN + added_MN
             for delta, weight in step:
-                added_MN += weight * _rows(delta, now_MN, begin)
+                scales = active and isinstance(delta, RowwiseDelta) and delta.rows_on
+                own_MN = scales(W_MN, now_MN, begin) if scales else _rows(delta, now_MN, begin)
+                added_MN += weight * own_MN
         return added_MN
 
     return RowwiseDelta(
@@ -137,6 +147,13 @@ def one_after_the_other(steps: Sequence[Sequence[tuple[Additive, float]]]) -> Ro
         begin=first.begin, layout=first.layout, kernel=first.kernel, stacked=first.stacked,
         sets_rows=frozenset[int]().union(*(delta.sets_rows for delta in computed)),
     )  # fmt: skip
+
+
+def _refuse_other_readers(deltas: Sequence[Additive]) -> None:
+    for delta in deltas:
+        if isinstance(delta, RowwiseDelta) and delta.reads_base and delta.rows_on is None:
+            message = f"sequential=active is known for DoRA only, and an adapter of another type reads {delta.weight}."
+            raise NotSupported("no_active_order", message, subject=delta.module)
 
 
 def _rows(delta: Additive, W_MN: torch.Tensor, begin: int) -> torch.Tensor:

@@ -223,7 +223,7 @@ def _in_order(slot: WeightSlot, settings: Compressed) -> RowwiseDelta:
     steps: dict[int, list[tuple[Additive, float]]] = {}
     for part, weight in zip(slot.parts, _weights(slot, settings), strict=True):
         steps.setdefault(part.adapter, []).append((part.delta, weight * settings.factor))
-    return one_after_the_other(list(steps.values()))
+    return one_after_the_other(list(steps.values()), active=settings.as_active)
 
 
 def _weights(slot: WeightSlot, settings: Compressed) -> list[float]:

@@ -12,13 +12,21 @@ def dora(module: ModuleParts) -> list[Delta]:
     A_RI, B_OR = factors(module)
     m_O, scale = module["magnitude"].flatten(), module.placed.scale
 
-    def rows(W_OI: torch.Tensor, begin: int) -> torch.Tensor:
+    def added(W_OI: torch.Tensor, begin: int) -> tuple[torch.Tensor, slice]:
         own = slice(begin, begin + len(W_OI))
-        V_OI = torch.addmm(W_OI, B_OR[own].to(W_OI), A_RI.to(W_OI), alpha=scale)
+        return torch.addmm(W_OI, B_OR[own].to(W_OI), A_RI.to(W_OI), alpha=scale), own
+
+    def rows(W_OI: torch.Tensor, begin: int) -> torch.Tensor:
+        V_OI, own = added(W_OI, begin)
         factor_O = m_O[own].to(W_OI) / torch.linalg.vector_norm(V_OI, dim=1)
         return V_OI.mul_(factor_O[:, None]).sub_(W_OI)
 
-    return [module.computed(rows)]
+    def rows_on(W_OI: torch.Tensor, now_OI: torch.Tensor, begin: int) -> torch.Tensor:
+        V_OI, own = added(W_OI, begin)
+        factor_O = m_O[own].to(W_OI) / torch.linalg.vector_norm(V_OI, dim=1)
+        return added(now_OI, begin)[0].mul_(factor_O[:, None]).sub_(now_OI)
+
+    return [module.computed(rows, rows_on=rows_on)]
 
 
 def kasa(module: ModuleParts) -> list[Delta]:

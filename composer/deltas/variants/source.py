@@ -9,7 +9,7 @@ from math import prod
 
 import torch
 
-from composer.deltas.delta import Delta, Layout, LowRank, Rows, RowwiseDelta
+from composer.deltas.delta import Delta, Layout, LowRank, Rows, RowsOn, RowwiseDelta
 from composer.deltas.stored import Factor, MappedFile
 from composer.errors import InvalidFile
 from composer.formats.adapters.config.config import AdapterConfig
@@ -81,20 +81,29 @@ class ModuleParts:
         )  # fmt: skip
 
     def computed(
-        self, rows: Rows, *, reads_base: bool = True, alone: bool = False, all_rows: bool = False
+        self,
+        rows: Rows,
+        *,
+        rows_on: RowsOn | None = None,
+        reads_base: bool = True,
+        alone: bool = False,
+        all_rows: bool = False,
     ) -> RowwiseDelta:
-        """A computed delta. `rows` maps rows of O x I to rows of O x I; a weight stored transposed passes all at
-        once."""
+        """A computed delta. `rows` and `rows_on` map rows of O x I to rows of O x I; a weight stored transposed passes
+        all at once."""
         placed, straight = self.placed, self.layout is Layout.LINEAR
 
         def turned(W_MN: torch.Tensor, begin: int) -> torch.Tensor:
             return rows(W_MN.T, 0).T
 
+        def turned_on(W_MN: torch.Tensor, now_MN: torch.Tensor, begin: int) -> torch.Tensor:
+            return W_MN if rows_on is None else rows_on(W_MN.T, now_MN.T, 0).T
+
         return RowwiseDelta(
             module=placed.module, weight=placed.weight, stored_shape=self.stored_shape,
             rows=rows if straight else turned, reads_base=reads_base, rescales=reads_base, alone=alone,
             all_rows=all_rows or not straight, tied=placed.tied, layout=self.layout, kernel=placed.shape[2:],
-            twin=placed.twin,
+            twin=placed.twin, rows_on=rows_on if straight or rows_on is None else turned_on,
         )  # fmt: skip
 
     def indices(self, part: str, below: int, own: slice = _ALL) -> torch.Tensor:

@@ -49,6 +49,13 @@ def _truth(value: object) -> bool:
     return truths[word]
 
 
+def _order(value: object) -> bool | str:
+    try:
+        return "active" if value == "active" else _truth(value)
+    except ValueError as error:
+        raise ValueError("true, false or active") from error
+
+
 def _number(expected: str, holds: Callable[[float], bool], **schema: float) -> ParsedBy:
     def parse(value: object) -> float:
         try:
@@ -89,6 +96,7 @@ def _positions(value: object) -> tuple[int, ...]:
         raise ValueError("the numbers of inputs, counted from 1: 1, or 1,3") from error
 
 
+Order = Annotated[bool | str, ParsedBy(_order, {"enum": [False, True, "active"]})]
 Truth = Annotated[bool, ParsedBy(_truth, {"type": "boolean"})]
 Share = Annotated[
     float, _number("a number above 0, at most 1", lambda number: 0 < number <= 1, exclusiveMinimum=0, maximum=1)
@@ -142,6 +150,11 @@ class MethodSettings(Document):
         return False
 
     @property
+    def as_active(self) -> bool:
+        """Whether they are applied as PEFT applies adapters that are active together."""
+        return False
+
+    @property
     def cuts(self) -> bool:
         """Whether a rank or a share of the energy is set."""
         return False
@@ -189,11 +202,17 @@ class Combined(Compressed):
 class Sum(Combined):
     """Settings of the plain sum."""
 
-    sequential: Truth = Field(False, description="Whether the adapters are applied one after the other.")
+    sequential: Order = Field(
+        False, description="Whether the adapters are applied one after the other; `active`: as PEFT's active adapters."
+    )
 
     @property
     def in_order(self) -> bool:
-        return self.sequential
+        return bool(self.sequential)
+
+    @property
+    def as_active(self) -> bool:
+        return self.sequential == "active"
 
     def to_json(self) -> dict[str, Any]:
         """All settings, without a false `sequential`, so that locks keep the digests that they had before that setting

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from peft import LoraConfig, PeftModel
+import torch
+from peft import IA3Config, LoraConfig, PeftModel
 
 from composer.errors import NotSupported
 from composer.formats.checkpoints.checkpoint import open_checkpoint
@@ -56,6 +57,41 @@ def test_a_stated_order_is_that_of_merging_one_and_then_the_other_with_peft(
     assert_all_close(merged, expected, 1e-6)
     name = next(name for name in expected if "q_proj.weight" in name or "c_attn.weight" in name)
     assert relative(load_model(tmp_path / "reversed").state_dict()[name], merged[name]) > 1e-3
+
+
+@pytest.mark.parametrize("case", ["two DoRA", "two DoRA on Conv1D", "LoRA, then DoRA"])
+def test_active_adapters_are_merged_as_peft_merges_both_at_once(
+    case: str, tmp_path: Path, make_model: MakeModel
+) -> None:
+    """PEFT takes the norms of the second from the base, when both are active and in `merge_and_unload` of both."""
+    model_type, *both = ORDERED[case]
+    base = make_model(model_type, tied=False, shard="1GB")
+    one, two = (save_adapted(base, lora(**own), tmp_path / f"{i}", seed=i) for i, own in enumerate(both))
+    model = PeftModel.from_pretrained(load_model(base), one, adapter_name="one")
+    model.load_adapter(str(two), "two")
+    model.base_model.set_adapter(["one", "two"])
+    ids = torch.arange(24).reshape(2, 12)
+    with torch.no_grad():
+        active = model.eval()(ids).logits
+    expected = model.merge_and_unload(adapter_names=["one", "two"])
+    for order in ("active", True):
+        run_merge(in_order(base, [(one, 1.0), (two, 1.0)], sequential=order), tmp_path / f"{order}", DEVICE)
+    merged = load_model(tmp_path / "active")
+    assert_all_close(merged.state_dict(), expected.state_dict(), 1e-6)
+    with torch.no_grad():
+        assert relative(merged.eval()(ids).logits, active) < 1e-5
+    name = next(name for name in expected.state_dict() if "q_proj.weight" in name or "c_attn.weight" in name)
+    apart = relative(load_model(tmp_path / "True").state_dict()[name], merged.state_dict()[name])
+    assert apart > 1e-2, "the other order of the two"
+
+
+def test_active_is_refused_where_it_is_not_known(tmp_path: Path, make_model: MakeModel) -> None:
+    base = make_model(shard="1GB")
+    dora = save_adapted(base, lora(use_dora=True), tmp_path / "dora")
+    rescaling = save_adapted(base, IA3Config(target_modules=["q_proj"], feedforward_modules=[]), tmp_path / "ia3")
+    with pytest.raises(NotSupported, match="DoRA only") as caught:
+        in_order(base, [(dora, 1.0), (rescaling, 1.0)], sequential="active")
+    assert caught.value.code == "no_active_order"
 
 
 def in_order(base: Path, adapters: list[tuple[Path, float]], **settings: object) -> MergePlan:
