@@ -1,4 +1,7 @@
-"""Deltas that scale the base: DoRA, KaSA, (IA)3, HiRA. W_OI are rows of the weight as the module uses it."""
+"""Deltas that scale or replace parts of the base: DoRA, KaSA, (IA)3, HiRA, DEFT; and BEFT.
+
+W_OI are rows of the weight as the module uses it.
+"""
 
 import torch
 
@@ -64,7 +67,35 @@ def hira(module: ModuleParts) -> list[Delta]:
     return [module.computed(rows)]
 
 
+def deft(module: ModuleParts) -> list[Delta]:
+    """Q (R - right^T W): W loses what it puts out in P's subspace, and gets R there (PEFT's DeftLinear). `relu`: Q = P,
+    right = relu(P); `qr`: both are P's orthonormal basis, in float32 as PEFT has it. PaRa has no R."""
+    P_OR, options = module.value("deft_P"), module.options
+    Q_OR = torch.linalg.qr(P_OR)[0] if options["decomposition_method"] == "qr" else P_OR
+    right_OR = Q_OR if options["decomposition_method"] == "qr" else P_OR.relu()
+    alpha, rank = float(options["alpha"]), P_OR.shape[1]
+    R_RI = None if options["para"] else module.value("deft_R") * (alpha / rank if alpha else 1.0)
+
+    def rows(W_OI: torch.Tensor, begin: int) -> torch.Tensor:
+        kept_RI = right_OR.to(W_OI).T @ W_OI
+        return Q_OR.to(W_OI) @ ((0.0 if R_RI is None else R_RI.to(W_OI)) - kept_RI)
+
+    return [module.computed(rows, all_rows=True)]
+
+
+def beft(module: ModuleParts) -> list[Delta]:
+    """b, added to the module's bias."""
+    b_M = module["beft_bias"].flatten()
+
+    def rows(W_M1: torch.Tensor, begin: int) -> torch.Tensor:
+        return b_M[begin : begin + len(W_M1), None].to(W_M1)
+
+    return [module.computed(rows, reads_base=False)]
+
+
 READERS: dict[str, Read] = {
+    "BEFT": beft,
+    "DEFT": deft,
     "IA3": ia3,
     "HIRA": hira,
 }

@@ -88,6 +88,9 @@ LLAMA_CASES: dict[str, peft.PeftConfig] = {
     "Super-Tuning": peft.SupertuningConfig(sparsity=0.9, **BOTH),
     "Super-Tuning with a pair": peft.SupertuningConfig(sparsity=0.8, select_top=False, r=3, lora_alpha=5, **BOTH),
     "SHiRA": peft.ShiraConfig(r=2, **BOTH),
+    "DEFT": peft.DeftConfig(r=3, **BOTH),
+    "DEFT, orthogonal": peft.DeftConfig(r=3, decomposition_method="qr", alpha=6, **BOTH),
+    "DEFT, PaRa": peft.DeftConfig(r=3, para=True, decomposition_method="qr", **BOTH),
     "trained tokens": peft.TrainableTokensConfig(token_indices=[7, 2, 30], target_modules=["embed_tokens"]),
 }
 ONE_OF_EACH_TYPE = one_of_each(LLAMA_CASES, lambda case: LLAMA_CASES[case].peft_type)
@@ -100,12 +103,13 @@ GPT2_CASES: dict[str, peft.PeftConfig] = {
     "VB-LoRA": peft.VBLoRAConfig(r=4, vector_length=4, num_vectors=16, topk=2, **GPT2),
     "HiRA": peft.HiraConfig(r=4, **GPT2),
     "FourierFT": peft.FourierFTConfig(n_frequency=20, **GPT2),
+    "DEFT": peft.DeftConfig(r=3, **GPT2),
     "LoRA with all biases, one of them saved twice": peft.LoraConfig(r=4, bias="all", modules_to_save=["ln_1"], **GPT2),
 }
 
 
 def test_every_type_that_is_read_has_a_case_and_a_function() -> None:
-    assert {config.peft_type.value for config in LLAMA_CASES.values()} == set(TYPES)
+    assert {config.peft_type.value for config in (*LLAMA_CASES.values(), *BIASED.values())} - {"LORA"} == set(TYPES)
     assert set(READERS) == set(TYPES) - {"TRAINABLE_TOKENS"}  # their rows are read like LoRA's
 
 
@@ -136,6 +140,7 @@ def test_a_merge_into_gpt2_equals_pefts_own(case: str, tmp_path: Path, make_mode
 BIASED: dict[str, peft.PeftConfig] = {
     "(IA)3": peft.IA3Config(target_modules=["q_proj", "v_proj", "o_proj"], feedforward_modules=["o_proj"]),
     "RoAd": peft.RoadConfig(group_size=4, target_modules=["q_proj", "v_proj"]),
+    "BEFT": peft.BeftConfig(target_modules=["q_proj", "v_proj"]),
     "VeRA with its biases": peft.VeraConfig(r=4, target_modules=["q_proj"], bias="vera_only"),
     "HRA with all biases": peft.HRAConfig(r=4, target_modules=["q_proj"], bias="all"),
     "LoHa with a saved head": peft.LoHaConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"]),

@@ -314,7 +314,6 @@ def test_unknown_settings_that_are_off_do_not_matter(make_model: MakeModel, make
         ("XLORA", "chooses by input"),
         ("OSF", "decomposition of the base"),
         ("GLORA", "changes a bias by a product with them"),
-        ("DEFT", "replaces a subspace"),
         ("LN_TUNING", "not read yet"),
         ("TOMORROW", "does not know"),
     ],

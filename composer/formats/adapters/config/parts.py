@@ -85,6 +85,23 @@ def _kronecker(shapes: Shapes, name: str) -> Size:
     return first[0], second[1]
 
 
+def deft(shapes: Shapes, options: Options, base: Size) -> Size:
+    """P (O, R) and R (R, I); with `para` (PaRa), P alone."""
+    outputs, rank = _dims(shapes, "deft_P", 2)
+    if options["para"]:
+        return outputs, base[1]
+    height, inputs = _dims(shapes, "deft_R", 2)
+    _require(rank == height, shapes, "deft_P", "deft_R")
+    return outputs, inputs
+
+
+def beft(shapes: Shapes, options: Options, base: Size) -> Size:
+    """A bias (1, O)."""
+    rows, outputs = _dims(shapes, "beft_bias", 2)
+    _require(rows == 1, shapes, "beft_bias")
+    return outputs, base[1]
+
+
 def ia3(shapes: Shapes, options: Options, base: Size) -> Size:
     """l (O, 1) scales outputs; (1, I) of a feed-forward module scales inputs."""
     rows, columns = _dims(shapes, "ia3_l", 2)

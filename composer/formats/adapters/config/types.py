@@ -22,7 +22,8 @@ class AdapterType:
     `rank` and `alpha` are the names and defaults of those settings. `submodules` are parts whose keys end in `.weight`.
     `options` maps the settings that change the result to PEFT's defaults, which have their type; those `by_module` have
     a pattern too. `ignored` settings only matter in training, or are visible in the tensors. `acts_on_bias`: the type
-    changes a bias like the outputs. `needs`: an option that must be on, and why.
+    changes a bias like the outputs; `only_bias`: it adds to the bias alone. `needs`: an option that must be on, and
+    why.
     """
 
     parts: tuple[str, ...]
@@ -38,6 +39,7 @@ class AdapterType:
     patterns: bool = False
     convolutions: bool = False
     acts_on_bias: bool = False
+    only_bias: bool = False
     needs: tuple[str, str] = ("", "")
 
 
@@ -191,6 +193,14 @@ TYPES: dict[str, AdapterType] = {
     "SHIRA": AdapterType(
         ("shira_weight", "shira_indices"), parts.shira, ignored=("r", "mask_type", "random_seed")
     ),
+    "DEFT": AdapterType(
+        ("deft_P", "deft_R"),
+        parts.deft,
+        options={"decomposition_method": "relu", "para": False, "alpha": 0.0},
+        choices={"decomposition_method": ("relu", "qr")},
+        ignored=("r", "init_scale", "deft_dropout"),
+    ),
+    "BEFT": AdapterType(("beft_bias",), parts.beft, only_bias=True),
     "TRAINABLE_TOKENS": AdapterType((), lambda shapes, options, base: base, ignored=("token_indices",)),
 }  # fmt: skip
 """The supported types. LORA is placed by placement/placement.py; TRAINABLE_TOKENS has only the tokens' rows."""
@@ -226,12 +236,11 @@ REFUSED: dict[str, str] = {
     ),
     **dict.fromkeys(("XLORA", "POLY", "LILY", "SHADOW", "MIXED", "ARROW"), _ROUTED),
     **dict.fromkeys(("OSF", "PSOFT", "ADAMSS", "TINYLORA", "FROD", "PEANUT"), _DECOMPOSED),
-    **dict.fromkeys(("LN_TUNING", "BEFT"), "it trains norms or biases themselves, which is not read yet"),
+    "LN_TUNING": "it trains norms themselves, which is not read yet",
     "WAVEFT": "the places of its coefficients are drawn from a seed and not saved",
     "GLORA": "it scales the base's weights, and changes a bias by a product with them, which is not read yet",
-    "DEFT": "it replaces a subspace of what the base's weights put out, which is not read yet",
     "BONE": "it was replaced by MiSS; PEFT converts it",
 }
 """Type -> why it cannot be merged exactly."""
-MERGED_BY_PEFT = frozenset({"LN_TUNING", "BEFT", "GLORA", "DEFT"})
+MERGED_BY_PEFT = frozenset({"LN_TUNING", "GLORA"})
 """Types that change weights, but are not supported."""

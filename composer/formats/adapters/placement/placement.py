@@ -117,8 +117,12 @@ def _place_other(placement: Placement, module: str, parts: Mapping[str, str], sh
     """Places a module of a type other than LoRA; composer.formats.adapters.config.parts defines what its parts fit."""
     kind = TYPES[placement.config.peft_type]
     own = {part: key for part, key in parts.items() if part in kind.parts}
-    target = placement.find(module, "weight", next(iter(own.values()))) if own else None
+    parameter = "bias" if kind.only_bias else "weight"
+    target = placement.find(module, parameter, next(iter(own.values()))) if own else None
     if target is None:
+        return
+    if kind.only_bias:
+        _place_bias(placement, module, target, own)
         return
     keys = {part: key for part, key in shared.items() if part in kind.shared} | own
     base, layout = placement.base_shape(target), _layout(placement, module, target, own)
@@ -150,6 +154,14 @@ def _place_other(placement: Placement, module: str, parts: Mapping[str, str], sh
             layout=layout,
         )
         _add_other(placement, placed, size, made_for)
+
+
+def _place_bias(placement: Placement, module: str, target: Target, own: Mapping[str, str]) -> None:
+    """Places a part (1, O) that is added to the module's bias."""
+    shape = placement.shape(next(iter(own.values())))
+    if len(shape) == 2 and shape[0] == 1 and placement.fits(f"{module}.bias", target, shape[1:]):
+        named = {"module": module, "parts": dict(own), "rule": target.rule}
+        placement.modules.append(PlacedModule(**named, **bias_of(target, shape[1])))
 
 
 def _add_other(placement: Placement, placed: PlacedModule, size: Size, made_for: Size) -> None:
