@@ -7,5 +7,6 @@ export/      deltas written as one PEFT adapter, of several adapters, of another
 evaluation/  suites become scores of a base with deltas active
 methods/     several adapters' deltas become one list of deltas
 deltas/      what each type of adapter adds to a weight
+checks/      whether adapters and a base belong together: one check for every command, without torch
 formats/     checkpoints, adapters and recipes as files, without torch
 """

@@ -1,12 +1,14 @@
 """Findings: single results of a check, and their verdict."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+from composer.errors import Mismatch
+
 HARD = frozenset({
     "replacement_conflict", "replacement_and_delta", "two_rescale", "changed_base", "token_conflict", "tied_weight",
-    "tied_both_sides", "vocabulary_mismatch", "shape_conflict", "not_finite",
+    "tied_both_sides", "vocabulary_mismatch", "shape_conflict", "not_finite", "tokenizers_differ",
 })  # fmt: skip
 """Codes that a merge refuses regardless of the policy."""
 _NEXT_STEPS = {
@@ -24,6 +26,18 @@ _NEXT_STEPS = {
     "token_conflict": "Leave one of the two out.",
     "vocabulary_mismatch": "Combine adapters that were trained with the same vocabulary.",
     "shape_conflict": "Combine adapters of one base. If they are, name it (--base).",
+    "contradicting_bases": (
+        "Use the base that each was trained on. If the names mean the same model, correct base_model_name_or_path."
+    ),
+    "same_adapter": "Leave one of them out, or change its weight.",
+    "tokenizers_differ": "Serve them separately, or train one of them again with the tokenizer of the other.",
+    "new_embeddings": (
+        "Train the tokens with PEFT (trainable_token_indices, or modules_to_save with the embedding), and remove the "
+        "file."
+    ),
+    "missing_modules": "Save it again from the training run, or correct target_modules.",
+    "zero_result": "Change the weights, or raise density or lambda.",
+    "f16_flushed": "Write bfloat16 or float32.",
     "zero_delta": "Leave it out, or correct its training, its lora_alpha, its weight or lambda.",
 }
 
@@ -88,3 +102,18 @@ def zero_deltas(name: str, zero: Collection[str], touched: int) -> list[Finding]
         message = f"{name} adds nothing to {len(zero)} of its {touched} modules, {min(zero)} first."
         return [Finding("zero_modules", Severity.NOTICE, name, message, float(len(zero)))]
     return []
+
+
+def refuse_errors(subject: str, findings: Sequence[Finding], *, strict: bool = False) -> None:
+    """Raises Mismatch for the first error among the findings, with the number of further errors. `strict`: warnings are
+    errors too."""
+    errors = [finding for finding in findings if finding.severity is Severity.ERROR]
+    errors += [finding for finding in findings if strict and finding.severity is Severity.WARNING]
+    if errors:
+        more = f" ({len(errors) - 1} more)" if len(errors) > 1 else ""
+        raise Mismatch(
+            errors[0].code,
+            f"{subject}: {errors[0].message}{more}",
+            subject=errors[0].subject,
+            next_step=next_step(errors[0].code, "Run `adaptory inspect` to list everything that does not fit."),
+        )

@@ -45,7 +45,7 @@ class Evidence:
     spent_s: float = 0.0
 
 
-def examine(
+def examine(  # noqa: PLR0913
     adapters: Sequence[LoadedAdapter],
     weights: Sequence[Weight | float],
     method: AnySettings | None = None,
@@ -53,10 +53,12 @@ def examine(
     evidence: Evidence | None = None,
     base: Checkpoint | None = None,
     policy: Policy | None = None,
+    base_names: Sequence[str] = (),
 ) -> ConflictReport:
     """The conflict report on the strongest available evidence: a probe, activations, or weights alone.
 
-    Adapters that cannot be combined at all are not measured. Raises what `conflicts`, `probe` and `activations` do.
+    `base_names` are the names of a registered base. Adapters that cannot be combined at all are not measured. Raises
+    what `conflicts`, `probe` and `activations` do.
     """
     how, rules, measured = method or parse_settings("stack"), policy or Policy(), None
     if evidence is not None and len(adapters) > 1 and not _blocked(adapters, weights, how):
@@ -64,7 +66,16 @@ def examine(
     names = [adapter.name for adapter in adapters]
     suites = dict(zip(names, evidence.suites, strict=False)) if evidence is not None else {}
     contradictions = contradicting_suites({name: suite for name, suite in suites.items() if suite is not None})
-    return conflicts(adapters, weights, how, evidence=measured, base=base, policy=rules, contradictions=contradictions)
+    return conflicts(
+        adapters,
+        weights,
+        how,
+        evidence=measured,
+        base=base,
+        policy=rules,
+        contradictions=contradictions,
+        base_names=base_names,
+    )
 
 
 def parse_prompts(text: str, subject: str = "prompts") -> list[str]:

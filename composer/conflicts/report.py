@@ -9,6 +9,9 @@ from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from typing import Any
 
+from composer.checks.bases import names_of
+from composer.checks.check import check
+from composer.checks.results import zero_result
 from composer.conflicts.advice import Case, EvidenceKind, Explanation, SetCase, cancelling, explain, explain_set
 from composer.conflicts.comparison import Compared, Layer, compare_all
 from composer.conflicts.evidence.activations import Activations, Directed
@@ -48,6 +51,8 @@ from composer.methods.structural import structural
 MAX_ROWS = 20_000
 """Module rows in the JSON, over all pairs. Beyond this, each pair keeps the modules with the largest shares."""
 
+_NOTHING_LEFT = 1e-9
+"""A retention below this is rounding."""
 _UNITS = {"probe": "nats per token", "activations": "strength beside the base's activations", "weights": None}
 
 
@@ -175,11 +180,13 @@ def conflicts(  # noqa: PLR0913
     base: Checkpoint | None = None,
     policy: Policy | None = None,
     contradictions: Sequence[Contradiction] = (),
+    base_names: Sequence[str] = (),
 ) -> ConflictReport:
     """Compares adapters by module, by layer and in total, from their factors. Evidence decides the risk.
 
     `weights` are the user's; the method's own factors are applied here. `contradictions` are those of the members'
-    suites, by adapter name. With `base`, the deltas are compared in size with the base weights, from sampled rows.
+    suites, by adapter name. `base_names` are the names of a registered base. With `base`, the deltas are compared in
+    size with the base weights, from sampled rows.
     Deltas without factors are left out, and a finding names them.
     Conflicts are findings, never exceptions. Raises Mismatch only for a wrong call (no adapter, a name twice, a missing
     weight, all weights 0), and whatever `combine_parsed` raises if the method cannot combine these adapters.
@@ -199,7 +206,11 @@ def conflicts(  # noqa: PLR0913
     by_prompts = of_contradictions(contradictions, rules)
     both = list(combinations(range(len(names)), 2))
     pairs = tuple(_pair(compared, indices, evidence, by_prompts, rules, settings.method) for indices in both)
-    fixed = [*hard, *of_adapters(adapters, compared, weights_of(weights)), *of_rounding(rounded), *little]
+    own_names = names_of(base.path, base.config) if base else []
+    together = check(adapters, [*base_names, *own_names])
+    nothing = [zero_result(settings.method, names)] if _is_zero(retention) else []
+    own = of_adapters(adapters, compared, weights_of(weights))
+    fixed = [*hard, *together, *nothing, *own, *of_rounding(rounded), *little]
     numbers = _Numbers(members, pairs, compared.total, fixed, contradictions, evidence)
     judged, verdict = numbers.judged(rules)
     advice = _advice(pairs, compared.total, judged, evidence, rules, settings.method)
@@ -331,6 +342,12 @@ def _retention(
     kept = retention_of(adapters, weights, settings, combined)
     little = kept.findings(settings.method, total_loss(combined.compressions))
     return kept, [replace(finding, severity=Severity.NOTICE) for finding in little]
+
+
+def _is_zero(retention: Retention) -> bool:
+    """Whether the method's result has nothing of any adapter, measured on the result."""
+    shares = [member.retention for member in retention.members]
+    return all(share is not None and abs(share) < _NOTHING_LEFT for share in shares)
 
 
 def _member(compared: Compared, index: int, kept: Retention) -> ComparedAdapter:

@@ -8,12 +8,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from composer.checks.check import check
 from composer.deltas.tensors import torch_device
 from composer.deltas.variants.load import NAME_BASE, LoadedAdapter, load_deltas
 from composer.errors import NotSupported
 from composer.evaluation.calibration import Calibration
 from composer.export.peft import PeftAdapter, peft_form, refuse_unheld, write_adapter
-from composer.findings import Finding, Severity
+from composer.findings import Finding, Severity, refuse_errors
 from composer.formats.adapters.provenance import adapter_use, files_of
 from composer.formats.adapters.tokenizers import chosen_tokenizer
 from composer.formats.checkpoints.card import CARD_FILE, made_card
@@ -63,6 +64,9 @@ def combine(  # noqa: PLR0913
     note: Mapping[str, Any] | None = None,
     calibration: Calibration | None = None,
     device: str = "auto",
+    *,
+    base_names: Sequence[str] = (),
+    strict: bool = False,
 ) -> CombineReport:
     """Writes the combination of (adapter directory, weight) pairs as one PEFT adapter in float32.
 
@@ -71,12 +75,15 @@ def combine(  # noqa: PLR0913
     differing ranks. If a rank is given, all modules have it, padded with zeros. Without an architecture, adapters are
     matched only by their own module names and shapes. A fitted method is fitted on `calibration`, with one set per
     adapter. Factors are computed on `device` (auto, cpu or cuda:N). The adapters' tokenizer is copied.
+    `base_names` are the names of the base. `strict` makes warnings errors, before anything is written.
 
     Raises NotSupported for a full-space method without a rank, for anything but a sum of expert stacks without an
     architecture, and what a merge raises.
     """
     parsed = parse_settings(method, settings)
     loaded = [load_deltas(path, architecture) for path, _ in adapters]
+    together = check(loaded, base_names)
+    refuse_errors("These adapters cannot be combined", together, strict=strict)
     tokenizer = chosen_tokenizer(None, [(adapter.name, adapter.path) for adapter in loaded]).files
     inputs = identities([*files_of(path for path, _ in adapters), *tokenizer.values()])
     if architecture is None and not _exact(parsed):
@@ -88,20 +95,13 @@ def combine(  # noqa: PLR0913
     weights = [weight for _, weight in adapters]
     combined = combine_parsed(loaded, weights, untied, observe, torch_device(device))
     kept = retention_of(loaded, weights, untied, combined)
-    form = peft_form(combined.deltas, one_rank=parsed.rank is not None)
-    note = {
-        "made": "combine",
-        "adapters": [adapter_use(path, weight).to_json() for path, weight in adapters],
-        "method": method,
-        "method_version": parsed.version,
-        "settings": parsed.to_json(),
-        "retention": kept.to_json(),
-        **({"calibration": calibration.to_json(), "calibration_base": calibration.base} if calibration else {}),
-        "note": dict(note or {}),
-    }
-    card = made_card("Adapter", [adapter.name for adapter in loaded], method, kept.words)
-    size = write_adapter(form, out_dir, _fields(loaded, form), note, inputs, {**tokenizer, CARD_FILE: card})
     little = kept.findings(method, total_loss(combined.compressions))
+    findings = (*together, *combined.findings, *_dropped_copies(loaded), *little)
+    refuse_errors("This is not combined", findings, strict=strict)
+    form = peft_form(combined.deltas, one_rank=parsed.rank is not None)
+    made = {**_made(adapters, parsed, calibration), "retention": kept.to_json(), "note": dict(note or {})}
+    card = made_card("Adapter", [adapter.name for adapter in loaded], method, kept.words)
+    size = write_adapter(form, out_dir, _fields(loaded, form), made, inputs, {**tokenizer, CARD_FILE: card})
     return CombineReport(
         out_dir=str(out_dir),
         modules=len(form.wrapped),
@@ -109,7 +109,7 @@ def combine(  # noqa: PLR0913
         replacements=len(form.replacements),
         size_bytes=size,
         compressions=tuple(combined.compressions),
-        findings=(*combined.findings, *_dropped_copies(loaded), *little),
+        findings=findings,
         retention=kept,
         fit=combined.fit,
     )
@@ -120,6 +120,20 @@ def _fields(loaded: Sequence[LoadedAdapter], form: PeftAdapter) -> dict[str, Any
     fields = {name: loaded[0].config.raw.get(name) for name in _SHARED_FIELDS}
     fields["fan_in_fan_out"] = any(adapter.config.fan_in_fan_out for adapter in loaded)
     return fields | _short_targets(loaded, form)
+
+
+def _made(
+    adapters: Sequence[tuple[Path, Weight | float]], settings: AnySettings, calibration: Calibration | None
+) -> dict[str, Any]:
+    """What the adapter is made of and how, for its note."""
+    return {
+        "made": "combine",
+        "adapters": [adapter_use(path, weight).to_json() for path, weight in adapters],
+        "method": settings.method,
+        "method_version": settings.version,
+        "settings": settings.to_json(),
+        **({"calibration": calibration.to_json(), "calibration_base": calibration.base} if calibration else {}),
+    }
 
 
 def refuse_uncombinable(

@@ -5,9 +5,11 @@ GIL. W, left and right are as stored on disk. Shapes: M rows, N columns, R rank.
 """
 
 import threading
-from collections.abc import Generator, Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -210,6 +212,47 @@ def _common(chunk: Chunk, begin: int, rows: int) -> tuple[slice, slice] | None:
     return slice(first - chunk.begin, last - chunk.begin), slice(first - begin, last - begin)
 
 
+@dataclass(slots=True)
+class Measured:
+    """What rewriting did to values, counted over all of them, from any number of threads. `changed` is True once one
+    differs from the base's in the output's dtype; `flushed` counts by tensor those that float16 made zero."""
+
+    changed: bool = False
+    flushed: Counter[str] = field(default_factory=Counter[str])
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def see(self, chunk: Chunk, W_MN: torch.Tensor, out_MN: torch.Tensor) -> None:
+        """Compares a chunk's rows of the base with those to be written; a comparison for most merges, since later ones
+        cannot change the answer. A replaced tensor counts as changed."""
+        if not self.changed and (chunk.work.changed or chunk.work.replacement is not None):
+            replaced = chunk.work.replacement is not None
+            self.changed = replaced or not torch.equal(W_MN.to(out_MN.dtype), out_MN)
+
+    def count_flushed(self, chunk: Chunk, exact_MN: torch.Tensor, rounded_MN: torch.Tensor) -> None:
+        """Counts the values that are zero only in the output: rounding leaves zero as it is."""
+        if rounded_MN.dtype is torch.float16 and exact_MN.dtype is not torch.float16:
+            lost = int(exact_MN.count_nonzero()) - int(rounded_MN.count_nonzero())
+            with self._lock:
+                self.flushed[chunk.work.plan.target.name] += lost
+
+    def add(self, other: "Measured") -> None:
+        """Adds what was measured elsewhere."""
+        with self._lock:
+            self.changed = self.changed or other.changed
+            self.flushed += other.flushed
+
+    def of(self, names: Collection[str]) -> dict[str, Any]:
+        """The measurements as JSON, with the counts of these tensors."""
+        with self._lock:
+            counts = {name: count for name, count in self.flushed.items() if count and name in names}
+            return {"changed": self.changed, "flushed": counts}
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> "Measured":
+        """Parses `of`. Results of before 0.3 have nothing: they count as changed."""
+        return cls(bool(row.get("changed", True)), Counter({str(k): int(v) for k, v in row.get("flushed", {}).items()}))
+
+
 class Rewriter:
     """Computes chunks on one device. Each thread keeps its own buffers (fresh ones cost a page fault per 4 kB); on CUDA
     they are pinned and each thread has its own stream, so that copies overlap with other threads' work. One thread
@@ -220,6 +263,7 @@ class Rewriter:
     def __init__(self, device: torch.device, rounding: Rounding) -> None:
         self.device = device
         self.rounding = rounding
+        self.measured = Measured()
         self._local = threading.local()
 
     @torch.inference_mode()
@@ -235,6 +279,7 @@ class Rewriter:
         finite = self._on_cpu(chunk, W_MN, out_MN) if self.device.type == "cpu" else self._on_gpu(chunk, W_MN, out_MN)
         if not finite:
             raise _not_finite(target, W_MN)
+        self.measured.see(chunk, W_MN, out_MN)
         return out_MN
 
     def _source(self, chunk: Chunk, source: StoredFile) -> torch.Tensor:
@@ -249,6 +294,7 @@ class Rewriter:
     def _on_cpu(self, chunk: Chunk, W_MN: torch.Tensor, out_MN: torch.Tensor) -> bool:
         if not chunk.work.changed and self._is_plain(W_MN, out_MN):
             out_MN.copy_(W_MN)
+            self.measured.count_flushed(chunk, W_MN, out_MN)
             return all_finite(out_MN)
         sum_MN = self._buffer("sum", W_MN.shape, _accumulator(W_MN.dtype))
         sum_MN.copy_(W_MN)
@@ -262,6 +308,7 @@ class Rewriter:
     def _rounded(self, chunk: Chunk, sum_MN: torch.Tensor, out_MN: torch.Tensor) -> bool:
         """Rounds a sum on the CPU into `out_MN`, and returns whether all of it is finite."""
         round_into(self.rounding, out_MN, sum_MN, chunk.work.plan.target.name, chunk.first_element)
+        self.measured.count_flushed(chunk, sum_MN, out_MN)
         return _fits(sum_MN, out_MN.dtype) or all_finite(out_MN)
 
     def _on_gpu(self, chunk: Chunk, W_MN: torch.Tensor, out_MN: torch.Tensor) -> bool:
@@ -273,6 +320,7 @@ class Rewriter:
             if self.rounding.mode is Mode.NEAREST or (not chunk.work.changed and self._is_plain(W_MN, out_MN)):
                 rounded_MN = sum_MN.to(out_MN.dtype)
                 out_MN.copy_(rounded_MN, non_blocking=True)
+                self.measured.count_flushed(chunk, sum_MN, rounded_MN)
                 return all_finite(rounded_MN)
             exact_MN = self._buffer("sum", W_MN.shape, sum_MN.dtype).copy_(sum_MN, non_blocking=True)
         return self._rounded(chunk, exact_MN, out_MN)

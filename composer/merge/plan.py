@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
@@ -12,15 +12,15 @@ from typing import Any, TypeGuard, cast
 
 import torch
 
+from composer.checks.bases import names_of
+from composer.checks.check import check
 from composer.deltas.delta import Delta, Replacement, RowwiseDelta
 from composer.deltas.stored import stored_tensor
 from composer.deltas.tensors import TORCH_DTYPES, torch_device
 from composer.deltas.variants.load import LoadedAdapter, load_deltas
 from composer.errors import Mismatch, NotSupported
-from composer.findings import Finding
-from composer.formats.adapters.placement.missing import CODE as MISSING_MODULES
+from composer.findings import Finding, refuse_errors
 from composer.formats.adapters.placement.naming import TIED_HEAD, is_head
-from composer.formats.adapters.placement.result import OTHER_PATHS
 from composer.formats.adapters.provenance import AdapterUse, adapter_use, files_of
 from composer.formats.checkpoints.checkpoint import INDEX_FILE, Checkpoint, contained
 from composer.formats.checkpoints.files import LocalFile, StoredFile, read_range
@@ -34,7 +34,7 @@ from composer.formats.checkpoints.header import (
     parse_header,
 )
 from composer.formats.checkpoints.renames import stored_name
-from composer.formats.checkpoints.staging import side_files
+from composer.formats.checkpoints.side_files import side_files
 from composer.formats.checkpoints.tying import embedding_tensors, head_tensors
 from composer.formats.recipes.methods import parse_settings
 from composer.formats.recipes.rounding import Rounding
@@ -50,8 +50,6 @@ from composer.methods.retention import Retention, retention_of
 from composer.methods.spectral import Compression
 
 _DTYPES = {"bf16": "BF16", "bfloat16": "BF16", "fp16": "F16", "float16": "F16", "fp32": "F32", "float32": "F32"}
-_REPORTED = {OTHER_PATHS, MISSING_MODULES, "no_prefix", "pattern_unused", "raw_keys"}
-"""Findings about an adapter's keys that a merge reports too: losses, and keys that other tools read differently."""
 _BYTES_VERSION = 8  # raised when the same inputs result in different bytes, so that no merge resumes an older version's
 
 
@@ -59,7 +57,7 @@ _BYTES_VERSION = 8  # raised when the same inputs result in different bytes, so 
 class MergePlan:
     """Everything a merge will do, decided before a byte is written. `inputs` are the files that determine its bytes, as
     they were then. `retention` computes what is kept of each adapter, once. `compressions` have each module's loss
-    where the method cuts to a rank."""
+    where the method cuts to a rank. `strict`: a warning about the result ends the merge before the output appears."""
 
     checkpoint: Checkpoint
     shards: tuple[ShardPlan, ...]
@@ -74,6 +72,7 @@ class MergePlan:
     retention: Callable[[], Retention]
     compressions: tuple[Compression, ...] = ()
     rounding: Rounding = field(default_factory=Rounding)
+    strict: bool = False
 
     @property
     def touched(self) -> list[str]:
@@ -116,14 +115,13 @@ def plan_merge(  # noqa: PLR0913
     device: str = "auto",
     *,
     tokenizer_as_before: bool = False,
+    strict: bool = False,
 ) -> MergePlan:
     """Plans the merge of (adapter directory, weight) pairs into a checkpoint. Reads the adapters' factors, and a few
-    rows of the base only if an adapter was trained on a quantized base. A method that computes factors does so on
-    `device`, as `run_merge` has it.
-
+    rows of the base only if an adapter was trained on a quantized base. Methods compute factors on `device`.
     `dtype` (bf16, fp16, fp32) casts every float tensor; None keeps each tensor's own. `rounding` defaults to the
-    nearest value. `tokenizer_as_before` is for a merge whose note names no tokenizer. Raises Mismatch, NotSupported or
-    InvalidFile for anything that cannot be merged faithfully.
+    nearest value. `tokenizer_as_before` is for a merge whose note names no tokenizer. `strict` makes warnings errors.
+    Raises Mismatch, NotSupported or InvalidFile for anything that cannot be merged faithfully.
     """
     parsed, stored_dtype = parse_settings(method, settings), _stored_dtype(dtype)
     source = dequantized(checkpoint)
@@ -135,36 +133,48 @@ def plan_merge(  # noqa: PLR0913
     with ThreadPoolExecutor(1, "hash") as hashing:
         uses = [hashing.submit(adapter_use, path, weight) for path, weight in adapters]
         read = [load_deltas(path, vocabulary.architecture) for path, _ in adapters]
+    together = _together(checkpoint, read, as_before=tokenizer_as_before, strict=strict)
     beside = planned_side_files(checkpoint.path, read, vocabulary, as_before=tokenizer_as_before)
     inputs |= identities(beside.files.values())
     loaded = [with_new_rows(checkpoint, _tokens_on_own_head(checkpoint, adapter), vocabulary) for adapter in read]
-    for adapter in loaded:
-        _refuse_changed_base(checkpoint, adapter)
+    _refuse_changed_bases(checkpoint, loaded)
     weights = [weight for _, weight in adapters]
     combined = combine_parsed(loaded, weights, parsed, device=torch_device(device))
     head = _untied_head(checkpoint, loaded) if combined.tied == "untie" else None
     deltas = _by_tensor(checkpoint, combined.deltas, head)
     refuse_uneven(vocabulary, deltas, head)
     layout = _Layout(
-        checkpoint=checkpoint, dequantized=source, deltas=deltas, head=head,
-        dtype=stored_dtype, vocabulary=vocabulary.rows,
+        checkpoint=checkpoint, dequantized=source, deltas=deltas, head=head, dtype=stored_dtype,
+        vocabulary=vocabulary.rows,
     )  # fmt: skip
-    untied = head is not None or checkpoint.own_head is not None
+    findings = (*together, *combined.findings, *beside.findings, *quantized_bases(checkpoint, loaded))
+    refuse_errors("This is not merged", findings, strict=strict)
     return MergePlan(
         checkpoint=checkpoint,
         shards=_plan_shards(layout),
-        config=_config(source.config, untied, dtype, vocabulary.rows),
+        config=_config(source.config, bool(head or checkpoint.own_head), dtype, vocabulary.rows),
         dtype=dtype,
         method=method,
         settings=parsed.with_tied(combined.tied).to_json(),
         adapters=tuple(use.result() for use in uses),
-        findings=(*combined.findings, *_reported(loaded), *beside.findings, *quantized_bases(checkpoint, loaded)),
+        findings=findings,
         inputs=inputs,
         side_files=beside,
         retention=cache(partial(retention_of, loaded, weights, parsed, combined)),
         compressions=tuple(combined.compressions),
         rounding=rounding or Rounding(),
+        strict=strict,
     )
+
+
+def _together(
+    checkpoint: Checkpoint, adapters: Sequence[LoadedAdapter], *, as_before: bool, strict: bool
+) -> list[Finding]:
+    """The findings of the check. Merges of before could have adapters with different tokenizers."""
+    findings = check(adapters, names_of(checkpoint.path, checkpoint.config))
+    findings = [finding for finding in findings if not (as_before and finding.code == "tokenizers_differ")]
+    refuse_errors("These adapters cannot be merged", findings, strict=strict)
+    return findings
 
 
 def _stored_dtype(dtype: str | None) -> str | None:
@@ -173,10 +183,6 @@ def _stored_dtype(dtype: str | None) -> str | None:
             "dtype", f"Unknown output dtype {dtype!r}.", subject=dtype, next_step=f"Use one of {', '.join(_DTYPES)}."
         )
     return None if dtype is None else _DTYPES[dtype]
-
-
-def _reported(loaded: Sequence[LoadedAdapter]) -> Iterator[Finding]:
-    return (finding for adapter in loaded for finding in adapter.placed.findings if finding.code in _REPORTED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -304,6 +310,11 @@ def _tokens_on_own_head(checkpoint: Checkpoint, adapter: LoadedAdapter) -> Loade
 
 def _sets_tokens(delta: Delta) -> TypeGuard[RowwiseDelta]:
     return isinstance(delta, RowwiseDelta) and bool(delta.sets_rows)
+
+
+def _refuse_changed_bases(checkpoint: Checkpoint, adapters: Sequence[LoadedAdapter]) -> None:
+    for adapter in adapters:
+        _refuse_changed_base(checkpoint, adapter)
 
 
 def _refuse_changed_base(checkpoint: Checkpoint, adapter: LoadedAdapter) -> None:

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from composer.checks.results import flushed_to_zero, unchanged_result
 from composer.deltas.tensors import torch_device
-from composer.findings import Finding
+from composer.findings import Finding, refuse_errors
 from composer.formats.checkpoints.card import CARD_FILE, made_card
 from composer.formats.checkpoints.checkpoint import INDEX_FILE
 from composer.formats.checkpoints.hashing import architecture_digest, refuse_changed
@@ -77,8 +78,9 @@ def run_merge(
     bytes just done, `plan.size_bytes` in total, and may raise Interrupted. `note` (a recipe, a lock) goes into
     adaptory.json.
 
-    Raises RefusedOutput for a directory that exists or is being written, a full disk, inputs modified meanwhile, a
-    value too large for the output dtype, or a result that fails verification.
+    Raises Mismatch for a warning about the result if the plan is strict; RefusedOutput for a directory that exists or
+    is being written, a full disk, inputs modified meanwhile, a value too large for the output dtype, or a result that
+    fails verification.
     """
     started = time.monotonic()
     chosen = torch_device(device)
@@ -86,6 +88,7 @@ def run_merge(
         journal = ShardJournal(staging)
         written = write_shards(plan.shards, journal, Rewriter(chosen, plan.rounding), progress)
         refuse_changed(plan.inputs)
+        refuse_errors("This is not merged", findings_of(plan, written), strict=plan.strict)
         # Last, since shards have their full size from the start: without these, nothing loads an incomplete merge.
         write_texts(plan, staging, note, written.survivals)
         journal.close()
@@ -108,8 +111,6 @@ def write_texts(
 
 def report_of(plan: MergePlan, written: Written, out_dir: str, seconds: float, device: torch.device) -> MergeReport:
     """The report of a plan that was written."""
-    kept, lost = plan.retention(), total_loss(plan.compressions)
-    dtypes = {tensor.target.name: tensor.target.dtype for shard in plan.shards for tensor in shard.tensors}
     return MergeReport(
         out_dir=out_dir,
         touched_tensors=len(plan.touched),
@@ -121,10 +122,21 @@ def report_of(plan: MergePlan, written: Written, out_dir: str, seconds: float, d
         seconds=seconds,
         device=str(device),
         survival=total(written.survivals.values()),
-        findings=(*find_lost(written.survivals, dtypes, plan.rounding), *kept.findings(plan.method, lost)),
-        retention=kept,
+        findings=tuple(findings_of(plan, written)),
+        retention=plan.retention(),
         compressions=plan.compressions,
     )
+
+
+def findings_of(plan: MergePlan, written: Written) -> list[Finding]:
+    """The findings on what was written: deltas that rounding loses, values that float16 makes zero, and a result that
+    equals the base."""
+    dtypes = {tensor.target.name: tensor.target.dtype for shard in plan.shards for tensor in shard.tensors}
+    lost = [*find_lost(written.survivals, dtypes, plan.rounding), *flushed_to_zero(written.measured.flushed)]
+    known = any(finding.code == "zero_result" for finding in plan.findings)
+    if plan.touched and not written.measured.changed and not known:
+        lost.append(unchanged_result(plan.method, len(plan.touched)))
+    return [*lost, *plan.retention().findings(plan.method, total_loss(plan.compressions))]
 
 
 def index_of(plan: MergePlan) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from types import TracebackType
 from composer.deltas.tensors import tensor_bytes, torch_threads
 from composer.formats.checkpoints.files import OpenFile, StoredFile, local_file
 from composer.formats.checkpoints.header import read_header
-from composer.merge.chunks import Chunk, Rewriter, TensorPlan, TensorWork, chunks_of, prepare
+from composer.merge.chunks import Chunk, Measured, Rewriter, TensorPlan, TensorWork, chunks_of, prepare
 from composer.merge.copying import CopiedRange, clone_file, copied_ranges, copy_range, equal, pieces
 from composer.merge.io.journal import ShardJournal
 from composer.merge.io.output_file import OutputFile
@@ -105,13 +105,15 @@ class ShardPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Written:
-    """`resumed_bytes` belong to shards that an earlier run had finished; `survivals` are by tensor name."""
+    """`resumed_bytes` belong to shards that an earlier run had finished; `survivals` are by tensor name, and `measured`
+    covers every value that was rewritten, in all runs."""
 
     copied_bytes: int
     rewritten_bytes: int
     resumed_bytes: int
     verified_rows: int
     survivals: dict[str, RoundingLoss]
+    measured: Measured
 
 
 class _Countdown:
@@ -139,6 +141,9 @@ def write_shards(
     Raises what a job raises, once the running ones end.
     """
     survivals: dict[str, RoundingLoss] = {}
+    for shard in shards:
+        if journal.holds(shard.file):
+            rewriter.measured.add(Measured.from_json(journal.measured(shard.file)))
     resumed = sum(shard.size_bytes for shard in shards if journal.holds(shard.file))
     with ExitStack() as stack:
         # Closed after the stages have ended: a closed descriptor may be reused while a job still writes to it.
@@ -169,6 +174,7 @@ def write_shards(
         resumed_bytes=resumed,
         verified_rows=sum(loss.rows for loss in survivals.values()),
         survivals={name: survivals[name] for name in changed if name in survivals},
+        measured=rewriter.measured,
     )
 
 
@@ -252,4 +258,5 @@ class _ShardRun:
             raise unconfirmed(self.shard.file, "its header is not the planned one")
         if self.target.fresh:
             os.fsync(self.target.file)
-            self.journal.finish(path)
+            own = {tensor.target.name for tensor in self.shard.tensors}
+            self.journal.finish(path, self.rewriter.measured.of(own))

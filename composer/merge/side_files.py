@@ -10,7 +10,7 @@ from composer.errors import Mismatch
 from composer.findings import Finding, Severity
 from composer.formats.adapters.tokenizers import ChosenTokenizer, Tokenizer, chosen_tokenizer, read_tokenizer
 from composer.formats.checkpoints.checkpoint import contained
-from composer.formats.checkpoints.staging import side_files
+from composer.formats.checkpoints.side_files import side_files
 from composer.merge.grown import Vocabulary
 
 _LISTED = 5

@@ -59,7 +59,7 @@ class Sink(Protocol):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamedShard:
     """A shard that a sink has received completely. `survivals` are by tensor; `tensor_hashes` has the sha256 of each of
-    the base's tensors that were read with it."""
+    the base's tensors that were read with it. `measured` is what `Measured` counted, as JSON."""
 
     file: str
     sha256: str
@@ -68,13 +68,14 @@ class StreamedShard:
     rewritten_bytes: int
     survivals: Mapping[str, RoundingLoss]
     tensor_hashes: Mapping[str, str]
+    measured: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> "StreamedShard":
-        known = {name: row[name] for name in cls.__dataclass_fields__}
+        known = {name: row[name] for name in cls.__dataclass_fields__ if name in row}
         survivals = {name: RoundingLoss(**survival) for name, survival in row["survivals"].items()}
         return cls(**{**known, "survivals": survivals})
 
@@ -350,6 +351,7 @@ class _Stream:
             rewritten_bytes=self._position - self._copied,
             survivals=self._survivals,
             tensor_hashes={name: digest.hexdigest() for name, digest in self._hashes.items()},
+            measured=self._rewriter.measured.of({tensor.target.name for tensor in shard.tensors}),
         )
 
     def _start(self, spans: list[_Span]) -> _Batch:

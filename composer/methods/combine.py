@@ -11,12 +11,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from composer.checks.results import zero_result
 from composer.deltas.delta import Additive, Delta, LowRank, Replacement, RowwiseDelta, names_of, spilled
 from composer.deltas.stored import SpillFile
 from composer.deltas.tensors import CPU, torch_threads, workers_on
-from composer.deltas.variants.load import LoadedAdapter, refuse_errors
+from composer.deltas.variants.load import LoadedAdapter
 from composer.errors import Mismatch
-from composer.findings import Finding, zero_deltas
+from composer.findings import Finding, refuse_errors, zero_deltas
 from composer.formats.adapters.facts import WEIGHTS_FILE
 from composer.formats.checkpoints.hashing import hash_file
 from composer.formats.recipes.methods import (
@@ -31,7 +32,7 @@ from composer.formats.recipes.methods import (
     parse_settings,
 )
 from composer.formats.recipes.weights import Weight, divisor, weights_of
-from composer.methods.effect import Tally
+from composer.methods.effect import Tally, adds_nothing
 from composer.methods.parity import Parity
 from composer.methods.pipeline import Selections, SlotDelta, WeightSlot, combine_slot, computes, prepared
 from composer.methods.protect import TOGETHER, drop_pages_of, project_out_protected
@@ -103,7 +104,8 @@ def combine_parsed(
     tally, names = Tally(settings.factor), [adapter.name for adapter in loaded]
     if isinstance(settings, PeftCombination):
         made = _like_peft(loaded, slots, settings, tally, device)
-        deltas, findings = [*replaced, *(delta for delta, _ in made)], findings + tally.findings(names)
+        deltas = [*replaced, *(delta for delta, _ in made)]
+        findings += [*tally.findings(names), *_of_result(settings.method, deltas, loaded)]
         return CombinedDeltas(deltas, [lost for _, lost in made if lost is not None], findings, tied)
     with torch_threads(1), ThreadPoolExecutor(workers_on(device), "combine") as pool:
         if isinstance(settings, Magnitude) and settings.scope == "model":  # otherwise prepared in turn and released
@@ -118,8 +120,12 @@ def combine_parsed(
     deltas = [*replaced, *(delta for own, _ in results for delta in own)]
     if tied == "untie":
         deltas += [for_head(delta, heads[delta.weight]) for delta in deltas if delta.weight in heads]
-    findings += tally.findings(names)
+    findings += [*tally.findings(names), *_of_result(settings.method, deltas, loaded)]
     return CombinedDeltas(deltas, compressions, findings, tied, fitted.report if fitted else None)
+
+
+def _of_result(method: str, deltas: Sequence[Delta], loaded: Sequence[LoadedAdapter]) -> list[Finding]:
+    return [zero_result(method, [adapter.name for adapter in loaded])] if adds_nothing(deltas) else []
 
 
 def _fitted(

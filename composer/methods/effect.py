@@ -5,13 +5,17 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from math import isinf
 
-from composer.deltas.delta import NOTHING, LowRank
+from composer.deltas.delta import NOTHING, Delta, LowRank
+from composer.deltas.lowrank import Grams
 from composer.findings import Finding, Severity, zero_deltas
 from composer.formats.recipes.methods import MethodSettings
 from composer.methods.pipeline import SlotDelta, WeightSlot, cancelled
 
 _MOST_RESTORED = 10.0
 """Pico may restore the norm of a sum by this factor without a finding. Inputs that do not cancel need about 1."""
+
+_CANCELS = 1e-12
+"""Relative to the sum of absolute products: a squared norm of at most this is rounding in float64."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +66,23 @@ class Tally:
             )
             findings.append(Finding("restored_norm", Severity.WARNING, worst, message, large[worst]))
         return findings
+
+
+def adds_nothing(deltas: Sequence[Delta]) -> bool:
+    """Whether the deltas of every weight add up to zero, beyond the rounding of their factors. Stops at the first one
+    that does not. False for deltas without factors, whose entries are computed when they are added."""
+    slots: dict[tuple[str, int], list[LowRank]] = defaultdict(list)
+    for delta in deltas:
+        if not isinstance(delta, LowRank):
+            return False
+        slots[delta.weight, delta.begin].append(delta)
+    return bool(slots) and all(map(_add_up_to_nothing, slots.values()))
+
+
+def _add_up_to_nothing(deltas: Sequence[LowRank]) -> bool:
+    grams = Grams.of(deltas)
+    products_RR = grams.outputs * grams.inputs
+    return float(products_RR.sum()) <= _CANCELS * float(products_RR.abs().sum())
 
 
 def _vanishes(delta: LowRank, factor: float) -> bool:

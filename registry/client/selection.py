@@ -23,6 +23,7 @@ from registry.formats.pickles import ENDS_BYTES, is_zip, refuse_pickle_content, 
 ADAPTER_FILES = (
     CONFIG_FILE,
     WEIGHTS_FILE,
+    "new_embeddings.safetensors",
     "adaptory.json",
     "model.sig",
     # tokenizers and processors, as transformers' save_pretrained writes them

@@ -1,6 +1,7 @@
 """Converts errors of the composer, of a stored row and of findings into the family of their code."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from composer.errors import ComposerError
@@ -92,6 +93,14 @@ def of_row(row: Mapping[str, Any]) -> RegistryError:
         else next(family for family in FAMILIES if family.exit_code == row["exit_code"])
     )
     return family(code, row["detail"], subject=row["subject"], next_step=row["next"], findings=row["findings"])
+
+
+def strictly(findings: Iterable[Finding]) -> list[Finding]:
+    """The findings with warnings as errors: `--strict`."""
+    return [
+        replace(finding, severity=Severity.ERROR) if finding.severity is Severity.WARNING else finding
+        for finding in findings
+    ]
 
 
 def refuse_errors(

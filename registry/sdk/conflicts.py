@@ -133,7 +133,20 @@ class AdapterGroup:
         checkpoint = self._checkpoint(measured=bool(evidence.k or evidence.prompts))
         with self._display.progress("probe", None, "examples") as bar:
             evidence = replace(evidence, calibration=calibration, progress=bar)
-            return examine(self.load(), weights, settings, evidence=evidence, base=checkpoint, policy=policy)
+            return examine(
+                self.load(),
+                weights,
+                settings,
+                evidence=evidence,
+                base=checkpoint,
+                policy=policy,
+                base_names=self._base_names,
+            )
+
+    @property
+    def _base_names(self) -> list[str]:
+        """The names of a registered base."""
+        return [self.base.name, *self.base.aliases] if self.base else []
 
     def _checkpoint(self, *, measured: bool) -> "Checkpoint | None":
         """The base's weights, if a directory was named or a measurement needs them anyway."""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
 from registry.errors import Invalid, NotFound, Usage
-from registry.errors.translation import refuse_errors
+from registry.errors.translation import refuse_errors, strictly
 
 if TYPE_CHECKING:
     from composer.formats.checkpoints.checkpoint import Architecture
@@ -17,13 +17,15 @@ _TRIED = 50
 """Maximum number of registered bases to try an adapter on: each costs a table of tensors."""
 
 
-def fitting_base(api: "Api", directory: Path, base: str | None, kind: str) -> str:
+def fitting_base(api: "Api", directory: Path, base: str | None, kind: str, *, strict: bool = False) -> str:
     """The name or digest of the base that an adapter or merged model is pushed for, after checking the fit.
 
-    Raises Usage if nothing names a base, NotFound for an unknown one, Invalid if the files do not fit it.
+    `strict`: warnings are errors. Raises Usage if nothing names a base, NotFound for an unknown one, Invalid if the
+    files do not fit it.
     """
     if kind == "model":
         return _base_of_model(api, directory, base)
+    from composer.checks.check import check_one
     from composer.formats.adapters.inspection import inspect
 
     named = base or inspect(directory, None).facts.base_model_name_or_path
@@ -41,6 +43,8 @@ def fitting_base(api: "Api", directory: Path, base: str | None, kind: str) -> st
     if any(finding.severity == "error" for finding in seen.findings):
         _refuse_wrong_base(api, directory, known)
         refuse_errors(seen.findings, str(directory))
+    if strict:
+        refuse_errors(strictly(check_one(seen, [known.name, *known.aliases])), str(directory))
     return base or known.digest
 
 

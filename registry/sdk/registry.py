@@ -92,12 +92,13 @@ class Registry:
         provenance: Mapping[str, Any] | None = None,
         allow_breaking: str | None = None,
         sign: Path | str | None = None,
+        strict: bool = False,
     ) -> Release:
         """Checks an adapter (or a merged model) against its base, sends what the store lacks, publishes the release.
 
         `target` is REPO:VERSION, or REPO with a `bump` (auto, patch, minor or major). `provenance` has the keys of
-        `adaptory push --provenance`; `include` are globs of further files; `sign` is a private key. Pushing the same
-        files to the same version again changes nothing.
+        `adaptory push --provenance`; `include` are globs of further files; `sign` is a private key; `strict` makes
+        warnings errors. Pushing the same files to the same version again changes nothing.
 
         >>> registry.push("out", "acme/sql:1.1.0", base="smollm2", provenance={"data": [{"name": "acme/queries"}]})
         """
@@ -108,7 +109,8 @@ class Registry:
             "notes": notes,
             "allow_breaking": allow_breaking,
             "provenance": provenance,
-            "base": fitting_base(self.api, Path(directory), base, kind),
+            "base": fitting_base(self.api, Path(directory), base, kind, strict=strict),
+            **({"strict": True} if strict else {}),
         }
         selection = select_files(Path(directory), kind, include)
         wanted = Publication(reference.repository, kind, request)

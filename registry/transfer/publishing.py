@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 
 from sqlalchemy.orm import Session
 
+from composer.checks.check import check_one
+from composer.checks.vocabulary import NEW_EMBEDDINGS
 from composer.errors import ComposerError
 from composer.findings import Finding, Severity
 from composer.formats.adapters.facts import CONFIG_FILE, WEIGHTS_FILE
@@ -29,7 +31,7 @@ from registry.domain.catalog import reported as reported_scores
 from registry.domain.catalog.releases import Input, NewRelease
 from registry.domain.catalog.repositories import Kind
 from registry.errors import Invalid, Refused, RegistryError, Unavailable
-from registry.errors.translation import refuse_errors
+from registry.errors.translation import refuse_errors, strictly
 from registry.formats import compatibility
 from registry.formats.manifest import ManifestFile, check_path, refuse_hidden, refuse_unportable
 from registry.formats.pickles import ENDS_BYTES, is_zip, refuse_pickle_content, refuse_pickle_name
@@ -59,7 +61,7 @@ class Push:
     """A release to publish; `version` or `bump` is set, and the bytes of `files` are in the store.
 
     `provenance` is stated by the publisher; it overrides the model card. `moves_main`: files that are not those of a
-    commit become the head of `main`.
+    commit become the head of `main`. `strict`: warnings are errors.
     """
 
     repository: RepositoryName
@@ -74,6 +76,7 @@ class Push:
     allow_breaking: str | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict[str, Any])
     moves_main: bool = True
+    strict: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +106,8 @@ def publish(resources: Resources, actor: Actor, push: Push, keyed: IdempotentReq
         release, created = commits.publish(session, actor, new, moves_main=push.moves_main)
         if created:
             findings += [*inherited, *doubts, *reported_scores.record(session, actor, release, stated)[1]]
+        if push.strict:
+            refuse_errors(strictly(findings), str(push.repository))
         published = Published(release.id, created, [finding.to_json() for finding in findings])
         idempotency.store_answer(session, keyed, asdict(published))
         return published
@@ -117,6 +122,7 @@ def prepare(resources: Resources, push: Push) -> tuple[NewRelease, list[Finding]
         refuse_pickle_name(file.path)
     with resources.read() as session:
         base_digest = bases.find(session, push.base).digest
+        base_names = bases.names(session, base_digest)
         architecture = bases.architecture(session, base_digest)
         keys = namespaces.signing_keys(session, push.repository.namespace)
         barred.refuse_files(session, push.repository.namespace, push.files)
@@ -129,7 +135,7 @@ def prepare(resources: Resources, push: Push) -> tuple[NewRelease, list[Finding]
     signed_by = signed.fingerprint if signed and keys else None
     with resources.read() as session:
         signed_as = signatures.signed_as(session, signed_by) if signed_by else None
-    seen = _look_again(resources, push.files, lambda: _inspect(resources, push, architecture))
+    seen = _look_again(resources, push.files, lambda: _inspect(resources, push, architecture, base_names))
     stated, doubts = card_provenance(seen.card) if seen.card else ({}, [])
     new = NewRelease(
         repository=push.repository,
@@ -279,7 +285,7 @@ def _check_header(store: BlobStore, file: ManifestFile, first: bytes) -> None:
     parse_header(first, file.size_bytes, DEFAULT_LIMITS, file.path)
 
 
-def _inspect(resources: Resources, push: Push, architecture: Architecture) -> _Inspected:
+def _inspect(resources: Resources, push: Push, architecture: Architecture, base_names: Sequence[str]) -> _Inspected:
     with TemporaryDirectory(dir=resources.work_directory, prefix="inspect-") as directory:
         adapter_directory = Path(directory) / push.repository.name
         adapter_directory.mkdir()
@@ -289,9 +295,9 @@ def _inspect(resources: Resources, push: Push, architecture: Architecture) -> _I
         if push.kind is Kind.MODEL:
             _materialise_headers(resources, push.files, adapter_directory)
             return _Inspected(inspect_model(adapter_directory, architecture), [], card)
-        wanted = (CONFIG_FILE, WEIGHTS_FILE)
+        wanted = (CONFIG_FILE, WEIGHTS_FILE, *NEW_EMBEDDINGS)
         materialise(resources.store, [file for file in push.files if file.path in wanted], adapter_directory)
-        return _inspect_adapter(adapter_directory, architecture, str(push.repository), card)
+        return _inspect_adapter(adapter_directory, architecture, base_names, str(push.repository), card)
 
 
 def misfit(resources: Resources, name: str, files: Sequence[ManifestFile], architecture: Architecture) -> str:
@@ -315,15 +321,18 @@ def _refuse_misfit(resources: Resources, name: str, files: Sequence[ManifestFile
         refuse_errors(inspect(Path(directory), architecture).findings, name)
 
 
-def _inspect_adapter(directory: Path, architecture: Architecture, subject: str, card: bytes) -> _Inspected:
+def _inspect_adapter(
+    directory: Path, architecture: Architecture, base_names: Sequence[str], subject: str, card: bytes
+) -> _Inspected:
     seen = inspect(directory, architecture)
-    refuse_errors(seen.findings, subject)
+    findings = check_one(seen, base_names)
+    refuse_errors(findings, subject)
     used = spectrum(seen.adapter, seen.placed)
     facts = seen.facts.to_json() | {"spectrum": used.summary() if used else None}
     servers, loading = judge(seen.adapter.config, seen.facts, seen.placed)
     return _Inspected(
         facts=_presentable(facts),
-        findings=[*seen.findings, *(used.hints(seen.findings) if used else [])],
+        findings=[*findings, *(used.hints(seen.findings) if used else [])],
         card=card,
         spectrum=used.to_json() if used else None,
         servers=servers,

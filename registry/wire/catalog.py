@@ -107,7 +107,8 @@ class Provenance(Wire):
 
 
 class ReleaseIn(WireIn):
-    """`allow_breaking` states why a breaking change may have a version number that promises compatibility."""
+    """`allow_breaking` states why a breaking change may have a version number that promises compatibility.
+    `strict`: warnings are errors, and nothing is published."""
 
     version: str | None = None
     bump: Literal["auto", "major", "minor", "patch"] | None = None
@@ -116,6 +117,7 @@ class ReleaseIn(WireIn):
     notes: str = Field(default="", max_length=20_000)
     allow_breaking: str | None = Field(default=None, min_length=1, max_length=1000)
     provenance: Provenance | None = None
+    strict: bool = False
 
 
 class SpectrumSummary(Wire):

@@ -233,8 +233,12 @@ def _merge(node: Node, unit: Unit, count: Count) -> Result:
 
 
 def _written(shards: Sequence["StreamedShard"]) -> "Written":
+    from composer.merge.chunks import Measured
     from composer.merge.shards import Written
 
+    measured = Measured()
+    for shard in shards:
+        measured.add(Measured.from_json(shard.measured))
     survivals = {name: loss for shard in shards for name, loss in shard.survivals.items()}
     return Written(
         copied_bytes=sum(shard.copied_bytes for shard in shards),
@@ -242,6 +246,7 @@ def _written(shards: Sequence["StreamedShard"]) -> "Written":
         resumed_bytes=0,
         verified_rows=sum(loss.rows for loss in survivals.values()),
         survivals=survivals,
+        measured=measured,
     )
 
 

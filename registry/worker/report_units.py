@@ -8,7 +8,6 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from composer.errors import ComposerError
-from composer.formats.adapters.tokenizers import chosen_tokenizer
 from composer.formats.recipes.methods import parse_settings
 from composer.formats.recipes.policy import read_policy
 from composer.formats.recipes.recipe import Lock
@@ -109,14 +108,19 @@ def _report(node: Node, unit: Unit, _count: Count) -> Result:
         adapters.append(loaded_adapter(node, member, architecture))
     weights = [parse_weight(member["weight"]) for member in content["members"]]
     settings, expected = parse_settings(content["method"], content["settings"]), _Expected()
-    if "as_adapter" in content:  # refuse tokenizers that differ before any work
-        chosen_tokenizer(None, [(adapter.name, adapter.path) for adapter in adapters])
     evidence: Evidence | None = None
     if content.get("probe"):
         known = _KnownPasses(json.loads(node.shared(unit.content["known"])))
         evidence = replace(_evidence(content, expected, known), spent_s=unit.hints["spent_s"])
     try:
-        report = examine(adapters, weights, settings, evidence=evidence, policy=read_policy(content.get("policy")))
+        report = examine(
+            adapters,
+            weights,
+            settings,
+            evidence=evidence,
+            policy=read_policy(content.get("policy")),
+            base_names=content.get("base_names", ()),
+        )
     except _Missing as missing:
         return {"wanted": missing.wanted, "expected": expected.total}
     made: Result = {"report": rendered(report), "uncombinable": None}
@@ -163,7 +167,7 @@ def check(held: JobRun) -> None:
         if row is None:
             raise JobLost
         lock = Lock.from_json(row.lock)
-        architecture = bases.architecture(session, lock.base)
+        architecture, base_names = bases.architecture(session, lock.base), bases.names(session, lock.base)
         inputs = compositions.inputs_of(session, lock)
         files = [publishing.manifest_files(session, release) for release in inputs]
     members = [
@@ -175,7 +179,7 @@ def check(held: JobRun) -> None:
         for locked, listed in zip(lock.inputs, files, strict=True)
     ]
     key = share_architecture(held.engine.node, architecture)
-    how = {"method": lock.method, "settings": lock.settings}
+    how = {"method": lock.method, "settings": lock.settings, "base_names": base_names}
     made = conflict_report(held, {"architecture": key, "members": members, **how})
     held.check()
     with held.resources.write() as session:

@@ -20,7 +20,7 @@ from composer.formats.recipes.suite import Example, Suite, used_in
 from registry.database.tables import Base, Namespace, Release
 from registry.domain.access import namespaces
 from registry.domain.access.audit import Actor
-from registry.domain.catalog import commits, releases, signatures, suites
+from registry.domain.catalog import bases, commits, releases, signatures, suites
 from registry.domain.catalog.attestations import About
 from registry.domain.catalog.releases import Input, NewRelease
 from registry.domain.catalog.repositories import Kind
@@ -74,17 +74,17 @@ def check(held: JobRun) -> None:
     made = _reported(held, work)
     report = made["report"]
     store(held, work, conflicts=report)
-    findings = [
-        Finding(row["code"], Severity(row["severity"]), row["subject"], row["message"], row["measure"])
-        for row in report["findings"]
-    ]
-    refuse_errors(findings, "recipe", "Change the recipe.")
+    refuse_errors([*map(_finding, report["findings"])], "recipe", "Change the recipe.")
     if not policy.accepts(Verdict(report["verdict"])):
         message = f"The verdict of the conflict check is {report['verdict']}, and {policy.require} is required."
         next_step = report["summary"]["fix"] or "Change the recipe."
         raise Refused("verdict", message, subject="recipe", next_step=next_step)
     if made["uncombinable"] is not None:
         raise of_row(made["uncombinable"])
+
+
+def _finding(row: Row) -> Finding:
+    return Finding(row["code"], Severity(row["severity"]), row["subject"], row["message"], row["measure"])
 
 
 def _reported(held: JobRun, work: CompositionRun) -> Row:
@@ -95,6 +95,8 @@ def _reported(held: JobRun, work: CompositionRun) -> Row:
     guards = [suite for suite in suites_named(held, work.recipe.evaluate) if suite.kind == "guard"]
     progress = ProgressCount(held, "examples")
     fitted = work.settings.pipeline.fitted
+    with held.resources.read() as session:
+        base_names = bases.names(session, work.lock.base)
     probe = {
         "base": work.lock.base,
         "suites": [suite.to_json() if suite else None for suite in member_suites],
@@ -109,6 +111,7 @@ def _reported(held: JobRun, work: CompositionRun) -> Row:
         "method": work.lock.method,
         "settings": work.lock.settings,
         "policy": work.recipe.policy,
+        "base_names": base_names,
         "as_adapter": bool(work.recipe.adapter),
         "probe": probe,
     }
@@ -220,6 +223,8 @@ def _merged(held: JobRun, work: CompositionRun) -> Sequence[ManifestFile]:
         known = compositions.find(session, work.composition_id)[0].merge
     if not known:  # otherwise an evaluation has merged and recorded it
         store(held, work, merge=model.report)
+        judged = read_policy(work.recipe.policy).judged(map(_finding, model.report["findings"]))
+        refuse_errors(judged, "recipe", "Change the recipe.")
     return model.files
 
 

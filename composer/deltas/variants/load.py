@@ -17,8 +17,8 @@ from composer.deltas.tensors import all_finite, torch_threads
 from composer.deltas.variants import lora, products, rescaled, rotations, shared, spectral
 from composer.deltas.variants.source import ModuleParts, Read
 from composer.deltas.variants.tied import mark_tied_pairs
-from composer.errors import InvalidFile, Mismatch, NotSupported
-from composer.findings import Finding, Severity, next_step
+from composer.errors import InvalidFile, NotSupported
+from composer.findings import refuse_errors
 from composer.formats.adapters.config.config import AdapterConfig
 from composer.formats.adapters.facts import Adapter, read_adapter
 from composer.formats.adapters.placement.placement import place
@@ -141,19 +141,6 @@ def place_or_refuse(adapter: Adapter, architecture: Architecture | None, done: s
     placed = place(adapter.config, adapter.header, architecture, adapter.name)
     refuse_errors(adapter.name, placed.findings)
     return placed
-
-
-def refuse_errors(subject: str, findings: list[Finding]) -> None:
-    """Raises Mismatch for the first error among the findings, with the number of further errors."""
-    errors = [finding for finding in findings if finding.severity is Severity.ERROR]
-    if errors:
-        more = f" ({len(errors) - 1} more)" if len(errors) > 1 else ""
-        raise Mismatch(
-            errors[0].code,
-            f"{subject}: {errors[0].message}{more}",
-            subject=errors[0].subject,
-            next_step=next_step(errors[0].code, "Run `adaptory inspect` to list everything that does not fit."),
-        )
 
 
 def _refuse_unsized(adapter: Adapter, placed: PlacementResult) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from composer.findings import Finding, Severity
 from composer.formats.adapters import facts, serving
+from composer.formats.adapters.config.config import AdapterConfig
 from composer.formats.adapters.facts import Adapter, AdapterFacts
 from composer.formats.adapters.foreign import foreign_facts, read_foreign
 from composer.formats.adapters.placement.placement import place
@@ -21,6 +22,18 @@ class Inspection:
     placed: PlacementResult
     facts: AdapterFacts
     findings: list[Finding]
+
+    @property
+    def name(self) -> str:
+        return self.adapter.name
+
+    @property
+    def path(self) -> Path:
+        return self.adapter.path
+
+    @property
+    def config(self) -> AdapterConfig:
+        return self.adapter.config
 
     def loads_in(self, profile: str) -> dict[str, Any]:
         """Whether a server loads it: {profile, loads, reasons, way_out}."""

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from composer.errors import Mismatch
 from composer.formats.checkpoints.checkpoint import contained
-from composer.formats.checkpoints.staging import side_files
+from composer.formats.checkpoints.side_files import side_files
 
 TEMPLATE_FILE = "chat_template.jinja"
 CONFIG_FILE = "tokenizer_config.json"

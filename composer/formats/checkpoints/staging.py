@@ -10,13 +10,10 @@ import shutil
 from collections.abc import Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 from composer.errors import Interrupted, RefusedOutput
-from composer.formats.checkpoints.card import CARD_FILE
-from composer.formats.checkpoints.checkpoint import INDEX_FILE
-from composer.formats.checkpoints.header import PICKLE_SUFFIXES
 
 NOTE_FILE = "adaptory.json"
 ADAPTER_FILE = "adapter_config.json"
@@ -32,10 +29,6 @@ DISK_FULL_ERRNOS = {
     errno.EFBIG: _TOO_LARGE,
 }
 """The errno values of an OSError that mean a full disk, in words."""
-_SIDE_FILE_BYTES = 64 << 20  # the largest tokenizers have about 35 MB
-_WEIGHT_SUFFIXES = frozenset({
-    *PICKLE_SUFFIXES, ".safetensors", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".npz", ".npy",
-})  # fmt: skip
 
 
 @contextmanager
@@ -157,23 +150,6 @@ def sync(path: Path) -> None:
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Writes indented UTF-8 JSON."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def side_files(source: Path) -> list[str]:
-    """The files of a checkpoint besides its weights: tokenizer, generation config, licence, …; the caller writes
-    config, index and card, since a base's card describes another model. Only regular files at the top of the directory,
-    of at most 64 MiB; no weights in any format, no adapter, no hidden files."""
-    files = [file for file in sorted(source.iterdir()) if file.is_file()]
-    return [file.name for file in files if is_side_file(file.name, file.stat().st_size)]
-
-
-def is_side_file(name: str, size_bytes: int) -> bool:
-    """Whether a regular file at the top of a checkpoint is one of these."""
-    if name in ("config.json", INDEX_FILE, NOTE_FILE, ADAPTER_FILE, CARD_FILE) or name.startswith("."):
-        return False
-    if PurePath(name).suffix in _WEIGHT_SUFFIXES or name.endswith(".index.json"):
-        return False
-    return size_bytes <= _SIDE_FILE_BYTES
 
 
 def _no_room(why: int, out_dir: Path, size_bytes: int) -> RefusedOutput:

@@ -41,6 +41,8 @@ leaves nothing open where the interval contains the threshold."""
 CODES = frozenset({
     *THRESHOLDS, *HARD, "weak_evidence", "probe_open", "few_answers", "zero_delta", "zero_modules", "not_factors",
     "dropped_code", "little_kept", "bf16_swallow", "f16_swallow", "tied_shared", "tied_untied",
+    "contradicting_bases", "same_adapter", "new_embeddings", "missing_modules", "other_paths", "no_prefix",
+    "pattern_unused", "raw_keys", "zero_result",
 })  # fmt: skip
 """The severity of the findings that a conflict report may have."""
 
@@ -50,13 +52,15 @@ class Policy:
     """The final severity of each finding code, None for no finding, and its threshold.
 
     A code that is not named keeps the severity of its check and the default of THRESHOLDS. `modes` are the codes whose
-    threshold has its word of MODES. `require` is the worst accepted verdict; None accepts all but `refuse`.
+    threshold has its word of MODES. `require` is the worst accepted verdict; None accepts all but `refuse`. `strict`
+    makes warnings errors.
     """
 
     overrides: Mapping[str, Severity | None] = field(default_factory=dict[str, Severity | None])
     thresholds: Mapping[str, float] = field(default_factory=dict[str, float])
     modes: frozenset[str] = frozenset()
     require: Verdict | None = None
+    strict: bool = False
 
     def threshold(self, code: str) -> float | None:
         """The threshold of a finding, by default that of THRESHOLDS."""
@@ -69,8 +73,12 @@ class Policy:
 
     def judged(self, findings: Iterable[Finding]) -> list[Finding]:
         """The findings with the severities of this policy, without ignored ones."""
-        severities = [(finding, self.overrides.get(finding.code, finding.severity)) for finding in findings]
+        severities = [(finding, self._severity(finding)) for finding in findings]
         return [replace(finding, severity=severity) for finding, severity in severities if severity is not None]
+
+    def _severity(self, finding: Finding) -> Severity | None:
+        severity = self.overrides.get(finding.code, finding.severity)
+        return Severity.ERROR if self.strict and severity is Severity.WARNING else severity
 
     def ignores(self, code: str) -> bool:
         """Whether the policy drops findings of this code."""
@@ -106,12 +114,14 @@ def read_policy(document: object, subject: str = "policy") -> Policy:
         raise _bad(problem.at(subject), problem.why, problem.next_step) from error
     severities = parsed.given()
     require, thresholds = severities.pop("require", None), severities.pop("thresholds", None)
+    strict = severities.pop("strict", False)
     numbers: dict[str, _Threshold] = thresholds.given() if thresholds else {}
     return Policy(
         {code: None if severity == IGNORE else Severity(severity) for code, severity in severities.items()},
         {code: threshold.number for code, threshold in numbers.items()},
         frozenset(code for code, threshold in numbers.items() if threshold.has_word),
         None if require is None else Verdict(require),
+        strict,
     )
 
 
@@ -152,12 +162,13 @@ _VERDICT = Annotated[str | None, one_of(*Verdict, None)]
 _SEVERITY = Annotated[str, one_of(*Severity, IGNORE)]
 _FIELDS: dict[str, Any] = {
     "require": (_VERDICT, None),
+    "strict": (bool, False),
     "thresholds": (_Thresholds | None, None),
     **{code: (_STAYS if code in HARD else _SEVERITY, None) for code in sorted(CODES | DROPPED)},
 }
 PolicyDocument = create_model("Policy", __base__=Document, **_FIELDS)
-"""A policy document: the severity of findings by code, or `ignore`; `require`, the worst accepted verdict; and
-`thresholds`, by code, each with its word of MODES if wanted."""
+"""A policy document: the severity of findings by code, or `ignore`; `require`, the worst accepted verdict;
+`strict`, which makes warnings errors; and `thresholds`, by code, each with its word of MODES if wanted."""
 
 
 def _bad(where: str, why: str, next_step: str = "") -> InvalidFile:

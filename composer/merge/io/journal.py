@@ -9,6 +9,7 @@ import json
 import os
 import threading
 from pathlib import Path
+from typing import Any
 
 from composer.formats.checkpoints.hashing import Identity, identity
 from composer.formats.checkpoints.staging import sync
@@ -24,14 +25,14 @@ class ShardJournal:
         self._path = directory / JOURNAL_FILE
         self._lock = threading.Lock()
         self._finished = {
-            name: then
-            for name, then in _read(self._path).items()
+            name: (then, measured)
+            for name, (then, measured) in _read(self._path).items()
             if (directory / name).is_file() and identity(directory / name) == then
         }
         for file in directory.iterdir():
             if file.name not in self._finished:
                 file.unlink()
-        self._path.write_text("".join(_line(name, identity) for name, identity in self._finished.items()))
+        self._path.write_text("".join(_line(name, *finished) for name, finished in self._finished.items()))
         sync(self._path)
         sync(directory)
 
@@ -40,30 +41,34 @@ class ShardJournal:
         with self._lock:
             return name in self._finished
 
+    def measured(self, name: str) -> dict[str, Any]:
+        """What was measured when the shard was written."""
+        return self._finished[name][1]
+
     def close(self) -> None:
         """Removes the journal, before the directory becomes the output."""
         self._path.unlink()
 
-    def finish(self, path: Path) -> None:
-        """Records a shard that is verified and synced."""
+    def finish(self, path: Path, measured: dict[str, Any]) -> None:
+        """Records a shard that is verified and synced, with what was measured when it was written."""
         with self._lock, self._path.open("a", encoding="utf-8") as file:
-            self._finished[path.name] = identity(path)
-            file.write(_line(path.name, self._finished[path.name]))
+            self._finished[path.name] = identity(path), measured
+            file.write(_line(path.name, *self._finished[path.name]))
             file.flush()
             os.fsync(file.fileno())
 
 
-def _line(name: str, identity: Identity) -> str:
-    return json.dumps([name, *identity]) + "\n"
+def _line(name: str, identity: Identity, measured: dict[str, Any]) -> str:
+    return json.dumps([name, *identity, measured]) + "\n"
 
 
-def _read(path: Path) -> dict[str, Identity]:
+def _read(path: Path) -> dict[str, tuple[Identity, dict[str, Any]]]:
     """The entries up to the first line damaged by a crash or power loss; later ones were never guaranteed."""
-    finished: dict[str, Identity] = {}
+    finished: dict[str, tuple[Identity, dict[str, Any]]] = {}
     for line in path.read_text("utf-8", "replace").split("\n")[:-1] if path.is_file() else ():
         try:
-            name, size, inode, changed = json.loads(line)
-            finished[str(name)] = (size, inode, changed)
+            name, size, inode, changed, measured = json.loads(line)
+            finished[str(name)] = (size, inode, changed), dict(measured)
         except (ValueError, TypeError):
             break
     return finished

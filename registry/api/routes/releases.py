@@ -106,6 +106,7 @@ def publish(  # noqa: PLR0913
         notes=body.notes,
         allow_breaking=body.allow_breaking,
         provenance=body.provenance.model_dump(exclude_unset=True) if body.provenance else {},
+        strict=body.strict,
     )
     published = publishing.publish(resources, actor, push, idempotent_request(request, actor, key, body))
     response.status_code = 201 if published.created else 200

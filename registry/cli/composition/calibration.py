@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from composer.formats.untrusted import read_text
-from registry.cli.console import render
+from registry.cli.console import findings, render
 from registry.errors import Conflict, Usage
 from registry.sdk.conflicts import calibration_of
 
@@ -131,16 +131,19 @@ def fit_lines(fit: dict[str, Any] | None, names: Sequence[str]) -> list[tuple[st
     return [("fitted modules", str(fit["fitted"])), *rows, *kept]
 
 
-def fitted_adapter(
+def fitted_adapter(  # noqa: PLR0913
     base: Path,
     adapters: "list[tuple[Path, Weight]]",
     output: Path,
     how: tuple[str, dict[str, object]],
     calibration: "Calibration",
     device: str,
+    *,
+    strict: bool = False,
 ) -> Path:
     """The adapter that a merge with a fitted method adds: `OUTPUT-adapter`, fitted now or by an earlier run of the same
     command. Raises Conflict if something else has that name, such as a fit on another base."""
+    from composer.checks.bases import names_of
     from composer.export.combine import combine
     from composer.formats.adapters.provenance import adapter_use
     from composer.formats.checkpoints.checkpoint import open_checkpoint
@@ -149,9 +152,13 @@ def fitted_adapter(
 
     directory = output.with_name(f"{output.name}-adapter")
     if not directory.is_dir():
-        architecture = open_checkpoint(base).architecture
+        checkpoint = open_checkpoint(base)
         with fitting(calibration) as counted:
-            report = combine(adapters, directory, architecture, *how, calibration=counted, device=device)
+            report = combine(
+                adapters, directory, checkpoint.architecture, *how, calibration=counted, device=device,
+                base_names=names_of(checkpoint.path, checkpoint.config), strict=strict,
+            )  # fmt: skip
+        findings.warn(report.findings)
         for name, value in fit_lines(report.to_json()["fit"], [path.name for path, _ in adapters]):
             render.say(f"{name}: {value}")
         return directory

@@ -13,6 +13,7 @@ from registry import wire
 from registry.cli.composition import optimize as optimizing
 from registry.cli.console import complete, following, render
 from registry.cli.console.connect import connected, jobs_running
+from registry.cli.console.findings import StrictFlag
 from registry.cli.console.groups import root
 from registry.cli.console.interrupt import interrupts
 from registry.cli.console.render import JsonFlag
@@ -72,6 +73,7 @@ def compose(  # noqa: PLR0913
         bool, typer.Option("--follow", help="Wait until it ends; the embedded registry always does.")
     ] = False,
     require: Require = None,
+    strict: StrictFlag = False,
     priority: PriorityOption = None,
     memory: MemoryOption = None,
     json: JsonFlag = False,
@@ -85,6 +87,8 @@ def compose(  # noqa: PLR0913
     wanted = load_recipe(read_text(recipe, MAX_FILE_BYTES), str(recipe))
     if (verdict := required(require)) is not None:
         wanted = wanted.model_copy(update={"policy": {**wanted.policy, "require": str(verdict)}})
+    if strict:
+        wanted = wanted.model_copy(update={"policy": {**wanted.policy, "strict": True}})
     if optimize and wanted.optimize is None:
         wanted = wanted.model_copy(update={"optimize": Optimize.model_validate({})})
     if thorough and wanted.optimize is None:

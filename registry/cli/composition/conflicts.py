@@ -22,6 +22,7 @@ from registry.cli.composition.compose import (
 )
 from registry.cli.console import complete, render
 from registry.cli.console.connect import connected
+from registry.cli.console.findings import StrictFlag
 from registry.cli.console.groups import refuse_idle, root
 from registry.cli.console.render import JsonFlag
 from registry.cli.evaluation.quality import BaseDir, Device
@@ -94,6 +95,7 @@ def conflicts(  # noqa: PLR0913
     policy: Annotated[Path | None, typer.Option(help="YAML: the severity and threshold of each finding.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write the report as an HTML page.")] = None,
     require: Require = None,
+    strict: StrictFlag = False,
     optimize: Annotated[
         bool, typer.Option("--optimize", help="Find the method, settings and weights that keep most of each adapter.")
     ] = False,
@@ -112,7 +114,7 @@ def conflicts(  # noqa: PLR0913
     from composer.conflicts.render.text import document
     from composer.formats.recipes.methods import parse_settings
 
-    given, rules = with_rules(_weights(weights, len(adapters)), rule), _policy(policy, require)
+    given, rules = with_rules(_weights(weights, len(adapters)), rule), _policy(policy, require, strict=strict)
     with ExitStack() as stack:
         group = AdapterGroup(lambda: stack.enter_context(connected()), adapters, base, base_dir, render)
         settings = parse_settings(method, settings_of(set_))
@@ -137,11 +139,11 @@ def conflicts(  # noqa: PLR0913
     _require(rules, report.verdict)
 
 
-def _policy(path: Path | None, require: str | None) -> "Policy":
+def _policy(path: Path | None, require: str | None, *, strict: bool) -> "Policy":
     from composer.formats.recipes.policy import MAX_POLICY_CHARS, Policy, parse_policy
 
     rules = parse_policy(read_text(path, MAX_POLICY_CHARS), str(path)) if path else Policy()
-    return replace(rules, require=required(require) or rules.require)
+    return replace(rules, require=required(require) or rules.require, strict=strict or rules.strict)
 
 
 def _prompts(path: Path | None) -> list[str]:

@@ -18,8 +18,9 @@ from registry.cli.composition.calibration import (
     refuse_uneven,
 )
 from registry.cli.composition.compose import Method, Rules, Settings, settings_of, with_rules
-from registry.cli.console import complete, render
+from registry.cli.console import complete, findings, render
 from registry.cli.console.connect import connected, release_directory, resolved
+from registry.cli.console.findings import StrictFlag
 from registry.cli.console.groups import root
 from registry.cli.console.render import JsonFlag
 from registry.cli.evaluation.quality import Device
@@ -63,6 +64,7 @@ def merge(  # noqa: PLR0913
     suite: Suites = None,
     prompts: Prompts = None,
     guard: Guards = None,
+    strict: StrictFlag = False,
     json: JsonFlag = False,
 ) -> None:
     """Merge adapters into a checkpoint, on local directories, without a registry.
@@ -83,14 +85,15 @@ def merge(  # noqa: PLR0913
     calibration = local_calibration(method, settings, base, ExampleFiles(suite, prompts, guard), device)
     if calibration is not None:
         refuse_uneven(calibration, adapters)
-        _warn(contradictions(calibration, [path.name for path, _ in adapters]))
-        adapters = [(fitted_adapter(base, adapters, output, (method, settings), calibration, device), Weight())]
+        findings.warn(contradictions(calibration, [path.name for path, _ in adapters]), strict=strict)
+        how = (method, settings)
+        adapters = [(fitted_adapter(base, adapters, output, how, calibration, device, strict=strict), Weight())]
         method, settings = "stack", {}
-    merging = plan_merge(checkpoint, adapters, method, settings, dtype, rounded, device)
-    _warn(merging.findings)
+    merging = plan_merge(checkpoint, adapters, method, settings, dtype, rounded, device, strict=strict)
+    findings.warn(merging.findings)
     with render.progress(f"merge {output.name}", merging.size_bytes) as done:
         report = run_merge(merging, output, device, done)
-    _warn(report.findings)
+    findings.warn(report.findings)
     document = report.to_json()
     document["findings"] = [finding.to_json() for finding in (*merging.findings, *report.findings)]
     left_out = (*_SHOWN_APART, *(() if document["compressions"] else ("lost",)))
@@ -116,13 +119,17 @@ def combine(  # noqa: PLR0913
     prompts: Prompts = None,
     guard: Guards = None,
     device: Device = "auto",
+    strict: StrictFlag = False,
     json: JsonFlag = False,
 ) -> None:
     """Combine local adapters into one PEFT adapter, without a registry; reports what truncation to a rank lost."""
+    from composer.checks.bases import names_of
     from composer.export.combine import combine as combine_adapters
     from composer.formats.checkpoints.checkpoint import open_checkpoint
 
-    architecture = open_checkpoint(base).architecture if base else None
+    checkpoint = open_checkpoint(base) if base else None
+    architecture = checkpoint.architecture if checkpoint else None
+    base_names = names_of(checkpoint.path, checkpoint.config) if checkpoint else []
     budget = {name: value for name, value in (("rank", rank), ("energy", energy)) if value is not None}
     settings = settings_of(set_)
     if twice := sorted(budget.keys() & settings.keys()):
@@ -132,10 +139,20 @@ def combine(  # noqa: PLR0913
     adapters = _weighted(adapter, rule)
     calibration = local_calibration(method, settings, base, ExampleFiles(suite, prompts, guard), device)
     refuse_uneven(calibration, adapters)
-    _warn(contradictions(calibration, [path.name for path, _ in adapters]))
+    findings.warn(contradictions(calibration, [path.name for path, _ in adapters]), strict=strict)
     with fitting(calibration) as counted:
-        report = combine_adapters(adapters, output, architecture, method, settings, calibration=counted, device=device)
-    _warn(report.findings)
+        report = combine_adapters(
+            adapters,
+            output,
+            architecture,
+            method,
+            settings,
+            calibration=counted,
+            device=device,
+            base_names=base_names,
+            strict=strict,
+        )
+    findings.warn(report.findings)
     document = report.to_json()
     readable = {**document, "ranks": _ranks(document["ranks"])}
     shown = render.fields(readable, "out_dir", "findings", "retention", "compressions", "fit") + _kept(document)
@@ -226,7 +243,7 @@ def extract(  # noqa: PLR0913
             checkpoint, open_checkpoint(finetuned), output, rank=rank, energy=energy, device=device, progress=done
         )
     document = report.to_json()
-    _warn(report.findings)
+    findings.warn(report.findings)
     readable = {**document, "ranks": _ranks(document["ranks"])}
     shown = render.fields(readable, "out_dir", "compressions", "saved", "findings")
     if saved := document["saved"]:
@@ -290,8 +307,3 @@ def _adapters(texts: list[str]) -> list[tuple[Path, float]]:
             ) from error
         adapters.append((Path(path), weight))
     return adapters
-
-
-def _warn(findings: Any) -> None:
-    for finding in findings:
-        render.say(f"{finding.severity.value}: {finding.message}")

@@ -9,8 +9,9 @@ import typer
 
 from composer.formats.untrusted import read_text
 from registry import wire
-from registry.cli.console import complete, render
+from registry.cli.console import complete, findings, render
 from registry.cli.console.connect import connected, release_directory, resolved
+from registry.cli.console.findings import StrictFlag
 from registry.cli.console.groups import refuse_idle, root
 from registry.cli.console.render import JsonFlag
 from registry.cli.releases.promotion import NewChannel, confirm_new_channel, show_outcome
@@ -63,6 +64,7 @@ def push(  # noqa: PLR0913
     notes: Annotated[str, typer.Option(help="Release notes.")] = "",
     channel: Annotated[str | None, typer.Option(help="Promote it to this channel afterwards.")] = None,
     new_channel: NewChannel = False,
+    strict: StrictFlag = False,
     json: JsonFlag = False,
 ) -> None:
     """Check an adapter against its base, upload what is missing, publish a release.
@@ -76,20 +78,20 @@ def push(  # noqa: PLR0913
     reference = single_version(target, bump)
     if channel:
         parse_name(channel, "channel")  # before publishing, which cannot be undone
-    request = {
+    request: Json = {
         "version": str(reference.version) if reference.version else None,
         "bump": bump,
         "notes": notes,
         "allow_breaking": allow_breaking,
         "provenance": _provenance(provenance) if provenance else None,
+        **({"strict": True} if strict else {}),
     }
-    selection = select_files(directory, _kind(kind), include or [])
-    if selection.left_out:
+    if (selection := select_files(directory, _kind(kind), include or [])).left_out:
         render.say(f"left out: {selection.summary()} (include more with --include GLOB)")
     with connected() as connection:
         if channel:
             confirm_new_channel(connection, f"/v1/{kind}s/{reference.repository}", channel, agreed=new_channel)
-        request["base"] = fitting_base(connection.api, directory, base, kind)
+        request["base"] = fitting_base(connection.api, directory, base, kind, strict=strict)
         publication = Publication(reference.repository, kind, request)
         published, sent = publish(connection.api, selection, publication, render, sign)
         show_warnings(published)
@@ -312,7 +314,7 @@ def _provenance(path: Path) -> Json:
 def show_warnings(published: "wire.catalog.PublishedOut") -> None:
     """Shows what a push warns of."""
     for finding in published.warnings:
-        render.say(f"{finding['severity']}: {finding['message']}")
+        render.say(findings.line(finding))
 
 
 def show_push(published: "wire.catalog.PublishedOut", sent: int) -> None:

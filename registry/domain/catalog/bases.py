@@ -275,6 +275,11 @@ def aliases(session: Session, digests: Collection[str]) -> dict[str, list[str]]:
     return _by_digest(session, BaseAlias.base_digest, BaseAlias.alias, digests)
 
 
+def names(session: Session, digest: str) -> list[str]:
+    """The name of a base, and its aliases."""
+    return [session.get_one(Base, digest).name, *aliases(session, [digest]).get(digest, [])]
+
+
 def locations(session: Session, *listed: Base) -> dict[str, list[str]]:
     """The locations of each base, by digest."""
     return _by_digest(session, BaseLocation.base_digest, BaseLocation.url, [base.digest for base in listed])

@@ -11,7 +11,8 @@ from pathlib import Path
 from composer.errors import InvalidFile, RefusedOutput
 from composer.formats.checkpoints.checkpoint import INDEX_FILE, MAX_JSON_BYTES, SINGLE_FILE, Checkpoint, open_checkpoint
 from composer.formats.checkpoints.files import read_range
-from composer.formats.checkpoints.staging import is_side_file, staged_directory
+from composer.formats.checkpoints.side_files import is_side_file
+from composer.formats.checkpoints.staging import staged_directory
 from registry.environment.settings import S3Storage, Storage
 from registry.errors import Invalid
 from registry.formats.addresses import S3Address

@@ -45,7 +45,8 @@ def test_deltas_that_cancel_are_a_warning(red: LoadedAdapter, size: float, weigh
     assert finding.measure == pytest.approx(0.0, abs=1e-9)
     assert "0.00 times their separate energy" in finding.message
     assert "They cancel" in " ".join(text.advice(report))
-    meant = conflicts([red, scaled(red, size, "again")], weights, policy=parse_policy("cancelling: ignore"))
+    ignored = parse_policy("{cancelling: ignore, zero_result: ignore, same_adapter: ignore}")
+    meant = conflicts([red, scaled(red, size, "again")], weights, policy=ignored)
     assert meant.verdict is Verdict.UNMEASURED
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from composer.errors import Interrupted, RefusedOutput
@@ -254,18 +255,32 @@ def test_of_two_that_finish_at_once_one_is_refused_and_the_other_whole(
     assert staging_directories(tmp_path) == []
 
 
-@pytest.mark.parametrize("spoilt", [b'["b", 1', b"\0\0\0\n", b"[1]\n", b'[["b"], 1, 2, 3]\n', b'{"b": 1}\n'])
+def test_a_resumed_merge_counts_what_its_first_run_has_written(base: Path, adapter: Path, tmp_path: Path) -> None:
+    for file in base.glob("*.safetensors"):
+        tensors = {name: tensor.index_fill(0, torch.tensor([0]), 1e-9) for name, tensor in load_file(file).items()}
+        save_file(tensors, file, metadata={"format": "pt"})
+    plan = plan_merge(open_checkpoint(base), [(adapter, 1.0)], dtype="float16")
+    at_once = run_merge(plan, tmp_path / "at_once", DEVICE)
+    interrupt_after_shards(plan, tmp_path / "merged", 2)
+    resumed = run_merge(plan, tmp_path / "merged", DEVICE)
+    assert resumed.resumed_bytes > 0
+    assert [finding.code for finding in resumed.findings] == ["f16_flushed"]
+    assert resumed.findings == at_once.findings
+
+
+@pytest.mark.parametrize("spoilt", [b'["b", 1', b"\0\0\0\n", b"[1]\n", b'[["b"], 1, 2, 3, {}]\n', b'{"b": 1}\n'])
 def test_a_journal_is_believed_up_to_the_line_that_a_crash_spoilt(spoilt: bytes, tmp_path: Path) -> None:
     for name in ("a", "b", "c"):
         (tmp_path / name).write_bytes(name.encode())
     journal = ShardJournal(tmp_path)
     assert not journal.holds("a")
     (tmp_path / "a").write_bytes(b"a")
-    journal.finish(tmp_path / "a")
+    journal.finish(tmp_path / "a", {"changed": True})
     with (tmp_path / JOURNAL_FILE).open("ab") as file:
         file.write(spoilt)
     again = ShardJournal(tmp_path)
     assert again.holds("a")
+    assert again.measured("a") == {"changed": True}
     assert {file.name for file in tmp_path.iterdir()} == {"a", JOURNAL_FILE}
 
 
