@@ -102,7 +102,9 @@ def pass_runner(problem: SearchProblem, progress: Callable[[int], None] = lambda
     `Combiner.deltas` and `Runner` raise."""
     combiner = Combiner(problem, progress)
     members = [Probed(member.name, member.loaded.deltas, member.weight, member.suite) for member in problem.members]
-    rows = [(split.suite, example) for split in problem.splits.values() for example in (*split.search, *split.confirm)]
+    splits = problem.splits.values()
+    rows = [(split.suite, example) for split in splits for example in (*split.search, *split.confirm)]
+    rows += [(split.reworded, example) for split in splits if split.reworded for example in split.reworded.examples]
 
     def combined(who: str) -> Deltas:
         (method, _version, settings, factors), end = json.JSONDecoder().raw_decode(who)

@@ -21,7 +21,7 @@ from composer.conflicts.evidence.bench import (
     Runner,
     not_run,
 )
-from composer.conflicts.evidence.outcome import LEAST_EXAMPLES, Outcome
+from composer.conflicts.evidence.outcome import LEAST_EXAMPLES, Effect, Outcome
 from composer.conflicts.evidence.probe import Effort, grown
 from composer.errors import Mismatch, NotSupported
 from composer.evaluation.journal import JournalFile
@@ -85,9 +85,11 @@ def optimize(
     search = _Search(problem, Bench(Runner(problem.load, progress), record, elsewhere), progress)
     contradictions = problem.contradictions()
     best, tried = ([], []) if contradictions else search.run(given)
+    choice = choose(best[:_BEST])
     return OptimizeReport(
         members=tuple(member.name for member in problem.members),
-        choice=choose(best[:_BEST]),
+        choice=choice,
+        reworded=search.reworded(choice) if choice else (),
         best=tuple(best),
         tried=tuple(tried),
         left_out=search.left_out,
@@ -328,6 +330,20 @@ class _Search:
             excess=CandidateResults(candidate, outcome).excess(self.limits),
             broken=broken_limit(outcome, self.limits),
         )
+
+    def reworded(self, candidate: Candidate) -> tuple[Effect, ...]:
+        """The effects of a confirmed candidate on the members with chat suites, on unseen prompts in other words."""
+        suites = {digest: split.reworded for digest, split in self.problem.splits.items()}
+        members = [
+            replace(member, suite=suite)
+            for member in self.members
+            if (suite := suites[member.suite.digest]) is not None
+        ]
+        if not members:
+            return ()
+        references = self.bench.references(members, [], lambda suite: suite.examples)
+        combined = self._combined(candidate, references, halves=False)
+        return references.outcome(0, combined, len(members)).effects
 
     def _outcome(
         self, candidate: Candidate, chosen: Callable[[Split], tuple[Example, ...]], *, halves: bool, claims: int

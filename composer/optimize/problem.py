@@ -14,6 +14,7 @@ from composer.formats.recipes.policy import THRESHOLDS, Policy
 from composer.formats.recipes.recipe import CONFIRM, SEARCH, Optimize
 from composer.formats.recipes.suite import CalibrationSet, Contradiction, Example, Suite, contradicting_suites
 from composer.formats.recipes.weights import Weight
+from composer.formats.recipes.wordings import reworded
 from composer.optimize.evolution import require_cmaes
 
 CONFIRM_GROWTH = 8
@@ -36,6 +37,11 @@ class Split:
     def part(self, examples: Sequence[Example]) -> Suite:
         """A suite of some of the examples, for a fit."""
         return Suite(**{**self.suite.content, "examples": tuple(examples)})  # pyright: ignore[reportArgumentType]
+
+    @cached_property
+    def reworded(self) -> Suite | None:
+        """The first unseen examples in other words; None for a suite without chat."""
+        return reworded(self.suite, self.confirm[:CONFIRM])
 
     @property
     def searched(self) -> CalibrationSet:

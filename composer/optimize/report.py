@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 
-from composer.conflicts.evidence.outcome import LEAST_EXAMPLES, Limits, Outcome
+from composer.conflicts.evidence.outcome import LEAST_EXAMPLES, Effect, Limits, Outcome
 from composer.findings import Verdict
 from composer.formats.recipes.methods import Regmean
 from composer.formats.recipes.suite import Contradiction
@@ -66,7 +66,8 @@ class Tried:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizeReport:
-    """`choice` is the best candidate that breaks no limit on unseen examples; None if there is none. `best` are the
+    """`choice` is the best candidate that breaks no limit on unseen examples; None if there is none. `reworded` are its
+    effects on members with chat suites, on unseen prompts in other words. `best` are the
     best three of the search and the mean, confirmed. `left_out` has candidates that cannot be made, and why. Nothing is
     tried if `contradictions` show that the members answer the same prompts differently. `searched` names the search
     examples of each suite by digest. `passes` examples were measured, `run` of them by this process, in `search_s` and
@@ -74,6 +75,7 @@ class OptimizeReport:
 
     members: tuple[str, ...]
     choice: Candidate | None
+    reworded: tuple[Effect, ...]
     best: tuple[Confirmed, ...]
     tried: tuple[Tried, ...]
     left_out: Mapping[str, str]
@@ -89,6 +91,7 @@ class OptimizeReport:
         return {
             "members": list(self.members),
             "choice": self.choice.to_json() if self.choice else None,
+            "reworded": [{**effect.to_json(), "kept_share": kept_share(effect)} for effect in self.reworded],
             "best": [confirmed.to_json() for confirmed in self.best],
             "tried": [tried.to_json() for tried in self.tried],
             "left_out": dict(self.left_out),

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from composer.formats.recipes.policy import THRESHOLDS
 from composer.formats.recipes.suite import guard_cost
 from composer.formats.untrusted import cut
 from registry.cli.console import render
@@ -130,6 +131,10 @@ def show(report: Json) -> None:
             render.out(f"  {name:<30}  {answers:<10}  {member['kept_share']:>4.0%}  {loss}")
         for guard in best["guards"]:
             render.out(f"  {cut(guard['suite'], 30):<30}  {guard_cost(guard['combined'], guard['base'])}")
+    for member in report.get("reworded", []):  # a lock of an earlier version has none
+        answers = f"{member['still_answered']} of {member['answered']}" if member["answered"] else "none alone"
+        few = "; warning: it loses answers when prompts are worded otherwise" if _is_fragile(member) else ""
+        render.out(f"reworded: {cut(member['member'], 30)}: {answers}, {member['kept_share']:.0%}{few}")
     if report["tried"]:
         render.out("Columns: exact match retained, gain kept, loss in nats a token.")
         seconds = report["seconds"]
@@ -139,6 +144,11 @@ def show(report: Json) -> None:
             render.out(f"resumed: {before} of {report['passes']} examples were measured by an earlier run.")
     if report["choice"] is None:
         render.out("fix: Serve them separately, and route each request to its adapter.")
+
+
+def _is_fragile(member: Json) -> bool:
+    """Whether fewer answers are left on reworded prompts than the limit asks for by default."""
+    return member["still_answered"] < (THRESHOLDS["probe_answers"] or 0.0) * member["answered"]
 
 
 def _spread(value: float, sure: Json | None) -> str:

@@ -352,3 +352,24 @@ def test_evolving_weights_without_the_package_is_refused_before_anything_is_meas
     monkeypatch.setitem(sys.modules, "cmaes", None)
     with pytest.raises(NotSupported, match="extra `optimize`"):
         optimize(replace(problem, effort=replace(EFFORT, evolve=7)))
+
+
+def test_a_choice_is_measured_on_unseen_prompts_in_other_words_where_suites_are_chats(
+    problem: SearchProblem, report: OptimizeReport
+) -> None:
+    red, blue = problem.members
+    chat = Suite(**{**red.suite.content, "chat": True})  # pyright: ignore[reportArgumentType]
+    problem.load().tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    mixed = replace(problem, members=[replace(red, suite=chat), blue], guards=[], effort=QUICK)
+    result = optimize(mixed)
+    problem.load().tokenizer.chat_template = None
+    (effect,) = result.reworded
+    assert (effect.member, effect.examples) == ("red", 14)
+    unseen = mixed.splits[chat.digest]
+    assert unseen.reworded is not None
+    for example, wrapped in zip(unseen.confirm, unseen.reworded.examples, strict=True):
+        assert example.prompt in wrapped.prompt != example.prompt
+        assert example.completion == wrapped.completion
+    said = json.loads(json.dumps(document(result)))["reworded"]
+    assert [row["member"] for row in said] == ["red"]
+    assert report.reworded == (), "a prefix of plain text is not reworded"
