@@ -53,7 +53,7 @@ def _order(value: object) -> bool | str:
     try:
         return "active" if value == "active" else _truth(value)
     except ValueError as error:
-        raise ValueError("true, false or active") from error
+        raise ValueError("one of true, false and active") from error
 
 
 def _number(expected: str, holds: Callable[[float], bool], **schema: float) -> ParsedBy:
