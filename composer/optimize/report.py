@@ -164,7 +164,7 @@ def headline(report: OptimizeReport) -> str:
     chosen = next(confirmed for confirmed in report.best if confirmed.candidate is report.choice)
     count, name = chosen.unseen, report.choice.name
     if chosen.verdict is Verdict.OK:
-        return f"{name}, confirmed on {count} unseen examples per suite"
+        return f"{name}, confirmed on at least {count} unseen examples per suite"
     if count < LEAST_EXAMPLES:
         return f"{name}, not confirmed: only {count} unseen examples"
-    return f"{name}, undecided on {count} unseen examples per suite"
+    return f"{name}, undecided on at least {count} unseen examples per suite"

@@ -124,7 +124,7 @@ def show(report: Json) -> None:
     """The answer, the best combinations on unseen examples, and how many were tried."""
     render.heading(f"optimize: {report['headline']}")
     for best in report["best"]:
-        render.out(f"{best['name']}: {best['verdict']} on {best['examples']} unseen examples a suite")
+        render.out(f"{best['name']}: {best['verdict']} on at least {best['examples']} unseen examples a suite")
         for member in best["members"]:
             name, loss = cut(member["member"], 30), _spread(member["loss"], member["loss_interval"])
             answers = f"{member['still_answered']} of {member['answered']}" if member["answered"] else "none alone"
