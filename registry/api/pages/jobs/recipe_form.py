@@ -176,7 +176,7 @@ def _properties(method: str) -> dict[str, Json]:
 
 def _field(name: str, schema: Json, value: str) -> SettingField:
     choices = (
-        ["true", "false"] if schema.get("type") == "boolean" else [str(choice) for choice in schema.get("enum", ())]
+        ["true", "false"] if schema.get("type") == "boolean" else [_text(choice) for choice in schema.get("enum", ())]
     )
     return SettingField(name, schema.get("description", ""), _text(schema.get("default")), choices, value)
 
