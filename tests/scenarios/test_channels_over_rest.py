@@ -305,15 +305,22 @@ def test_a_guard_is_compared_with_the_base_while_the_channel_serves_nothing(line
     named = line.path.removeprefix("/v1/adapters/")
     page = line.http.get(f"/{named}/1.2.0").text
     assert "costs 0.41 nats of general ability (base 0.78)" in page
-    taming = f"/compose?tame={quote(named, safe='')}%3A1.2.0&amp;guard=guard-exact"
+    assert "Tame it" not in page, "six examples are too few to fit on and to judge by"
+    examples = [{"prompt": f"say {number}", "completion": f"{number}"} for number in range(8)]
+    guard = {"name": "guard-of-eight", "kind": "guard", "chat": False, "examples": examples}
+    assert line.http.post("/v1/suites", json=guard).status_code in (200, 201)
+    record(line, None, {"guard-of-eight": 0.78}, n=8)
+    record(line, "1.2.0", {"guard-of-eight": 1.19}, n=8)
+    page = line.http.get(f"/{named}/1.2.0").text
+    taming = f"/compose?tame={quote(named, safe='')}%3A1.2.0&amp;guard=guard-of-eight"
     assert [match in page for match in (taming, taming.replace("1.2.0", "1.1.0"))] == [True, False]
     form = line.http.get(unescape(taming)).text
-    assert [text in form for text in (f'value="{named}-tamed:1.2.0"', "guard-exact.nll within 0.15 of base")] == [
+    assert [text in form for text in (f'value="{named}-tamed:1.2.0"', "guard-of-eight.nll within 0.15 of base")] == [
         True
     ] * 2
-    record(line, "1.2.0", {"guard-exact": 1.19}, n=3)
+    record(line, "1.2.0", {"guard-of-eight": 1.19}, n=3)
     page = line.http.get(f"/{named}/1.2.0").text
-    assert "measured on 3 examples, the base on 6: they do not compare" in page
+    assert "measured on 3 examples, the base on 8: they do not compare" in page
     assert "Tame it" not in page
 
 

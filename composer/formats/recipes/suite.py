@@ -392,7 +392,7 @@ LEAST_GUARD_EXAMPLES = 8
 
 
 def check_guard(name: str, kind: str, examples: int) -> None:
-    """Raises Mismatch for a suite that is no guard, or too small to both fit on it and judge by it."""
+    """Raises Mismatch for a suite of another kind, and for one too small to fit on half of it and judge by the rest."""
     why = f"it is a {kind} suite" if kind != "guard" else f"it has {examples} examples"
     if kind != "guard" or examples < LEAST_GUARD_EXAMPLES:
         raise Mismatch("not_a_guard", f"{name} cannot guard the fit: {why}.", subject=name)

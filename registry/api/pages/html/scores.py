@@ -7,7 +7,7 @@ from math import sqrt
 from markupsafe import Markup
 
 from composer.formats.recipes.recipe import TAMED_COST
-from composer.formats.recipes.suite import score_cost
+from composer.formats.recipes.suite import LEAST_GUARD_EXAMPLES, score_cost
 from registry.api.pages.html import drawings
 from registry.api.pages.html.drawings import IntervalBar, ScorePoint
 from registry.database.engine import Session
@@ -128,6 +128,7 @@ def _line(score: ScoreOut, before: ScoreOut | None, base: ScoreOut | None) -> Sc
     guards = base is not None and score.kind == "guard" and score.metric == "nll"
     cost = score_cost(score, base) if base is not None and guards else ""
     is_costly = base is not None and guards and score.n == base.n and score.value - base.value > TAMED_COST
+    can_guard = score.n >= LEAST_GUARD_EXAMPLES
     return ScoreLine(
         name=name,
         n=score.n,
@@ -138,7 +139,7 @@ def _line(score: ScoreOut, before: ScoreOut | None, base: ScoreOut | None) -> Sc
         before=None if before is None else before.value,
         base=None if base is None else base.value,
         cost=cost,
-        costly_guard=score.suite if is_costly else "",
+        costly_guard=score.suite if is_costly and can_guard else "",
         comparison="" if before is None else compare(score, before),
         drawing=drawings.intervals(name, rows, low, high),
     )
