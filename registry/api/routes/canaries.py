@@ -10,8 +10,8 @@ from registry.api.http.routes import Route
 from registry.api.http.rules import Agent, Reader, Releaser
 from registry.api.routes.repository import RepositoryOf, RepositoryRouter
 from registry.api.routes.views import canary_view
-from registry.domain.channels import moves
 from registry.domain.channels.policies import PromotionRequest
+from registry.domain.channels.serving import find_channel
 from registry.domain.rollouts import canaries
 from registry.domain.rollouts.canaries import VersionFigures
 from registry.domain.rollouts.sequential import Sample
@@ -51,7 +51,7 @@ def begin(
 def show(named: RepositoryOf, channel: str, resources: ResourcesOf, actor: Reader) -> CanaryOut:
     """Show the channel's last canary, with the standing of its rules."""
     with resources.snapshot() as session:
-        row = moves.find(session, named.find(session), channel)
+        row = find_channel(session, named.find(session), channel)
         canary = canaries.latest(session, row)
         if canary is None:
             raise NotFound("canary_unknown", f"{named.name}@{channel} has had no canary.", subject=channel)

@@ -15,7 +15,7 @@ from registry.database import idempotency
 from registry.database.engine import Session
 from registry.database.tables import Promotion, Repository
 from registry.domain.channels import moves, pending, policies, promotions, withdrawals
-from registry.domain.channels.serving import ChannelMove, moves_of_channel, moves_of_release
+from registry.domain.channels.serving import ChannelMove, find_channel, moves_of_channel, moves_of_release
 from registry.formats.channel_policy import read_policy
 from registry.formats.references import parse_name, parse_version
 from registry.transfer.promotions import settle, settle_overdue
@@ -58,7 +58,7 @@ def list_channels(
     with resources.snapshot() as session:
         repository = named.find(session)
         served = named.release(session, version) if version else None
-        rows = moves.list_page(session, repository, served=served, after=decode_cursor(cursor), limit=limit + 1)
+        rows = list_channels(session, repository, served=served, after=decode_cursor(cursor), limit=limit + 1)
         items = [channel_view(session, row, repository) for row in rows]
         return page(items, limit, [row.name for row in rows])
 
@@ -75,7 +75,7 @@ def show_channel(
     """The channel, and what it serves now. 304 if that is as it was with the ETag of `If-None-Match`."""
     with resources.snapshot() as session:
         repository = named.find(session)
-        row = moves.find(session, repository, channel)
+        row = find_channel(session, repository, channel)
         view = channel_view(session, row, repository)
     tag = etag(view.move, view.version)
     if if_none_match is not None and tag in if_none_match.replace("W/", ""):
@@ -154,7 +154,7 @@ def roll_back(  # noqa: PLR0913
 
 
 def _move(session: Session, named: NamedRepository, channel: str, move_id: int) -> ChannelMove:
-    row = moves.find(session, named.find(session), channel)
+    row = find_channel(session, named.find(session), channel)
     return moves_of_channel(session, row, before=move_id + 1, limit=1)[0]
 
 
@@ -182,7 +182,7 @@ def history(
 ) -> Page[MoveOut]:
     """List the channel's moves, newest first."""
     with resources.read() as session:
-        row = moves.find(session, named.find(session), channel)
+        row = find_channel(session, named.find(session), channel)
         rows = moves_of_channel(session, row, before=decode_number(cursor), limit=limit + 1)
         return page([move_view(move, named.name, channel) for move in rows], limit, [move.id for move in rows])
 

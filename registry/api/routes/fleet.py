@@ -12,8 +12,7 @@ from registry.api.routes.repository import RepositoryOf, RepositoryRouter
 from registry.api.routes.views import rollout_view
 from registry.database.tables import FleetChannel, FleetNode
 from registry.domain.access.audit import Actor
-from registry.domain.channels import moves
-from registry.domain.channels.serving import ChannelName
+from registry.domain.channels.serving import ChannelName, find_channel
 from registry.domain.rollouts import fleet
 from registry.domain.rollouts.fleet import LiveChannel, LoadedRelease, NodeReport, ReportedServer
 from registry.errors import Usage
@@ -129,4 +128,4 @@ def show_rollout(named: RepositoryOf, channel: str, resources: ResourcesOf, acto
     """What the channel serves, and which nodes give that to users."""
     with resources.snapshot() as session:
         repository = named.find(session)
-        return rollout_view(session, actor, moves.find(session, repository, channel), repository)
+        return rollout_view(session, actor, find_channel(session, repository, channel), repository)

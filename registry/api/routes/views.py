@@ -21,10 +21,10 @@ from registry.database.tables import (
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import Role, holds
 from registry.domain.catalog import bases, metrics, repositories, suites
-from registry.domain.channels import moves, resolve
+from registry.domain.channels import resolve
 from registry.domain.channels.moves import PromotionRequest
 from registry.domain.channels.promotions import Judgement
-from registry.domain.channels.serving import ChannelMove, ChannelName, serving_move
+from registry.domain.channels.serving import ChannelMove, ChannelName, current_move, serving_move
 from registry.domain.compositions import compositions
 from registry.domain.jobs import needs, queue
 from registry.domain.rollouts import canaries, fleet
@@ -107,7 +107,7 @@ def suite_view(session: Session, row: Suite) -> SuiteOut:
 def channel_view(session: Session, row: Channel, repository: Repository) -> ChannelOut:
     """The channel with the release that it serves; `passes_over` is the version of its last move if that one is
     yanked."""
-    move, served = moves.current_of(session, row), serving_move(session, row)
+    move, served = current_move(session, row), serving_move(session, row)
     return ChannelOut(
         repository=str(repositories.name_of(repository)),
         channel=row.name,
@@ -128,7 +128,7 @@ def rollout_view(session: Session, actor: Actor, row: Channel, repository: Repos
     return RolloutOut(
         repository=str(named),
         channel=row.name,
-        move=moves.current_of(session, row).id,
+        move=current_move(session, row).id,
         version=served.to_release.version if served else None,
         commit=served.to_release.revision.commit if served else None,
         totals=fleet.totals(nodes),

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, Protocol, cast
 
-from sqlalchemy import Select, Table, bindparam, func, insert, literal_column, select, update
-from sqlalchemy.orm import Session, joinedload
+from sqlalchemy import Table, bindparam, func, insert, literal_column, select, update
+from sqlalchemy.orm import Session
 
 from registry.database.engine import insert_if_absent
 from registry.database.tables import Canary, Channel, Gate, Move, Namespace, Promotion, Release, Repository, Revision
@@ -29,7 +29,11 @@ from registry.domain.channels.serving import (
     MOVE_COLUMNS,
     ChannelMove,
     NewMove,
+    current_move,
+    find_channel,
+    locked_channel,
     move_before,
+    served_version,
     serving_move,
     way_back,
 )
@@ -260,12 +264,12 @@ def roll_back(  # noqa: PLR0913
 ) -> ChannelMove:
     """Returns to the release served before the current one was promoted; skips yanked releases, and those that a
     rollback has left since. `to` names an earlier version."""
-    session.scalar(locked(repository, channel_name))
-    channel = find(session, repository, channel_name)
+    session.scalar(locked_channel(repository, channel_name))
+    channel = find_channel(session, repository, channel_name)
     subject = f"{repositories.name_of(repository)}@{channel_name}"
     check_expected(channel.move_id, served_version(session, channel), expected, subject)
     pending.refuse_running_canary(session, channel.id, subject)
-    current = current_of(session, channel)
+    current = current_move(session, channel)
     actor = replace(actor, at=max(actor.at, current.at))
     target = _served_before(session, channel, current, to, subject) if to else move_before(session, current)
     if target is None:
@@ -308,36 +312,6 @@ def roll_back(  # noqa: PLR0913
 def _serves(move_id: int, version: str | None, commit: str | None) -> dict[str, Any]:
     """The release that a channel serves after a move, for the audit row."""
     return {"move": move_id, "version": version, "commit": commit}
-
-
-def find(session: Session, repository: Repository, name: str) -> Channel:
-    """The channel. Raises NotFound for one that was never moved."""
-    channel = session.scalar(select(Channel).where(Channel.repository_id == repository.id, Channel.name == name))
-    if channel is None or channel.move_id is None:
-        raise repositories.unknown_channel(session, repository, name)
-    return channel
-
-
-def list_page(
-    session: Session, repository: Repository, *, served: Release | None = None, after: str, limit: int
-) -> Sequence[Channel]:
-    """Channels by name, only those that serve `served` if given; `after` is the last one of the previous page."""
-    query = select(Channel).where(Channel.repository_id == repository.id, Channel.move_id.is_not(None))
-    if served is not None:
-        query = query.where(Channel.served_id == served.id)
-    return session.scalars(query.where(Channel.name > after).order_by(Channel.name).limit(limit)).all()
-
-
-def current_of(session: Session, channel: Channel) -> Move:
-    """The last move of a channel from `find`, which always has one."""
-    return session.get_one(Move, channel.move_id)
-
-
-def load_current(session: Session, *channels: Channel) -> list[Move]:
-    """The last moves of channels with their releases, in one query. While the list is kept, `current_of` needs none."""
-    wanted = [channel.move_id for channel in channels]
-    loaded = select(Move).where(Move.id.in_(wanted)).options(joinedload(Move.to_release).joinedload(Release.revision))
-    return list(session.scalars(loaded))
 
 
 def _served_before(session: Session, channel: Channel, current: Move, to: Version, subject: str) -> Move:
@@ -401,10 +375,10 @@ def _create(session: Session, repository_id: int, name: RepositoryName, channel:
 def lock(session: Session, repository: Repository, name: str) -> Channel:
     """The channel, created if needed, locked against moves until the transaction ends. Raises as the promotion that
     would create it."""
-    channel = session.scalar(locked(repository, name))
+    channel = session.scalar(locked_channel(repository, name))
     if channel is None:
         _create(session, repository.id, repositories.name_of(repository), parse_name(name, "channel"))
-        channel = session.scalars(locked(repository, name)).one()
+        channel = session.scalars(locked_channel(repository, name)).one()
     return channel
 
 
@@ -445,17 +419,6 @@ def judge(  # noqa: PLR0913
         given_up=given_up,
     )
     return policies.judge(session, policy, question)
-
-
-def locked(repository: Repository, name: str) -> Select[Channel]:
-    """Locks the channel, so that moves wait for each other instead of failing, unless they state the expected move."""
-    query = select(Channel).where(Channel.repository_id == repository.id, Channel.name == name)
-    return query.with_for_update().execution_options(populate_existing=True)
-
-
-def served_version(session: Session, channel: Channel) -> str | None:
-    """The version that the channel serves; None for nothing."""
-    return session.get_one(Release, channel.served_id).version if channel.served_id else None
 
 
 def check_expected(move_id: int | None, served: str | None, expected: Expected | None, subject: str) -> None:

@@ -19,7 +19,7 @@ from registry.domain.channels.gates import GateResult
 from registry.domain.channels.moves import Waiting
 from registry.domain.channels.pending import PENDING
 from registry.domain.channels.policies import Expected, PolicyReport, PromotionRequest, PromotionVerdict
-from registry.domain.channels.serving import ChannelMove, serving_move
+from registry.domain.channels.serving import ChannelMove, locked_channel, serving_move
 from registry.domain.jobs import evaluations, queue
 from registry.domain.jobs.evaluations import WantedScore
 from registry.errors import Conflict, NotAllowed, Refused, RegistryError, Stale, Unavailable
@@ -164,7 +164,7 @@ def approve(session: Session, actor: Actor, release: Release, channel: str, reas
 
 def withdraw(session: Session, actor: Actor, release: Release, channel: str) -> bool:
     """Withdraws the actor's own approval; returns whether there was one."""
-    session.scalar(moves.locked(release.repository, channel))
+    session.scalar(locked_channel(release.repository, channel))
     own = (Approval.release_id == release.id, Approval.channel == channel, Approval.user == actor.name)
     withdrawn = session.scalar(delete(Approval).where(*own).returning(Approval.user)) is not None
     if withdrawn:

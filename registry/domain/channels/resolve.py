@@ -11,8 +11,7 @@ from registry.database.tables import Channel, Move, Release, Repository, Revisio
 from registry.domain.catalog import releases, repositories
 from registry.domain.catalog.release_rows import COLUMNS, NAMED
 from registry.domain.catalog.repositories import Kind
-from registry.domain.channels import moves
-from registry.domain.channels.serving import serving_move
+from registry.domain.channels.serving import find_channel, serving_move
 from registry.errors import NotFound, Usage
 from registry.formats.references import Reference, RepositoryName, parse_version
 
@@ -182,7 +181,7 @@ def _by_channel(session: Session, reference: Reference) -> ResolvedRow:
     """Resolves a channel whose last release is yanked."""
     rows = _rows(session, _OF_CHANNEL, reference.repository, named=reference.channel or "")
     repository = repositories.find(session, reference.repository)
-    channel = moves.find(session, repository, reference.channel or "")
+    channel = find_channel(session, repository, reference.channel or "")
     serving = serving_move(session, channel)
     if serving is None:
         raise NotFound("no_match", f"{reference} serves only yanked releases.", subject=str(reference))

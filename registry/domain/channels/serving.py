@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import Any, TypedDict
 
 from sqlalchemy import ColumnElement, Select, bindparam, func, literal_column, or_, select
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, joinedload
 
 from registry.database.dialects import in_list, padded
 from registry.database.prepared import Prepared, Query, prepared
@@ -26,6 +26,48 @@ CHANGES = {YANK: Act.CHANNEL_YANK, UNYANK: Act.CHANNEL_UNYANK, POLICY: Act.CHANN
 """Entries in a channel's history that are not moves. The channel serves another release because one was yanked or
 unyanked, or because a new policy treats yanks differently; its last move stays the same."""
 ACTS = {DELETION: Act.CHANNEL_DELETE, **CHANGES}
+
+
+def find_channel(session: Session, repository: Repository, name: str) -> Channel:
+    """The channel. Raises NotFound for one that was never moved."""
+    channel = session.scalar(select(Channel).where(Channel.repository_id == repository.id, Channel.name == name))
+    if channel is None or channel.move_id is None:
+        raise repositories.unknown_channel(session, repository, name)
+    return channel
+
+
+def list_channels(
+    session: Session, repository: Repository, *, served: Release | None = None, after: str, limit: int
+) -> Sequence[Channel]:
+    """Channels by name, only those that serve `served` if given; `after` is the last one of the previous page."""
+    query = select(Channel).where(Channel.repository_id == repository.id, Channel.move_id.is_not(None))
+    if served is not None:
+        query = query.where(Channel.served_id == served.id)
+    return session.scalars(query.where(Channel.name > after).order_by(Channel.name).limit(limit)).all()
+
+
+def current_move(session: Session, channel: Channel) -> Move:
+    """The last move of a channel from `find_channel`, which always has one."""
+    return session.get_one(Move, channel.move_id)
+
+
+def load_current_moves(session: Session, *channels: Channel) -> list[Move]:
+    """The last moves of channels with their releases, in one query. While the list is kept, `current_move` needs no
+    query."""
+    wanted = [channel.move_id for channel in channels]
+    loaded = select(Move).where(Move.id.in_(wanted)).options(joinedload(Move.to_release).joinedload(Release.revision))
+    return list(session.scalars(loaded))
+
+
+def locked_channel(repository: Repository, name: str) -> Select[Channel]:
+    """Locks the channel, so that moves wait for each other instead of failing, unless they state the expected move."""
+    query = select(Channel).where(Channel.repository_id == repository.id, Channel.name == name)
+    return query.with_for_update().execution_options(populate_existing=True)
+
+
+def served_version(session: Session, channel: Channel) -> str | None:
+    """The version that the channel serves; None for nothing."""
+    return session.get_one(Release, channel.served_id).version if channel.served_id else None
 
 
 def serving_move(session: Session, channel: Channel) -> Move | None:

@@ -32,13 +32,16 @@ from registry.domain.access.audit import Act, Actor
 from registry.domain.access.roles import Role, permit
 from registry.domain.catalog import barred, releases, repositories, search_index
 from registry.domain.catalog.releases import full_name
-from registry.domain.channels import moves, pending, policies
+from registry.domain.channels import pending, policies
 from registry.domain.channels.serving import (
     DELETION,
     UNYANK,
     YANK,
     Entry,
     ServedChange,
+    current_move,
+    find_channel,
+    locked_channel,
     record_entry,
     refresh_served,
     serving_move,
@@ -304,8 +307,8 @@ def delete_channel(
     Raises Refused for a channel with a policy, and for one that serves a release, unless an admin of its namespace
     names that release as `serving` and gives a reason.
     """
-    session.scalar(moves.locked(repository, name))
-    channel = moves.find(session, repository, name)
+    session.scalar(locked_channel(repository, name))
+    channel = find_channel(session, repository, name)
     subject = f"{repositories.name_of(repository)}@{name}"
     policy, _ = policies.find(session, repository, name)
     if not policies.is_empty(policy):
@@ -340,7 +343,7 @@ def _refuse_serving(
 
 
 def _forget(session: Session, actor: Actor, repository: Repository, channel: Channel, reason: str) -> None:
-    last = moves.current_of(session, channel)
+    last = current_move(session, channel)
     if waiting := pending.of_channel(session, channel.id):
         pending.end_moved(session, actor, waiting.id)
     pending.end_canary(session, channel.id, None, actor.at)

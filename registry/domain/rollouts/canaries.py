@@ -16,7 +16,7 @@ from registry.domain.access.roles import REGISTRY, Role, holds
 from registry.domain.catalog import releases, repositories
 from registry.domain.channels import moves, pending, policies, promotions
 from registry.domain.channels.policies import PromotionRequest, PromotionVerdict
-from registry.domain.channels.serving import ChannelMove, ChannelName
+from registry.domain.channels.serving import ChannelMove, ChannelName, find_channel, locked_channel, served_version
 from registry.domain.rollouts import fleet
 from registry.domain.rollouts.sequential import Sample, above_limit, above_other
 from registry.errors import Conflict, Invalid, NotAllowed, Refused, RegistryError
@@ -155,9 +155,9 @@ def begin(session: Session, actor: Actor, wanted: PromotionRequest, weight: int)
     running canary. Raises Refused if a gate does not pass, if the channel serves nothing or the release already, or if
     no node splits its requests; Stale for another expected move."""
     repository = repositories.find(session, wanted.repository, wanted.kind)
-    session.scalar(moves.locked(repository, wanted.channel))
-    channel = moves.find(session, repository, wanted.channel)
-    moves.check_expected(channel.move_id, moves.served_version(session, channel), wanted.expected, wanted.subject)
+    session.scalar(locked_channel(repository, wanted.channel))
+    channel = find_channel(session, repository, wanted.channel)
+    moves.check_expected(channel.move_id, served_version(session, channel), wanted.expected, wanted.subject)
     judged = promotions.judge(session, actor, wanted)
     if judged.error is not None:
         raise judged.error
@@ -232,7 +232,7 @@ def latest(session: Session, channel: Channel) -> Canary | None:
 
 def stop(session: Session, actor: Actor, repository: Repository, name: str, reason: str) -> Canary:
     """Ends the canary: all requests go to the served release again. Raises Conflict if none is running."""
-    session.scalar(moves.locked(repository, name))
+    session.scalar(locked_channel(repository, name))
     canary = _running(session, repository, name)
     subject = f"{repositories.name_of(repository)}@{name}"
     pending.close_canary(canary, STOPPED, reason or f"{actor.name} stopped it.", actor.at)
@@ -250,7 +250,7 @@ def report(
 ) -> Canary:
     """Records what a source has counted by version since it started, and decides: a broken rule ends the canary, and a
     step that has lasted leads to the next one. Raises Conflict if no canary is running."""
-    session.scalar(moves.locked(repository, name))
+    session.scalar(locked_channel(repository, name))
     canary = _running(session, repository, name)
     wanted = (canary.release.version, canary.served.version)
     row = session.get(CanaryFigures, (canary.id, actor.name, source))
@@ -321,7 +321,7 @@ def measure(
     """Reports what another system has counted of both releases since the canary began, approximately. Does nothing if
     the canary has ended, or if newer figures of the source are in."""
     repository = session.get_one(Canary, watched.canary_id).release.repository
-    session.scalar(moves.locked(repository, watched.channel.channel))
+    session.scalar(locked_channel(repository, watched.channel.channel))
     canary = session.get_one(Canary, watched.canary_id, populate_existing=True)
     row = session.get(CanaryFigures, (canary.id, actor.name, source))
     if canary.state != pending.RUNNING or (row is not None and row.at > asked_at):
@@ -454,7 +454,7 @@ def _proceed(session: Session, actor: Actor, canary: Canary, subject: str, weigh
 
 
 def _running(session: Session, repository: Repository, name: str) -> Canary:
-    channel = moves.find(session, repository, name)
+    channel = find_channel(session, repository, name)
     canary = pending.running_canary(session, channel.id)
     if canary is None:
         subject = f"{repositories.name_of(repository)}@{name}"

@@ -19,8 +19,9 @@ from registry.domain.catalog import releases, repositories, suites
 from registry.domain.catalog.releases import NewRelease
 from registry.domain.catalog.repositories import Kind
 from registry.domain.catalog.suites import Measurement
-from registry.domain.channels import moves, promotions, withdrawals
+from registry.domain.channels import promotions, withdrawals
 from registry.domain.channels.moves import PromotionRequest
+from registry.domain.channels.serving import list_channels
 from registry.formats.manifest import ManifestFile
 from registry.formats.references import Digest, RepositoryName, Version
 from registry.transfer.resources import Resources
@@ -108,7 +109,7 @@ def test_longer_lists_take_no_more_statements(house: House) -> None:
             for channel in ("prod", f"team-{patch}"):
                 promotions.request(session, HOST, PromotionRequest(name, version, channel))
         promotions.request(session, HOST, PromotionRequest(name, Version(1, 1, 0), "prod"))
-        assert len(moves.list_page(session, row, after="", limit=100)) == 9
+        assert len(list_channels(session, row, after="", limit=100)) == 9
     after = statements(house.resources)
     assert after == before
     assert max(after.values()) <= MAX_STATEMENTS, after

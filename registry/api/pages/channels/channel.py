@@ -15,8 +15,8 @@ from registry.database.tables import Canary, Promotion, Repository
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import Role, holds
 from registry.domain.catalog import releases, repositories
-from registry.domain.channels import moves, pending, policies
-from registry.domain.channels.serving import ChannelMove, moves_of_channel, serving_move
+from registry.domain.channels import pending, policies
+from registry.domain.channels.serving import ChannelMove, find_channel, moves_of_channel, serving_move
 from registry.domain.rollouts import canaries
 from registry.formats.channel_policy import ChannelPolicy
 from registry.formats.references import RepositoryName
@@ -94,7 +94,7 @@ def _is_of_now(canary: Canary, last: ChannelMove) -> bool:
 
 def _moved(session: Session, actor: Actor, repository: Repository, channel: str, cursor: str | None) -> dict[str, Any]:
     """The release that the channel serves, since when and why, which nodes serve it, and a page of its moves."""
-    named, row = repositories.name_of(repository), moves.find(session, repository, channel)
+    named, row = repositories.name_of(repository), find_channel(session, repository, channel)
     served, canary = serving_move(session, row), canaries.latest(session, row)
     rows = moves_of_channel(session, row, before=decode_number(cursor), limit=SHOWN + 1)
     listed, more = first_rows(rows, SHOWN, lambda move: move.id)

@@ -16,7 +16,7 @@ from registry.domain.access.audit import Actor
 from registry.domain.catalog import repositories
 from registry.domain.channels import moves, pending, promotions
 from registry.domain.channels.policies import Expected, PromotionRequest
-from registry.domain.channels.serving import earlier_versions, move_before, serving_move
+from registry.domain.channels.serving import current_move, earlier_versions, find_channel, move_before, serving_move
 from registry.errors import RegistryError, Usage
 from registry.formats.references import parse_version
 from registry.wire.quality import PromoteIn, RollbackIn
@@ -102,8 +102,8 @@ def _promotion_page(
 
 def _rollback_page(asked: ChannelRequest, typed: RollbackIn, error: RegistryError | None = None) -> Response:
     with asked.resources.snapshot() as session:
-        row = moves.find(session, repositories.find(session, asked.named), asked.channel)
-        current, served = moves.current_of(session, row), serving_move(session, row)
+        row = find_channel(session, repositories.find(session, asked.named), asked.channel)
+        current, served = current_move(session, row), serving_move(session, row)
         below = move_before(session, current)
         values = {
             "serves": served.to_release.version if served else None,
