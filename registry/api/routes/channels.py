@@ -14,7 +14,7 @@ from registry.api.routes.views import channel_view, judgement_view, move_view, p
 from registry.database import idempotency
 from registry.database.engine import Session
 from registry.database.tables import Promotion, Repository
-from registry.domain.channels import moves, pending, policies, promotions, withdrawals
+from registry.domain.channels import moves, pending, policies, promotions
 from registry.domain.channels.serving import ChannelMove, find_channel, moves_of_channel, moves_of_release
 from registry.formats.channel_policy import read_policy
 from registry.formats.references import parse_name, parse_version
@@ -172,7 +172,7 @@ def delete(
     """
     known = parse_version(serving) if serving else None
     with resources.write() as session:
-        served = withdrawals.delete_channel(session, actor, named.find(session), channel, serving=known, reason=reason)
+        served = moves.delete_channel(session, actor, named.find(session), channel, serving=known, reason=reason)
         return ChannelDeleted(repository=str(named.name), channel=channel, served=served)
 
 

@@ -168,7 +168,7 @@ def judgement_view(judgement: Judgement, wanted: PromotionRequest) -> JudgementO
             "verdict": str(judgement.verdict),
             "served": judgement.served,
             "move": judgement.move,
-            "gates": [result.with_waiting() for result in judgement.results],
+            "gates": [result.with_waiting() for result in judgement.report.results],
             "error": judgement.error.to_row() if judgement.error else None,
         }
     )

@@ -1,4 +1,4 @@
-"""Promotion and rollback: channels move by compare-and-set, and moves are never rewritten."""
+"""Promotion, rollback and deletion of channels: they move by compare-and-set, and moves are never rewritten."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +12,7 @@ from registry.database.engine import insert_if_absent
 from registry.database.tables import Canary, Channel, Gate, Move, Namespace, Promotion, Release, Repository, Revision
 from registry.domain.access import audit, namespaces
 from registry.domain.access.audit import Act, Actor
+from registry.domain.access.roles import Role, permit
 from registry.domain.catalog import releases, repositories, signatures
 from registry.domain.catalog.releases import SignaturePolicy, full_name
 from registry.domain.catalog.repositories import Kind
@@ -23,22 +24,24 @@ from registry.domain.channels.policies import (
     PromotionRequest,
     PromotionVerdict,
 )
-from registry.domain.channels.requirements import Question
 from registry.domain.channels.serving import (
+    DELETION,
     LEFT_RELEASE,
     MOVE_COLUMNS,
     ChannelMove,
+    Entry,
     NewMove,
     current_move,
     find_channel,
     locked_channel,
     move_before,
+    record_entry,
     served_version,
     serving_move,
     way_back,
 )
 from registry.domain.jobs.evaluations import WantedScore
-from registry.errors import Refused, Stale
+from registry.errors import Refused, Stale, Usage
 from registry.formats.channel_policy import ChannelPolicy
 from registry.formats.references import RepositoryName, Version, parse_name, refuse_ambiguous_channel
 
@@ -194,7 +197,7 @@ def attempt(
     # A request that waited here may be older than the last move.
     actor = replace(actor, at=max(actor.at, current.at or actor.at))
     policy = policies.of_columns(current.rules, current.policy)
-    report = judge(session, actor, release.id, wanted.channel, release.channel_id, policy, given_up or {})
+    report = policies.judge(session, actor, release.id, wanted.channel, release.channel_id, policy, given_up or {})
     verdict = report.verdict(served=current.to_release_id == release.id)
     if report.failed and wanted.force:
         policies.refuse_force(actor, policy, wanted)
@@ -396,31 +399,6 @@ def refuse_unsigned(
         releases.refuse_without_signature(wanted.repository.namespace, policy, *signed, wanted.release)
 
 
-def judge(  # noqa: PLR0913
-    session: Session,
-    actor: Actor,
-    release_id: int,
-    name: str,
-    channel_id: int | None,
-    policy: ChannelPolicy,
-    given_up: Mapping[WantedScore, str],
-) -> PolicyReport:
-    """Judges a release by the policy of the channel `name`, whose id is None before its first promotion."""
-    if policies.is_empty(policy):
-        return PolicyReport([], [])
-    # Compare with what users get: not with a yanked release on the channel.
-    channel = None if channel_id is None else session.get_one(Channel, channel_id, populate_existing=True)
-    served = serving_move(session, channel) if channel else None
-    question = Question(
-        actor=actor,
-        release=session.get_one(Release, release_id),
-        channel=name,
-        served=served.to_release if served else None,
-        given_up=given_up,
-    )
-    return policies.judge(session, policy, question)
-
-
 def check_expected(move_id: int | None, served: str | None, expected: Expected | None, subject: str) -> None:
     if expected is None:
         return
@@ -441,3 +419,60 @@ def _record_move(session: Session, move: NewMove, key: str, seen: int | None, su
 
 def _moved(subject: str) -> Stale:
     return Stale("channel_moved", f"{subject} has moved since you looked.", subject=subject)
+
+
+# Deletion of a channel that has no followers, such as one with a misspelt name.
+
+
+def delete_channel(
+    session: Session, actor: Actor, repository: Repository, name: str, *, serving: Version | None, reason: str
+) -> str | None:
+    """Deletes a channel; returns the version that it served. Its history stays and ends with the deletion. A channel
+    created later under this name starts empty.
+
+    Raises Refused for a channel with a policy, and for one that serves a release, unless an admin of its namespace
+    names that release as `serving` and gives a reason.
+    """
+    session.scalar(locked_channel(repository, name))
+    channel = find_channel(session, repository, name)
+    subject = f"{repositories.name_of(repository)}@{name}"
+    policy, _ = policies.find(session, repository, name)
+    if not policies.is_empty(policy):
+        raise Refused(
+            "channel_has_policy",
+            f"{subject} has a policy.",
+            subject=subject,
+            next_step=f"An admin removes it first: `adaptory policy set {subject} --clear`.",
+        )
+    move = serving_move(session, channel)
+    version = move.to_release.version if move else None
+    if version is not None:
+        _refuse_serving(actor, repository, subject, version, None if serving is None else str(serving), reason)
+    _forget(session, actor, repository, channel, reason)
+    return version
+
+
+def _refuse_serving(
+    actor: Actor, repository: Repository, subject: str, served: str, named: str | None, reason: str
+) -> None:
+    if served != named:
+        raise Refused(
+            "channel_serves",
+            f"{subject} serves {served}.",
+            subject=subject,
+            next_step="Its followers would find nothing. If it has none, an admin may delete it with "
+            f"`adaptory channel delete {subject} --serving {served} --reason TEXT`.",
+        )
+    permit(actor, Role.ADMIN, repository.namespace)
+    if not reason.strip():
+        raise Usage("reason_missing", f"{subject} serves {served}: its deletion needs a reason.", subject=subject)
+
+
+def _forget(session: Session, actor: Actor, repository: Repository, channel: Channel, reason: str) -> None:
+    last = current_move(session, channel)
+    if waiting := pending.of_channel(session, channel.id):
+        pending.end_moved(session, actor, waiting.id)
+    pending.end_canary(session, channel.id, None, actor.at)
+    channel.move_id = channel.served_id = channel.served_key = None
+    subject = f"{repositories.name_of(repository)}@{channel.name}"
+    record_entry(session, actor, subject, last, Entry(DELETION, reason, left=last.to_release))

@@ -10,7 +10,7 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from registry.database.tables import Base, Gate, Release, Repository, Suite
+from registry.database.tables import Base, Channel, Gate, Release, Repository, Suite
 from registry.domain.access import audit
 from registry.domain.access.audit import Act, Actor
 from registry.domain.access.roles import Role, holds
@@ -19,7 +19,7 @@ from registry.domain.catalog.repositories import Kind
 from registry.domain.channels import gates, requirements
 from registry.domain.channels.gates import Contents, GateResult, Rule, ScoreConditions
 from registry.domain.channels.requirements import Question
-from registry.domain.channels.serving import POLICY, refresh_served
+from registry.domain.channels.serving import POLICY, refresh_served, serving_move
 from registry.domain.jobs.evaluations import WantedScore
 from registry.errors import NotAllowed, Refused, Stale, Usage
 from registry.formats.channel_policy import ChannelPolicy, ScoreRule, of_rules, read_policy
@@ -255,8 +255,28 @@ def is_empty(policy: ChannelPolicy) -> bool:
     return not any(getattr(policy, name) for name in _REQUIREMENTS)
 
 
-def judge(session: Session, policy: ChannelPolicy, question: Question) -> PolicyReport:
-    """Judges the release by the policy."""
+def judge(  # noqa: PLR0913
+    session: Session,
+    actor: Actor,
+    release_id: int,
+    name: str,
+    channel_id: int | None,
+    policy: ChannelPolicy,
+    given_up: Mapping[WantedScore, str],
+) -> PolicyReport:
+    """Judges a release by the policy of the channel `name`, whose id is None before its first promotion."""
+    if is_empty(policy):
+        return PolicyReport([], [])
+    # Compare with what users get: not with a yanked release on the channel.
+    channel = None if channel_id is None else session.get_one(Channel, channel_id, populate_existing=True)
+    served = serving_move(session, channel) if channel else None
+    question = Question(
+        actor=actor,
+        release=session.get_one(Release, release_id),
+        channel=name,
+        served=served.to_release if served else None,
+        given_up=given_up,
+    )
     results, lacking = _judge_scores(session, policy, question)
     return PolicyReport([*results, *requirements.judge(session, policy, question)], lacking)
 

@@ -14,12 +14,11 @@ from registry.domain.access.audit import Act, Actor
 from registry.domain.access.roles import Role, holds, permit
 from registry.domain.catalog import releases, repositories
 from registry.domain.catalog.repositories import Kind
-from registry.domain.channels import moves, pending, policies, requirements
-from registry.domain.channels.gates import GateResult
+from registry.domain.channels import moves, pending, policies
 from registry.domain.channels.moves import Waiting
 from registry.domain.channels.pending import PENDING
 from registry.domain.channels.policies import Expected, PolicyReport, PromotionRequest, PromotionVerdict
-from registry.domain.channels.serving import ChannelMove, locked_channel, serving_move
+from registry.domain.channels.serving import ChannelMove, locked_channel, serving_move, unspent_approvals
 from registry.domain.jobs import evaluations, queue
 from registry.domain.jobs.evaluations import WantedScore
 from registry.errors import Conflict, NotAllowed, Refused, RegistryError, Stale, Unavailable
@@ -142,7 +141,7 @@ def approve(session: Session, actor: Actor, release: Release, channel: str, reas
             next_step=f"Ask someone else with the role {policy.approval.role}.",
         )
     row = session.get(Approval, (release.id, channel, actor.name))
-    counts = row in requirements.unspent_approvals(session, release, channel)
+    counts = row in unspent_approvals(session, release, channel)
     row = row or Approval(release_id=release.id, channel=channel, user=actor.name)
     if not counts or row.reason != reason:
         row.token_id, row.reason, row.at = actor.token_id, reason, actor.at
@@ -296,11 +295,11 @@ def _refuse_without_role(actor: Actor, promotion: Promotion, wanted: PromotionRe
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Judgement:
-    """`results` are those of the policy's rules. `error` refuses the promotion for another reason. `served` is the
+    """`report` has the results of the rules. `error` refuses the promotion for another reason. `served` is the
     version that the channel serves, None for an empty one, `move` the id of its last move, or NOTHING_YET."""
 
     verdict: PromotionVerdict
-    results: Sequence[GateResult]
+    report: PolicyReport
     error: Refused | None
     served: str | None
     move: int
@@ -316,13 +315,13 @@ def judge(session: Session, actor: Actor, wanted: PromotionRequest) -> Judgement
     if current is not None:
         actor = replace(actor, at=max(actor.at, current.at))
     policy, _ = policies.find(session, release.repository, wanted.channel)
-    report = moves.judge(session, actor, release.id, wanted.channel, channel.id if channel else None, policy, {})
+    report = policies.judge(session, actor, release.id, wanted.channel, channel.id if channel else None, policy, {})
     error = _refusal(session, release, wanted)
     verdict = report.verdict(served=current is not None and current.to_release_id == release.id)
     serving = serving_move(session, channel) if channel else None
     return Judgement(
         verdict=PromotionVerdict.REFUSED if error else verdict,
-        results=report.results,
+        report=report,
         error=error,
         served=serving.to_release.version if serving else None,
         move=current.id if current else moves.NOTHING_YET,

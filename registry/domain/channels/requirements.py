@@ -1,7 +1,7 @@
 """Requirements of a policy besides scores: soak in another channel, approvals, signature, licences, verdict,
 servers."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Any
@@ -11,14 +11,14 @@ from sqlalchemy.orm import Session
 
 from composer.findings import Verdict
 from composer.formats.adapters.serving import ServerProfile, loads, parse_profile
-from registry.database.tables import Approval, Base, Channel, Composition, Move, Namespace, Release, ReleaseInput
+from registry.database.tables import Approval, Base, Composition, Namespace, Release, ReleaseInput
 from registry.domain.access import namespaces, tokens
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import EVERYWHERE, Role, at_least
 from registry.domain.catalog import attestations, signatures
 from registry.domain.catalog.signatures import SignedAs
 from registry.domain.channels.gates import GateResult, lineage_of
-from registry.domain.channels.serving import CHANGES, leads_somewhere
+from registry.domain.channels.serving import last_period, unspent_approvals
 from registry.domain.jobs.evaluations import WantedScore
 from registry.formats.channel_policy import ApprovalRule as NeededApproval
 from registry.formats.channel_policy import ChannelPolicy, Combination, Licenses, Soak
@@ -195,7 +195,7 @@ def judge(session: Session, policy: ChannelPolicy, question: Question) -> list[G
 def _soak(session: Session, policy: ChannelPolicy, soak: Soak, question: Question) -> GateResult:
     """The last period in which the channel served the release. A period ended by a rollback does not count."""
     rule = f"{soak.hours:g} h in {soak.channel}"
-    moves = _last_moves(session, question.release, soak.channel)
+    moves = last_period(session, question.release, soak.channel)
     if moves is None:
         return GateResult(rule, False, f"{soak.channel} has never served it")
     began, left = moves
@@ -216,20 +216,6 @@ def _soak(session: Session, policy: ChannelPolicy, soak: Soak, question: Questio
     return GateResult(rule, False, f"{detail}, until {until:%Y-%m-%d %H:%M} UTC", waiting=True, until=until)
 
 
-def _last_moves(
-    session: Session, release: Release, channel: str, *, besides: Collection[str] = ()
-) -> tuple[Move, Move | None] | None:
-    """The last entry in the channel's history that led to the release, and the one after it, if any; `besides` are
-    kinds that are left out. None if there was none."""
-    of_channel = (Channel.repository_id == release.repository_id, Channel.name == channel)
-    moves = select(Move).join(Channel, Channel.id == Move.channel_id).where(*of_channel, Move.kind.not_in(besides))
-    to_it = moves.where(Move.to_release_id == release.id, leads_somewhere())
-    began = session.scalars(to_it.order_by(Move.id.desc()).limit(1)).first()
-    if began is None:
-        return None
-    return began, session.scalars(moves.where(Move.id > began.id).order_by(Move.id).limit(1)).first()
-
-
 def _approval(session: Session, needed: NeededApproval, question: Question) -> GateResult:
     people = f"{needed.count} other people" if needed.count > 1 else "another person"
     rule = f"approval by {people} with the role {needed.role}"
@@ -242,16 +228,6 @@ def _approval(session: Session, needed: NeededApproval, question: Question) -> G
     detail += f"; {', '.join(lost)} no longer {'has' if len(lost) == 1 else 'have'} the role" if lost else ""
     passed = len(names) >= needed.count
     return GateResult(rule, passed, detail, waiting=not passed)
-
-
-def unspent_approvals(session: Session, release: Release, channel: str) -> list[Approval]:
-    """The approvals of a release for a channel, oldest first. The first move to the release after an approval uses it
-    up, and the next one ends those given while the channel served it: after a rollback, the release needs new
-    approvals, even if one was sent again."""
-    query = select(Approval).where(Approval.release_id == release.id, Approval.channel == channel)
-    last = _last_moves(session, release, channel, besides=CHANGES)
-    given = session.scalars(query.order_by(Approval.at, Approval.user))
-    return [approval for approval in given if last is None or approval.after_move >= (last[1] or last[0]).id]
 
 
 def _has_role(session: Session, approval: Approval, namespace: str, role: Role, now: datetime) -> bool:

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, TypedDict
 
-from sqlalchemy import ColumnElement, Select, bindparam, func, literal_column, or_, select
+from sqlalchemy import Select, bindparam, func, literal_column, or_, select
 from sqlalchemy.orm import Session, joinedload
 
 from registry.database.dialects import in_list, padded
 from registry.database.prepared import Prepared, Query, prepared
-from registry.database.tables import Canary, Channel, Gate, Move, Release, Repository, Revision
+from registry.database.tables import Approval, Canary, Channel, Gate, Move, Release, Repository, Revision
 from registry.domain.access import audit
 from registry.domain.access.audit import Act, Actor
 from registry.domain.access.roles import readable_names
@@ -85,12 +85,6 @@ def keeps_yanked(session: Session, channel: Channel, release: Release) -> bool:
     gate = session.get(Gate, (channel.repository_id, channel.name))
     kept = gate is not None and (gate.policy or {}).get("on_yank") == "keep"
     return kept and release.revision.taken_down_at is None
-
-
-def leads_somewhere() -> ColumnElement[bool]:
-    """A SQL condition on a move: the channel served its `to_release_id` afterwards. What leads to nothing repeats the
-    release that it leaves."""
-    return or_(Move.from_release_id.is_(None), Move.from_release_id != Move.to_release_id)
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +194,32 @@ def way_back(current: Move) -> Select[Any, Any]:
     query = select(below.c.id, below.c.to_release_id).outerjoin(left, left.c.from_release_id == below.c.to_release_id)
     kept = left.c.id.is_(None) | (left.c.id < below.c.id)
     return query.where(kept, below.c.to_release_id != current.to_release_id)
+
+
+def last_period(
+    session: Session, release: Release, channel: str, *, besides: Collection[str] = ()
+) -> tuple[Move, Move | None] | None:
+    """The last period in which the channel served the release: the entry in its history that led to it, and the one
+    after, if any. `besides` are kinds that are left out. None if the channel never served it."""
+    of_channel = (Channel.repository_id == release.repository_id, Channel.name == channel)
+    moves = select(Move).join(Channel, Channel.id == Move.channel_id).where(*of_channel, Move.kind.not_in(besides))
+    # An entry that leads to nothing repeats the release that it leaves.
+    leads_on = or_(Move.from_release_id.is_(None), Move.from_release_id != Move.to_release_id)
+    to_it = moves.where(Move.to_release_id == release.id, leads_on)
+    began = session.scalars(to_it.order_by(Move.id.desc()).limit(1)).first()
+    if began is None:
+        return None
+    return began, session.scalars(moves.where(Move.id > began.id).order_by(Move.id).limit(1)).first()
+
+
+def unspent_approvals(session: Session, release: Release, channel: str) -> list[Approval]:
+    """The approvals of a release for a channel, oldest first. The first move to the release after an approval uses it
+    up, and the next one ends those given while the channel served it: after a rollback, the release needs new
+    approvals, even if one was sent again."""
+    query = select(Approval).where(Approval.release_id == release.id, Approval.channel == channel)
+    last = last_period(session, release, channel, besides=CHANGES)
+    given = session.scalars(query.order_by(Approval.at, Approval.user))
+    return [approval for approval in given if last is None or approval.after_move >= (last[1] or last[0]).id]
 
 
 # Moves as rows: the history of a channel, of a release, of the registry.

@@ -201,12 +201,14 @@ def _refuse_unfit(wanted: PromotionRequest, judged: promotions.Judgement) -> Non
     if judged.served == str(wanted.version):
         raise Refused("already_served", f"{wanted.subject} already serves {wanted.version}.", subject=wanted.subject)
     if judged.verdict is not PromotionVerdict.PASSES:
-        open_rules = "; ".join(f"{result.rule}: {result.detail}" for result in judged.results if not result.passed)
+        open_rules = "; ".join(
+            f"{result.rule}: {result.detail}" for result in judged.report.results if not result.passed
+        )
         raise Refused(
             "gate_failed",
             f"A canary of {wanted.version} begins once its promotion to {wanted.subject} passes: {open_rules}.",
             subject=wanted.subject,
-            findings=[result.to_json() for result in judged.results],
+            findings=[result.to_json() for result in judged.report.results],
         )
 
 

@@ -30,8 +30,7 @@ from registry.database.migrate import (
     schema_revision,
     works_with,
 )
-from registry.domain.channels.requirements import unspent_approvals
-from registry.domain.channels.serving import CHANGES
+from registry.domain.channels.serving import CHANGES, unspent_approvals
 from registry.environment.settings import Settings
 from registry.errors import Unavailable
 from registry.transfer.resources import open_resources

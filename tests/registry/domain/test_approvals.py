@@ -12,8 +12,8 @@ from registry.domain.access.audit import Actor
 from registry.domain.access.people import Person
 from registry.domain.access.roles import Role
 from registry.domain.catalog import releases, repositories
-from registry.domain.channels import moves, promotions, requirements, withdrawals
-from registry.domain.channels.serving import ChannelMove
+from registry.domain.channels import moves, promotions
+from registry.domain.channels.serving import ChannelMove, unspent_approvals
 from registry.errors import NotAllowed
 from registry.transfer.promotions import settle
 from tests.access.house import HOST, NOW, OTHER, PRIVATE, House
@@ -158,7 +158,7 @@ def test_an_approval_for_a_channel_that_was_deleted_and_comes_back_counts_if_it_
     demand(house, "beta")
     with house.resources.write() as session:
         repository = repositories.find(session, NAME)
-        withdrawals.delete_channel(session, person(house, "admin"), repository, "beta", serving=OLD, reason="a typo")
+        moves.delete_channel(session, person(house, "admin"), repository, "beta", serving=OLD, reason="a typo")
     demand(house, "beta", approval={})
     began = waiting(house, OLD, "beta")
     approve()
@@ -201,10 +201,7 @@ def test_an_approval_beside_a_promotion_is_used_once_and_one_beside_its_withdraw
                 given = session.scalars(select(Approval).where(Approval.channel == "prod")).all()
                 release = releases.find(session, NAME, OLD)
                 after = [approval.user for approval in given if approval.after_move >= (moved or 0)]
-                left = [
-                    unspent_approval.user
-                    for unspent_approval in requirements.unspent_approvals(session, release, "prod")
-                ]
+                left = [unspent_approval.user for unspent_approval in unspent_approvals(session, release, "prod")]
             assert left == after, turn
             assert len(left) <= 1, "the move has used the other"
             for user in ("admin", "publisher"):
