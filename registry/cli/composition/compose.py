@@ -16,8 +16,8 @@ from registry.cli.console.connect import connected, jobs_running
 from registry.cli.console.findings import StrictFlag
 from registry.cli.console.groups import root
 from registry.cli.console.interrupt import interrupts
+from registry.cli.console.options import MemoryOption, PriorityOption, wishes
 from registry.cli.console.render import JsonFlag
-from registry.cli.operations.jobs import MemoryOption, PriorityOption, wishes
 from registry.errors import Refused, RegistryError, Usage
 from registry.errors.translation import of_row
 from registry.sdk.connection import Connection

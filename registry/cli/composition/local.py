@@ -22,8 +22,8 @@ from registry.cli.console import complete, findings, render
 from registry.cli.console.connect import connected, release_directory, resolved
 from registry.cli.console.findings import StrictFlag
 from registry.cli.console.groups import root
+from registry.cli.console.options import Device
 from registry.cli.console.render import JsonFlag
-from registry.cli.evaluation.quality import Device
 from registry.errors import Usage
 
 if TYPE_CHECKING:

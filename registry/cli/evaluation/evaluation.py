@@ -12,12 +12,12 @@ from composer.errors import ComposerError
 from registry.cli.console import complete, render
 from registry.cli.console.connect import base_checkpoint, connected, release_directory
 from registry.cli.console.groups import refuse_idle, root
+from registry.cli.console.options import BaseDir, Device, MemoryOption, PriorityOption, wishes
 from registry.cli.console.render import JsonFlag
 from registry.cli.evaluation import harness as harnesses
 from registry.cli.evaluation import queued_evaluation
 from registry.cli.evaluation.harness import ChatTemplate, HarnessChoice, NumFewshot, TaskDirectory, TaskNames
-from registry.cli.evaluation.quality import BaseDir, Device, EvaluationTarget, release_or_base
-from registry.cli.operations.jobs import MemoryOption, PriorityOption, wishes
+from registry.cli.evaluation.quality import EvaluationTarget, release_or_base
 from registry.errors import RegistryError, Usage
 from registry.errors.codes import RETRYABLE
 from registry.errors.translation import of_composer

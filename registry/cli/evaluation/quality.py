@@ -18,8 +18,6 @@ from registry.sdk.connection import Connection
 
 suite_app = group("suite", "Evaluation sets, versioned by content.")
 score_app = group("score", "Recorded scores.")
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda:N.")]
-BaseDir = Annotated[Path | None, typer.Option("--base-dir", help="Directory of the base's weights on this machine.")]
 Json = dict[str, Any]
 """A score, or the results of a suite, as a request has them."""
 

@@ -1,6 +1,6 @@
 """Jobs: list, show, follow, order, cancel."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -13,23 +13,7 @@ from registry.errors import Refused, RegistryError
 from registry.errors.translation import of_row
 from registry.wire.work import Priority
 
-PriorityOption = Annotated[
-    Priority | None,
-    typer.Option("--priority", help="Priority among the jobs of its namespace; high needs the role releaser there."),
-]
-MemoryOption = Annotated[
-    int | None,
-    typer.Option(
-        "--memory-bytes", min=0, help="Device memory that the job needs, if not the size of its largest base."
-    ),
-]
 _HELP = "adaptory jobs"
-
-
-def wishes(priority: Priority | None, memory_bytes: int | None) -> dict[str, Any]:
-    """The fields of a request for a job: those that are given, since an older server does not know them."""
-    given = {"priority": priority.value if priority else None, "memory_bytes": memory_bytes}
-    return {name: value for name, value in given.items() if value is not None}
 
 
 @root.command()
