@@ -15,7 +15,13 @@ from registry.database import idempotency
 from registry.database.engine import Session
 from registry.database.tables import Promotion, Repository
 from registry.domain.channels import moves, pending, policies, promotions
-from registry.domain.channels.serving import ChannelMove, find_channel, moves_of_channel, moves_of_release
+from registry.domain.channels.serving import (
+    ChannelMove,
+    channels_of_repository,
+    find_channel,
+    moves_of_channel,
+    moves_of_release,
+)
 from registry.formats.channel_policy import read_policy
 from registry.formats.references import parse_name, parse_version
 from registry.transfer.promotions import settle, settle_overdue
@@ -58,7 +64,7 @@ def list_channels(
     with resources.snapshot() as session:
         repository = named.find(session)
         served = named.release(session, version) if version else None
-        rows = list_channels(session, repository, served=served, after=decode_cursor(cursor), limit=limit + 1)
+        rows = channels_of_repository(session, repository, served=served, after=decode_cursor(cursor), limit=limit + 1)
         items = [channel_view(session, row, repository) for row in rows]
         return page(items, limit, [row.name for row in rows])
 

@@ -36,7 +36,7 @@ def find_channel(session: Session, repository: Repository, name: str) -> Channel
     return channel
 
 
-def list_channels(
+def channels_of_repository(
     session: Session, repository: Repository, *, served: Release | None = None, after: str, limit: int
 ) -> Sequence[Channel]:
     """Channels by name, only those that serve `served` if given; `after` is the last one of the previous page."""

@@ -21,7 +21,7 @@ from registry.domain.catalog.repositories import Kind
 from registry.domain.catalog.suites import Measurement
 from registry.domain.channels import promotions, withdrawals
 from registry.domain.channels.moves import PromotionRequest
-from registry.domain.channels.serving import list_channels
+from registry.domain.channels.serving import channels_of_repository
 from registry.formats.manifest import ManifestFile
 from registry.formats.references import Digest, RepositoryName, Version
 from registry.transfer.resources import Resources
@@ -109,7 +109,7 @@ def test_longer_lists_take_no_more_statements(house: House) -> None:
             for channel in ("prod", f"team-{patch}"):
                 promotions.request(session, HOST, PromotionRequest(name, version, channel))
         promotions.request(session, HOST, PromotionRequest(name, Version(1, 1, 0), "prod"))
-        assert len(list_channels(session, row, after="", limit=100)) == 9
+        assert len(channels_of_repository(session, row, after="", limit=100)) == 9
     after = statements(house.resources)
     assert after == before
     assert max(after.values()) <= MAX_STATEMENTS, after

@@ -29,7 +29,7 @@ from registry.domain.catalog import lineage, releases, suites
 from registry.domain.catalog.lineage import Descendant
 from registry.domain.catalog.repositories import Kind
 from registry.domain.channels import resolve
-from registry.domain.channels.serving import list_channels, load_current_moves
+from registry.domain.channels.serving import channels_of_repository, load_current_moves
 from registry.formats.manifest import ManifestFile
 from registry.formats.references import Digest, RepositoryName, is_version, parse_reference, parse_version
 from registry.storage.blobs import BlobStore
@@ -183,8 +183,8 @@ def _shown(session: Session, actor: Actor, named: RepositoryName, row: Release, 
     lower = releases.list_page(session, repository, before=row.sort_key, limit=10)
     before = next((release for release in lower if not release.yanked), None)
     read = releases_shown(session, actor, [row.id, *([before.id] if before else [])])
-    listed = list_channels(session, repository, after="", limit=MAX_CHANNELS)
-    served_by = list_channels(session, repository, served=row, after="", limit=MAX_SERVING)
+    listed = channels_of_repository(session, repository, after="", limit=MAX_CHANNELS)
+    served_by = channels_of_repository(session, repository, served=row, after="", limit=MAX_SERVING)
     _kept = load_current_moves(session, *served_by)
     serving = [channel_view(session, entry, repository) for entry in served_by]
     moved = answers.moves_of(session, named, row, limit=MAX_MOVES + 1)

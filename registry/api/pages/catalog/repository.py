@@ -18,7 +18,7 @@ from registry.domain.access import namespaces
 from registry.domain.access.roles import Role, holds
 from registry.domain.catalog import releases, repositories
 from registry.domain.catalog.repositories import RepositoryFilter
-from registry.domain.channels.serving import list_channels, load_current_moves
+from registry.domain.channels.serving import channels_of_repository, load_current_moves
 from registry.formats.references import parse_name
 from registry.wire.catalog import ReleaseOut
 from registry.wire.quality import ChannelOut
@@ -52,7 +52,7 @@ def show_repository(
     """Channels first, with what each serves, then the releases."""
     with resources.snapshot() as session:
         row = repositories.find(session, named)
-        served = list_channels(session, row, after="", limit=MAX_CHANNELS)
+        served = channels_of_repository(session, row, after="", limit=MAX_CHANNELS)
         _kept = load_current_moves(session, *served)
         channels = [channel_view(session, channel, row) for channel in served]
         rows = releases.list_page(session, row, before=decode_cursor(cursor), limit=SHOWN + 1)
