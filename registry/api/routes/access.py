@@ -46,9 +46,10 @@ def who_am_i(actor: Caller) -> WhoOut:
 @router.post("/tokens", status_code=201)
 def create_token(body: TokenIn, resources: ResourcesOf, actor: Member, response: Response) -> NewTokenOut:
     """Create a token. Only this response contains the secret."""
-    scope = {namespace: Role(role) for namespace, role in body.scope.items()}
+    settings, scope = resources.settings, {namespace: Role(role) for namespace, role in body.scope.items()}
     with resources.write() as session:
-        lifetime = tokens.lifetime_of(session, actor, body.expires_in_days, resources.settings)
+        limits = {"default_days": settings.token_days, "max_days": settings.max_token_days}
+        lifetime = tokens.lifetime_of(session, actor, body.expires_in_days, **limits)
         row, secret = tokens.create(session, actor, NewToken(body.user or actor.name, body.name, scope, lifetime))
         response.headers["Cache-Control"] = "no-store"
         return NewTokenOut.of(row, token=secret)

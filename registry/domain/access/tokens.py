@@ -25,7 +25,6 @@ from registry.database.tables import Token, TrustedPublisher
 from registry.domain.access import audit, namespaces
 from registry.domain.access.audit import Act, Actor
 from registry.domain.access.roles import EVERYWHERE, UNRESTRICTED, Role, holds, limited, max_role, refuse_reserved
-from registry.environment.settings import Settings
 from registry.errors import Invalid, NotAllowed, NotFound, Unauthenticated
 from registry.formats.references import parse_name
 
@@ -82,18 +81,20 @@ def create(session: Session, actor: Actor, new: NewToken) -> tuple[Token, str]:
     return row, text
 
 
-def lifetime_of(session: Session, actor: Actor, days: float | None, settings: Settings) -> timedelta:
-    """The lifetime of a new token: the requested one, or the default. Raises Invalid beyond the maximum.
+def lifetime_of(
+    session: Session, actor: Actor, days: float | None, *, default_days: float, max_days: float
+) -> timedelta:
+    """The lifetime of a new token: `days`, or the default. Raises Invalid beyond the maximum.
 
     A token cannot create one that outlives it, so that a stolen one ends: raises NotAllowed. Sign-ins by a provider and
     admins of the registry may.
     """
-    most = timedelta(days=settings.max_token_days)
+    most = timedelta(days=max_days)
     left = None if holds(actor, Role.ADMIN) else _time_left(session, actor)
     if days is None:
-        return min(timedelta(days=settings.token_days), most, left or most)
+        return min(timedelta(days=default_days), most, left or most)
     if (wanted := timedelta(days=days)) > most:
-        raise Invalid("token_too_long", f"A token lasts at most {settings.max_token_days:g} days here, not {days:g}.")
+        raise Invalid("token_too_long", f"A token lasts at most {max_days:g} days here, not {days:g}.")
     if left is not None and wanted > left:
         raise NotAllowed(
             "token_not_allowed",

@@ -51,9 +51,10 @@ def create_token(request: Request, resources: ResourcesOf, actor: PageCaller, fo
     """Create a token. Only this answer has its secret."""
     refuse_anonymous(actor)
     body = _token_in(form)
-    scope = {namespace: Role(role) for namespace, role in body.scope.items()}
+    settings, scope = resources.settings, {namespace: Role(role) for namespace, role in body.scope.items()}
     with resources.write() as session:
-        lifetime = tokens.lifetime_of(session, actor, body.expires_in_days, resources.settings)
+        limits = {"default_days": settings.token_days, "max_days": settings.max_token_days}
+        lifetime = tokens.lifetime_of(session, actor, body.expires_in_days, **limits)
         row, secret = tokens.create(session, actor, NewToken(body.user or actor.name, body.name, scope, lifetime))
     return page(request, "token.html", status=201, row=row, secret=secret)
 
