@@ -1,32 +1,13 @@
 """Documents of compositions, jobs and audit rows."""
 
 from datetime import datetime
-from enum import StrEnum
 from typing import Annotated, Any
 
 from pydantic import Field
 
+from registry.formats.priority import Priority
 from registry.wire.catalog import BaseRef
 from registry.wire.document import MAX_INT64, Wire, WireIn
-
-
-class Priority(StrEnum):
-    """A job's priority: of equally busy namespaces, jobs of higher priority go first."""
-
-    LOW = "low"
-    NORMAL = "normal"
-    HIGH = "high"
-
-    @property
-    def rank(self) -> int:
-        """The priority as a job's row has it."""
-        return {"low": -1, "normal": 0, "high": 1}[self]
-
-    @classmethod
-    def of(cls, rank: int) -> "Priority":
-        """The priority of a job's row."""
-        return cls.NORMAL if rank == 0 else cls.HIGH if rank > 0 else cls.LOW
-
 
 MAX_CHECKED = 16
 """The most adapters in one conflict check, which every reader may request."""

@@ -16,7 +16,8 @@ from registry.cli.console import following
 from registry.client.inprocess import InProcessTransport
 from registry.domain.jobs.queue import LOG_CHARS, LOG_LINES, Amount
 from registry.errors import Unavailable
-from registry.wire.work import JobOut, Priority, StepOut
+from registry.formats.priority import Priority
+from registry.wire.work import JobOut, StepOut
 from registry.worker.runner import JobKind, JobRun, run_one
 from registry.worker.steps import KINDS
 from tests import services

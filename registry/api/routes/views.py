@@ -28,6 +28,7 @@ from registry.domain.channels.serving import ChannelMove, ChannelName, current_m
 from registry.domain.compositions import compositions
 from registry.domain.jobs import needs, queue
 from registry.domain.rollouts import canaries, fleet
+from registry.formats.priority import Priority
 from registry.formats.references import RepositoryName
 from registry.formats.watch import Watch
 from registry.formats.webhooks import message_id
@@ -35,7 +36,7 @@ from registry.wire.catalog import BaseOut, BaseRef, BaseTensor, RepositoryOut
 from registry.wire.fleet import CanaryOut, RolloutNodeOut, RolloutOut, StandingOut
 from registry.wire.quality import ChannelOut, JudgementOut, MoveOut, PromotionOut, ScoreOut, SuiteOut
 from registry.wire.webhooks import DeliveryOut
-from registry.wire.work import AuditOut, CheckedInput, CompositionOut, ConflictsOut, JobOut, Priority
+from registry.wire.work import AuditOut, CheckedInput, CompositionOut, ConflictsOut, JobOut
 
 
 def score_view(row: Score) -> ScoreOut:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from registry.wire.work import Priority
+from registry.formats.priority import Priority
 
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda:N.")]
 BaseDir = Annotated[Path | None, typer.Option("--base-dir", help="Directory of the base's weights on this machine.")]

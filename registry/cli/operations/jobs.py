@@ -11,7 +11,7 @@ from registry.cli.console.groups import refuse_idle, root
 from registry.cli.console.render import JsonFlag
 from registry.errors import Refused, RegistryError
 from registry.errors.translation import of_row
-from registry.wire.work import Priority
+from registry.formats.priority import Priority
 
 _HELP = "adaptory jobs"
 

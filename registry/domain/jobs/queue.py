@@ -26,7 +26,7 @@ from registry.domain.access.roles import EVERYWHERE, Reach, Role, permit
 from registry.domain.jobs import needs
 from registry.domain.jobs.needs import LEASE, Offer, WorkerNeeds
 from registry.errors import Conflict, NotFound, RegistryError, TooMany
-from registry.wire.work import Priority
+from registry.formats.priority import Priority
 
 OVERDUE = timedelta(hours=6)
 """How long a job lets less busy namespaces and higher priorities go first."""

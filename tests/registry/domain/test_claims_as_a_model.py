@@ -20,7 +20,7 @@ from registry.domain.access.roles import Reach
 from registry.domain.jobs import needs, queue
 from registry.domain.jobs.needs import Offer, WorkerNeeds
 from registry.domain.jobs.queue import OVERDUE, Wish
-from registry.wire.work import Priority
+from registry.formats.priority import Priority
 from tests import services
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
