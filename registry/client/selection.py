@@ -8,7 +8,6 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 from composer.findings import Finding, Severity
@@ -17,7 +16,14 @@ from composer.formats.adapters.layouts import CONFIG_FILE, WEIGHTS_FILE
 from composer.formats.checkpoints.reported import DIRECTORY, is_results_file
 from registry.errors import Invalid, RegistryError, Usage
 from registry.errors.translation import refuse_errors
-from registry.formats.manifest import check_path, check_paths, refuse_hidden, refuse_unportable
+from registry.formats.manifest import (
+    check_path,
+    check_paths,
+    is_trainer_file,
+    matches,
+    refuse_hidden,
+    refuse_unportable,
+)
 from registry.formats.pickles import ENDS_BYTES, is_zip, refuse_pickle_content, refuse_pickle_name
 
 ADAPTER_FILES = (
@@ -53,29 +59,6 @@ ADAPTER_FILES = (
     "use_policy*",
 )
 """Patterns of paths, in lower case."""
-
-TRAINER_FILES = (
-    "checkpoint-*/*",
-    "global_step*/*",
-    "pytorch_model_fsdp_*/*",
-    "optimizer_[0-9]*/*",
-    "runs/*",
-    "wandb/*",
-    "__pycache__/*",
-    "optimizer.*",
-    "scheduler.*",
-    "scaler.pt",
-    "rng_state*",
-    "training_args.*",
-    "trainer_state.json",
-    "trainer_log.jsonl",
-    "*_results.json",
-    "events.out.tfevents.*",
-    "*.log",
-    "latest",
-    "zero_to_fp32.py",
-)
-"""Patterns of files that trainers keep beside a checkpoint."""
 
 _LISTED = 6
 """Maximum number of left-out names listed; further ones are counted."""
@@ -119,9 +102,9 @@ def select_files(directory: Path, kind: str = "adapter", include: Sequence[str] 
         )
     there = sorted(_files_below(directory))
     for pattern in include:
-        if not any(_matches(path, [pattern]) for path in there):
+        if not any(matches(path, [pattern]) for path in there):
             raise Usage("nothing_included", f"--include {pattern} does not match any file.", subject=pattern)
-    chosen = tuple(path for path in there if is_included(path, kind) or _matches(path, include))
+    chosen = tuple(path for path in there if is_included(path, kind) or matches(path, include))
     _refuse_another_kind(directory, there, kind)
     problems = [problem for path in chosen if (problem := _problem(directory, path))]
     if problems:
@@ -136,17 +119,8 @@ def select_files(directory: Path, kind: str = "adapter", include: Sequence[str] 
 def is_included(path: str, kind: str) -> bool:
     """Checks whether a push of this kind includes a file of this path that is not hidden."""
     if kind == "adapter":
-        return _matches(path.lower(), [pattern for pattern in ADAPTER_FILES if pattern.count("/") == path.count("/")])
+        return matches(path.lower(), [pattern for pattern in ADAPTER_FILES if pattern.count("/") == path.count("/")])
     return not is_trainer_file(path)
-
-
-def is_trainer_file(path: str) -> bool:
-    """Recognizes files that trainers keep beside a checkpoint; no push includes them."""
-    return _matches(path, TRAINER_FILES)
-
-
-def _matches(path: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(path, f"{pattern}*" if pattern.endswith("/") else pattern) for pattern in patterns)
 
 
 def _files_below(directory: Path) -> Iterator[str]:

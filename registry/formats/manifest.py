@@ -6,6 +6,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from itertools import pairwise
 from pathlib import PurePosixPath
 
@@ -26,6 +27,30 @@ _HIDDEN = re.compile(r"\.|git~\d+$", re.IGNORECASE)
 """Windows also calls `.git` `GIT~1`."""
 _UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 """Unicode categories of invisible characters, and of those that reorder or break the line."""
+
+
+TRAINER_FILES = (
+    "checkpoint-*/*",
+    "global_step*/*",
+    "pytorch_model_fsdp_*/*",
+    "optimizer_[0-9]*/*",
+    "runs/*",
+    "wandb/*",
+    "__pycache__/*",
+    "optimizer.*",
+    "scheduler.*",
+    "scaler.pt",
+    "rng_state*",
+    "training_args.*",
+    "trainer_state.json",
+    "trainer_log.jsonl",
+    "*_results.json",
+    "events.out.tfevents.*",
+    "*.log",
+    "latest",
+    "zero_to_fp32.py",
+)
+"""Patterns of files that trainers keep beside a checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,3 +184,13 @@ def select_entries(files: Sequence[ManifestFile], paths: Sequence[str]) -> list[
 def _parents(path: str, start: int) -> list[str]:
     """The directories of a path whose paths are longer than `start` characters."""
     return [path[:index] for index in range(start, len(path)) if path[index] == "/"]
+
+
+def is_trainer_file(path: str) -> bool:
+    """Recognizes files that trainers keep beside a checkpoint; no push includes them."""
+    return matches(path, TRAINER_FILES)
+
+
+def matches(path: str, patterns: Sequence[str]) -> bool:
+    """Whether one of the patterns matches the path; one that ends with a slash, everything below it."""
+    return any(fnmatchcase(path, f"{pattern}*" if pattern.endswith("/") else pattern) for pattern in patterns)

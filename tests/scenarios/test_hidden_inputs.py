@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from registry.client.api import Api
-from registry.client.lineage import NOTE_FILE, fetch_note, of_note, of_release
+from registry.client.lineage import fetch_note, of_release
 from registry.client.push import collect, push
 from registry.client.selection import select_files
 from registry.domain.access import namespaces, tokens
@@ -18,6 +18,7 @@ from registry.domain.access.audit import Actor
 from registry.domain.access.roles import EVERYWHERE, Role
 from registry.domain.access.tokens import NewToken
 from registry.errors import NotFound
+from registry.formats.lineage import NOTE_FILE, of_note
 from registry.formats.references import parse_repository
 from registry.transfer.resources import Resources
 from registry.wire.catalog import ReleaseOut

@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from composer.formats.recipes.weights import parse_rule
-from registry.client.lineage import NOTE_FILE, of_note, of_release, rule_words, side_by_side
+from registry.client.lineage import of_release
+from registry.formats.lineage import NOTE_FILE, of_note, rule_words, side_by_side
 from registry.wire.catalog import ReleaseOut
 from tests.scenarios import stored
 from tests.scenarios.world import Cli, World

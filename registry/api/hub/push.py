@@ -14,7 +14,6 @@ from registry.api.http.rules import PUBLISHES, Caller, Publisher, Reader, Releas
 from registry.api.http.threads import in_store_threads
 from registry.api.hub.models import MODEL
 from registry.api.hub.wire import CREATE, HubRoute, with_findings
-from registry.client.selection import is_trainer_file
 from registry.database.tables import Promotion
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import Role, may, permit
@@ -22,7 +21,7 @@ from registry.domain.catalog import commits, repositories
 from registry.domain.channels import moves, promotions, revisions
 from registry.domain.channels.revisions import MAIN
 from registry.errors import Conflict, NotAllowed, NotFound, Stale, Usage
-from registry.formats.manifest import MAX_FILES, ManifestFile, parse_manifest
+from registry.formats.manifest import MAX_FILES, ManifestFile, is_trainer_file, parse_manifest
 from registry.formats.references import RepositoryName, parse_digest, parse_name, parse_repository, parse_version
 from registry.formats.xet import has_lz4
 from registry.transfer import lfs, uploads

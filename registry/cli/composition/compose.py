@@ -265,7 +265,7 @@ def _side_by_side(scores: list[Json]) -> list[tuple[Any, ...]]:
 
 
 def _show_lock(lock: Json) -> None:
-    from registry.client.lineage import of_lock, rule_words
+    from registry.formats.lineage import of_lock, rule_words
 
     made = of_lock(lock)
     columns = (

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from composer.formats.adapters.compare import AdapterComparison
     from composer.formats.adapters.inspection import Inspection
     from registry.client.diff import ComparedFacts
-    from registry.client.lineage import Lineage
+    from registry.formats.lineage import Lineage
 
 Json = dict[str, Any]
 """The report, or a part of it."""
@@ -69,7 +69,7 @@ def diff(
     many examples would tell. A release and a base are compared by their scores alone.
     """
     from registry.client.diff import changed_examples, differences, differences_in_scores
-    from registry.client.lineage import side_by_side
+    from registry.formats.lineage import side_by_side
 
     before, after, suites = _subjects(old, new, with_suites=examples)
     with_base = "base" in (before.kind, after.kind)
@@ -141,7 +141,8 @@ def _results(connection: Connection, subject: DiffSide, digests: set[str]) -> "d
 def _registered(connection: Connection, text: str) -> DiffSide:
     """A release or a base."""
     from registry.client.diff import ComparedFacts
-    from registry.client.lineage import fetch_note, of_note, of_release
+    from registry.client.lineage import fetch_note, of_release
+    from registry.formats.lineage import of_note
 
     named, base = release_or_base(connection, text)
     if named is None:
@@ -155,7 +156,7 @@ def _registered(connection: Connection, text: str) -> DiffSide:
 
 
 def _note(directory: Path) -> bytes:
-    from registry.client.lineage import NOTE_BYTES, NOTE_FILE
+    from registry.formats.lineage import NOTE_BYTES, NOTE_FILE
 
     if not (directory / NOTE_FILE).is_file():
         return b""
@@ -169,9 +170,9 @@ def _directory(directory: Path) -> DiffSide:
     from composer.formats.adapters.spectrum import spectrum
     from composer.formats.checkpoints.card import CARD_FILE, card_provenance
     from registry.client.diff import ComparedFacts
-    from registry.client.lineage import of_note
     from registry.client.push import collect
     from registry.client.selection import select_files
+    from registry.formats.lineage import of_note
 
     seen = _inspected(directory)
     servers, _ = judge(seen.adapter.config, seen.facts, seen.placed)

@@ -18,7 +18,7 @@ from registry.formats.signatures import Signed
 from registry.sdk.connection import Connection
 
 if TYPE_CHECKING:
-    from registry.client.lineage import Lineage
+    from registry.formats.lineage import Lineage
 
 Ref = Annotated[
     str, typer.Argument(help="REPO, REPO:VERSION, REPO@CHANNEL or REPO#COMMIT.", autocompletion=complete.references)

@@ -18,10 +18,10 @@ from registry.api.pages.html.wire import PageCaller, PageContributor, PageRoute
 from registry.api.pages.jobs import report
 from registry.api.pages.jobs.recipe_form import as_yaml
 from registry.api.routes.views import composition_view, job_page, job_view
-from registry.client.lineage import of_lock, rule_words
 from registry.domain.compositions import compositions
 from registry.domain.jobs import queue
 from registry.domain.jobs.queue import FINISHED
+from registry.formats.lineage import of_lock, rule_words
 from registry.wire.quality import GateResultOut
 
 router = APIRouter(route_class=PageRoute)
