@@ -10,9 +10,11 @@ from sqlalchemy.orm import Session
 
 from registry.database.engine import Database, DatabaseTimeouts
 from registry.database.migrate import SchemaWatch, ensure_schema
+from registry.domain.access import tokens
 from registry.domain.access.namespaces import NEW_NAMESPACE_BYTES
 from registry.environment.home import close_directory, close_file
 from registry.environment.settings import DATABASE_FILE, LocalStorage, S3Storage, Settings
+from registry.errors import NotAllowed
 from registry.storage.blobs import BlobStore, RecentStats
 from registry.storage.local import LocalStore
 
@@ -56,7 +58,7 @@ class Resources:
 def open_resources(settings: Settings, *, serving: str = "") -> Resources:
     """Opens the database and the store. An empty embedded database gets its tables; any other must have the current
     schema. `serving` names a process that keeps running during an upgrade, `serve` or `worker`: it also
-    accepts a later schema that this version works with."""
+    accepts a later schema that this version works with. Raises NotAllowed for a server with tokens that has none."""
     for directory in (
         settings.home_directory,
         settings.home_directory / "cache",
@@ -69,7 +71,18 @@ def open_resources(settings: Settings, *, serving: str = "") -> Resources:
     ensure_schema(database, create=settings.database_url is None, newer=bool(serving))
     work = settings.work_directory
     close_directory(work)
-    return Resources(settings, database, open_store(settings, database), work)
+    resources = Resources(settings, database, open_store(settings, database), work)
+    if serving == "serve" and settings.access == "tokens":
+        _refuse_without_tokens(resources)
+    return resources
+
+
+def _refuse_without_tokens(resources: Resources) -> None:
+    with resources.read() as session:
+        if tokens.exist(session):
+            return
+    resources.close()
+    raise NotAllowed("no_tokens", "No token exists, so nobody could use this server.")
 
 
 def open_store(settings: Settings, database: Database | None) -> BlobStore:

@@ -19,9 +19,9 @@ import typer
 
 from composer.errors import ComposerError
 from registry import wire
-from registry.domain.catalog.intervals import error_text
 from registry.errors import RegistryError, Unavailable
 from registry.errors.translation import of_composer
+from registry.formats.intervals import error_text
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars

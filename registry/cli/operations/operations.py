@@ -78,8 +78,6 @@ def _serve(
     from registry.worker.steps import KINDS
 
     resources = open_resources(settings, serving="serve")
-    if settings.access == "tokens":
-        _refuse_without_tokens(resources)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # lets requests and the job end first, as with SIGTERM
     stop = threading.Event()
     observe = _traced(begin=processes > 1) if settings.traces and with_worker else None
@@ -125,17 +123,6 @@ def _listen(host: str, port: int) -> socket.socket:
         raise Unavailable(
             "port_unusable", f"Cannot listen on {host}:{port}: {error.strerror or error}.", subject=f"{host}:{port}"
         ) from error
-
-
-def _refuse_without_tokens(resources: "Resources") -> None:
-    """Raises NotAllowed if no token exists: nobody could use the server."""
-    from registry.domain.access import tokens
-
-    with resources.read() as session:
-        if tokens.exist(session):
-            return
-    resources.close()
-    raise NotAllowed("no_tokens", "No token exists, so nobody could use this server.")
 
 
 class WorkerJobs(StrEnum):

@@ -25,9 +25,10 @@ from composer.formats.recipes.suite import score_cost
 from registry.database.tables import Base, Release, ReleaseInput, Score, Suite
 from registry.domain.access import namespaces
 from registry.domain.access.audit import Actor
-from registry.domain.catalog import intervals, metrics, suites
+from registry.domain.catalog import metrics, suites
 from registry.domain.catalog.suites import Condition, number_text, parse_condition
 from registry.errors import Usage
+from registry.formats import intervals
 from registry.formats.channel_policy import Measured
 
 MAX_RULES = 50

@@ -13,8 +13,8 @@ from registry.api.pages.html.drawings import IntervalBar, ScorePoint
 from registry.database.engine import Session
 from registry.database.tables import Release
 from registry.domain.catalog import histories as stored
-from registry.domain.catalog import intervals
 from registry.domain.catalog.histories import Value
+from registry.formats import intervals
 from registry.wire.quality import ScoreOut
 
 

@@ -3,8 +3,8 @@
 import pytest
 
 from registry.cli.console.render import with_error
-from registry.domain.catalog.intervals import wilson
 from registry.domain.channels.gates import GateScore
+from registry.formats.intervals import wilson
 
 
 @pytest.mark.parametrize(("value", "shown"), [(0.0, "0.000 [0.000, 0.138]"), (1.0, "1.000 [0.862, 1.000]")])
