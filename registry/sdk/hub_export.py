@@ -9,11 +9,11 @@ from composer.formats.checkpoints.card import CARD_FILE
 from registry.errors import Conflict, Usage
 from registry.formats.addresses import HubAddress
 from registry.formats.signatures import SIGNATURE_FILE
-from registry.hub_client.remote import Content, Hub, HubFile
 from registry.sdk.connection import Connection
 from registry.sdk.display import Display
 from registry.sdk.hub_card import exported_card, results_file
 from registry.sdk.local_files import release_directory, resolved, total_bytes
+from registry.storage.hub.remote import Content, Hub, HubFile
 from registry.wire.catalog import ReleaseOut
 
 _LOADED = (".safetensors", ".json", ".jinja", ".model", ".tiktoken")

@@ -15,11 +15,11 @@ from registry.formats.manifest import check_paths, refuse_hidden
 from registry.formats.pickles import refuse_pickle_name
 from registry.formats.references import Reference
 from registry.formats.signatures import SIGNATURE_FILE
-from registry.hub_client.remote import Hub, Snapshot
 from registry.sdk.connection import Connection
 from registry.sdk.display import Display
 from registry.sdk.fit import fitting_base
 from registry.sdk.local_files import publish
+from registry.storage.hub.remote import Hub, Snapshot
 
 if TYPE_CHECKING:
     from registry.client.api import Api

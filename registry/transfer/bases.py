@@ -9,8 +9,8 @@ from composer.formats.checkpoints.hashing import verify_checkpoint
 from registry.environment.settings import Settings
 from registry.errors import Invalid, NotFound, Unavailable
 from registry.formats.addresses import S3_SCHEME, parse_s3_address
-from registry.hub_client import bases as hub_bases
 from registry.storage.base_cache import BaseCache
+from registry.storage.hub import bases as hub_bases
 
 
 class Bases:

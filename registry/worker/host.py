@@ -7,7 +7,7 @@ from importlib.metadata import entry_points
 
 from registry.domain.jobs import needs
 from registry.domain.jobs.needs import EVOLUTION, HARNESS, Offer, WantedNeeds
-from registry.hub_client.bases import may_find_base
+from registry.storage.hub.bases import may_find_base
 from registry.transfer.bases import in_buckets
 from registry.transfer.resources import Resources
 

@@ -15,9 +15,9 @@ import pytest
 from composer.errors import Interrupted
 from registry.errors import RegistryError
 from registry.formats.addresses import parse_hub_address
-from registry.hub_client import limits
-from registry.hub_client.bases import find_base
-from registry.hub_client.remote import Hub
+from registry.storage.hub import limits
+from registry.storage.hub.bases import find_base
+from registry.storage.hub.remote import Hub
 from tests.scenarios.small_hub import SmallHub, small_hub
 
 ODD: tuple[Any, ...] = (None, [], {}, "x", "", -1, 1.5, True, [[]], {"oid": 1}, "../../../etc/x", "a" * 5000)

@@ -87,7 +87,7 @@ def _checkpoint_of(source: str, texts: Path) -> tuple["Checkpoint", str, str | N
     small files of one in a bucket."""
     from composer.formats.checkpoints.checkpoint import open_checkpoint
     from registry.formats.addresses import HUB_SCHEME, S3_SCHEME, parse_hub_address, parse_s3_address
-    from registry.hub_client.bases import download_base
+    from registry.storage.hub.bases import download_base
 
     if source.startswith(S3_SCHEME):
         from registry.transfer.bases import Bases

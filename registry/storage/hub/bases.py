@@ -13,7 +13,7 @@ from composer.formats.checkpoints.header import CONVERT, PICKLE_SUFFIXES
 from composer.formats.checkpoints.staging import ADAPTER_FILE
 from registry.errors import Invalid, RegistryError
 from registry.formats.addresses import HUB_SCHEME, HubAddress, parse_hub_address
-from registry.hub_client.remote import Hub, Snapshot
+from registry.storage.hub.remote import Hub, Snapshot
 
 _TEXTS = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".md")
 _WEIGHTS = ".safetensors"

@@ -16,8 +16,8 @@ from urllib.parse import urlsplit
 from composer.formats.checkpoints.hashing import hash_file
 from registry.errors import Conflict, Invalid, NotAllowed, Unavailable, Usage
 from registry.formats.addresses import HubAddress
-from registry.hub_client.errors import printed, translate_hub_errors
-from registry.hub_client.limits import limited
+from registry.storage.hub.errors import printed, translate_hub_errors
+from registry.storage.hub.limits import limited
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
