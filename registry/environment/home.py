@@ -19,8 +19,8 @@ from pathlib import Path
 from tempfile import mkstemp
 from urllib.parse import urlsplit
 
+from registry.environment.network import is_loopback
 from registry.errors import Unavailable
-from registry.formats.addresses import is_loopback
 
 log = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from registry.environment.network import is_loopback, parse_networks, registry_url
 from registry.environment.sections import EngineSettings, PrometheusSettings
-from registry.formats.addresses import is_loopback, parse_networks, registry_url
 
 if TYPE_CHECKING:
     from composer.evaluation.scorers.scorer import PythonScorers

@@ -14,7 +14,6 @@ from typing import Any, Literal, get_args
 from urllib.parse import urlsplit
 
 from registry.errors import Usage
-from registry.formats.addresses import Network, parse_networks
 
 EventName = Literal[
     "release.published",
@@ -49,12 +48,16 @@ _SECRET_BYTES = 32
 _PREFIX = "whsec_"
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
-_NOT_PUBLIC = parse_networks(
-    "0.0.0.0/8,10.0.0.0/8,100.64.0.0/10,127.0.0.0/8,169.254.0.0/16,172.16.0.0/12,192.0.0.0/24,192.0.2.0/24,"
-    "192.88.99.0/24,192.168.0.0/16,198.18.0.0/15,198.51.100.0/24,203.0.113.0/24,224.0.0.0/3,168.63.129.16/32,"
-    "2001::/23,2001:db8::/32,2002::/16,3fff::/20"
-)
+_NOT_PUBLIC = [
+    ipaddress.ip_network(network)
+    for network in (
+        *("0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12"),
+        *("192.0.0.0/24", "192.0.2.0/24", "192.88.99.0/24", "192.168.0.0/16", "198.18.0.0/15", "198.51.100.0/24"),
+        *("203.0.113.0/24", "224.0.0.0/3", "168.63.129.16/32", "2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20"),
+    )
+]
 """IANA's special-purpose networks, with 6to4 and Teredo, and the address at which Azure answers its virtual machines.
 `is_global` of Python's library depends on its version: that of 3.11.7 counts 192.0.0.192 as public."""
 _PUBLIC_IPV6 = ipaddress.IPv6Network("2000::/3")

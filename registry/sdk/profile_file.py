@@ -59,8 +59,8 @@ class Profiles:
             raise
 
     def _read(self) -> None:
+        from registry.environment.network import registry_url
         from registry.environment.settings import stripped_token
-        from registry.formats.addresses import registry_url
 
         if self._path.stat().st_mode & 0o077:
             raise self._bad("others may read it", f"Run chmod 600 {self._path}, and create new tokens.")

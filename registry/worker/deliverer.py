@@ -10,8 +10,8 @@ from registry.database.engine import database_now
 from registry.domain.rollouts import drift
 from registry.domain.webhooks import deliveries
 from registry.domain.webhooks.deliveries import DeliveryOutcome, Outgoing
+from registry.environment.network import parse_networks
 from registry.errors import Unavailable
-from registry.formats.addresses import parse_networks
 from registry.formats.webhooks import message_id, render, signature_headers
 from registry.transfer.resources import Resources
 from registry.worker import receivers

@@ -12,8 +12,7 @@ from importlib.metadata import version
 
 from registry.domain.webhooks.deliveries import DeliveryOutcome
 from registry.errors import RegistryError
-from registry.formats.addresses import Network
-from registry.formats.webhooks import Address, Receiver, is_allowed, parse_receiver
+from registry.formats.webhooks import Address, Network, Receiver, is_allowed, parse_receiver
 
 ATTEMPT_S = 10.0
 """The limit of an attempt: connection, TLS, request and status line together."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from registry.formats.addresses import parse_networks
+from registry.environment.network import parse_networks
 from registry.formats.webhooks import is_allowed, signature_headers
 from registry.worker import receivers
 from tests.receiver import Receiver, receiving

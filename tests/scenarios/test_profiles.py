@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from registry.formats.addresses import registry_url
+from registry.environment.network import registry_url
 from tests.scenarios.world import Cli, Ran, server
 
 

@@ -13,8 +13,8 @@ from registry.api.http.callers import ActorCache, Credentials, credentials_of
 from registry.api.http.file_origin import FILES_PATH
 from registry.api.http.problems import error_response
 from registry.api.http.request import MAX_DIGITS
+from registry.environment.network import is_loopback
 from registry.errors import NotAllowed, RegistryError, TooLarge, TooMany, Unauthenticated, Usage
-from registry.formats.addresses import is_loopback
 
 if TYPE_CHECKING:
     from limits import RateLimitItem

@@ -12,7 +12,7 @@ from registry.api.routes.views import delivery_view
 from registry.database.tables import Webhook
 from registry.domain.webhooks import deliveries, hooks
 from registry.domain.webhooks.hooks import NewWebhook
-from registry.formats.addresses import parse_networks
+from registry.environment.network import parse_networks
 from registry.formats.references import parse_name, parse_repository
 from registry.formats.webhooks import parse_receiver, shown_url
 from registry.wire.document import Page

@@ -50,7 +50,7 @@ def serve(
 ) -> None:
     """Serve the REST API and run a worker: for one user on loopback, or with ADAPTORY_ACCESS=tokens for many."""
     from registry.cli.operations.server import with_secret
-    from registry.formats.addresses import is_loopback
+    from registry.environment.network import is_loopback
 
     settings = own_settings()
     with_tokens = settings.access == "tokens"
@@ -178,7 +178,7 @@ def _traced(*, begin: bool) -> "Observe":
 def _metrics_served(resources: "Resources", address: str) -> "Generator[Observe]":
     """Serves the worker's metrics from a thread, with the rules of the server's own. Yields what counts."""
     from registry.cli.operations.server import serve_worker, with_secret
-    from registry.formats.addresses import is_loopback
+    from registry.environment.network import is_loopback
     from registry.worker.metrics import WorkerMetrics
 
     host, _, port = address.rpartition(":")

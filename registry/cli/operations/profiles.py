@@ -36,7 +36,7 @@ def login(
     """
     from registry.client.api import Api
     from registry.environment.home import with_secret
-    from registry.formats.addresses import registry_url
+    from registry.environment.network import registry_url
     from registry.sdk.connection import load_settings
 
     try:

@@ -17,8 +17,8 @@ from starlette.datastructures import ImmutableMultiDict
 
 from registry.api.http.request import document, refuse_longer
 from registry.api.http.rules import callers_of
+from registry.environment.network import is_loopback
 from registry.errors import Invalid, NotAllowed
-from registry.formats.addresses import is_loopback
 
 COOKIE = "__Host-adaptory"
 """Browsers send it only over https and to this host alone, and no script can read it."""
