@@ -336,16 +336,16 @@ def restore(
     archive: Archive,
     manifest: Manifest,
     *,
-    leave_out: Iterable[str] = (),
+    with_tokens: bool = True,
     progress: BytesProgress,
 ) -> Restored:
     """Puts a backup into an empty registry: its blobs first, then all rows in one transaction, then this version's
     schema. Blobs that the store has already are hashed. May be repeated after an interruption.
 
-    `leave_out` names tables that stay empty. Raises Conflict for a registry with rows, before anything is changed; its
+    Raises Conflict for a registry with rows, before anything is changed; its
     code says whether they are those of the backup, so that an earlier restore was complete.
     """
-    left_out = frozenset(leave_out)
+    left_out = frozenset[str]() if with_tokens else frozenset({Token.__tablename__})
     _ensure_empty(database, manifest, left_out)
     with exclusive_collection(database), TemporaryDirectory(prefix="backup-", dir=archive.scratch) as scratch:
         work = Path(scratch)

@@ -1,20 +1,31 @@
 """The resources of a process: database, store, settings, clock."""
 
 from collections.abc import Callable, Generator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
+from pydantic import ValidationError
 from sqlalchemy.orm import Session
 
 from registry.database.engine import Database, DatabaseTimeouts
-from registry.database.migrate import SchemaWatch, ensure_schema
+from registry.database.migrate import (
+    SchemaWatch,
+    connected,
+    ensure_schema,
+    head_revision,
+    migrate,
+    schema_revision,
+    works_with,
+)
 from registry.domain.access import tokens
 from registry.domain.access.namespaces import NEW_NAMESPACE_BYTES
 from registry.environment.home import close_directory, close_file
 from registry.environment.settings import DATABASE_FILE, LocalStorage, S3Storage, Settings
-from registry.errors import NotAllowed
+from registry.errors import NotAllowed, Usage
+from registry.formats.addresses import S3_SCHEME
+from registry.storage.archive import Archive, LocalArchive
 from registry.storage.blobs import BlobStore, RecentStats
 from registry.storage.local import LocalStore
 
@@ -85,6 +96,44 @@ def _refuse_without_tokens(resources: Resources) -> None:
     raise NotAllowed("no_tokens", "No token exists, so nobody could use this server.")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Migrated:
+    """A database and its schema before and after a migration. `connected` are its other clients, None on SQLite, and
+    `works_before` tells whether the code of the schema before works with the one after."""
+
+    database: str
+    before: str | None
+    after: str
+    connected: list[str] | None
+    works_before: bool
+
+
+def migrate_database(settings: Settings) -> Migrated:
+    """Migrates the database to this version's schema. An embedded one is created."""
+    if settings.database_url is None:
+        close_directory(settings.home_directory)
+        close_file(settings.home_directory / DATABASE_FILE)
+    with closing(Database(settings.effective_database_url, DatabaseTimeouts(statement_s=None))) as database:
+        before = schema_revision(database)
+        migrate(database)
+        return Migrated(
+            database=database.shown_url,
+            before=before,
+            after=head_revision(),
+            connected=connected(database),
+            works_before=before is not None and works_with(database, before),
+        )
+
+
+@contextmanager
+def open_for_restore(settings: Settings) -> Generator[tuple[Database, BlobStore]]:
+    """Opens the database and the store for a restore, which makes the tables."""
+    close_directory(settings.home_directory)
+    close_directory(settings.work_directory)
+    with closing(Database(settings.effective_database_url, DatabaseTimeouts(statement_s=None))) as database:
+        yield database, open_store(settings, database)
+
+
 def open_store(settings: Settings, database: Database | None) -> BlobStore:
     """Opens the store of the settings. The database keeps the facts about it; a node has no database."""
     match settings.storage:
@@ -95,3 +144,62 @@ def open_store(settings: Settings, database: Database | None) -> BlobStore:
             from registry.transfer.store_facts import DatabaseRecord
 
             return S3Store(storage, DatabaseRecord(database, storage, utc_now) if database else None)
+
+
+def open_archive(settings: Settings, target: str, endpoint_url: str | None) -> Archive:
+    """Opens the directory, or the s3://BUCKET/PREFIX, of backups. Raises Usage for the registry's own store."""
+    if target.startswith(S3_SCHEME):
+        from registry.storage.s3.archive import S3Archive
+
+        return S3Archive(_bucket(settings, target, endpoint_url), settings.work_directory)
+    if endpoint_url is not None:
+        raise Usage(
+            "idle_option",
+            "--endpoint-url has no effect on a directory.",
+            subject="--endpoint-url",
+            next_step="Leave it out, or name the target as s3://BUCKET/PREFIX.",
+        )
+    directory = Path(target).expanduser().resolve()
+    if directory == settings.store_directory:
+        raise _is_store(target)
+    return LocalArchive(directory)
+
+
+def _bucket(settings: Settings, target: str, endpoint_url: str | None) -> S3Storage:
+    bucket, _, prefix = target.removeprefix(S3_SCHEME).partition("/")
+    own = settings.storage if isinstance(settings.storage, S3Storage) else None
+    values = {} if own is None else own.model_dump()
+    values |= {"bucket": bucket, "prefix": f"{prefix.rstrip('/')}/" if prefix.rstrip("/") else ""}
+    if endpoint_url is not None:
+        values["endpoint_url"] = endpoint_url
+    try:
+        storage = S3Storage.model_validate(values)
+    except ValidationError as error:
+        raise _bad_target(target) from error
+    if not bucket:
+        raise _bad_target(target)
+    if own is not None and _where(own) == _where(storage):
+        raise _is_store(target)
+    return storage
+
+
+def _where(storage: S3Storage) -> tuple[str | None, str, str]:
+    return storage.endpoint_url, storage.bucket, storage.prefix.rstrip("/")
+
+
+def _bad_target(target: str) -> Usage:
+    return Usage(
+        "bad_backup_target",
+        f"Invalid location of backups: {target}.",
+        subject=target,
+        next_step="Write a directory, or s3://BUCKET/PREFIX; --endpoint-url is an address such as https://s3.example.",
+    )
+
+
+def _is_store(target: str) -> Usage:
+    return Usage(
+        "bad_backup_target",
+        f"{target} is the registry's own store.",
+        subject=target,
+        next_step="Name another directory or prefix, better on other disks.",
+    )

@@ -1,6 +1,5 @@
 """Backup and restore. They access the database and the store directly, a backup beside running servers."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -10,13 +9,8 @@ from registry.cli.console.connect import own_settings
 from registry.cli.console.groups import root
 from registry.cli.console.render import JsonFlag
 from registry.cli.operations.maintenance import FsckResult, own_resources
-from registry.environment.home import close_directory
-from registry.errors import Usage
-from registry.formats.addresses import S3_SCHEME
 
 if TYPE_CHECKING:
-    from registry.environment.settings import S3Storage, Settings
-    from registry.storage.archive import Archive
     from registry.transfer.backup import Restored, Saved
 
 _MISSING_SHOWN = 10
@@ -46,9 +40,10 @@ def backup(
     Exits 1 if the registry lacks a blob, or has it damaged; everything else is in the backup then.
     """
     from registry.transfer.backup import back_up
+    from registry.transfer.resources import open_archive
 
     with own_resources() as resources:
-        archive = _archive(resources.settings, target, endpoint_url)
+        archive = open_archive(resources.settings, target, endpoint_url)
         with render.progress("backup", None) as progress:
             saved = back_up(resources, archive, keep=keep, read_bytes=full, progress=progress)
     manifest = saved.manifest
@@ -99,25 +94,16 @@ def restore(
     kind of database and store. Stop the servers first. Repeat it if it was interrupted: it continues, or reports that
     it was complete.
     """
-    from registry.database.engine import Database, DatabaseTimeouts
-    from registry.database.tables import Token
     from registry.transfer.backup import read_manifest
     from registry.transfer.backup import restore as put_back
-    from registry.transfer.resources import open_store
+    from registry.transfer.resources import open_archive, open_for_restore
 
     settings = own_settings()
-    close_directory(settings.home_directory)
-    close_directory(settings.work_directory)
-    archive = _archive(settings, source, endpoint_url)
-    manifest = read_manifest(archive, name)
-    database = Database(settings.effective_database_url, DatabaseTimeouts(statement_s=None))
-    left_out = [Token.__tablename__] if without_tokens else []
-    try:
+    with open_for_restore(settings) as (database, store):
+        archive = open_archive(settings, source, endpoint_url)
+        manifest = read_manifest(archive, name)
         with render.progress("restore", None) as progress:
-            store = open_store(settings, database)
-            restored = put_back(database, store, archive, manifest, leave_out=left_out, progress=progress)
-    finally:
-        database.close()
+            restored = put_back(database, store, archive, manifest, with_tokens=not without_tokens, progress=progress)
     with own_resources() as resources:
         check = FsckResult.of(resources, read_bytes=False)  # each blob was hashed on its way
     document = {
@@ -145,67 +131,3 @@ def _show_restored(restored: "Restored", check: FsckResult) -> None:
 
 def _contents(rows: int, blobs: int) -> str:
     return f"{render.counted(rows, 'row')} and {render.counted(blobs, 'blob')}"
-
-
-def _archive(settings: "Settings", target: str, endpoint_url: str | None) -> "Archive":
-    if target.startswith(S3_SCHEME):
-        from registry.storage.s3.archive import S3Archive
-
-        return S3Archive(_bucket(settings, target, endpoint_url), settings.work_directory)
-    if endpoint_url is not None:
-        raise Usage(
-            "idle_option",
-            "--endpoint-url has no effect on a directory.",
-            subject="--endpoint-url",
-            next_step="Leave it out, or name the target as s3://BUCKET/PREFIX.",
-        )
-    from registry.storage.archive import LocalArchive
-
-    directory = Path(target).expanduser().resolve()
-    if directory == settings.store_directory:
-        raise _is_store(target)
-    return LocalArchive(directory)
-
-
-def _bucket(settings: "Settings", target: str, endpoint_url: str | None) -> "S3Storage":
-    from pydantic import ValidationError
-
-    from registry.environment.settings import S3Storage
-
-    bucket, _, prefix = target.removeprefix(S3_SCHEME).partition("/")
-    own = settings.storage if isinstance(settings.storage, S3Storage) else None
-    values = {} if own is None else own.model_dump()
-    values |= {"bucket": bucket, "prefix": f"{prefix.rstrip('/')}/" if prefix.rstrip("/") else ""}
-    if endpoint_url is not None:
-        values["endpoint_url"] = endpoint_url
-    try:
-        storage = S3Storage.model_validate(values)
-    except ValidationError as error:
-        raise _bad_target(target) from error
-    if not bucket:
-        raise _bad_target(target)
-    if own is not None and _where(own) == _where(storage):
-        raise _is_store(target)
-    return storage
-
-
-def _where(storage: "S3Storage") -> tuple[str | None, str, str]:
-    return storage.endpoint_url, storage.bucket, storage.prefix.rstrip("/")
-
-
-def _bad_target(target: str) -> Usage:
-    return Usage(
-        "bad_backup_target",
-        f"Invalid location of backups: {target}.",
-        subject=target,
-        next_step="Write a directory, or s3://BUCKET/PREFIX; --endpoint-url is an address such as https://s3.example.",
-    )
-
-
-def _is_store(target: str) -> Usage:
-    return Usage(
-        "bad_backup_target",
-        f"{target} is the registry's own store.",
-        subject=target,
-        next_step="Name another directory or prefix, better on other disks.",
-    )

@@ -17,7 +17,6 @@ from registry.cli.console import render
 from registry.cli.console.connect import connected, own_settings
 from registry.cli.console.groups import root
 from registry.cli.console.render import JsonFlag
-from registry.environment import home
 from registry.errors import NotAllowed, Unavailable, Usage
 from registry.formats.signatures import fingerprint
 
@@ -208,26 +207,14 @@ def _url_of(host: str, listener: socket.socket) -> str:
 @root.command()
 def migrate(json: JsonFlag = False) -> None:
     """Migrate the database to this version's schema."""
-    from registry.database.engine import Database, DatabaseTimeouts
-    from registry.database.migrate import connected as connected_to
-    from registry.database.migrate import head_revision, schema_revision, works_with
-    from registry.database.migrate import migrate as run_migrations
-    from registry.environment.settings import DATABASE_FILE
+    from registry.transfer.resources import migrate_database
 
-    settings = own_settings()
-    if settings.database_url is None:
-        home.close_directory(settings.home_directory)
-        home.close_file(settings.home_directory / DATABASE_FILE)
-    database = Database(settings.effective_database_url, DatabaseTimeouts(statement_s=None))
-    before = schema_revision(database)
-    run_migrations(database)
-    head, others = head_revision(), connected_to(database)
-    document = {"database": database.shown_url, "from": before, "to": head, "connected": others}
-    if others and before not in (None, head):
-        _name_connected(others, works=works_with(database, str(before)))
-    database.close()
+    done = migrate_database(own_settings())
+    if done.connected and done.before not in (None, done.after):
+        _name_connected(done.connected, works=done.works_before)
+    document = {"database": done.database, "from": done.before, "to": done.after, "connected": done.connected}
     render.document(
-        document, json, lambda: render.out(f"{document['database']}: schema {before or 'none'} -> {document['to']}")
+        document, json, lambda: render.out(f"{done.database}: schema {done.before or 'none'} -> {done.after}")
     )
 
 
