@@ -7,7 +7,7 @@ api/        REST under /v1: the app, callers, limits, problems, routes; hub API 
 worker/     jobs: the steps of a composition; delivers to webhooks
 transfer/   bytes and rows together: uploads, publishing, collection, fsck
 domain/     rules over rows: access, catalog, channels, search, jobs, compositions, webhooks
-storage/    blobs in a directory or in S3; storage/hub/ speaks to a Hugging Face Hub
+storage/    blobs in a directory or in S3; speaks to a Hugging Face Hub
 client/     speaks to a server, for the trainer's process too
 database/   engine, tables, locks, migrations
 wire/       the documents of the API, as types
