@@ -14,6 +14,7 @@ NEXT_STEPS = {
     "bad_quantization": "Save the checkpoint again, or use the unquantized base.",
     "bad_recipe": "Correct the field that the message names; docs/reference/schemas.md has the fields.",
     "bad_safetensors": "Save or download the file again.",
+    "bad_set": "Download the set again, or compose it again.",
     "bias_delta": "Merge it into the base.",
     "busy": "Try again.",
     "changed_base_layer": "Merge it into the base it was trained on.",

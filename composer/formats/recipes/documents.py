@@ -198,7 +198,7 @@ def _expected(error: ErrorDetails) -> str:
     context = error.get("ctx", {})
     match error["type"]:
         case "literal_error":
-            return f"one of {', '.join(_WORD.findall(context['expected']))}"
+            return f"one of {', '.join(_WORD.findall(context['expected'])) or context['expected']}"
         case "value_error":
             return str(context["error"])
         case kind:
