@@ -88,6 +88,7 @@ NEXT_STEPS = {
     "scorer_settings": "Correct `scorer.settings` in the suite.",
     "scorer_timeout": "Bound the scorer's time, or allow more: ADAPTORY_SCORER_TIMEOUT_S.",
     "seed": "Use a whole number from 0 to 2^64 - 1.",
+    "set_on_harness": "Run it on each member of the set.",
     "shape_mismatch": "Name its true base with --base, or save the adapter again.",
     "streamed": "Measure on a machine with more memory, or run only the weight checks.",
     "suite_example": "Give each example a prompt and a completion.",

@@ -43,7 +43,7 @@ ROUTERS: tuple[Entry, ...] = (
     ("attestations", "repository_routes", ("attestations", "evidence")),
     ("attestations", "router", ("worker-keys",)),
     ("canaries", "repository_routes", ("canary", "watch")),
-    ("releases", "repository_routes", ("adapters", "models")),
+    ("releases", "repository_routes", ("adapters", "models", "sets")),
     ("suites", "repository_routes", ("scores", "target-suite")),
     ("suites", "router", ("suites", "bases")),
     ("bases", "router", ("bases",)),

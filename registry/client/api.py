@@ -220,18 +220,19 @@ class Api:
 
     def repository_path(self, repository: str) -> str:
         """The route of a repository, looked up because its name does not show its kind. Raises NotFound."""
-        adapters, models = f"/v1/adapters/{repository}", f"/v1/models/{repository}"
-        try:
-            self.get(adapters)
-        except NotFound as unknown:
-            if unknown.code != "repository_unknown":
-                raise
-            with suppress(NotFound):
-                self.get(models)
-                return models
-            detail = f"Repository {repository} does not exist, or you have no access to it."
-            raise NotFound(unknown.code, detail, subject=repository, next_step=unknown.next_step) from unknown
-        return adapters
+        unknown = None
+        for path in (f"/v1/{kind}/{repository}" for kind in ("adapters", "models", "sets")):
+            try:
+                self.get(path)
+            except NotFound as error:
+                if error.code != "repository_unknown":
+                    raise
+                unknown = unknown or error
+            else:
+                return path
+        detail = f"Repository {repository} does not exist, or you have no access to it."
+        next_step = unknown.next_step if unknown else None
+        raise NotFound("repository_unknown", detail, subject=repository, next_step=next_step) from unknown
 
     def base(self, text: str) -> BaseOut:
         return self.get(f"/v1/bases/{quote(text)}", BaseOut)

@@ -37,7 +37,7 @@ class ComparedFacts:
 
     @classmethod
     def of(cls, release: ReleaseOut) -> Self:
-        facts = release.adapter or release.model
+        facts = release.own_facts
         return cls(
             base_digest=release.base.digest,
             base_name=release.base.name,

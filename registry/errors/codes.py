@@ -47,6 +47,7 @@ REFUSED = {
     "scorer_disabled": "If you trust the scorer, name it in ADAPTORY_SCORERS where evaluations run.",
     "shape_conflict": "Combine adapters of one base.",
     "sign_in_disabled": "docs/how-to/operate.md describes what the server needs for it.",
+    "set_not_composed": "Compose it: a recipe with `set: REPO:VERSION` makes it of releases.",
     "server_refused": "Correct what the server names; the mirror tries again by itself.",
     "sign_in_insecure": "Use the https address of this registry.",
     "signature_files_only": "Ask its publisher to sign the release: `adaptory sign REF --key KEY.pem`.",

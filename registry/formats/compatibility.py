@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from composer.findings import Finding, Severity
+from composer.formats.sets.adapter_set import SET_FILE
 from registry.formats.manifest import ManifestFile
 from registry.formats.references import Version
 
 Bump = Literal["major", "minor", "patch"]
 
-_WEIGHT_FILES = ("adapter_config.json", "config.json")
+_WEIGHT_FILES = ("adapter_config.json", "config.json", SET_FILE)
 _WEIGHT_SUFFIX = ".safetensors"
 
 

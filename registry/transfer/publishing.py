@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import reduce
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
@@ -21,6 +22,8 @@ from composer.formats.adapters.spectrum import spectrum
 from composer.formats.checkpoints.card import CARD_FILE, card_provenance, parse_provenance
 from composer.formats.checkpoints.checkpoint import Architecture, open_checkpoint
 from composer.formats.checkpoints.header import DEFAULT_LIMITS, header_length, parse_header
+from composer.formats.sets.adapter_set import MAX_BYTES as MAX_SET_BYTES
+from composer.formats.sets.adapter_set import SET_FILE, AdapterSet, parse_set
 from registry.database import idempotency
 from registry.database.idempotency import IdempotentRequest
 from registry.database.tables import Release
@@ -292,12 +295,47 @@ def _inspect(resources: Resources, push: Push, architecture: Architecture, base_
         cards = [file for file in push.files if file.path == CARD_FILE and file.size_bytes <= _CARD_BYTES]
         materialise(resources.store, cards, adapter_directory)
         card = (adapter_directory / CARD_FILE).read_bytes() if cards else b""
+        if push.kind is Kind.SET:
+            return _inspect_set(resources, push, card)
         if push.kind is Kind.MODEL:
             _materialise_headers(resources, push.files, adapter_directory)
             return _Inspected(inspect_model(adapter_directory, architecture), [], card)
         wanted = (CONFIG_FILE, WEIGHTS_FILE, *NEW_EMBEDDINGS)
         materialise(resources.store, [file for file in push.files if file.path in wanted], adapter_directory)
         return _inspect_adapter(adapter_directory, architecture, base_names, str(push.repository), card)
+
+
+def _inspect_set(resources: Resources, push: Push, card: bytes) -> _Inspected:
+    """The facts of a set, whose members are the inputs of its composition. A server that loads all of them needs their
+    largest rank and all their targets. Raises Refused for a set that no composition made."""
+    if push.composition_id is None:
+        raise Refused("set_not_composed", "A set is not pushed.", subject=str(push.repository))
+    members = read_set(resources, push.files).members
+    with resources.read() as session:
+        inputs = [session.get_one(Release, used.release_id) for used in push.inputs]
+        known: list[dict[str, Any]] = [{**release.facts, "size_bytes": release.size_bytes} for release in inputs]
+        servers = reduce(lambda mask, release: mask & release.servers, inputs, -1)
+        loading = {server: refusal for release in inputs for server, refusal in release.loading.items()}
+    facts: dict[str, Any] = {
+        "type": "set",
+        "variant": "set",
+        "members": sorted(members),
+        "rank_max": max(facts["rank_max"] for facts in known),
+        "targets": sorted({target for facts in known for target in facts["targets"]}),
+        "parameters": sum(facts["parameters"] for facts in known),
+        "size_bytes": sum(facts["size_bytes"] for facts in known),
+        "dtype": ", ".join(sorted({facts["dtype"] for facts in known})),
+    }
+    return _Inspected(facts, [], card, servers=servers, loading=loading)
+
+
+def read_set(resources: Resources, files: Sequence[ManifestFile]) -> AdapterSet:
+    """The set that is stored among the files. Raises Invalid if there is none, or if it is too large."""
+    file = next((file for file in files if file.path == SET_FILE and file.size_bytes <= MAX_SET_BYTES), None)
+    if file is None:
+        raise Invalid("bad_set", f"{SET_FILE} is missing or has more than {MAX_SET_BYTES:,} bytes.", subject=SET_FILE)
+    with resources.store.open(file.sha256) as source:
+        return parse_set(source.read())
 
 
 def misfit(resources: Resources, name: str, files: Sequence[ManifestFile], architecture: Architecture) -> str:

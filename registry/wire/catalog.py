@@ -187,6 +187,20 @@ class ModelFactsOut(Wire):
     dtype: str
 
 
+class SetFactsOut(Wire):
+    """`members` are the classes of the router but the base. `rank_max` and `targets` are what a server needs for all of
+    them; `parameters` and `size_bytes` are their sums."""
+
+    type: str
+    variant: str
+    members: list[str]
+    rank_max: int
+    targets: list[str]
+    parameters: int
+    size_bytes: int
+    dtype: str
+
+
 class InputOut(Wire):
     """`repository` and `version` are null if the caller may not read them."""
 
@@ -258,6 +272,7 @@ class ReleaseOut(NamedRelease):
 
     adapter: AdapterFactsOut | None
     model: ModelFactsOut | None
+    set: SetFactsOut | None = None
     scores: list[ScoreOut]
     yanked: bool
     yank_reason: str | None
@@ -277,6 +292,11 @@ class ReleaseOut(NamedRelease):
     signature_covers: Literal["release", "files"] | None
     signed_as: Literal["publisher", "worker"] | None
     breaking_reason: str | None
+
+    @property
+    def own_facts(self) -> AdapterFactsOut | ModelFactsOut | SetFactsOut | None:
+        """The facts of whichever it is: adapter, model or set."""
+        return self.adapter or self.model or self.set
 
 
 class NextOut(Wire):

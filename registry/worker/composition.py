@@ -27,6 +27,7 @@ from registry.worker.workspace import work_of
 
 _NAMELESS = ("commit", "weight", "rules")
 """The fields of an input that do not identify it. Everyone may see them."""
+_NAMING = ("inputs", "adapter", "model", "set")
 _UNNOTED = ("digest", "optimized")
 
 
@@ -76,15 +77,22 @@ class CompositionRun:
         recipe, lock = self.recipe.to_json(), self.lock.to_json()
         inputs = [{name: row[name] for name in _NAMELESS if name in row} for row in lock["inputs"]]
         return {
-            "recipe": {name: value for name, value in recipe.items() if name not in ("inputs", "adapter", "model")},
+            "recipe": {name: value for name, value in recipe.items() if name not in _NAMING},
             "lock": {name: value for name, value in lock.items() if name not in _UNNOTED} | {"inputs": inputs},
         }
 
     @property
     def outputs(self) -> list[Output]:
-        """The adapter, the model or both, whichever the recipe publishes."""
+        """The adapter, the model or both, whichever the recipe publishes, or the set."""
         made = ((self.recipe.adapter, Kind.ADAPTER), (self.recipe.model, Kind.MODEL))
+        if self.lock.is_set:
+            made = ((self.recipe.adapter_set, Kind.SET),)
         return [Output(target, kind) for target, kind in made if target]
+
+    @property
+    def measured_output(self) -> str | None:
+        """The output that the evaluation measures in memory, the adapter or the set; None for a model alone."""
+        return self.recipe.adapter_set if self.lock.is_set else self.recipe.adapter
 
     @property
     def evaluated(self) -> list[str]:

@@ -1,14 +1,16 @@
 """The step of an evaluation. Units measure. The scores of each release and suite are committed once they are complete,
 so after a crash the job resumes with the next pair."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.orm import Session
 
-from composer.errors import ComposerError
+from composer.errors import ComposerError, NotSupported
 from composer.formats.recipes.elsewhere import HarnessTask, SuiteContent, parse_content
-from composer.formats.recipes.suite import Suite
+from composer.formats.recipes.suite import Example, Suite
+from composer.formats.sets.router import routed
 from registry.database.tables import Base, Release
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import EVERYWHERE, Role, holds
@@ -30,6 +32,10 @@ from registry.worker.composition import ProgressCount
 from registry.worker.evaluation_units import Examined, examine, run_harness, token_evidence
 from registry.worker.node_models import base_hints
 from registry.worker.runner import JobKind, JobRun, shown_row
+from registry.worker.sets import set_of
+
+if TYPE_CHECKING:
+    from composer.evaluation.evaluate import Result
 
 Row = dict[str, Any]
 
@@ -88,7 +94,7 @@ def _evidence(held: JobRun, wanted: WantedScore, suite: SuiteContent) -> list[Ro
         return []
     with held.resources.read() as session:
         release = session.get_one(Release, wanted.release)
-        if release.base_digest != wanted.base or Kind(release.repository.kind) is Kind.MODEL:
+        if release.base_digest != wanted.base or Kind(release.repository.kind) is not Kind.ADAPTER:
             return []
     return token_evidence(held, _examined(held, wanted), suite)
 
@@ -144,10 +150,23 @@ def _measured(
     from composer.evaluation.evaluate import scores
 
     examined = _examined(held, wanted)
+    serves = set_of(held, wanted.release)
     if isinstance(suite, HarnessTask):
+        if serves:
+            message = f"{suite.name} runs on one model, and a set has several adapters."
+            raise NotSupported("set_on_harness", message, subject=suite.name)
         made = run_harness(held, examined, suite, progress)
         return made["scores"], ExampleResults(made["examples"], made["metric"])
-    examples = examine(held, examined, suite, suite.examples, progress)
+
+    if serves:
+        router, members = serves
+
+        def measured(name: str, some: Sequence[Example]) -> "list[Result]":
+            return examine(held, replace(examined, files=members.get(name, ())), suite, some, progress)
+
+        examples = routed(router, suite.examples, measured)
+    else:
+        examples = examine(held, examined, suite, suite.examples, progress)
     rows = [score.to_json() for score in scores(suite, examples)]
     return rows, ExampleResults([example.to_json() for example in examples])
 

@@ -17,11 +17,12 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subject:
-    """The subject of a measurement: an adapter on the base, or a merged model, with its files in the store. Without
-    files, the base itself."""
+    """The subject of a measurement: an adapter on the base, a merged model or a set, with its files in the store.
+    Without files, the base itself."""
 
     files: Sequence[ManifestFile] = ()
     merged: bool = False
+    is_set: bool = False
 
 
 BASE = Subject()

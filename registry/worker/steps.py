@@ -1,6 +1,7 @@
 """The steps of a composition: optimize (optional) -> check -> combine -> evaluate -> gate -> merge -> publish.
 
-If the recipe has no adapter, nothing is combined and the merged model is evaluated.
+If the recipe has no adapter, nothing is combined and the merged model is evaluated. A set combines nothing: it is
+neither checked for conflicts nor merged.
 
 Each step can be repeated after a crash: finished results are in the work directory or the database.
 """
@@ -17,6 +18,7 @@ from sqlalchemy.orm import Session
 from composer.findings import Finding, Severity, Verdict
 from composer.formats.recipes.policy import read_policy
 from composer.formats.recipes.suite import Example, Suite, used_in
+from composer.formats.sets.router import routed
 from registry.database.tables import Base, Namespace, Release
 from registry.domain.access import namespaces
 from registry.domain.access.audit import Actor
@@ -60,6 +62,7 @@ from registry.worker.optimizing import optimize
 from registry.worker.pass_units import probe_passes
 from registry.worker.report_units import conflict_report
 from registry.worker.runner import JobKind, JobRun
+from registry.worker.sets import made_set, set_files
 from registry.worker.workspace import work_of
 
 if TYPE_CHECKING:
@@ -70,6 +73,8 @@ def check(held: JobRun) -> None:
     """Runs the structural checks and the conflict report. Refuses hard conflicts, a verdict worse than the policy
     requires, and a combination that no adapter file can represent."""
     work = composition_of(held)
+    if work.lock.is_set:
+        return
     policy = read_policy(work.recipe.policy)
     made = _reported(held, work)
     report = made["report"]
@@ -122,30 +127,42 @@ def _reported(held: JobRun, work: CompositionRun) -> Row:
 
 
 def combine(held: JobRun) -> None:
-    """Makes the candidate, one PEFT adapter combined by the recipe's method, if the recipe publishes an adapter."""
+    """Makes the candidate, one PEFT adapter combined by the recipe's method or a set, if the recipe publishes one."""
     work = composition_of(held)
-    if work.recipe.adapter:
-        combined_adapter(held, work)
+    if work.measured_output:
+        _candidate_files(held, work)
+
+
+def _candidate_files(held: JobRun, work: CompositionRun) -> list[ManifestFile]:
+    return set_files(held, work) if work.lock.is_set else combined_adapter(held, work)
 
 
 def evaluate(held: JobRun) -> None:
-    """Evaluates the candidate on the recipe's suites: the adapter on the base in memory, or the merged model when the
-    recipe publishes no adapter."""
+    """Evaluates the candidate on the recipe's suites: the adapter or the members of the set on the base in memory, or
+    the merged model when the recipe publishes neither."""
     work = composition_of(held)
     if not work.evaluated:
         store(held, work, candidate_scores=[])
         return
-    if work.recipe.adapter:
-        candidate = Subject(files=combined_adapter(held, work))
+    if work.measured_output:
+        candidate = Subject(files=_candidate_files(held, work), is_set=work.lock.is_set)
     else:
         candidate = Subject(files=_merged(held, work), merged=True)
     contents = suites_named(held, work.evaluated)
     done = ProgressCount(held, "examples")
     used = used_in([*work.calibration_sets(held), *work.searched(held)], contents)
     hints = base_hints(work.locations, work.base_bytes)
+    chosen = made_set(held, work) if work.lock.is_set else None
+    members = dict(zip(chosen.members, work.files, strict=True)) if chosen else {}
 
     def measured_by_units(subject: Subject, suite: Suite, examples: Sequence[Example]) -> "Sequence[Result]":
         examined = Examined(base=work.lock.base, hints=hints, files=subject.files, model=subject.merged)
+
+        def measured(name: str, some: Sequence[Example]) -> "Sequence[Result]":
+            return examine(held, replace(examined, files=members.get(name, ())), suite, some, done)
+
+        if chosen and subject.is_set:
+            return routed(chosen.routes, examples, measured)
         return examine(held, examined, suite, examples, done)
 
     with held.resources.read() as session:
@@ -212,7 +229,7 @@ def gate(held: JobRun) -> None:
 def merge(held: JobRun) -> None:
     """Merges the checkpoint into the store shard by shard, and verifies it."""
     work = composition_of(held)
-    if work.recipe.model:
+    if work.recipe.model and not work.lock.is_set:
         _merged(held, work)
 
 
@@ -251,7 +268,7 @@ def publish(held: JobRun) -> None:
         composition.results = compositions.result_rows(made)
         for release in made:
             attested_composition(session, held.resources.settings, actor, About(release, inputs=inputs), composition)
-            if release.repository.kind == Kind.ADAPTER:
+            if release.repository.kind in (Kind.ADAPTER, Kind.SET):
                 for digest in dict.fromkeys(score.suite_digest for score in measured):
                     of_suite = [score for score in measured if score.suite_digest == digest]
                     about = About(release, suites.find(session, digest))
@@ -291,7 +308,7 @@ KINDS = {
 def _upload(held: JobRun, work: CompositionRun, output: Output) -> Push:
     reference = parse_reference(output.target)
     # Earlier steps have made them; these calls reuse the results.
-    files = list(_merged(held, work)) if output.kind is Kind.MODEL else combined_adapter(held, work)
+    files = list(_merged(held, work)) if output.kind is Kind.MODEL else _candidate_files(held, work)
     register_files(held, output.target, files)
     return Push(
         repository=reference.repository,
@@ -311,12 +328,12 @@ def _measured(held: JobRun, actor: Actor, work: CompositionRun) -> list[Measurem
     with held.resources.read() as session:
         scores = compositions.find(session, work.composition_id)[0].candidate_scores or []
     measured = [Measurement.of(score) for score in scores]
-    if not work.recipe.adapter or not work.results_file.is_file():
+    if not work.measured_output or not work.results_file.is_file():
         return measured
     kept = json.loads(work.results_file.read_text(encoding="utf-8"))
     if [Measurement.of(score) for score in kept["scores"]] != measured:
         return measured
-    namespace = parse_reference(work.recipe.adapter).repository.namespace
+    namespace = parse_reference(work.measured_output).repository.namespace
     rows = {digest: results.ExampleResults(examples) for digest, examples in kept["results"].items()}
     return results.store(held.resources, actor, namespace, measured, rows)
 

@@ -57,6 +57,13 @@ FACTS = {
 
 MODEL_FACTS = {"type": "model", "variant": "merged", "parameters": 4, "size_bytes": 16, "dtype": "F32"}
 
+SET_FACTS = {**MODEL_FACTS, "type": "set", "variant": "set", "members": ["sql"], "rank_max": 4, "targets": ["q_proj"]}
+NAMED = {
+    Kind.ADAPTER: ("sql", FACTS),
+    Kind.MODEL: ("merged", MODEL_FACTS),
+    Kind.SET: ("assistants", SET_FACTS),
+}
+
 
 @dataclass(frozen=True)
 class Things:
@@ -189,14 +196,12 @@ def _furnish(resources: Resources, namespace: str) -> Things:
         session.flush()
         session.add(BlobHolder(sha256=sha256, namespace=namespace))
         session.flush()
-        for name, kind, version in itertools.product(("sql", "merged"), Kind, (Version(1, 0, 0), Version(1, 1, 0))):
-            if (name == "merged") == (kind is Kind.MODEL):
-                facts = MODEL_FACTS if kind is Kind.MODEL else FACTS
-                new = NewRelease(RepositoryName(namespace, name), kind, version, None, files, base.digest, facts)
-                release, _ = releases.publish(session, HOST, new)
-                promotions.request(session, HOST, PromotionRequest(new.repository, version, "prod"))
-                suite = suites.find(session, "exact")
-                suites.record(session, HOST, release, [Measurement(suite.digest, "nll", 0.5, None, 1, False)])
+        for (kind, (name, facts)), version in itertools.product(NAMED.items(), (Version(1, 0, 0), Version(1, 1, 0))):
+            new = NewRelease(RepositoryName(namespace, name), kind, version, None, files, base.digest, facts)
+            release, _ = releases.publish(session, HOST, new)
+            promotions.request(session, HOST, PromotionRequest(new.repository, version, "prod"))
+            suite = suites.find(session, "exact")
+            suites.record(session, HOST, release, [Measurement(suite.digest, "nll", 0.5, None, 1, False)])
         recipe = parse_recipe({"base": "tiny", "inputs": [{"adapter": f"{namespace}/sql:1.0.0"}], "method": "stack"})
         composition = compositions.create(session, HOST, recipe, plan_only=True)
         job_id, composition_id = composition.job_id, composition.id

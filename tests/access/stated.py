@@ -174,7 +174,7 @@ PUT    /api/{path:path}                                                         
 PATCH  /api/{path:path}                                                         absent
 DELETE /api/{path:path}                                                         absent
 """
-_KINDS = ("adapters", "models")
+_KINDS = ("adapters", "models", "sets")
 
 
 def _stated() -> dict[tuple[str, str], str]:

@@ -20,6 +20,7 @@ from registry.domain.access.roles import Role, at_least
 from tests import services
 from tests.access.house import (
     CALLERS,
+    NAMED,
     OTHER,
     PRIVATE,
     PUBLIC,
@@ -239,7 +240,7 @@ def _of_no_namespace(method: str, path: str, wanted: str, caller: str) -> int | 
 def _filled(method: str, path: str, things: Things) -> str:
     values = {
         "{namespace}": things.namespace, "{version}": "1.0.0", "{channel}": "prod",
-        "{name}": "merged" if path.startswith("/v1/models") else "sql",
+        "{name}": next((name for kind, (name, _) in NAMED.items() if path.startswith(f"/v1/{kind}s")), "sql"),
         "{path:path}": "weights.safetensors",
         "{alias:path}": "Acme/Nothing",
         "{base:path}": "tiny", "{suite}": "exact", "{metric}": "none",

@@ -40,7 +40,7 @@ from registry.formats.webhooks import EVENTS
 from registry.transfer.fsck import check
 from registry.transfer.resources import Resources
 from tests import services
-from tests.access.house import HOST, House, copy_of, furnished_house, opened
+from tests.access.house import HOST, NAMED, House, copy_of, furnished_house, opened
 from tests.access.test_every_route import ROUTES
 from tests.durability.breakable import Stock
 from tests.durability.small import write_base
@@ -179,7 +179,7 @@ def test_whatever_a_route_is_asked_its_answer_is_one_that_the_document_states(
     def ask(case: schemathesis.Case, choose: Choose) -> bool:
         """Sends the request; returns whether the answer concerns an existing thing."""
         if choose():
-            name = "merged" if path.startswith("/v1/models") else "sql"
+            name = next((name for kind, (name, _) in NAMED.items() if path.startswith(f"/v1/{kind}s")), "sql")
             case.path_parameters = {key: known.get(key, name) for key in case.path_parameters}
         case.query = led_further(case.query, known, choose)
         if good and isinstance(case.body, dict) and choose():

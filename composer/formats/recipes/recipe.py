@@ -10,6 +10,7 @@ method: ties                         # any of docs/methods/index.md; may be left
 settings: {density: 0.4, rank: 32}   # of the method; tied: auto | untie | shared | refuse
 adapter: acme/assistant:1.0.0        # the combined adapter's release
 model: acme/assistant-merged:1.0.0   # the merged checkpoint's release
+set: acme/assistants:1.0.0           # a set instead: alone, or with `optimize` for where no single adapter fits
 dtype: bfloat16                      # of the merged checkpoint; the base's own by default
 rounding: {mode: stochastic, seed: 7}   # of the merged checkpoint's values; to nearest by default
 probe: 8                             # examples of each member's suite for the conflict report; 0 for none
@@ -152,6 +153,12 @@ class Recipe(Document):
     )
     adapter: str | None = Field(None, description="The combined adapter's release: NAMESPACE/NAME:VERSION.")
     model: str | None = Field(None, description="The merged checkpoint's release: NAMESPACE/NAME:VERSION.")
+    adapter_set: str | None = Field(
+        None,
+        alias="set",
+        description="The release of a set of the inputs with a router, NAMESPACE/NAME:VERSION: alone, or with "
+        "`optimize` for where no single adapter fits.",
+    )
     dtype: Annotated[str | None, one_of(*DTYPES, None)] = Field(
         None, description="Data type of the merged checkpoint; the base's own by default."
     )
@@ -174,10 +181,36 @@ class Recipe(Document):
 
     optimize: Optimize | None = Field(None, description="Find method, settings and weights; those given are tried too.")
 
+    @property
+    def makes_only_a_set(self) -> bool:
+        """Whether nothing is combined: the recipe states a set and no search."""
+        return self.adapter_set is not None and self.optimize is None
+
+    @property
+    def outputs(self) -> list[str]:
+        """The releases that the recipe may publish."""
+        return [name for name in (self.adapter, self.model, self.adapter_set) if name]
+
     @model_validator(mode="after")
     def _refuse_missing_method(self) -> Self:
-        if self.optimize is None and "method" not in self.model_fields_set:
+        if self.optimize is None and self.adapter_set is None and "method" not in self.model_fields_set:
             raise RefusedValues("it is missing", path=("method",))
+        return self
+
+    @model_validator(mode="after")
+    def _refuse_combined_set(self) -> Self:
+        """A set serves its members as they are."""
+        if self.adapter_set is None:
+            return self
+        combining = [name for name in ("method", "settings", "adapter", "model") if getattr(self, name)]
+        for name in combining if self.optimize is None else ():
+            if name in self.model_fields_set:
+                step = "Leave it out, or add `optimize: {}`: the set is for where no single adapter fits."
+                raise RefusedValues("a set combines nothing", step, path=(name,))
+        for index, source in enumerate(self.inputs):
+            if source.weight != 1 or source.rules:
+                why, path = "a set serves each adapter as it is", ("inputs", index, "weight")
+                raise RefusedValues(why, "Leave out weights and rules.", path=path)
         return self
 
     @model_validator(mode="after")
@@ -186,7 +219,7 @@ class Recipe(Document):
             if source.prompts and self.optimize:
                 why, path = "a search is fitted on suites", ("inputs", index, "prompts")
                 raise RefusedValues(why, "Leave them out, or leave out optimize.", path=path)
-            if source.prompts and not PIPELINES[self.method].fitted:
+            if source.prompts and not PIPELINES[self.method].fitted and not self.adapter_set:
                 why, path = f"{self.method} is not fitted on anything", ("inputs", index, "prompts")
                 raise RefusedValues(why, "Leave them out, or use regmean.", path=path)
         return self
@@ -205,10 +238,10 @@ class Recipe(Document):
         return {
             "base": self.base,
             "inputs": inputs,
-            "method": self.method,
-            "settings": dict(self.settings),
+            **({} if self.makes_only_a_set else {"method": self.method, "settings": dict(self.settings)}),
             "adapter": self.adapter,
             "model": self.model,
+            **({"set": self.adapter_set} if self.adapter_set else {}),
             "dtype": self.dtype,
             "probe": self.probe,
             "evaluate": list(self.evaluate),
@@ -246,7 +279,7 @@ class Lock:
     each member against the inputs on its own suite. They decide whether the result is published, so the digest excludes
     them. `method_version` is that of the method's pipeline; the digest excludes it if it is 1, so that older locks keep
     theirs. `optimized` is the evidence of the search that chose method, settings and weights, None without one; the
-    digest excludes it.
+    digest excludes it. With `is_set` the inputs are not combined: `calibration` has the examples of the set's router.
     """
 
     base: str
@@ -259,6 +292,7 @@ class Lock:
     gates: tuple[str, ...] = ()
     method_version: int = 1
     optimized: Mapping[str, Any] | None = None
+    is_set: bool = False
 
     def to_json(self) -> dict[str, Any]:
         gates = {"gates": list(self.gates)} if self.gates else {}
@@ -292,6 +326,7 @@ class Lock:
             **_rounding_json(self.rounding),
             **({"calibration": list(self.calibration)} if self.calibration else {}),
             **({"method_version": self.method_version} if self.method_version > 1 else {}),
+            **({"set": True} if self.is_set else {}),
         }
 
     @classmethod
@@ -319,6 +354,7 @@ class Lock:
             gates=tuple(document.get("gates", ())),
             method_version=document.get("method_version", 1),
             optimized=document.get("optimized"),
+            is_set=document.get("set", False),
         )
 
 

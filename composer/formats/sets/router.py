@@ -14,8 +14,11 @@ and left out, so that a class is one table of weights, idf(g) centroid(c)[g].
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
+
+from composer.formats.recipes.suite import Example
 
 BASE = "base"
 """The class of the prompts that no adapter is for."""
@@ -23,6 +26,7 @@ SHORTEST, LONGEST = 3, 5
 """The lengths of the n-grams, in characters."""
 MAX_CHARS = 2000
 """The first characters of a prompt decide."""
+T = TypeVar("T")
 _DIGITS = 6
 """Significant digits of a weight."""
 
@@ -46,6 +50,18 @@ class Router:
             name: math.fsum(count * weights[gram] for gram, count in counted.items() if gram in weights)
             for name, weights in self.weights.items()
         }
+
+
+def routed(router: Router, examples: Sequence[Example], run: Callable[[str, list[Example]], Sequence[T]]) -> list[T]:
+    """The results of the examples, in order: `run` gets each class that is chosen with its examples, and returns
+    theirs."""
+    chosen = defaultdict[str, list[int]](list)
+    for index, example in enumerate(examples):
+        chosen[router.choose(example.prompt)].append(index)
+    results = dict[int, T]()
+    for name, indices in chosen.items():
+        results.update(zip(indices, run(name, [examples[index] for index in indices]), strict=True))
+    return [results[index] for index in range(len(examples))]
 
 
 def ngrams(prompt: str) -> Iterator[str]:
@@ -76,7 +92,7 @@ def _class_weights(rows: Sequence[Mapping[str, int]], idf: Mapping[str, float]) 
 
 def separability(prompts: Mapping[str, Sequence[str]]) -> float:
     """The share of prompts that a router of all other prompts assigns to their class, averaged over the classes: 1 if
-    they can be told apart, about 1 / (number of classes) if they cannot."""
+    they can be separated, about 1 / (number of classes) if they cannot."""
     shares: list[float] = []
     for name, given in prompts.items():
         right = sum(

@@ -186,13 +186,12 @@ def _dumped(document: Json) -> bytes:
 def release_document(actor: Actor, described: ReleaseDetails) -> Json:
     """The document as the actor may see it: inputs show their commit, and their name only if the actor may read it."""
     row = described.release
-    adapter = row.kind == Kind.ADAPTER
+    facts = {kind.value: orjson.Fragment(row.facts) if row.kind == kind else None for kind in Kind}
     return {
         "repository": f"{row.namespace}/{row.repository}",
         **dict(zip(SHOWN, _shown(row), strict=True)),
         "base": {"digest": row.base_digest, "name": row.base_name},
-        "adapter": orjson.Fragment(row.facts) if adapter else None,
-        "model": None if adapter else orjson.Fragment(row.facts),
+        **facts,
         "scores": _scores(described),
         "yanked": bool(row.yanked),
         "taken_down": row.taken_down_at and {"at": row.taken_down_at, "reason": row.takedown_reason},

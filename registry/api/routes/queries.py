@@ -39,7 +39,7 @@ class SearchIn(Wire):
     """Query parameters; all conditions must hold. Give a list by repeating its parameter or with commas. Only `text`
     may be empty."""
 
-    kind: Literal["adapter", "model"] = "adapter"
+    kind: Literal["adapter", "model", "set"] = "adapter"
     namespace: Word = None
     repository: Word = Field(default=None, description="namespace/name")
     base: Word = Field(default=None, description="Digest (or its first 12 or more digits), name or alias.")

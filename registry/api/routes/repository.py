@@ -1,4 +1,4 @@
-"""The path prefix that names a repository: /v1/adapters or /v1/models, then /{namespace}/{name}."""
+"""The path prefix that names a repository: /v1/adapters, /v1/models or /v1/sets, then /{namespace}/{name}."""
 
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -11,11 +11,11 @@ from registry.domain.catalog import releases, repositories
 from registry.domain.catalog.repositories import Kind
 from registry.formats.references import RepositoryName, parse_name, parse_version
 
-REPOSITORY_PREFIXES = {"/v1/adapters": Kind.ADAPTER, "/v1/models": Kind.MODEL}
+REPOSITORY_PREFIXES = {"/v1/adapters": Kind.ADAPTER, "/v1/models": Kind.MODEL, "/v1/sets": Kind.SET}
 
 
 class RepositoryRouter(APIRouter):
-    """Adds each of its routes below both prefixes."""
+    """Adds each of its routes below each prefix."""
 
     def add_api_route(self, path: str, *args: Any, **options: Any) -> None:
         for prefix in REPOSITORY_PREFIXES:
@@ -39,7 +39,7 @@ class NamedRepository:
 
 
 async def kind_of(request: Request) -> Kind:
-    """The kind of repository, from the first part of the path: /v1/adapters or /v1/models."""
+    """The kind of repository, from the first part of the path."""
     return next(kind for prefix, kind in REPOSITORY_PREFIXES.items() if request.scope["path"].startswith(prefix))
 
 

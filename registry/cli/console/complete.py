@@ -63,7 +63,7 @@ def methods(incomplete: str) -> list[str]:
 def _versions(repository: str) -> list[str]:
     rows = [
         row
-        for kind in ("adapters", "models")
+        for kind in ("adapters", "models", "sets")
         for row in _rows(f"/v1/{kind}/{repository}/releases", wire.catalog.NamedRelease)
     ]
     return [row.name for row in rows]
@@ -75,7 +75,7 @@ def _channels(repository: str) -> list[str]:
 
 
 def _repositories() -> "list[wire.catalog.RepositoryOut]":
-    return [row for kind in ("adapters", "models") for row in _rows(f"/v1/{kind}", wire.catalog.RepositoryOut)]
+    return [row for kind in ("adapters", "models", "sets") for row in _rows(f"/v1/{kind}", wire.catalog.RepositoryOut)]
 
 
 def _suites() -> "list[wire.quality.SuiteOut]":

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from composer.errors import ComposerError
+from composer.errors import ComposerError, NotSupported
 from registry.cli.console import complete, render
-from registry.cli.console.connect import base_checkpoint, connected, release_directory
+from registry.cli.console.connect import base_checkpoint, connected, release_directory, resolved
 from registry.cli.console.groups import refuse_idle, root
 from registry.cli.console.options import BaseDir, Device, MemoryOption, PriorityOption, wishes
 from registry.cli.console.render import JsonFlag
@@ -18,7 +18,7 @@ from registry.cli.evaluation import harness as harnesses
 from registry.cli.evaluation import queued_evaluation
 from registry.cli.evaluation.harness import ChatTemplate, HarnessChoice, NumFewshot, TaskDirectory, TaskNames
 from registry.cli.evaluation.quality import EvaluationTarget, release_or_base
-from registry.errors import RegistryError, Usage
+from registry.errors import Invalid, RegistryError, Usage
 from registry.errors.codes import RETRYABLE
 from registry.errors.translation import of_composer
 from registry.sdk.connection import Connection
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from composer.evaluation.journal import ResultJournal
     from composer.evaluation.model import LoadedModel
     from composer.formats.recipes.suite import Example, Suite
+    from composer.formats.sets.adapter_set import SetMember
+    from composer.formats.sets.router import Router
 
 Json = dict[str, Any]
 """A score as it is printed and as a request has it."""
@@ -207,6 +209,8 @@ class _Models:
     all subjects that use them."""
 
     def __init__(self, connection: Connection, subjects: Sequence[EvaluationTarget], where: _Where) -> None:
+        from composer.formats.sets.adapter_set import SET_FILE, read_set
+
         self._device = where.device
         self._current: tuple[Path, LoadedModel] | None = None
         self._releases = {
@@ -214,16 +218,39 @@ class _Models:
         }
         bases = {subject.weights: subject.base for subject in subjects if not subject.is_model}
         self._bases = {key: base_checkpoint(base, where.base_dir).path for key, base in bases.items()}
+        self._sets = {
+            subject.name: read_set(self._releases[subject.name] / SET_FILE) for subject in subjects if subject.is_set
+        }
+        self._members = {
+            (name, part): _member_directory(connection, member)
+            for name, known in self._sets.items()
+            for part, member in known.members.items()
+        }
+
+    def router(self, subject: EvaluationTarget) -> "Router | None":
+        """The router of a set."""
+        known = self._sets.get(subject.name)
+        return known.routes if known else None
 
     def of(self, subject: EvaluationTarget) -> "tuple[LoadedModel, Sequence[Delta]]":
-        """The model in memory and the subject's deltas on it."""
-        from composer.deltas.variants.load import load_deltas
-
+        """The model in memory and the subject's deltas on it. Raises NotSupported for a set."""
         release = self._releases.get(subject.name)
+        if subject.is_set:
+            message = f"{subject.name} has several adapters, and this needs one model."
+            raise NotSupported("set_on_harness", message, subject=subject.name)
         if release is None or subject.is_model:
             return self._loaded(release or self._bases[subject.weights]), ()
+        return self._with(subject, release)
+
+    def of_member(self, subject: EvaluationTarget, name: str) -> "tuple[LoadedModel, Sequence[Delta]]":
+        """The model in memory and the deltas of the set's member on it; none for the base."""
+        return self._with(subject, self._members.get((subject.name, name)))
+
+    def _with(self, subject: EvaluationTarget, adapter: Path | None) -> "tuple[LoadedModel, Sequence[Delta]]":
+        from composer.deltas.variants.load import load_deltas
+
         loaded = self._loaded(self._bases[subject.weights])
-        return loaded, load_deltas(release, loaded.architecture).deltas
+        return loaded, load_deltas(adapter, loaded.architecture).deltas if adapter else ()
 
     def _loaded(self, directory: Path) -> "LoadedModel":
         from composer.evaluation.model import load_model
@@ -234,14 +261,31 @@ class _Models:
         return self._current[1]
 
 
+def _member_directory(connection: Connection, member: "SetMember") -> Path:
+    """The files of a set's member. Raises Invalid if the registry has another release under its version."""
+    release = resolved(connection, f"{member.repository}:{member.version}", warned=True)
+    if release.commit != member.commit:
+        detail = f"The set has {member.repository}:{member.version} as {member.commit[:12]}, and the registry does not."
+        raise Invalid("other_release", detail, subject=member.repository)
+    return release_directory(connection, release)
+
+
 def _measured(
     connection: Connection, task: SuiteRun, models: _Models, done: Callable[[int], None]
 ) -> "tuple[list[SuiteScore], list[Result]]":
     from composer.evaluation.evaluate import scores
     from composer.evaluation.journal import examine_rest
+    from composer.formats.sets.router import routed
 
-    scorers = connection.settings.enabled_scorers
-    results = examine_rest(lambda: models.of(task.subject), task.suite, task.examples, task.journal, scorers, done)
+    def run(load: "Callable[[], tuple[LoadedModel, Sequence[Delta]]]", examples: "Sequence[Example]") -> "list[Result]":
+        scorers = connection.settings.enabled_scorers
+        return examine_rest(load, task.suite, examples, task.journal, scorers, done)
+
+    subject, router = task.subject, models.router(task.subject)
+    if router:
+        results = routed(router, task.examples, lambda name, some: run(lambda: models.of_member(subject, name), some))
+    else:
+        results = run(lambda: models.of(subject), task.examples)
     return scores(task.suite, results), results
 
 

@@ -35,6 +35,10 @@ class EvaluationTarget:
         return self.release is not None and self.release.kind == "model"
 
     @property
+    def is_set(self) -> bool:
+        return self.release is not None and self.release.kind == "set"
+
+    @property
     def weights(self) -> str:
         """Names what must be in memory: the base, or a merged model of its own."""
         return self.identity if self.is_model else self.base.digest

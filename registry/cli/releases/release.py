@@ -47,7 +47,7 @@ def list_repositories(
         log(name, json)
         return
     with connected() as connection:
-        kinds = ("models",) if models else ("adapters", "models")
+        kinds = ("models",) if models else ("adapters", "models", "sets")
         items = [
             row
             for kind in kinds
@@ -378,11 +378,16 @@ def _adapter_lines(facts: "wire.catalog.AdapterFactsOut") -> list[tuple[str, Any
     ]
 
 
+def _set_lines(facts: "wire.catalog.SetFactsOut") -> dict[str, Any]:
+    return {"serves": facts.members, "rank": f"up to {facts.rank_max}", "targets": facts.targets}
+
+
 def _show_release(release: "wire.catalog.ReleaseOut", made: "Lineage | None", costs: list[tuple[str, str]]) -> None:
     from registry.client.diff import stated_provenance
 
-    facts = release.adapter or release.model
+    facts = release.own_facts
     own = dict(_adapter_lines(release.adapter)) if release.adapter else {}
+    own |= _set_lines(release.set) if release.set else {}
     pairs: list[tuple[str, Any]] = [
         ("commit", release.commit),
         ("base", f"{release.base.name} ({release.base.digest[:12]})"),
@@ -390,7 +395,7 @@ def _show_release(release: "wire.catalog.ReleaseOut", made: "Lineage | None", co
         ("licenses", license_words(release.licenses)),
         ("signed by", signer(release)),
         ("type", ", ".join(dict.fromkeys([facts.type, facts.variant])) if facts else None),
-        *((name, own.get(name)) for name in ("rank", "alpha", "targets", "modules")),
+        *((name, own.get(name)) for name in ("serves", "rank", "alpha", "targets", "modules")),
         ("parameters", f"{facts.parameters:,}" if facts else None),
         ("energy", own.get("energy")),
         ("servers", release.servers or None),

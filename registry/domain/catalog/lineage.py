@@ -60,6 +60,12 @@ def descendants(session: Session, actor: Actor, release: Release, *, before: int
     ]
 
 
+def inputs(session: Session, release: Release) -> list[Release]:
+    """The releases that went into this one."""
+    query = select(Release).join(ReleaseInput, ReleaseInput.input_id == Release.id)
+    return list(session.scalars(query.where(ReleaseInput.release_id == release.id).order_by(Release.id)))
+
+
 def with_inherited(session: Session, actor: Actor, new: NewRelease) -> tuple[NewRelease, list[Finding]]:
     """A pushed release with the inputs and the composition of an earlier one whose weights it has, if there is one that
     the actor may read, and a warning about it. Pushing the files of a composition again does not remove their licences

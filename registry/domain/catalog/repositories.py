@@ -24,6 +24,7 @@ class Kind(StrEnum):
 
     ADAPTER = "adapter"
     MODEL = "model"
+    SET = "set"
 
 
 def find(session: Session, name: RepositoryName, kind: Kind | None = None) -> Repository:

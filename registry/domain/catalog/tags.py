@@ -1,6 +1,7 @@
 """Tags, by which clients of the Hugging Face Hub show and filter models.
 
 peft | transformers      adapters and merged models
+adaptory                 sets of adapters
 base_model:NAME          the base, by its name and each alias; base_model:adapter:NAME for adapters alone
 license:NAME             the licence, in lower case
 """
@@ -15,7 +16,7 @@ from registry.domain.catalog.repositories import Kind, RepositoryFilter
 from registry.errors import NotFound, Usage
 from registry.formats.licenses import spdx, spellings
 
-LIBRARIES = {Kind.ADAPTER: "peft", Kind.MODEL: "transformers"}
+LIBRARIES = {Kind.ADAPTER: "peft", Kind.MODEL: "transformers", Kind.SET: "adaptory"}
 _BASE, _OF_ADAPTER, _LICENSE = "base_model:", "base_model:adapter:", "license:"
 
 

@@ -274,7 +274,7 @@ def _verdict(session: Session, worst: Verdict, release: Release) -> GateResult:
     not: composing its output once more, alone, would show no conflict. A release that was not composed in this registry
     passes."""
     rule = f"verdict {worst}" if worst is Verdict.OK else f"verdict {worst} or better"
-    made = select(Composition.conflicts, Composition.recipe)
+    made = select(Composition.conflicts, Composition.recipe, Composition.lock)
     made = made.join(ReleaseInput, ReleaseInput.composition_id == Composition.id)
     results: list[GateResult] = []
     for ancestor in lineage_of(session, release):
@@ -289,7 +289,10 @@ def _verdict(session: Session, worst: Verdict, release: Release) -> GateResult:
 
 
 def _verdict_of(row: Row[*tuple[Any, ...]], rule: str, worst: Verdict) -> GateResult:
-    """The verdict under the default limits: a composition's recipe may have loosened its own."""
+    """The verdict under the default limits: a composition's recipe may have loosened its own. A set combines nothing,
+    so that nothing in it can conflict."""
+    if row.lock.get("set"):
+        return GateResult(rule, True, "a set combines nothing")
     if row.conflicts is None:
         return GateResult(rule, False, "its composition has no conflict report")
     own, judged = Verdict(row.conflicts["verdict"]), row.conflicts.get("by_default")

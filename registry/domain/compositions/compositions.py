@@ -98,7 +98,7 @@ def create(  # noqa: PLR0913
 
 def owner(recipe: Recipe) -> str:
     """The namespace that a composition belongs to: its output's, or its first input's for a plan without outputs."""
-    reference = recipe.adapter or recipe.model or recipe.inputs[0].adapter
+    reference = next(iter(recipe.outputs), recipe.inputs[0].adapter)
     return parse_reference(reference).repository.namespace
 
 
@@ -109,7 +109,7 @@ def subject(composition: Composition) -> str:
 def roles_needed(recipe: Recipe) -> list[tuple[Role, str]]:
     """The roles that a composition needs, by namespace: reader for inputs, publisher for outputs and the owner."""
     inputs = [(Role.READER, source.adapter) for source in recipe.inputs]
-    outputs = [(Role.PUBLISHER, output) for output in (recipe.adapter, recipe.model) if output]
+    outputs = [(Role.PUBLISHER, output) for output in recipe.outputs]
     named = [(role, parse_reference(text).repository.namespace) for role, text in (*inputs, *outputs)]
     return [*named, (Role.PUBLISHER, owner(recipe))]
 
@@ -257,17 +257,17 @@ def inputs_of(session: Session, lock: Lock) -> list[Release]:
 
 def _targets(recipe: Recipe, *, plan_only: bool) -> list[_PublishedTarget]:
     """The outputs to publish, each with its version and in its own repository."""
-    outputs = [(text, kind) for text, kind in ((recipe.adapter, Kind.ADAPTER), (recipe.model, Kind.MODEL)) if text]
-    if not plan_only and not outputs:
-        raise Usage("no_output", "The recipe names no adapter and no model to publish.")
+    outputs = ((recipe.adapter, Kind.ADAPTER), (recipe.model, Kind.MODEL), (recipe.adapter_set, Kind.SET))
+    if not plan_only and not recipe.outputs:
+        raise Usage("no_output", "The recipe names no adapter, no model and no set to publish.")
     targets: list[_PublishedTarget] = []
-    for text, kind in outputs:
+    for text, kind in ((text, kind) for text, kind in outputs if text):
         reference = parse_reference(text)
         if reference.version is None:
             raise Usage("bad_output", f"{reference} is not NAMESPACE/NAME:VERSION.", subject=str(reference))
         targets.append(_PublishedTarget(reference.repository, reference.version, kind))
     if len({target.repository for target in targets}) < len(targets):
-        raise Usage("one_repository", "Adapter and model need separate repositories.")
+        raise Usage("one_repository", "Adapter, model and set need separate repositories.")
     return targets
 
 

@@ -19,6 +19,9 @@ from registry.domain.channels import gates, resolve
 from registry.errors import Conflict, Refused, Usage
 from registry.formats.references import parse_reference
 
+ROUTER_EXAMPLES = 32
+"""The most examples of each suite to fit a router on, and at most half of the suite."""
+
 
 def lock_of(session: Session, recipe: Recipe) -> Lock:
     """The recipe with every input resolved. With `optimize`, method and weights are only a first choice.
@@ -38,6 +41,7 @@ def lock_of(session: Session, recipe: Recipe) -> Lock:
         if recipe.optimize
         else _calibration(session, recipe, parse_settings(recipe.method, recipe.settings), own),
         gates=_gates_to_add(recipe, own),
+        is_set=recipe.makes_only_a_set,
     )
 
 
@@ -90,13 +94,13 @@ def lock_inputs(session: Session, recipe: Recipe, base: Base, inputs: Sequence[R
 
 
 def _refuse_unsearchable(recipe: Recipe, own: Sequence[str | None]) -> None:
-    """Raises Usage for a search with fewer than two inputs, without an adapter to publish, or for an input without a
-    suite, by which it would be judged."""
+    """Raises Usage for a search with fewer than two inputs, with a model or a set but no adapter to publish, or for an
+    input without a suite, by which it would be judged."""
     if len(recipe.inputs) < 2:
         message, step = "A search needs at least two inputs.", "Add an input, or leave out optimize."
         raise Usage("too_few", message, subject="optimize", next_step=step)
-    if recipe.model and not recipe.adapter:
-        message = "A search may choose a fitted method, whose model is made from an adapter."
+    if recipe.outputs and not recipe.adapter:
+        message = "A search looks for one adapter, from which a model is made, and for which a set stands in."
         raise Usage("no_adapter", message, subject="optimize", next_step="Add `adapter: NAMESPACE/NAME:VERSION`.")
     for source, name in zip(recipe.inputs, own, strict=True):
         if source.weight <= 0:
@@ -144,6 +148,11 @@ def with_choice(lock: Lock, choice: SearchChoice) -> Lock:
         method_version=settings.version,
         optimized=choice.evidence,
     )
+
+
+def with_set(lock: Lock, calibration: Sequence[Mapping[str, Any]], evidence: Mapping[str, Any]) -> Lock:
+    """The lock of a set, which a search chose since no single adapter fits; `calibration` are its router's examples."""
+    return replace(lock, is_set=True, calibration=tuple(calibration), optimized=evidence)
 
 
 def release_of(session: Session, locked: LockedInput) -> Release:
@@ -206,7 +215,7 @@ def _calibration(
     """The examples that a fitted method uses: each input's prompts, or the first examples of its suite, and after them
     those of the guard suites that the recipe evaluates. Raises Refused if an input has none, or if none would be left
     for evaluation."""
-    if not isinstance(settings, Regmean):
+    if not recipe.makes_only_a_set and not isinstance(settings, Regmean):
         return ()
     if recipe.model and not recipe.adapter:
         raise Usage(
@@ -214,18 +223,20 @@ def _calibration(
             f"{recipe.method} fits new factors, but the recipe publishes only a model.",
             next_step="Add `adapter: NAMESPACE/NAME:VERSION`: the model is made from it.",
         )
+    what = recipe.method if isinstance(settings, Regmean) else "a router"
     sets: list[CalibrationSet] = []
     for source, name in zip(recipe.inputs, own, strict=True):
         if source.prompts:
             sets.append(CalibrationSet(prompts=source.prompts))
             continue
         if name is None:
-            raise _without_suite(source.adapter, f"{recipe.method} is fitted on examples", "a suite or prompts")
-        suite, count = suites.find(session, name), settings.examples
+            raise _without_suite(source.adapter, f"{what} is fitted on examples", "a suite or prompts")
+        suite = suites.find(session, name)
+        count = settings.examples if isinstance(settings, Regmean) else min(ROUTER_EXAMPLES, suite.examples // 2)
         if suite.examples <= count:
             raise Refused(
                 "suite_too_small",
-                f"{name} has {suite.examples} examples: fitting {recipe.method} on {count} leaves none to evaluate on.",
+                f"{name} has {suite.examples} examples: fitting {what} on {count} leaves none to evaluate on.",
                 subject=name,
                 next_step="Add examples to the suite, or set fewer (settings: {examples: N}).",
             )

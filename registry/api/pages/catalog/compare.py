@@ -124,7 +124,7 @@ def _measured(score: ScoreOut | None, first: ScoreOut | None) -> ComparedScore |
 
 def _facts(release: ReleaseOut) -> dict[str, Any]:
     """The facts of a release, under the names that its page uses."""
-    facts, adapter, stated = release.adapter or release.model, release.adapter, release.provenance
+    facts, adapter, stated = release.own_facts, release.adapter, release.provenance
     spectrum = adapter.spectrum if adapter else None
     listed: dict[str, Any] = {
         "Base": release.base.name,

@@ -20,7 +20,8 @@ def test_a_set_that_was_written_is_read_with_the_same_members_and_the_same_choic
     made = AdapterSet.of(MEMBERS, ROUTER)
     (tmp_path / SET_FILE).write_bytes(made.to_bytes())
     known = read_set(tmp_path / SET_FILE)
-    assert known == made and known.members == MEMBERS
+    assert known == made
+    assert known.members == MEMBERS
     prompts = [*SQL, *CRON, "What is the capital of Peru?", ""]
     assert [known.routes.choose(prompt) for prompt in prompts] == [ROUTER.choose(prompt) for prompt in prompts]
 
@@ -52,7 +53,7 @@ def _changed(**changes: Any) -> bytes:
     ],
 )
 def test_a_damaged_file_is_refused_with_its_field(content: bytes, problem: str):
-    with pytest.raises(InvalidFile, match="adapter_set.json: ") as refused:
+    with pytest.raises(InvalidFile, match=r"adapter_set\.json: ") as refused:
         parse_set(content)
     assert refused.value.code == "bad_set"
     assert problem in refused.value.message

@@ -1,0 +1,116 @@
+"""A set of adapters with a router as a release: composed, measured, judged, promoted and rolled back."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from composer.formats.sets.adapter_set import SET_FILE, read_set
+from tests.registry.api.test_pages import single_user
+from tests.scenarios.test_crashes import resources_of
+from tests.scenarios.world import Cli
+
+MEMBERS = ("sql", "support")
+RECIPE: dict[str, Any] = {
+    "inputs": [{"adapter": f"acme/{name}@prod", "suite": f"{name}-exact"} for name in MEMBERS],
+    "set": "acme/assistants:1.0.0",
+    "evaluate": ["guard-exact"],
+}
+
+
+def compose(cli: Cli, directory: Path, **changes: Any) -> Any:
+    path = directory / "set.yaml"
+    path.write_text(yaml.safe_dump({name: value for name, value in (RECIPE | changes).items() if value is not None}))
+    return cli("compose", path, "--follow", "--json")
+
+
+def score(cli: Cli, ref: str, suite: str) -> dict[str, Any]:
+    (row,) = [
+        row for row in cli.json("show", ref)["scores"] if (row["suite"], row["metric"]) == (f"{suite}-exact", "nll")
+    ]
+    return row
+
+
+def test_a_set_is_measured_promoted_and_rolled_back_like_any_release(small_team: Cli, tmp_path: Path) -> None:
+    done = compose(small_team, tmp_path).json
+    assert done.get("state") == "done", done
+    assert [(row["repository"], row["version"]) for row in done["results"]] == [("acme/assistants", "1.0.0")]
+    assert done["lock"]["set"] is True
+    assert {row["suite"] for row in done["candidate_scores"]} == {"sql-exact", "support-exact", "guard-exact"}
+    assert all(gate["passed"] for gate in done["gates"]), "each member answers its own prompts as it does alone"
+
+    release = small_team.json("show", "acme/assistants:1.0.0")
+    assert release["kind"] == "set"
+    assert release["set"]["members"] == ["sql", "support"]
+    assert [row["repository"] for row in release["inputs"]] == ["acme/sql", "acme/support"]
+    small_team.ok("pull", "acme/assistants:1.0.0", "-o", tmp_path / "pulled")
+    pulled = read_set(tmp_path / "pulled" / SET_FILE)
+    assert {name: member.repository for name, member in pulled.members.items()} == {
+        "sql": "acme/sql",
+        "support": "acme/support",
+    }
+    assert [pulled.routes.choose(f"{name} 77") for name in MEMBERS] == ["sql", "support"]
+
+    for name in MEMBERS:
+        for ref in ("acme/assistants:1.0.0", f"acme/{name}"):
+            small_team.ok("eval", ref, "--suite", f"{name}-exact")
+        own, alone = (score(small_team, ref, name) for ref in ("acme/assistants:1.0.0", f"acme/{name}"))
+        assert own["n"] == alone["n"]
+        assert own["value"] == pytest.approx(alone["value"], abs=1e-6)
+
+    small_team.ok("promote", "acme/assistants:1.0.0", "--to", "prod", "--new-channel")
+    assert compose(small_team, tmp_path, set="acme/assistants:1.1.0").json["state"] == "done"
+    small_team.ok("promote", "acme/assistants:1.1.0", "--to", "prod")
+    small_team.ok("rollback", "acme/assistants@prod", "--reason", "as before")
+    assert small_team.json("show", "acme/assistants@prod")["version"] == "1.0.0"
+
+
+def test_a_page_and_a_listing_show_a_set(small_team: Cli, tmp_path: Path) -> None:
+    assert compose(small_team, tmp_path).json["state"] == "done"
+    assert "acme/assistants" in small_team.ok("list").out
+    shown = small_team.ok("show", "acme/assistants:1.0.0").out
+    assert "sql, support" in shown
+    assert small_team.json("search", "--kind", "set")["items"][0]["repository"] == "acme/assistants"
+    with resources_of(small_team.environment) as resources, single_user(resources) as http:
+        for path in ("/acme/assistants", "/acme/assistants/1.0.0", "/acme/sql/1.0.0"):
+            answer = http.get(path)
+            assert answer.status_code == 200
+            assert "acme/assistants" in answer.text
+        assert "A set of 2 adapters" in http.get("/acme/assistants/1.0.0").text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "linear"}, "method: a set combines nothing"),
+        ({"adapter": "acme/one:1.0.0"}, "adapter: a set combines nothing"),
+        ({"inputs": [{"adapter": "acme/sql", "weight": 0.5, "suite": "sql-exact"}]}, "inputs[0].weight: a set serves"),
+        ({"set": "acme/sql:2.0.0"}, "acme/sql holds adapter releases, not set releases"),
+        ({"set": "acme/assistants"}, "acme/assistants is not NAMESPACE/NAME:VERSION"),
+        ({"inputs": ["acme/sql"]}, "a router is fitted on examples"),
+        ({"optimize": {}}, "A search looks for one adapter"),
+    ],
+)
+def test_a_recipe_of_a_set_that_cannot_work_is_refused_at_once(
+    changes: dict[str, Any], message: str, small_team: Cli, tmp_path: Path
+) -> None:
+    refused = compose(small_team, tmp_path, **changes)
+    assert refused.code in (2, 4, 5, 6)
+    assert message in refused.err + refused.out
+
+
+def test_a_set_that_nobody_composed_cannot_be_pushed(small_team: Cli, tmp_path: Path) -> None:
+    assert compose(small_team, tmp_path).json["state"] == "done"
+    small_team.ok("pull", "acme/assistants:1.0.0", "-o", tmp_path / "pulled")
+    for kind in ("adapter", "model", "set"):
+        refused = small_team("push", tmp_path / "pulled", "acme/mine:1.0.0", "--base", "tiny", "--kind", kind)
+        assert refused.code != 0
+
+
+def test_a_member_that_was_yanked_is_no_longer_taken_into_a_set(small_team: Cli, tmp_path: Path) -> None:
+    small_team.ok("yank", "acme/sql:1.0.0", "--reason", "wrong")
+    refused = compose(small_team, tmp_path, inputs=["acme/sql:1.0.0", "acme/support"])
+    assert refused.code != 0
+    assert "yanked" in json.dumps(refused.err + refused.out)
