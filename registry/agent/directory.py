@@ -21,7 +21,9 @@ from uuid import uuid4
 
 from composer.errors import InvalidFile
 from composer.formats.checkpoints.hashing import hash_file
-from registry.agent.versions import ServedVersion, is_commit, parse_served
+from composer.formats.sets.adapter_set import SET_FILE, AdapterSet, read_set
+from composer.formats.sets.router import Router
+from registry.agent.versions import ServedVersion, is_commit, member_version, parse_served
 from registry.client.api import Api
 from registry.client.cache import is_regular
 from registry.client.pull import pull
@@ -42,13 +44,16 @@ Check = Callable[[AnyRelease, Path], None]
 class Routes:
     """`channels` has the weights of the versions that each channel is routed to, and `since` the time of its last
     change; `commits` the commit of every version that is named there; `servers` the addresses of the servers that have
-    a version loaded and checked; `lora` has the scales that each request to an address must state, by id."""
+    a version loaded and checked; `lora` has the scales that each request to an address must state, by id. `sets` has
+    the members of each set by class, and `bases` the name of the base at an address that needs it."""
 
     channels: Mapping[str, Mapping[str, int]] = field(default_factory=dict[str, Mapping[str, int]])
     since: Mapping[str, str] = field(default_factory=dict[str, str])
     commits: Mapping[str, str] = field(default_factory=dict[str, str])
     servers: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
     lora: Mapping[str, tuple[float, ...]] = field(default_factory=dict[str, tuple[float, ...]])
+    sets: Mapping[str, Mapping[str, str]] = field(default_factory=dict[str, Mapping[str, str]])
+    bases: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def version(self, channel: str) -> ServedVersion | None:
         """The version that the channel serves: the first; a canary's candidate comes after it."""
@@ -58,7 +63,12 @@ class Routes:
         return {self._served(name): weight for name, weight in self.channels.get(channel, {}).items()}
 
     def versions(self) -> frozenset[ServedVersion]:
-        return frozenset(self._served(name) for weights in self.channels.values() for name in weights)
+        """The versions of all channels, and the members of those that are sets."""
+        return frozenset(map(self._served, self.commits))
+
+    def members(self, version: ServedVersion) -> Mapping[str, ServedVersion]:
+        """The members of a set by class; empty for any other version."""
+        return {part: self._served(name) for part, name in self.sets.get(version.name, {}).items()}
 
     def _served(self, name: str) -> ServedVersion:
         repository, _, version = name.partition("@")
@@ -71,7 +81,7 @@ class MirrorDirectory:
     def __init__(self, root: Path) -> None:
         self.root = root.resolve()
         self._by_commit, self._by_version = self.root / "by-commit", self.root / "by-version"
-        self._intact = set[str]()
+        self._intact, self._sets = set[str](), dict[str, AdapterSet]()
 
     @contextmanager
     def locked(self) -> Generator[None]:
@@ -125,6 +135,26 @@ class MirrorDirectory:
                 _sync(self._by_commit)
         self._intact.add(version.commit)
         return target
+
+    def members(self, version: ServedVersion) -> Mapping[str, ServedVersion]:
+        """The members of a set that was fetched, by class; empty for any other version. Raises Invalid for a damaged
+        set."""
+        if version.commit not in self._sets and not (self.path(version.commit) / SET_FILE).is_file():
+            return {}
+        return {name: member_version(member) for name, member in self._set(version.commit).members.items()}
+
+    def router(self, commit: str) -> Router:
+        """The router of a set that was fetched. Raises Invalid if it is missing or damaged."""
+        return self._set(commit).routes
+
+    def _set(self, commit: str) -> AdapterSet:
+        """The set of a commit, which never changes: it is read once."""
+        if commit not in self._sets:
+            try:
+                self._sets[commit] = read_set(self.path(commit) / SET_FILE)
+            except InvalidFile as error:
+                raise Invalid("bad_set", error.message, subject=commit) from error
+        return self._sets[commit]
 
     def touch(self, commits: Iterable[str]) -> None:
         """Notes that these directories are needed now: their age counts from the last note."""
@@ -201,11 +231,17 @@ class MirrorDirectory:
             servers = {name: tuple(map(str, row["servers"])) for name, row in document["versions"].items()}
             lora = {url: tuple(map(float, scales)) for url, scales in document.get("lora", {}).items()}
             since = {channel: str(moment) for channel, moment in document["since"].items()}
+            sets = {
+                name: {part: str(member) for part, member in members.items()}
+                for name, members in document.get("sets", {}).items()
+            }
+            bases = {url: str(name) for url, name in document.get("bases", {}).items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return None
         known = all(commits.keys() >= weights.keys() for weights in channels.values())
+        known = known and all(commits.keys() >= set(members.values()) for members in sets.values())
         weighed = all(min(weights.values()) >= 0 < sum(weights.values()) for weights in channels.values() if weights)
-        return Routes(channels, since, commits, servers, lora) if known and weighed else None
+        return Routes(channels, since, commits, servers, lora, sets, bases) if known and weighed else None
 
     def write_routes(self, routes: Routes) -> None:
         versions = {
@@ -213,6 +249,7 @@ class MirrorDirectory:
             for name, commit in sorted(routes.commits.items())
         }
         document = {"channels": routes.channels, "since": routes.since, "versions": versions, "lora": routes.lora}
+        document |= {"sets": routes.sets, "bases": routes.bases}
         write_json(self.root / "routes.json", document)
 
     def write_state(self, state: Mapping[str, Any]) -> None:

@@ -28,7 +28,9 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from composer.formats.sets.router import BASE
 from registry.agent.directory import MirrorDirectory, Routes
+from registry.errors import RegistryError
 
 PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
 """What is passed on. The rest of a server's API, such as that which loads adapters, is not for users."""
@@ -48,6 +50,8 @@ _TAIL_BYTES = 4096
 _MAX_COUNTED_BYTES = 4 << 20
 """A longer answer that is not streamed is passed on, and its tokens are not counted."""
 _MAX_NAME_CHARS = 500
+OF_BASE = f"#{BASE}"
+"""Ends the name of the base in a set, which no client can request."""
 LEFT = 499
 """The status of a request whose client left."""
 _OTHER = "other"
@@ -73,6 +77,35 @@ class Table:
             if written != self._written:
                 self._routes, self._written = self._directory.read_routes() or self._routes, written
         return self._routes
+
+    def member(self, routes: Routes, version: str, document: Mapping[str, Any]) -> str:
+        """The member of a set that its router chooses for a request, or the set's own name with OF_BASE; any other
+        version itself. Raises Invalid if the set's file cannot be read."""
+        if (members := routes.sets.get(version)) is None:
+            return version
+        chosen = self._directory.router(routes.commits[version]).choose(prompt_of(document))
+        return members.get(chosen, f"{version}{OF_BASE}")
+
+
+def prompt_of(document: Mapping[str, Any]) -> str:
+    """The text by which a set's router chooses: what the user has written in the conversation, or the prompt."""
+    given = document.get("messages", document.get("input", document.get("prompt")))
+    rows = cast(list[Any], given) if isinstance(given, list) else [given]
+    return "\n".join(text for row in rows for text in _texts_of(row))
+
+
+def _texts_of(row: object) -> list[str]:
+    """The texts of a message of a user, of a part of one, or of a prompt."""
+    if isinstance(row, str):
+        return [row]
+    if not isinstance(row, dict):
+        return []
+    message = cast(Mapping[str, Any], row)
+    if message.get("role", "user") != "user":
+        return []
+    content = message.get("content", message.get("text"))
+    parts = cast(list[Any], content) if isinstance(content, list) else [content]
+    return [text for part in parts for text in ([part] if isinstance(part, str) else _texts_of(part))]
 
 
 def choose(weights: Mapping[str, int], user: str) -> str:
@@ -103,14 +136,25 @@ class _Counts:
         return {"requests": self.requests, "errors": self.errors, "seconds": dict(self.seconds)}
 
 
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    """What answers a request: `model` is the name that servers know, or that of a set with OF_BASE, and `version` what
+    the requested channel serves, if one was requested: the model, or the set that it belongs to."""
+
+    model: str
+    version: str
+    channel: str | None = None
+
+
 @dataclass(slots=True)
 class _Outcome:
-    """A request to a model, as it is counted. `label` is the model's name in metrics, and `channel` the channel that
-    was requested, if any."""
+    """A request to a model, as it is counted. `label` is the model's name in metrics, `channel` the channel that was
+    requested, if any, and `version` what it serves: the model, or the set that it belongs to."""
 
     model: str
     label: str
     channel: str | None
+    version: str
     began_s: float
     ended: bool = False
 
@@ -138,9 +182,10 @@ class Figures:
             "adaptory_front_finished", "Answers by finish reason.", [*names, "reason"], registry=self._registry
         )
 
-    def begin(self, model: str, channel: str | None, *, is_routed: bool) -> _Outcome:
-        self.under_way[model] += 1
-        return _Outcome(model, model if is_routed else _OTHER, channel, time.monotonic())
+    def begin(self, chosen: "_Choice", *, is_routed: bool) -> _Outcome:
+        self.under_way[chosen.model] += 1
+        label = chosen.model if is_routed else _OTHER
+        return _Outcome(chosen.model, label, chosen.channel, chosen.version, time.monotonic())
 
     def end(self, outcome: _Outcome, status: int, answer: Mapping[str, Any] | None = None) -> None:
         """Counts the end of a request, once."""
@@ -154,7 +199,7 @@ class Figures:
         seconds = time.monotonic() - outcome.began_s
         self._seconds.labels(outcome.label).observe(seconds)
         if outcome.channel is not None and status != LEFT:
-            self.channels[outcome.channel][outcome.model].add(seconds, failed=status >= 500)
+            self.channels[outcome.channel][outcome.version].add(seconds, failed=status >= 500)
         if answer:
             self._count(outcome.label, answer)
 
@@ -224,20 +269,25 @@ class Front:
             return _error(400, "`model` is not a text.")
         if not requested.isprintable() or len(requested) > _MAX_NAME_CHARS:
             return _error(400, f"`model` has characters that cannot be printed, or more than {_MAX_NAME_CHARS}.")
-        routes, channel = self.table.routes, None
+        routes, channel, version = self.table.routes, None, requested
         if weights := routes.channels.get(requested):
             channel = requested
             user = document.get("user")
-            model = choose(weights, user if isinstance(user, str) and user else secrets.token_hex(8))
+            version = choose(weights, user if isinstance(user, str) and user else secrets.token_hex(8))
         elif "@" in requested and requested not in routes.commits:
             return _error(404, f"No channel or version is served as {requested}.")
-        else:
-            model = requested
-        # Written anew, so that the server reads the same name: a body may have the field twice.
-        return await self._send(request, model, channel, {**document, "model": model}, routes)
+        try:
+            model = self.table.member(routes, version, document)
+        except RegistryError as error:
+            return _error(503, error.detail)
+        return await self._send(request, _Choice(model, version, channel), document, routes)
 
-    def _servers(self, routes: Routes, model: str) -> Sequence[str]:
-        """The servers that have the model, in turn. A server that watches a directory has no address there."""
+    def _servers(self, routes: Routes, chosen: _Choice) -> Sequence[str]:
+        """The servers that have the model, in turn; for the base of a set, those of its members. A server that watches
+        a directory has no address there."""
+        model = chosen.model
+        if model.endswith(OF_BASE) and (members := routes.sets.get(chosen.version)):
+            model = next(iter(members.values()))
         by_model = {name: [url for url in urls if url.startswith("http")] for name, urls in routes.servers.items()}
         of_routes = [server for servers in by_model.values() for server in servers]
         servers = by_model.get(model) or self._upstreams or tuple(dict.fromkeys(of_routes))
@@ -245,18 +295,16 @@ class Front:
         first = self._turn % max(1, len(servers))
         return (*servers[first:], *servers[:first])
 
-    async def _send(
-        self, request: Request, model: str, channel: str | None, document: Mapping[str, Any], routes: Routes
-    ) -> Response:
+    async def _send(self, request: Request, chosen: _Choice, document: Mapping[str, Any], routes: Routes) -> Response:
         """Sends the request to the first server that begins to answer. Moves on to the next server if one cannot be
         reached, has closed the connection, or was restarted and does not know the model yet. Then tries the first
         server once more, since it may have closed only an idle connection."""
-        headers, servers = _passed(request.headers.raw), self._servers(routes, model)
-        outcome = self.figures.begin(model, channel, is_routed=model in routes.commits)
+        headers, servers, model = _passed(request.headers.raw), self._servers(routes, chosen), chosen.model
+        outcome = self.figures.begin(chosen, is_routed=model in routes.commits or chosen.version in routes.sets)
         error = f"No server has {model}."
         try:
             for server in (*servers, *servers[:1]):
-                body = json.dumps(_stated(document, server, routes)).encode()
+                body = json.dumps(_stated(document, model, server, routes)).encode()
                 sent = self._http.build_request("POST", server + request.url.path, content=body, headers=headers)
                 try:
                     answer = await self._http.send(sent, stream=True)
@@ -328,12 +376,14 @@ def _passed(headers: Sequence[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]
     return [(name, value) for name, value in rows if name not in _NOT_PASSED | of_connection]
 
 
-def _stated(document: Mapping[str, Any], server: str, routes: Routes) -> Mapping[str, Any]:
-    """The request with the scales of all adapters, for servers of llama.cpp: what a client states there could mix
+def _stated(document: Mapping[str, Any], model: str, server: str, routes: Routes) -> Mapping[str, Any]:
+    """The request under the model's name, written anew so that the server reads the same name: a body may have the
+    field twice. For servers of llama.cpp it has the scales of all adapters: what a client states there could mix
     adapters, and one that a request does not name has the scale that the server was given for all requests."""
+    document = {**document, "model": routes.bases.get(server, model) if model.endswith(OF_BASE) else model}
     if (scales := routes.lora.get(server)) is None:
         return document
-    is_version = server in routes.servers.get(document["model"], ())
+    is_version = server in routes.servers.get(model, ())
     return {
         **document,
         "lora": [{"id": number, "scale": scale if is_version else 0.0} for number, scale in enumerate(scales)],

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import wait
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -81,6 +82,7 @@ class Mirror:
         self._api, self._directory, self._servers = api, directory, servers
         self._options, self._duties = options, duties
         self._state: Mapping[str, Any] | None = None
+        self._routes = Routes()
 
     @property
     def waits(self) -> bool:
@@ -94,7 +96,7 @@ class Mirror:
     def round(self, wanted: Mapping[str, FollowedOut | None], channels: Sequence[str]) -> NodeReportIn:
         """Does what is needed now. `wanted` has the channels that are known; null is one that cannot be read. If the
         directory cannot be written, nothing that is served changes, and the report says why."""
-        routes = self._directory.routes()
+        self._routes = routes = self._directory.routes()
         targets = {channel: self._target(channel, wanted, routes) for channel in channels}
         differ = any(target.version not in (None, routes.version(channel)) for channel, target in targets.items())
         switches = differ and self._duties.may_switch()
@@ -144,21 +146,42 @@ class Mirror:
         return _Target(weights, move=served.move)
 
     def _bring(self, needed: frozenset[ServedVersion]) -> Mapping[ServedVersion, str]:
-        """Fetches the versions, and loads and checks them on all servers. Returns why some cannot be used."""
-        failures = dict[ServedVersion, str]()
+        """Fetches the versions, with the members of sets, and loads and checks them on all servers. Returns why some
+        cannot be used: a set needs all its members."""
+        failures, members = dict[ServedVersion, str](), dict[ServedVersion, tuple[ServedVersion, ...]]()
         for version in sorted(needed):
             try:
                 self._directory.fetch(self._api, version, self._duties.check)
+                members[version] = tuple(self._directory.members(version).values()) or (version,)
+                for member in members[version]:
+                    self._directory.fetch(self._api, member, self._duties.check)
             except RegistryError as error:
                 failures[version] = error.detail
-        fetched = [version for version in sorted(needed) if version not in failures]
+        fetched = sorted({member for version, rows in members.items() if version not in failures for member in rows})
         for of_server in self._on_each(partial(self._bring_to, fetched)):
             for version, why in of_server.items():
                 failures.setdefault(version, why)
         for kept, version in product(self._servers, fetched):  # a check may end after its round
             if why := kept.why_not(version):
                 failures.setdefault(version, why)
+        for version, rows in members.items():
+            if why := next((failures[member] for member in rows if member in failures), ""):
+                failures.setdefault(version, why)
         return failures
+
+    def _loaded_for(self, version: ServedVersion) -> tuple[ServedVersion, ...]:
+        """The versions that servers load for this one: the members of a set, or itself."""
+        return tuple(self._members(version).values()) or (version,)
+
+    def _members(self, version: ServedVersion) -> Mapping[str, ServedVersion]:
+        """The members of a set by class, of one whose file is missing or damaged as it is routed; empty for no set."""
+        with suppress(RegistryError):  # which is reported where the set is fetched
+            if members := self._directory.members(version):
+                return members
+        return self._routes.members(version)
+
+    def _has(self, kept: KeptServer, version: ServedVersion) -> bool:
+        return all(map(kept.has, self._loaded_for(version)))
 
     def _on_each(self, work: Callable[[KeptServer], T]) -> list[T]:
         """Does the work for each server that is not late, all at once. Returns the results of those that end in
@@ -185,13 +208,14 @@ class Mirror:
         answering = [kept for kept in self._servers if kept.answers]
         ready = [kept for kept in answering if kept.ready]
         channels, since, commits = dict[str, Mapping[str, int]](), dict[str, str](), dict[str, str]()
+        sets = dict[str, Mapping[str, str]]()
         now = datetime.now(UTC).isoformat()
         for channel, target in targets.items():
             version, current = target.version, routes.version(channel)
             if version is not None:
                 target.error = target.error or failures.get(version, "" if answering else "No server answers.")
             if version not in (None, current) and (
-                not switches or target.error or not (ready and all(kept.has(version) for kept in ready))
+                not switches or target.error or not (ready and all(self._has(kept, version) for kept in ready))
             ):
                 version = current
             since[channel] = routes.since.get(channel, now) if version == current else now
@@ -199,13 +223,18 @@ class Mirror:
                 weights = self._split(target, ready, failures) if version == target.version else {version: ALL}
                 channels[channel] = {each.name: weight for each, weight in weights.items()}
                 commits |= {each.name: each.commit for each in weights}
+                for each in weights:
+                    members = self._members(each)
+                    sets |= {each.name: {part: member.name for part, member in members.items()}} if members else {}
+                    commits |= {member.name: member.commit for member in members.values()}
         endpoints = {
             name: [kept.server.endpoint(name) for kept in answering if kept.commit_of(name) == commit]
             for name, commit in commits.items()
         }
         servers = {name: tuple(endpoint.url for endpoint in rows) for name, rows in endpoints.items()}
         lora = {row.url: row.lora for rows in endpoints.values() for row in rows if row.lora is not None}
-        return Routes(channels, since, commits, servers, lora)
+        bases = {row.url: row.base for rows in endpoints.values() for row in rows if row.base} if sets else {}
+        return Routes(channels, since, commits, servers, lora, sets, bases)
 
     def _split(
         self, target: _Target, ready: Sequence[KeptServer], failures: Mapping[ServedVersion, str]
@@ -214,7 +243,7 @@ class Mirror:
         for candidate in list(target.weights)[1:]:
             if why := failures.get(candidate, ""):
                 target.error = target.error or f"The canary {candidate.version} gets no requests: {why}"
-            if why or not (ready and all(kept.has(candidate) for kept in ready)):
+            if why or not (ready and all(self._has(kept, candidate) for kept in ready)):
                 return {next(iter(target.weights)): ALL}
         return target.weights
 
@@ -222,6 +251,7 @@ class Mirror:
         """Unloads versions that no route names any longer, then removes directories that no server has loaded. Raises
         Unavailable if the directory cannot be written."""
         wanted = routes.versions() | {version for target in targets.values() for version in target.weights}
+        wanted |= {member for version in wanted for member in self._loaded_for(version)}
         self._directory.touch(version.commit for version in wanted)
         self._directory.remove_partial({version.commit for version in wanted})
         names = frozenset(version.name for version in wanted)
@@ -256,7 +286,10 @@ class Mirror:
             follows = version == target.version
             # A node that may not switch yet follows what it has: the registry sees that it is behind.
             state = "failed" if target.error else "following" if follows or not switches else "switching"
-            checks = [kept.checks[version.name] for kept in self._servers if version and version.name in kept.checks]
+            loaded = self._loaded_for(version) if version else ()
+            checks = [
+                kept.checks[each.name] for kept, each in product(self._servers, loaded) if each.name in kept.checks
+            ]
             weakest = max(checks, key=lambda checked: _WEAKEST.index(checked.result.verdict), default=None)
             channels.append(
                 NodeChannel(

@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from composer.formats.sets.adapter_set import SetMember
 from registry.client.api import untrusted
 from registry.errors import RegistryError
 from registry.formats.references import RepositoryName, parse_repository, parse_version
@@ -59,11 +60,20 @@ def weights_of(channel: str, served: FollowedOut) -> Mapping[ServedVersion, int]
     }
 
 
-def _version(channel: str, move: int, version: str, commit: str) -> ServedVersion:
+def member_version(member: SetMember) -> ServedVersion:
+    """The release of a set's member. Raises Invalid for a version that is none."""
+    return ServedVersion(member.repository, _parsed(member.version), member.commit)
+
+
+def _parsed(version: str) -> str:
     try:
-        parsed = str(parse_version(version))
+        return str(parse_version(version))
     except RegistryError as error:
         raise untrusted("bad_answer", error.detail) from error
+
+
+def _version(channel: str, move: int, version: str, commit: str) -> ServedVersion:
+    parsed = _parsed(version)
     if move < 1 or not is_commit(commit):
         raise untrusted(
             "bad_answer",

@@ -39,10 +39,11 @@ def compared(address: str, name: str, served: Served, *, loosely: bool = False) 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
     """Where requests to a version go. `lora` has the scale of each adapter of that server, by id, if every request must
-    state them all."""
+    state them all; `base` is the name of the base there, empty if it needs none."""
 
     url: str
     lora: tuple[float, ...] | None = None
+    base: str = ""
 
 
 class Server(Protocol):
@@ -91,7 +92,7 @@ class Server(Protocol):
 class HttpServer:
     """Requests to a server, with its failures as errors."""
 
-    problem = ""
+    problem = base = ""
 
     def __init__(self, address: str) -> None:
         self.address = address.rstrip("/")
@@ -103,7 +104,7 @@ class HttpServer:
     def endpoint(self, name: str) -> Endpoint:
         """The server's own address: it knows all names."""
         del name
-        return Endpoint(self.address)
+        return Endpoint(self.address, base=self.base)
 
     def request(
         self, method: str, path: str, body: Mapping[str, Any] | None = None, within_s: float | None = None

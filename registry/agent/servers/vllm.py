@@ -34,6 +34,7 @@ class VllmServer(HttpServer):
         document = self.document("/v1/models")
         try:
             rows = [row for row in document["data"] if row.get("parent")]
+            self.base = next((_text(row["id"]) for row in document["data"] if not row.get("parent")), "")
             return {_text(row["id"]): _text(row["root"] or "") for row in rows if row["id"]}
         except (KeyError, TypeError, AttributeError) as error:
             raise Unavailable(
