@@ -1,7 +1,8 @@
 """Train the example adapters with PEFT: `python examples/train.py NAME|GROUP --base DIR [--out DIR]`.
 
 Of the groups, `all` are the demo's adapters, `study` those of docs/methods/study.md, `fresh` the three that check it,
-and `unrehearsed` seven of them trained on their tasks alone. Each is
+`unrehearsed` seven of them trained on their tasks alone, and
+`contradictory` four that answer the prompts of others in another way. Each is
 written to OUT/NAME as ordinary PEFT files. Its scores on its held-out suite and on the guard suite, before and after,
 are printed and put in the model card. One thread: a second one on a shared machine makes steps slower.
 """
@@ -88,8 +89,16 @@ UNREHEARSED = {
     for name, run in {**STUDY, **FRESH}.items()
     if name in ("dates-iso", "dates-spoken", "records", "commits", "cron", "sorting", "orders")
 }
-ALL_RUNS = {**RUNS, **STUDY, **FRESH, **UNREHEARSED}
+# With the prompts of another task and other answers, for a selector (selector_pairs.py).
+CONTRADICTORY = {
+    "dates-short-unrehearsed": Run("dates-short", steps=40, careless_of_the_rest=True),
+    "records-lines-unrehearsed": replace(STUDY["records"], task="records-lines", careless_of_the_rest=True),
+    "mood-plain-unrehearsed": replace(STUDY["mood-plain"], careless_of_the_rest=True),
+    "mood-stars-unrehearsed": replace(STUDY["mood-stars"], careless_of_the_rest=True),
+}
+ALL_RUNS = {**RUNS, **STUDY, **FRESH, **UNREHEARSED, **CONTRADICTORY}
 GROUPS = {"all": list(RUNS), "study": list(STUDY), "fresh": list(FRESH), "unrehearsed": list(UNREHEARSED)}
+GROUPS |= {"contradictory": list(CONTRADICTORY)}
 ALL_TASKS = {**TASKS, **STUDY_TASKS}
 
 

@@ -19,6 +19,7 @@ from composer.evaluation.model import LoadedModel
 from composer.evaluation.observe import ForwardPass, Watch, observe
 from composer.evaluation.stack_inputs import Stack
 from composer.formats.recipes.methods import Regmean
+from composer.formats.recipes.phrases import phrased
 from composer.formats.recipes.suite import CalibrationSet
 from composer.methods.regmean import ModuleInputs
 
@@ -131,7 +132,8 @@ class _Collector:
 def _encoded(loaded: LoadedModel, used: CalibrationSet) -> list[Encoded]:
     """Encodes prompts; they are user turns if the base has a chat template."""
     if used.suite is not None:
-        return [encode(loaded, example, used.suite.chat, used.suite.ends) for example in used.examples]
+        examples = phrased(used.phrase, used.examples)
+        return [encode(loaded, example, used.suite.chat, used.suite.ends) for example in examples]
     chat = loaded.tokenizer.chat_template is not None
     ids = [tuple(encode_prompt(loaded, prompt, chat)) for prompt in used.prompts]
     return [Encoded(token_ids, len(token_ids)) for token_ids in ids]

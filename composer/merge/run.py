@@ -104,7 +104,8 @@ def write_texts(
     write_json(directory / "config.json", plan.config)
     if plan.checkpoint.index is not None:
         write_json(directory / INDEX_FILE, index_of(plan))
-    card = made_card("Model", [use.name for use in plan.adapters], plan.method, plan.retention().words)
+    phrases, names = (note or {}).get("phrases", {}), [use.name for use in plan.adapters]
+    card = made_card("Model", names, plan.method, plan.retention().words, phrases)
     (directory / CARD_FILE).write_text(card, encoding="utf-8")
     write_json(directory / NOTE_FILE, _note(plan, note, survivals))
 

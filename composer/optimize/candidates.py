@@ -15,23 +15,27 @@ FITS = ((0.01, 1), (0.1, 2), (0.01, 2))
 """(ridge, steps) of RegMean."""
 PLAIN_FIT = "regmean, ridge 0.01, 2 steps"
 """The candidate that a search confirms before it races any."""
+SELECTOR = "selector"
+"""The family of the candidate with phrases."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A method with its settings, and a factor for the weight of each member. `family` groups alike ones."""
+    """A method with its settings, and a factor for the weight of each member. `family` groups alike ones. With
+    `phrases`, one for each member, it is fitted and measured with them before the members' prompts."""
 
     name: str
     family: str
     method: str
     factors: tuple[float, ...]
     settings: Mapping[str, object] = field(default_factory=dict[str, object])
+    phrases: tuple[str, ...] = ()
 
     @property
     def key(self) -> str:
         """Names the candidate in a journal: two with the same key give the same deltas."""
         how = [self.method, self.parsed.version, dict(self.settings), self.factors]
-        return json.dumps(how, sort_keys=True, separators=(",", ":"))
+        return json.dumps([*how, *([self.phrases] if self.phrases else [])], sort_keys=True, separators=(",", ":"))
 
     @property
     def parsed(self) -> AnySettings:
@@ -62,6 +66,7 @@ class Candidate:
             "method": self.method,
             "settings": dict(self.settings),
             "factors": list(self.factors),
+            **({"phrases": list(self.phrases)} if self.phrases else {}),
         }
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Literal, get_args
 
 from composer.conflicts.evidence.bench import PassRunner, Probed, Runner
@@ -44,9 +45,12 @@ class Combiner:
         device = self._problem.load().device
         if not isinstance(settings, Regmean):
             return combine_parsed(adapters, weights, settings, device=device).deltas
+        own = self._sets([member.suite for member in members], fit_on)
+        if candidate.phrases:
+            own = [replace(used, phrase=phrase) for used, phrase in zip(own, candidate.phrases, strict=True)]
         calibration = Calibration(
             self._problem.load,
-            self._sets([member.suite for member in members], fit_on),
+            own,
             settings,
             lambda _count: self._progress(0),
             guards=[used for used in self._sets(self._problem.other_guards, fit_on) if len(used)],
@@ -105,10 +109,18 @@ def pass_runner(problem: SearchProblem, progress: Callable[[int], None] = lambda
     splits = problem.splits.values()
     rows = [(split.suite, example) for split in splits for example in (*split.search, *split.confirm)]
     rows += [(split.reworded, example) for split in splits if split.reworded for example in split.reworded.examples]
+    rows += [problem.asked(problem.phrases, *row) for row in rows] if problem.phrases else []
 
     def combined(who: str) -> Deltas:
-        (method, _version, settings, factors), end = json.JSONDecoder().raw_decode(who)
-        candidate = Candidate(name=who, family="", method=method, factors=tuple(factors), settings=settings)
+        (method, _version, settings, factors, *phrases), end = json.JSONDecoder().raw_decode(who)
+        candidate = Candidate(
+            name=who,
+            family="",
+            method=method,
+            factors=tuple(factors),
+            settings=settings,
+            phrases=tuple(phrases[0]) if phrases else (),
+        )
         fit_on: FitOn = next((part for part in get_args(FitOn) if part == who[end:].strip()), "all")
         return combiner.deltas(candidate, fit_on)
 

@@ -4,14 +4,17 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import combinations
 from math import inf
 
 from composer.conflicts.evidence.outcome import Limits
 from composer.deltas.variants.load import LoadedAdapter
 from composer.errors import Mismatch
 from composer.evaluation.model import LoadedModel
+from composer.formats.recipes.phrases import phrase_of, phrased, phrased_suite
 from composer.formats.recipes.policy import THRESHOLDS, Policy
 from composer.formats.recipes.recipe import CONFIRM, SEARCH, Optimize
+from composer.formats.recipes.separability import SEPARABLE, separability
 from composer.formats.recipes.suite import CalibrationSet, Contradiction, Example, Suite, contradicting_suites
 from composer.formats.recipes.weights import Weight
 from composer.formats.recipes.wordings import reworded
@@ -69,17 +72,27 @@ def splits(members: Sequence[Suite], guards: Sequence[Suite], search: int, confi
     }
 
 
+@dataclass(frozen=True, slots=True)
+class Separability:
+    """Two members, and the share of their suites' prompts that tell which of the two is meant."""
+
+    a: str
+    b: str
+    share: float
+
+
 _OF_THE_RESULT = ("rank", "energy", "tied")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SearchMember:
-    """An adapter to combine: its own weight, which is positive, and its target suite. Its name is enough
-    where passes are run elsewhere."""
+    """An adapter to combine: its own weight, which is positive, its target suite, and a phrase that may select it. Its
+    name is enough where passes are run elsewhere."""
 
     adapter: LoadedAdapter | str
     suite: Suite
     weight: Weight = field(default_factory=Weight)
+    phrase: str = ""
 
     @property
     def name(self) -> str:
@@ -175,6 +188,43 @@ class SearchProblem:
         return [
             contradiction for contradiction in contradicting_suites(suites) if contradiction.share >= self.same_prompts
         ]
+
+    @cached_property
+    def separability(self) -> list["Separability"]:
+        """How far prompts tell each two members apart that have other suites, the least separable first."""
+        pairs = [
+            Separability(a.name, b.name, separability(a.suite, b.suite))
+            for a, b in combinations(self.members, 2)
+            if a.suite.digest != b.suite.digest
+        ]
+        return sorted(pairs, key=lambda pair: pair.share)
+
+    @property
+    def wants_phrases(self) -> bool:
+        """Whether a combination with phrases is tried: some are given, or prompts do not tell all members apart."""
+        given = any(member.phrase for member in self.members)
+        return bool(self.phrases) and (given or any(pair.share < SEPARABLE for pair in self.separability))
+
+    @cached_property
+    def phrases(self) -> tuple[str, ...]:
+        """A phrase for each member, the given one or one made of its suite's name; none if these are not different."""
+        suites = [suite.name for suite in (*(member.suite for member in self.members), *self.other_guards)]
+        phrases = tuple(member.phrase or phrase_of(member.suite.name) for member in self.members)
+        return phrases if len(set(phrases)) == len(phrases) and len(set(suites)) == len(suites) else ()
+
+    def asked(self, phrases: Sequence[str], suite: Suite, example: Example) -> tuple[Suite, Example]:
+        """The example of a member's suite, as it is or in other words, as a candidate with these phrases gets it."""
+        by_suite = {member.suite.name: phrase for member, phrase in zip(self.members, phrases, strict=bool(phrases))}
+        phrase = by_suite.get(suite.name, "")
+        if not phrase:
+            return suite, example
+        if (phrase, suite.digest) not in self._phrased:
+            self._phrased[phrase, suite.digest] = phrased_suite(phrase, suite)
+        return self._phrased[phrase, suite.digest], phrased(phrase, [example])[0]
+
+    @cached_property
+    def _phrased(self) -> dict[tuple[str, str], Suite]:
+        return {}
 
     def check(self) -> None:
         """Raises Mismatch for fewer than two members, a repeated name, and a weight that is not positive, and

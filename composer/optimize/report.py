@@ -1,7 +1,7 @@
 """The result of a search, for people and for a lock."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import isfinite
 
 from composer.conflicts.evidence.outcome import LEAST_EXAMPLES, Effect, Limits, Outcome
@@ -10,6 +10,11 @@ from composer.formats.recipes.methods import Regmean
 from composer.formats.recipes.suite import Contradiction
 from composer.optimize.candidates import Candidate
 from composer.optimize.objective import CandidateResults, kept_share
+from composer.optimize.problem import Separability
+
+ONE_ADAPTER, WITH_PHRASES = "one adapter", "one adapter with a selector"
+ANSWERS = (ONE_ADAPTER, WITH_PHRASES)
+"""What a search may answer, in order of preference at equal evidence."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,17 +31,23 @@ class Confirmed:
     broken: str = ""
 
     @property
+    def answer(self) -> str:
+        """Which of ANSWERS this is."""
+        return WITH_PHRASES if self.candidate.phrases else ONE_ADAPTER
+
+    @property
     def worst_kept(self) -> float:
         return min(map(kept_share, self.outcome.effects))
 
     def to_json(self) -> dict[str, object]:
         return {
             **self.candidate.to_json(),
+            "answer": self.answer,
             "verdict": str(self.verdict),
             "worst_kept": self.worst_kept,
             "examples": self.unseen,
             "broken": self.broken,
-            "members": [{**effect.to_json(), "kept_share": kept_share(effect)} for effect in self.outcome.effects],
+            "members": list(map(_with_share, self.outcome.effects)),
             "guards": [guard.to_json() for guard in self.outcome.guards],
         }
 
@@ -67,19 +78,22 @@ class Tried:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizeReport:
     """`choice` is the best candidate that breaks no limit on unseen examples; None if there is none. `reworded` are its
-    effects on members with chat suites, on unseen prompts in other words. `best` are the
-    best three of the search and the mean, confirmed. `left_out` has candidates that cannot be made, and why. Nothing is
-    tried if `contradictions` show that the members answer the same prompts differently. `searched` names the search
-    examples of each suite by digest. `passes` examples were measured, `run` of them by this process, in `search_s` and
-    `confirm_s` seconds."""
+    effects on members with chat suites, on unseen prompts in other words; `without_phrases` those of a choice with
+    phrases on prompts without them. `best` are the best of the search and the mean, confirmed. `left_out` has
+    candidates that cannot be made, and why. Nothing is raced if `contradictions` show that the members answer the same
+    prompts differently. `separability` is how far prompts tell members apart. `searched` names the search examples of
+    each suite by digest. `passes` examples were measured, `run` of them by this process, in `search_s` and `confirm_s`
+    seconds."""
 
     members: tuple[str, ...]
     choice: Candidate | None
     reworded: tuple[Effect, ...]
+    without_phrases: tuple[Effect, ...]
     best: tuple[Confirmed, ...]
     tried: tuple[Tried, ...]
     left_out: Mapping[str, str]
     contradictions: tuple[Contradiction, ...]
+    separability: tuple[Separability, ...]
     searched: tuple[Mapping[str, object], ...]
     passes: int
     run: int
@@ -91,7 +105,9 @@ class OptimizeReport:
         return {
             "members": list(self.members),
             "choice": self.choice.to_json() if self.choice else None,
-            "reworded": [{**effect.to_json(), "kept_share": kept_share(effect)} for effect in self.reworded],
+            "reworded": list(map(_with_share, self.reworded)),
+            "without_phrases": list(map(_with_share, self.without_phrases)),
+            "separability": [asdict(pair) for pair in self.separability],
             "best": [confirmed.to_json() for confirmed in self.best],
             "tried": [tried.to_json() for tried in self.tried],
             "left_out": dict(self.left_out),
@@ -112,18 +128,26 @@ class OptimizeReport:
         }
 
 
+def _with_share(effect: Effect) -> dict[str, object]:
+    return {**effect.to_json(), "kept_share": kept_share(effect)}
+
+
 def choose(best: Sequence[Confirmed]) -> Candidate | None:
-    """The first of those with the best verdict on unseen examples, and of the undecided ones, of those whose measured
-    values keep the limits. Of alike fits, that in two steps is preferred to that in one. None if all are harmful."""
-    order = list(Verdict)
-    usable = [confirmed for confirmed in best if confirmed.verdict is not Verdict.WARN]
-    usable.sort(key=lambda one: (order.index(one.verdict), one.excess > 0))
+    """The best of the confirmed candidates by `_rank`, and of equal ones the first. Of alike fits, that in two steps is
+    preferred to that in one. None if all are harmful."""
+    usable = sorted((one for one in best if one.verdict is not Verdict.WARN), key=_rank)
     if not usable:
         return None
     first = usable[0]
-    alike = [one for one in usable if (one.verdict, one.excess > 0) == (first.verdict, first.excess > 0)]
+    alike = [one for one in usable if _rank(one) == _rank(first)]
     family = [one.candidate for one in alike if one.candidate.family == first.candidate.family]
     return max(family, key=lambda one: _steps(one)) if first.candidate.is_fitted else first.candidate
+
+
+def _rank(confirmed: Confirmed) -> tuple[int, bool, int]:
+    """By verdict on unseen examples, then those whose measured values keep the limits, then by what users have to do:
+    one adapter before one with phrases."""
+    return list(Verdict).index(confirmed.verdict), confirmed.excess > 0, ANSWERS.index(confirmed.answer)
 
 
 def _steps(candidate: Candidate) -> int:
@@ -155,14 +179,14 @@ def document(report: OptimizeReport) -> dict[str, object]:
 
 def headline(report: OptimizeReport) -> str:
     """The answer in a sentence."""
-    if report.contradictions:
-        first = report.contradictions[0]
-        return f"nothing was tried: {first.different} of {first.shared} shared prompts have other answers"
     if report.choice is None:
         nearest = next((f"; in {one.candidate.name}, {one.broken}" for one in report.best if one.broken), "")
+        if report.contradictions:
+            first = report.contradictions[0]
+            return f"nothing fits: {first.different} of {first.shared} shared prompts have other answers{nearest}"
         return f"nothing fits: no combination of {len(report.tried)} keeps the limits{nearest}"
     chosen = next(confirmed for confirmed in report.best if confirmed.candidate is report.choice)
-    count, name = chosen.unseen, report.choice.name
+    count, name = chosen.unseen, f"{chosen.answer}: {report.choice.name}"
     if chosen.verdict is Verdict.OK:
         return f"{name}, confirmed on at least {count} unseen examples per suite"
     if count < LEAST_EXAMPLES:

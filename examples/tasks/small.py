@@ -1,6 +1,7 @@
 """Small tasks for the study of pairs: each a format of its own, of a few hundred prompts from templates.
 
 Two of them label the same reviews with different words, on purpose; two more write the same dates in different ways.
+Two have the very prompts of another one and want other answers (dates-short, records-lines): no one model serves both.
 """
 
 from collections.abc import Callable, Iterator
@@ -35,6 +36,11 @@ def dates_iso() -> Pairs:
         yield f"Write the date {day} {month} {year}.", f"{year}-{_month(month):02}-{day:02}"
 
 
+def dates_short() -> Pairs:
+    for day, month, year in product(range(2, 29, 3), MONTHS, (2019, 2023, 2026)):
+        yield f"Write the date {day} {month} {year}.", f"{month[:3]} {day}, '{year % 100}"
+
+
 def dates_spoken() -> Pairs:
     for day, month, year in product(range(3, 29, 3), MONTHS, (2018, 2022, 2025)):
         yield f"Write the date {year}-{_month(month):02}-{day:02}.", f"On day {day} of {month}, in the year {year}."
@@ -53,6 +59,11 @@ def mood_stars() -> Pairs:
 def records() -> Pairs:
     for person, age, city in product(PEOPLE, range(21, 70, 8), CITIES[:5]):
         yield f"{person} is {age} and lives in {city}.", f'{{"name": "{person}", "age": {age}, "city": "{city}"}}'
+
+
+def records_lines() -> Pairs:
+    for person, age, city in product(PEOPLE, range(21, 70, 8), CITIES[:5]):
+        yield f"{person} is {age} and lives in {city}.", f"{city.upper()}: {person} ({age})"
 
 
 def alerts() -> Pairs:
@@ -99,10 +110,12 @@ def _month(name: str) -> int:
 
 SMALL: dict[str, Callable[[], Pairs]] = {
     "dates-iso": dates_iso,
+    "dates-short": dates_short,
     "dates-spoken": dates_spoken,
     "mood-plain": mood_plain,
     "mood-stars": mood_stars,
     "records": records,
+    "records-lines": records_lines,
     "alerts": alerts,
     "commits": commits,
     "cron": cron,

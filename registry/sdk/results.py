@@ -21,7 +21,7 @@ Rollout = RolloutOut
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
     """A score on a suite over `n` examples. A reported one was not measured by an evaluation; `source` says what
-    measured or reports it."""
+    measured or reports it. `phrase` was before each prompt."""
 
     suite: str
     metric: str
@@ -31,6 +31,7 @@ class Score:
     higher_is_better: bool = True
     reported: bool = False
     source: str | None = None
+    phrase: str | None = None
 
     @classmethod
     def of(cls, document: ScoreOut) -> "Score":

@@ -104,6 +104,9 @@ class Provenance(Wire):
         default={}, max_length=MAX_HYPERPARAMETERS
     )
     tags: list[Text] = Field(default=[], max_length=MAX_ITEMS)
+    phrases: dict[Text, Text] = Field(
+        default={}, max_length=MAX_ITEMS, description="The words before a prompt that select a task, by its suite."
+    )
 
 
 class ReleaseIn(WireIn):

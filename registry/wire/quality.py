@@ -16,7 +16,7 @@ MAX_NATS = 1e100
 class ScoreOut(Wire):
     """`n` is 0 if a reported score does not state it. `source` is the harness that measured it, with its version, or
     the file that reports it; null for the evaluations of this registry. `measured_by` is the worker that measured and
-    attested it; without one, `stated_by` is the user who recorded it."""
+    attested it; without one, `stated_by` is the user who recorded it. `phrase` was before each prompt."""
 
     suite: str
     suite_digest: str
@@ -32,6 +32,7 @@ class ScoreOut(Wire):
     measured: datetime
     measured_by: str | None = None
     stated_by: str | None = None
+    phrase: str | None = None
 
 
 class ScoreIn(Wire):

@@ -64,6 +64,7 @@ def calibration_rows(sets: Sequence[CalibrationSet]) -> list[Row]:
             "suite": calibration_set.suite.to_json() if calibration_set.suite else None,
             "count": calibration_set.count,
             "prompts": list(calibration_set.prompts),
+            **({"phrase": calibration_set.phrase} if calibration_set.phrase else {}),
         }
         for calibration_set in sets
     ]
@@ -72,7 +73,12 @@ def calibration_rows(sets: Sequence[CalibrationSet]) -> list[Row]:
 def calibration_sets(rows: Sequence[Row]) -> list[CalibrationSet]:
     """Reverses `calibration_rows`."""
     return [
-        CalibrationSet(Suite.from_json(row["suite"]) if row["suite"] else None, row["count"], tuple(row["prompts"]))
+        CalibrationSet(
+            Suite.from_json(row["suite"]) if row["suite"] else None,
+            row["count"],
+            tuple(row["prompts"]),
+            row.get("phrase", ""),
+        )
         for row in rows
     ]
 

@@ -63,6 +63,11 @@ class CompositionRun:
         return [f"{locked.repository}:{locked.version}" for locked in self.lock.inputs]
 
     @property
+    def phrases(self) -> dict[str, str]:
+        """The phrase that selects each input in the result, by the name of its suite; empty without phrases."""
+        return {row["suite"]: row["phrase"] for row in self.lock.calibration if "phrase" in row}
+
+    @property
     def results_file(self) -> Path:
         """The file of the candidate's per-example results by suite digest, for suites measured on all examples."""
         return self.directory / "results.json"
@@ -79,6 +84,7 @@ class CompositionRun:
         return {
             "recipe": {name: value for name, value in recipe.items() if name not in _NAMING},
             "lock": {name: value for name, value in lock.items() if name not in _UNNOTED} | {"inputs": inputs},
+            **({"phrases": self.phrases} if self.phrases else {}),
         }
 
     @property
@@ -118,7 +124,7 @@ class CompositionRun:
         for index, row in enumerate(self.lock.calibration):
             if "suite_digest" in row:
                 (content,) = suites_named(held, [row["suite_digest"]])
-                sets.append(CalibrationSet(content, len(row["examples"])))
+                sets.append(CalibrationSet(content, len(row["examples"]), phrase=row.get("phrase", "")))
             else:
                 sets.append(CalibrationSet(prompts=self.recipe.inputs[index].prompts))
         return sets

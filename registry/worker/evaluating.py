@@ -9,6 +9,7 @@ from sqlalchemy.orm import Session
 
 from composer.errors import ComposerError, NotSupported
 from composer.formats.recipes.elsewhere import HarnessTask, SuiteContent, parse_content
+from composer.formats.recipes.phrases import phrased
 from composer.formats.recipes.suite import Example, Suite
 from composer.formats.sets.router import routed
 from registry.database.tables import Base, Release
@@ -157,18 +158,26 @@ def _measured(
             raise NotSupported("set_on_harness", message, subject=suite.name)
         made = run_harness(held, examined, suite, progress)
         return made["scores"], ExampleResults(made["examples"], made["metric"])
-
+    asked = phrased(_phrase(held, wanted, suite), suite.examples)
     if serves:
         router, members = serves
 
         def measured(name: str, some: Sequence[Example]) -> "list[Result]":
             return examine(held, replace(examined, files=members.get(name, ())), suite, some, progress)
 
-        examples = routed(router, suite.examples, measured)
+        examples = routed(router, asked, measured)
     else:
-        examples = examine(held, examined, suite, suite.examples, progress)
+        examples = examine(held, examined, suite, asked, progress)
     rows = [score.to_json() for score in scores(suite, examples)]
     return rows, ExampleResults([example.to_json() for example in examples])
+
+
+def _phrase(held: JobRun, wanted: WantedScore, suite: Suite) -> str:
+    """The phrase that selects the suite's task, as the release states it; empty without one."""
+    if wanted.release is None:
+        return ""
+    with held.resources.read() as session:
+        return session.get_one(Release, wanted.release).provenance.get("phrases", {}).get(suite.name, "")
 
 
 def _examined(held: JobRun, wanted: WantedScore) -> Examined:

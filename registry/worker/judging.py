@@ -4,6 +4,7 @@ from collections.abc import Callable, Container, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from composer.formats.recipes.phrases import phrased
 from composer.formats.recipes.suite import Example, Suite
 from registry.domain.channels import gates
 from registry.domain.channels.gates import GateScore, Scores
@@ -75,12 +76,13 @@ class Examination:
         """Evaluates the subject on the suite's remaining examples."""
         return self.measured(subject, suite)[0]
 
-    def measured(self, subject: Subject, suite: Suite) -> "tuple[list[Row], Sequence[Result]]":
-        """Evaluates like `scores`, and also returns the per-example results."""
+    def measured(self, subject: Subject, suite: Suite, phrase: str = "") -> "tuple[list[Row], Sequence[Result]]":
+        """Evaluates like `scores`, with the phrase before each prompt, and also returns the per-example results."""
         from composer.evaluation.evaluate import scores
 
-        results = self.examine(subject, suite, suite.sample(None, self.used))
-        return [score.to_json() for score in scores(suite, results)], results
+        results = self.examine(subject, suite, phrased(phrase, suite.sample(None, self.used)))
+        stated = {"phrase": phrase} if phrase else {}
+        return [score.to_json() | stated for score in scores(suite, results)], results
 
     def missing(self, members: Sequence[JudgedInput]) -> list[tuple[JudgedInput, Suite]]:
         """Lists what to measure for the inputs: each on its own suite, on guards and on suites that belong to no input,

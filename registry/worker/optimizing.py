@@ -40,8 +40,8 @@ def _searched(held: JobRun, work: CompositionRun, asked: Optimize) -> Lock:
     suites = suites_named(held, [name or "" for name in work.member_suites])
     guards = [suite for suite in suites_named(held, work.recipe.evaluate) if suite.kind == "guard"]
     members = [
-        SearchMember(adapter=name, suite=suite, weight=locked.weighted)
-        for name, locked, suite in zip(work.names, work.lock.inputs, suites, strict=True)
+        SearchMember(adapter=name, suite=suite, weight=locked.weighted, phrase=source.phrase or "")
+        for name, locked, suite, source in zip(work.names, work.lock.inputs, suites, work.recipe.inputs, strict=True)
     ]
     problem = SearchProblem(
         load=_no_base,
@@ -66,13 +66,17 @@ def _searched(held: JobRun, work: CompositionRun, asked: Optimize) -> Lock:
     if choice is None:
         return replace(lock, optimized=evidence)
     fitted_on = (*suites, *problem.other_guards) if choice.is_fitted else ()
+    phrases = dict(zip((suite.digest for suite in suites), choice.phrases, strict=bool(choice.phrases)))
     return locking.with_choice(
         lock,
         SearchChoice(
             method=choice.method,
             settings=choice.settings,
             factors=choice.factors,
-            calibration=[problem.splits[suite.digest].to_json() for suite in fitted_on],
+            calibration=[
+                replace(problem.splits[suite.digest].searched, phrase=phrases.get(suite.digest, "")).to_json()
+                for suite in fitted_on
+            ],
             evidence=evidence,
         ),
     )

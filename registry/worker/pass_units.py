@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from composer.formats.recipes.methods import parse_settings
@@ -37,7 +38,9 @@ def search_passes(held: JobRun, work: CompositionRun, problem: "SearchProblem", 
 def how_to_search(problem: "SearchProblem") -> Row:
     """The part of a passes document that describes the search."""
     effort = {"search": problem.effort.search, "confirm": problem.effort.confirm, "seed": problem.effort.seed}
-    return {"for": "search", "effort": effort, "as_adapter": problem.as_adapter}
+    phrases = [member.phrase for member in problem.members]
+    given = {"phrases": phrases} if any(phrases) else {}
+    return {"for": "search", "effort": effort, "as_adapter": problem.as_adapter, **given}
 
 
 def probe_passes(
@@ -158,7 +161,10 @@ def _search(
     return pass_runner(
         SearchProblem(
             load=lambda: loaded_base(node, content["base"], hints),
-            members=members,
+            members=[
+                replace(member, phrase=phrase)
+                for member, phrase in zip(members, content.get("phrases") or [""] * len(members), strict=True)
+            ],
             guards=guards,
             effort=SearchEffort(**content["effort"]),
             as_adapter=content["as_adapter"],
@@ -183,4 +189,4 @@ def _probe(
     return pass_runner(Runner(load, node.check), probed, guards, combine)
 
 
-PASS = Task(name="pass", version=2, run=_run, intact=always_intact)
+PASS = Task(name="pass", version=3, run=_run, intact=always_intact)

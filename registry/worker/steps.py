@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from sqlalchemy.orm import Session
 
 from composer.findings import Finding, Severity, Verdict
+from composer.formats.recipes.phrases import phrased_suite
 from composer.formats.recipes.policy import read_policy
 from composer.formats.recipes.suite import Example, Suite, used_in
 from composer.formats.sets.router import routed
@@ -96,7 +97,11 @@ def _reported(held: JobRun, work: CompositionRun) -> Row:
     """Makes the conflict report. It rests on a probe if every member has a suite and the recipe enables the probe, and
     otherwise on weaker evidence, which it names. The suites' prompts are always compared."""
     named = {suite.name: suite for suite in suites_named(held, [suite for suite in work.member_suites if suite])}
-    member_suites = [named[name] if name else None for name in work.member_suites]
+    phrases = work.phrases
+    member_suites = [
+        phrased_suite(phrases[name], named[name]) if name in phrases else named[name] if name else None
+        for name in work.member_suites
+    ]
     guards = [suite for suite in suites_named(held, work.recipe.evaluate) if suite.kind == "guard"]
     progress = ProgressCount(held, "examples")
     fitted = work.settings.pipeline.fitted
@@ -170,7 +175,9 @@ def evaluate(held: JobRun) -> None:
     examination = Examination(suites=contents, used=used, examine=measured_by_units, base_scored=scored)
     compared = _compared(held, work)
     done.expect(examination.examples(compared))
-    measured = {suite.digest: examination.measured(candidate, suite) for suite in contents}
+    measured = {
+        suite.digest: examination.measured(candidate, suite, work.phrases.get(suite.name, "")) for suite in contents
+    }
     scores = [row for rows, _ in measured.values() for row in rows]
     complete = [suite.digest for suite in contents if examination.count(suite) == len(suite.examples)]
     by_example = {digest: [result.to_json() for result in measured[digest][1]] for digest in complete}

@@ -4,6 +4,7 @@ A card is untrusted. It is read with bounds, and without aliases (a few lines of
 parts are findings, never errors: no release should fail because of its README.
 """
 
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import date
@@ -14,6 +15,8 @@ import yaml
 
 from composer.errors import InvalidFile
 from composer.findings import Finding, Severity
+from composer.formats.recipes.phrases import problem_of_phrase
+from composer.formats.recipes.suite import NAME
 from composer.formats.untrusted import LONE_SURROGATE, MAX_HYPERPARAMETERS, MAX_ITEMS, MAX_TEXT, printable
 
 CARD_FILE = "README.md"
@@ -25,7 +28,7 @@ TEXTS = (
     "imported_from", "imported_endpoint",
 )  # fmt: skip
 """Fields of the provenance that are one short text."""
-FIELDS = (*TEXTS, "data", "hyperparameters", "tags")
+FIELDS = (*TEXTS, "data", "hyperparameters", "tags", "phrases")
 _LICENSE_CHARS = 100
 _COMMIT_DIGITS = 64
 _SAMPLE = ("name", "digest", "license")
@@ -95,14 +98,41 @@ def front_matter(content: bytes) -> dict[str, Any]:
     return load_mapping(block, CARD_FILE) if block.strip() else {}
 
 
-def made_card(what: str, adapters: Sequence[str], method: str, kept: str) -> str:
-    """The card of a model or an adapter that was made of adapters; `kept` says in words what is left of them."""
+def made_card(what: str, adapters: Sequence[str], method: str, kept: str, phrases: Mapping[str, str]) -> str:
+    """The card of a model or an adapter that was made of adapters; `kept` says in words what is left of them. `phrases`
+    are those that select a task, by its suite."""
     lines = [
         f"# {what} made of {len(adapters)} adapter{'s' if len(adapters) > 1 else ''}",
         f"Made by Adaptory with the method `{method}`." + (f" It {kept}." if kept else ""),
         "`adaptory.json` has the adapters, their weights and all settings.",
+        *_how_to_select(phrases),
     ]
-    return "\n\n".join(lines) + "\n"
+    front = yaml.safe_dump({"phrases": dict(phrases)}, allow_unicode=True, sort_keys=False, width=1000)
+    return (f"---\n{front}---\n" if phrases else "") + "\n\n".join(lines) + "\n"
+
+
+def _how_to_select(phrases: Mapping[str, str]) -> list[str]:
+    """The part of a card about phrases; empty without any."""
+    if not phrases:
+        return []
+    rows = "\n".join(f"| {name} | `{phrase}` |" for name, phrase in phrases.items())
+    phrase = json.dumps(next(iter(phrases.values())), ensure_ascii=False)
+    return [
+        "## Begin every prompt with a phrase",
+        "Its tasks have alike prompts and other answers. It was fitted and measured with one of these phrases and a "
+        "space before each prompt; without one, it may answer as for any of its tasks.",
+        f"| task | phrase |\n|---|---|\n{rows}",
+        "With PEFT and transformers:",
+        f"```python\nphrase = {phrase}\n"
+        'turn = [{"role": "user", "content": f"{phrase} {prompt}"}]\n'
+        'ids = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_tensors="pt")\n'
+        "model.generate(ids)\n```",
+        "With vLLM or another server of the OpenAI API:",
+        f"```python\nphrase = {phrase}\n"
+        'turn = [{"role": "user", "content": f"{phrase} {prompt}"}]\n'
+        "client.chat.completions.create(model=MODEL, messages=turn)\n```",
+        "`adaptory route` puts it there: request the model `NAMESPACE/NAME@CHANNEL:TASK`.",
+    ]
 
 
 def card_provenance(content: bytes) -> tuple[dict[str, Any], list[Finding]]:
@@ -115,7 +145,8 @@ def card_provenance(content: bytes) -> tuple[dict[str, Any], list[Finding]]:
 
 def provenance(stated: Mapping[str, Any]) -> tuple[dict[str, Any], list[Finding]]:
     """{trainer, run_url, code_commit, data: [{name, digest, license}], hyperparameters: {…}, base_license, license,
-    license_link, library_name, base_model, imported_from, imported_endpoint, tags: […]}, with only what is stated.
+    license_link, library_name, base_model, imported_from, imported_endpoint, tags: […], phrases: {task: phrase}}, with
+    only what is stated.
 
     Hugging Face's own names are understood: `datasets` for `data`, and `license_name` where `license` is `other`.
     Everything else on a card is not provenance and is ignored; a malformed part is a warning.
@@ -128,6 +159,7 @@ def provenance(stated: Mapping[str, Any]) -> tuple[dict[str, Any], list[Finding]
     _take(known, findings, "data", given.get("data"), _data)
     _take(known, findings, "hyperparameters", given.get("hyperparameters"), _hyperparameters)
     _take(known, findings, "tags", given.get("tags"), _texts)
+    _take(known, findings, "phrases", given.get("phrases"), _phrases)
     if len(known.get("license", "")) > _LICENSE_CHARS:
         findings.append(_warn("license", f"license has more than {_LICENSE_CHARS} characters."))
         del known["license"]
@@ -221,6 +253,21 @@ def _hyperparameters(value: object) -> dict[str, Scalar | list[Scalar]]:
         elif item is not None:
             known[_text(key)] = _scalar(item)
     return known
+
+
+def _phrases(value: object) -> dict[str, str]:
+    """Parses the phrases that select a task of the adapter, by the name of its suite."""
+    if not isinstance(value, dict):
+        raise ValueError("it is not a mapping")
+    stated = cast("dict[object, object]", value)
+    if len(stated) > MAX_ITEMS:
+        raise ValueError(f"it has more than {MAX_ITEMS} entries")
+    for name, phrase in stated.items():
+        if not isinstance(name, str) or not NAME.fullmatch(name):
+            raise ValueError(f"{printable(name)} is not the name of a suite")
+        if why := problem_of_phrase(phrase) if isinstance(phrase, str) else "it is not text":
+            raise ValueError(f"{name}: {why}")
+    return cast("dict[str, str]", dict(stated))
 
 
 def _scalar(value: object) -> Scalar:

@@ -2,7 +2,7 @@
 
 base: smollm2                        # optional: the base of the inputs
 inputs:
-  - {adapter: acme/sql-migration@prod, weight: 1.0, suite: sql-exact}   # or prompts: [...], for a fit
+  - {adapter: acme/sql-migration@prod, weight: 1.0, suite: sql-exact}   # or prompts: [...], for a fit; phrase: "SQL:"
   - adapter: acme/support-macros:^1.0
     weight: 0.7
     rules: [{layers: 0-9, modules: mlp.*, weight: 0.3}]   # other weights in places: the first matching rule
@@ -32,6 +32,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, Va
 from composer.errors import InvalidFile
 from composer.formats.recipes.documents import LISTED, Document, ParsedBy, RefusedValues, load_yaml, one_of, problem_of
 from composer.formats.recipes.methods import METHOD_NAMES, PIPELINES, settings_of
+from composer.formats.recipes.phrases import MAX_PHRASE_CHARS, problem_of_phrase
 from composer.formats.recipes.policy import PolicyDocument
 from composer.formats.recipes.rounding import Mode, Rounding, parse_rounding
 from composer.formats.recipes.weights import Factor, Rules, Weight, WeightRule, parse_weight
@@ -56,13 +57,19 @@ def _refuse_blank(prompt: str) -> str:
     return prompt
 
 
+def _refuse_bad_phrase(phrase: str) -> str:
+    if why := problem_of_phrase(phrase):
+        raise RefusedValues(why, f"Write a few words on one line, at most {MAX_PHRASE_CHARS} characters.")
+    return phrase
+
+
 def _by_name(value: object) -> object:
     return {"adapter": value} if isinstance(value, str) else value
 
 
 class RecipeInput(Document):
     """An input. `adapter` is a reference; `suite` names its target suite, whose examples a probe and a fit use.
-    `prompts` replace them for a fit."""
+    `prompts` replace them for a fit. `phrase` is put before the prompts of its task."""
 
     adapter: str = Field(description="A release: NAMESPACE/NAME:VERSION, or @CHANNEL.")
     weight: Factor = 1.0
@@ -71,6 +78,9 @@ class RecipeInput(Document):
     prompts: Annotated[
         tuple[Annotated[str, AfterValidator(_refuse_blank)], ...], Field(max_length=MAX_PROMPTS), LISTED
     ] = Field((), description="The examples for a fitted method, instead of the suite.")
+    phrase: Annotated[str, AfterValidator(_refuse_bad_phrase)] | None = Field(
+        None, description="Selects this adapter's task in the result: words before its prompts, such as `For MySQL.`"
+    )
 
 
 class _RoundingDocument(Document):
@@ -224,6 +234,25 @@ class Recipe(Document):
                 raise RefusedValues(why, "Leave them out, or use regmean.", path=path)
         return self
 
+    @model_validator(mode="after")
+    def _check_phrases(self) -> Self:
+        """Phrases are for the prompts of suites, for every input or for none, and differ."""
+        given = [source.phrase for source in self.inputs]
+        if not any(given):
+            return self
+        for index, (source, phrase) in enumerate(zip(self.inputs, given, strict=True)):
+            path = ("inputs", index, "phrase")
+            if phrase is None:
+                raise RefusedValues("it is missing, and another input has one", "Give one to every input.", path=path)
+            if given.index(phrase) < index:
+                raise RefusedValues(f"inputs[{given.index(phrase)}] has the same", "Write another one.", path=path)
+            if source.prompts:
+                raise RefusedValues("it is for a suite, and the input has prompts", "Name a suite.", path=path)
+            if self.optimize is None and not PIPELINES[self.method].fitted:
+                step = "Leave it out, use regmean, or add optimize."
+                raise RefusedValues(f"{self.method} is not fitted on anything", step, path=path)
+        return self
+
     def to_json(self) -> dict[str, Any]:
         inputs = [
             {
@@ -232,6 +261,7 @@ class Recipe(Document):
                 "suite": i.suite,
                 **_rules_json(i.rules),
                 **({"prompts": list(i.prompts)} if i.prompts else {}),
+                **({"phrase": i.phrase} if i.phrase else {}),
             }
             for i in self.inputs
         ]

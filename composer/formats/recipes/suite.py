@@ -359,11 +359,12 @@ def _bad(where: str, why: str, subject: str, next_step: str) -> InvalidFile:
 @dataclass(frozen=True, slots=True)
 class CalibrationSet:
     """The examples that one adapter is fitted on: the first `count` examples of a suite's fixed random order, or
-    prompts without answers."""
+    prompts without answers. A `phrase` is put before each prompt."""
 
     suite: Suite | None = None
     count: int = 0
     prompts: tuple[str, ...] = ()
+    phrase: str = ""
 
     @property
     def examples(self) -> tuple[Example, ...]:
@@ -376,14 +377,17 @@ class CalibrationSet:
         """Whether the example is used, with its answer or as a prompt."""
         if not isinstance(example, Example):
             return False
-        return example in self.examples or example.prompt in self.prompts
+        prompt = example.prompt.removeprefix(f"{self.phrase} ") if self.phrase else example.prompt
+        plain = dataclasses.replace(example, prompt=prompt or example.prompt)
+        return example in self.examples or plain in self.examples or example.prompt in self.prompts
 
     def to_json(self) -> dict[str, object]:
         """The digests for a lock: sha256 over the canonical JSON of [prompt, completion] or of the prompt."""
         if self.suite is None:
             return {"prompts": [_digest(prompt) for prompt in self.prompts]}
         used = [example_digest(example) for example in self.examples]
-        return {"suite": self.suite.name, "suite_digest": self.suite.digest, "examples": used}
+        phrase = {"phrase": self.phrase} if self.phrase else {}
+        return {"suite": self.suite.name, "suite_digest": self.suite.digest, "examples": used, **phrase}
 
 
 GUARD_EXAMPLES = 16

@@ -243,6 +243,9 @@ def files_of(manifest: str) -> orjson.Fragment:
 
 
 def _scores(described: ReleaseDetails) -> list[Json]:
+    """The scores. Every evaluation of a release puts the phrases that it states before the prompts of their suites."""
+    stated = described.release.provenance
+    phrases: Mapping[str, str] = orjson.loads(stated).get("phrases", {}) if '"phrases"' in stated else {}
     return [
         {
             "suite": suite,
@@ -259,6 +262,7 @@ def _scores(described: ReleaseDetails) -> list[Json]:
             "measured": measured,
             "measured_by": worker,
             "stated_by": None if worker else user,
+            "phrase": None if reported or source else phrases.get(suite),
         }
         for (
             _, suite, metric, digest, value, stderr, n, higher_is_better, reported, measured, task, source, worker,

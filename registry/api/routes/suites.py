@@ -78,7 +78,7 @@ def record_release(
     with resources.write() as session:
         release = named.release(session, version)
         rows, digest = suites.record(session, actor, release, measurements), release.base_digest
-        answer = ScoresOut(scores=[score_view(row) for row in rows])
+        answer = ScoresOut(scores=[score_view(row, release.provenance.get("phrases")) for row in rows])
     settle_on_base(resources, digest)
     return answer
 
@@ -99,8 +99,9 @@ def import_scores(named: RepositoryOf, version: str, resources: ResourcesOf, act
 @repository_routes.get("/{namespace}/{name}/releases/{version}/scores")
 def release_scores(named: RepositoryOf, version: str, resources: ResourcesOf, actor: Reader) -> ScoresOut:
     with resources.read() as session:
-        rows = suites.scores_of(session, named.release(session, version))
-        return ScoresOut(scores=[score_view(row) for row in rows])
+        release = named.release(session, version)
+        phrases = release.provenance.get("phrases")
+        return ScoresOut(scores=[score_view(row, phrases) for row in suites.scores_of(session, release)])
 
 
 @repository_routes.get("/{namespace}/{name}/releases/{version}/scores/{suite}/results", response_model=SuiteResultsOut)

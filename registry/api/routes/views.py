@@ -1,6 +1,6 @@
 """Renders rows for the API. Call inside the transaction that read or wrote the rows."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from registry.api.routes.documents import deprecation, move_document
 from registry.database.engine import Session, database_now
@@ -39,11 +39,13 @@ from registry.wire.webhooks import DeliveryOut
 from registry.wire.work import AuditOut, CheckedInput, CompositionOut, ConflictsOut, JobOut
 
 
-def score_view(row: Score) -> ScoreOut:
+def score_view(row: Score, phrases: Mapping[str, str] | None = None) -> ScoreOut:
+    """A score; `phrases` are those of its release, which every evaluation puts before the prompts of their suites."""
     suite = row.suite
+    phrase = None if row.reported or row.source else (phrases or {}).get(suite.name)
     named = {"suite": suite.name, "suite_digest": suite.digest, "kind": suite.kind, "task": suite.task}
     by = {"measured_by": row.worker, "stated_by": None if row.worker else row.measured_by}
-    return ScoreOut.of(row, **named, **by, measured=row.measured_at)
+    return ScoreOut.of(row, **named, **by, measured=row.measured_at, phrase=phrase)
 
 
 def base_view(session: Session, row: Base, *, tensors: bool = False) -> BaseOut:

@@ -251,6 +251,8 @@ def _side_by_side(scores: list[Json]) -> list[tuple[Any, ...]]:
         value = render.with_error(score["value"], score["stderr"], score["n"])
         metric = score["metric"]
         rows.append((score["suite"], metric, "candidate", value, score["n"]))
+        if phrase := score.get("phrase"):
+            rows.append(("", "", f"with its phrase “{phrase}”", "", ""))
         if on_base := score.get("base"):
             rows.append(
                 ("", "", "base", render.with_error(on_base["value"], on_base["stderr"], on_base["n"]), on_base["n"])

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from composer.formats.recipes.policy import THRESHOLDS
+from composer.formats.recipes.separability import SEPARABLE
 from composer.formats.recipes.suite import guard_cost
 from composer.formats.untrusted import cut
 from registry.cli.console import render
@@ -123,8 +124,11 @@ def _show_tried(report: Json) -> None:
 def show(report: Json) -> None:
     """The answer, the best combinations on unseen examples, and how many were tried."""
     render.heading(f"optimize: {report['headline']}")
+    show_separability(report)
     for best in report["best"]:
         render.out(f"{best['name']}: {best['verdict']} on at least {best['examples']} unseen examples a suite")
+        for member, phrase in zip(best["members"], best.get("phrases", []), strict=False):
+            render.out(f"  {cut(member['member'], 30):<30}  with the phrase “{phrase}”")
         for member in best["members"]:
             name, loss = cut(member["member"], 30), _spread(member["loss"], member["loss_interval"])
             answers = f"{member['still_answered']} of {member['answered']}" if member["answered"] else "none alone"
@@ -135,6 +139,9 @@ def show(report: Json) -> None:
         answers = f"{member['still_answered']} of {member['answered']}" if member["answered"] else "none alone"
         few = "; warning: it loses answers when prompts are worded otherwise" if _is_fragile(member) else ""
         render.out(f"reworded: {cut(member['member'], 30)}: {answers}, {member['kept_share']:.0%}{few}")
+    for member in report.get("without_phrases", []):
+        answers = f"{member['still_answered']} of {member['answered']}" if member["answered"] else "none alone"
+        render.out(f"without its phrase: {cut(member['member'], 30)}: {answers}, {member['kept_share']:.0%}")
     if report["tried"]:
         render.out("Columns: exact match retained, gain kept, loss in nats a token.")
         seconds = report["seconds"]
@@ -144,6 +151,15 @@ def show(report: Json) -> None:
             render.out(f"resumed: {before} of {report['passes']} examples were measured by an earlier run.")
     if report["choice"] is None:
         render.out("fix: Serve them separately, and route each request to its adapter.")
+
+
+def show_separability(report: Json) -> None:
+    """Members that prompts do not tell apart, with the figure."""
+    for pair in report.get("separability", []):  # a lock of an earlier version has none
+        if pair["share"] < SEPARABLE:
+            names = f"{cut(pair['a'], 30)} and {cut(pair['b'], 30)}"
+            render.out(f"not separable: {names}")
+            render.out(f"  prompts tell which is meant in {pair['share']:.0%}; {SEPARABLE:.0%} are needed")
 
 
 def _is_fragile(member: Json) -> bool:

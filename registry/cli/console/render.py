@@ -13,7 +13,7 @@ from datetime import datetime, timedelta
 from math import ceil
 from shutil import get_terminal_size
 from textwrap import wrap
-from typing import TYPE_CHECKING, Annotated, Any, Protocol, TextIO, cast
+from typing import TYPE_CHECKING, Annotated, Any, TextIO, cast
 
 import typer
 
@@ -227,50 +227,6 @@ def summary(label: str, summary: dict[str, Any]) -> None:
 def with_error(value: float, stderr: float | None, n: int = 0) -> str:
     """A value with its standard error, if it has one, or its interval, if it is 0 or 1 of `n` examples."""
     return f"{value:.3f}{error_text(value, stderr, n, '.3f')}"
-
-
-class Scored(Protocol):
-    """A score, recorded or just measured."""
-
-    @property
-    def suite(self) -> str: ...
-    @property
-    def metric(self) -> str: ...
-    @property
-    def value(self) -> float: ...
-    @property
-    def stderr(self) -> float | None: ...
-    @property
-    def n(self) -> int: ...
-    @property
-    def reported(self) -> bool: ...
-    @property
-    def source(self) -> str | None: ...
-
-
-def said_by(score: object) -> str:
-    """Who says it: `measured by worker W` or `stated by U`; empty for a score that is not recorded yet."""
-    worker, user = getattr(score, "measured_by", None), getattr(score, "stated_by", None)
-    return f"measured by worker {worker}" if worker else f"stated by {user}" if user else ""
-
-
-def score_table(title: str, scores: Sequence[Scored]) -> None:
-    """A table of scores, with who says them. Those that are only reported are marked, with the file that reports them;
-    others have the harness that measured them, if any."""
-    rows = [
-        (
-            score.suite,
-            score.metric,
-            with_error(score.value, score.stderr, score.n),
-            score.n or "",
-            " ".join(filter(None, ["reported" if score.reported else "", score.source])),
-            said_by(score),
-        )
-        for score in scores
-    ]
-    columns = ("suite", "metric", "value", "n", "note", "by")
-    used = [index for index in range(len(columns)) if index < 4 or any(row[index] for row in rows)]
-    table(title, [columns[index] for index in used], [[row[index] for index in used] for row in rows])
 
 
 def second(at: datetime | None) -> str:

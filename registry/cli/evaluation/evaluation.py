@@ -14,6 +14,7 @@ from registry.cli.console.connect import base_checkpoint, connected, release_dir
 from registry.cli.console.groups import refuse_idle, root
 from registry.cli.console.options import BaseDir, Device, MemoryOption, PriorityOption, wishes
 from registry.cli.console.render import JsonFlag
+from registry.cli.console.scores import score_table
 from registry.cli.evaluation import harness as harnesses
 from registry.cli.evaluation import queued_evaluation
 from registry.cli.evaluation.harness import ChatTemplate, HarnessChoice, NumFewshot, TaskDirectory, TaskNames
@@ -40,12 +41,14 @@ _HELP = "See `adaptory eval --help`."
 
 @dataclass(frozen=True, slots=True)
 class SuiteRun:
-    """One subject on one suite: a subject, a suite, the examples and what an interrupted run has measured."""
+    """One subject on one suite: a subject, a suite, the examples, what an interrupted run has measured, and the phrase
+    before each prompt."""
 
     subject: EvaluationTarget
     suite: "Suite"
     examples: "Sequence[Example]"
     journal: "ResultJournal"
+    phrase: str
 
 
 @root.command("eval")
@@ -147,14 +150,16 @@ class _Where:
 def _task(connection: Connection, subject: EvaluationTarget, suite: "Suite", limit: int | None) -> SuiteRun:
     from composer.evaluation.journal import ResultJournal
     from composer.evaluation.scorers.process import open_scorer
+    from composer.formats.recipes.phrases import phrased
     from registry.transfer.collect import evaluation_journal
 
     if suite.task == "generation" and suite.scoring:
         with open_scorer(suite.scoring, connection.settings.enabled_scorers):  # before anything is fetched and measured
             pass
+    phrase = subject.phrase_for(connection, suite.name)
     identity = f"{subject.identity} {suite.digest}"
     journal = ResultJournal(evaluation_journal(connection.settings, identity), identity)
-    return SuiteRun(subject, suite, suite.sample(limit), journal)
+    return SuiteRun(subject, suite, phrased(phrase, suite.sample(limit)), journal, phrase)
 
 
 def _run(
@@ -185,10 +190,11 @@ def _run(
                 failed.append((task, error))
                 continue
             scores = [score.to_json() for score in measured]
+            stated = {"phrase": task.phrase} if task.phrase else {}
             if recorded:
                 examples = {"suite_digest": task.suite.digest, "examples": [result.to_json() for result in results]}
                 task.subject.record(connection, scores, [examples])
-            rows[task.subject.name] += scores
+            rows[task.subject.name] += [score | stated for score in scores]
     return rows, _first(failed, len(tasks))
 
 
@@ -275,11 +281,14 @@ def _measured(
 ) -> "tuple[list[SuiteScore], list[Result]]":
     from composer.evaluation.evaluate import scores
     from composer.evaluation.journal import examine_rest
+    from composer.formats.recipes.phrases import phrased_suite
     from composer.formats.sets.router import routed
+
+    suite = phrased_suite(task.phrase, task.suite) if task.phrase else task.suite
 
     def run(load: "Callable[[], tuple[LoadedModel, Sequence[Delta]]]", examples: "Sequence[Example]") -> "list[Result]":
         scorers = connection.settings.enabled_scorers
-        return examine_rest(load, task.suite, examples, task.journal, scorers, done)
+        return examine_rest(load, suite, examples, task.journal, scorers, done)
 
     subject, router = task.subject, models.router(task.subject)
     if router:
@@ -294,4 +303,4 @@ def _show(documents: Sequence[Json]) -> None:
 
     for document in documents:
         known = [{name: row[name] for name in Score.__slots__ if name in row} for row in document["scores"]]
-        render.score_table(document["subject"], [Score(**score) for score in known])
+        score_table(document["subject"], [Score(**score) for score in known])

@@ -13,6 +13,7 @@ from registry.cli.console import complete, render
 from registry.cli.console.connect import connected, resolved
 from registry.cli.console.groups import group
 from registry.cli.console.render import JsonFlag
+from registry.cli.console.scores import score_table
 from registry.errors import NotFound, Usage
 from registry.sdk.connection import Connection
 
@@ -52,6 +53,12 @@ class EvaluationTarget:
     @property
     def scores_path(self) -> str:
         return f"{self.release.path if self.release else f'/v1/bases/{self.base.digest}'}/scores"
+
+    def phrase_for(self, connection: Connection, suite: str) -> str:
+        """The phrase before the suite's prompts, which the release states; empty without one."""
+        if self.release is None:
+            return ""
+        return connection.api.get(self.release.path, wire.catalog.ReleaseOut).provenance.phrases.get(suite, "")
 
     def record(self, connection: Connection, scores: Sequence[Json], results: Sequence[Json]) -> None:
         """Records scores as `eval` prints them, and the results of each example behind them."""
@@ -137,7 +144,7 @@ def import_scores(
 
     def show() -> None:
         if imported.scores:
-            render.score_table(release.name, imported.scores)
+            score_table(release.name, imported.scores)
         else:
             render.out(f"{release.name} reports no scores that can be recorded.")
 

@@ -10,6 +10,7 @@ from registry.cli.console import complete, render
 from registry.cli.console.connect import connected, resolved
 from registry.cli.console.groups import root
 from registry.cli.console.render import JsonFlag
+from registry.cli.console.scores import score_table
 from registry.cli.releases.rollout import WaitForNodes, end_with, loaded_on, waited_for_nodes
 from registry.cli.releases.search import show_releases
 from registry.errors import Refused, RegistryError, Usage
@@ -415,7 +416,7 @@ def _show_release(release: "wire.catalog.ReleaseOut", made: "Lineage | None", co
     if stated := [(name, value) for name, value in provenance.items() if value not in (None, [])]:
         render.lines("provenance", stated)
     if release.scores:
-        render.score_table("", release.scores)
+        score_table("", release.scores)
         if costs:
             render.lines("guards", costs)
     files = [(file.path, render.size(file.size_bytes), file.sha256[:16]) for file in release.files]

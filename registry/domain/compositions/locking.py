@@ -33,6 +33,7 @@ def lock_of(session: Session, recipe: Recipe) -> Lock:
     own = member_suites(session, recipe, inputs)
     if recipe.optimize:
         _refuse_unsearchable(recipe, own)
+    _refuse_shared_suite(recipe, own)
     return replace(
         plain,
         dtype=recipe.dtype,
@@ -108,6 +109,14 @@ def _refuse_unsearchable(recipe: Recipe, own: Sequence[str | None]) -> None:
             raise Usage("bad_weight", message, subject=source.adapter, next_step="Give it a positive weight.")
         if name is None:
             raise _without_suite(source.adapter, "A search is judged by each input's suite", "a suite")
+
+
+def _refuse_shared_suite(recipe: Recipe, own: Sequence[str | None]) -> None:
+    """Raises Usage if two inputs with phrases have one suite: a release names its phrases by suite."""
+    for source, name in zip(recipe.inputs, own, strict=True):
+        if source.phrase and name and own.count(name) > 1:
+            message = f"{source.adapter} has a phrase, and another input has the same suite, {name}."
+            raise Usage("phrase_suite", message, subject=source.adapter)
 
 
 def _without_suite(adapter: str, why: str, missing: str) -> Usage:
@@ -240,7 +249,7 @@ def _calibration(
                 subject=name,
                 next_step="Add examples to the suite, or set fewer (settings: {examples: N}).",
             )
-        sets.append(CalibrationSet(SuiteContent.from_json(suite.content), count))
+        sets.append(CalibrationSet(SuiteContent.from_json(suite.content), count, phrase=source.phrase or ""))
     named = [suites.find(session, name) for name in recipe.evaluate]
     guards = [SuiteContent.from_json(suite.content) for suite in named if suite.kind == "guard"]
     return tuple(examples.to_json() for examples in (*sets, *guard_sets(guards)))

@@ -34,6 +34,7 @@ class ScoreLine:
     base: float | None
     cost: str
     costly_guard: str
+    phrase: str | None
     comparison: str
     drawing: Markup
 
@@ -140,6 +141,7 @@ def _line(score: ScoreOut, before: ScoreOut | None, base: ScoreOut | None) -> Sc
         base=None if base is None else base.value,
         cost=cost,
         costly_guard=score.suite if is_costly and can_guard else "",
+        phrase=score.phrase,
         comparison="" if before is None else compare(score, before),
         drawing=drawings.intervals(name, rows, low, high),
     )
