@@ -14,10 +14,10 @@ from composer.evaluation.model import LoadedModel
 from composer.formats.recipes.phrases import phrase_of, phrased, phrased_suite
 from composer.formats.recipes.policy import THRESHOLDS, Policy
 from composer.formats.recipes.recipe import CONFIRM, SEARCH, Optimize
-from composer.formats.recipes.separability import SEPARABLE, separability
 from composer.formats.recipes.suite import CalibrationSet, Contradiction, Example, Suite, contradicting_suites
 from composer.formats.recipes.weights import Weight
 from composer.formats.recipes.wordings import reworded
+from composer.formats.sets.separability import SEPARABLE, separability_of
 from composer.optimize.evolution import require_cmaes
 
 CONFIRM_GROWTH = 8
@@ -193,7 +193,7 @@ class SearchProblem:
     def separability(self) -> list["Separability"]:
         """How far prompts tell each two members apart that have other suites, the least separable first."""
         pairs = [
-            Separability(a.name, b.name, separability(a.suite, b.suite))
+            Separability(a.name, b.name, separability_of(a.suite, b.suite))
             for a, b in combinations(self.members, 2)
             if a.suite.digest != b.suite.digest
         ]

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from composer.formats.recipes.policy import THRESHOLDS
-from composer.formats.recipes.separability import SEPARABLE
 from composer.formats.recipes.suite import guard_cost
+from composer.formats.sets.separability import SEPARABLE
 from composer.formats.untrusted import cut
 from registry.cli.console import render
 from registry.errors import Usage
