@@ -7,10 +7,19 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from composer.conflicts.documents import (
+    EffectDocument,
+    FindingDocument,
+    GuardDocument,
+    MemberDocument,
+    PairDocument,
+    ProbeDocument,
+    ReportDocument,
+    SummaryDocument,
+)
 from composer.formats.recipes.suite import guard_cost
 from composer.formats.recipes.weights import layer_of, tower_labels, tower_of
 
-Json = Mapping[str, Any]
 Cell = tuple[str, int | None]
 """Kind of module and layer; a module outside of the layers is a kind of its own, with None."""
 
@@ -33,7 +42,7 @@ SEVERITIES = {"error": "bad", "warning": "warn", "notice": ""}
 LEAST_SCALE = 0.1
 """The least value with the strongest colour: smaller differences do not matter, and would look as if they did."""
 _AXIS = 0.1
-_NO_SUMMARY: Json = {"headline": "", "lines": ()}
+_NO_SUMMARY: SummaryDocument = {"headline": "", "lines": ()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,28 +160,28 @@ class Report:
     sentence: str
     lines: Sequence[str]
     advice: Sequence[str]
-    members: Sequence[Json]
+    members: Sequence[MemberDocument]
     note: str
     pairs: Sequence[PairRow]
     all_pairs: int
     losses: Sequence[Losses]
     axis: tuple[float, float]
-    activations: Json | None
-    findings: Sequence[tuple[str, Json]]
+    activations: Mapping[str, Any] | None
+    findings: Sequence[tuple[str, FindingDocument]]
     all_findings: int
     kept: str
 
 
-def read(report: Json, most_pairs: int | None = None, most_findings: int | None = None) -> Report:
+def read(report: ReportDocument, most_pairs: int | None = None, most_findings: int | None = None) -> Report:
     """The view of a report's JSON, with at most that many pairs and findings."""
-    verdict, summary = str(report["verdict"]), report.get("summary", _NO_SUMMARY)
+    verdict, summary = report["verdict"], report.get("summary", _NO_SUMMARY)
     current = report.get("schema", SCHEMA) > 1  # an earlier `ok` may be unmeasured
     earlier = f"The verdict is {verdict}, by the rules of an earlier version."
     pairs = _by_verdict(report)
     findings = sorted(report["findings"], key=lambda one: list(SEVERITIES).index(one["severity"]))
     together = report["whole"].get("probe")
     measured = [("All together", together)] if together and len(report["pairs"]) > 1 else []
-    measured += [(_name(pair), pair["probe"]) for pair in pairs[:most_pairs] if pair.get("probe")]
+    measured += [(_name(pair), probe) for pair in pairs[:most_pairs] if (probe := pair.get("probe"))]
     losses = [_combination(name, probe) for name, probe in measured]
     meanings = {pair.get("meaning", "") for pair in pairs if pair.get("evidence") == "weights"}
     note = meanings.pop() if len(meanings) == 1 else ""  # schema 1 has one for each pair
@@ -196,7 +205,7 @@ def read(report: Json, most_pairs: int | None = None, most_findings: int | None 
     )
 
 
-def maps(report: Json, measure: str) -> Maps:
+def maps(report: ReportDocument, measure: str) -> Maps:
     """The maps of a measure; a pair without common modules has none."""
     chosen, pairs = MEASURES[measure], _by_verdict(report)
     listed = [module["module"] for member in report["adapters"] for module in member["modules"]]
@@ -227,11 +236,11 @@ def _cell(module: str, tower: str) -> Cell:
     return f"{tower} {kind.removeprefix('self_attn.').removeprefix('mlp.')}".lstrip(), layer
 
 
-def _name(pair: Json) -> str:
+def _name(pair: PairDocument) -> str:
     return f"{pair['a']} + {pair['b']}"
 
 
-def _by_verdict(report: Json) -> list[Json]:
+def _by_verdict(report: ReportDocument) -> list[PairDocument]:
     """The pairs, worst first; schema 1 has no verdict of a pair."""
     return sorted(report["pairs"], key=lambda one: (-_rank(one.get("verdict", "ok")), -(one.get("risk") or 0.0)))
 
@@ -241,7 +250,7 @@ def _rank(verdict: str) -> int:
     return list(SENTENCES).index(verdict) if verdict in SENTENCES else -1
 
 
-def _pair(pair: Json, note: str) -> PairRow:
+def _pair(pair: PairDocument, note: str) -> PairRow:
     return PairRow(
         name=_name(pair),
         verdict=pair.get("verdict", ""),
@@ -256,25 +265,40 @@ def _pair(pair: Json, note: str) -> PairRow:
     )
 
 
-def _combination(name: str, probe: Json) -> Losses:
-    lines = [_line(row) for row in (*probe["effects"], *probe["guards"])]
+def _combination(name: str, probe: ProbeDocument) -> Losses:
+    lines = [*map(_line, probe["effects"]), *map(_guard_line, probe["guards"])]
     return Losses(name, probe["k"], max((line.verdict for line in lines), key=_rank), lines)
 
 
-def _line(row: Json) -> LossLine:
-    guard = "member" not in row
-    sure = row["rise_interval" if guard else "loss_interval"]
+def _line(row: EffectDocument) -> LossLine:
+    sure = row["loss_interval"]
     return LossLine(
-        name="guard" if guard else row["member"],
+        name=row["member"],
         suite=row["suite"],
         verdict=row.get("verdict", ""),
-        loss=row["rise" if guard else "loss"],
+        loss=row["loss"],
         low=sure["low"] if sure else None,
         high=sure["high"] if sure else None,
         tolerated=row.get("tolerated"),
-        answers="" if guard or not row["answered"] else f"{row['still_answered']} of {row['answered']}",
-        kept=None if guard else row["kept"],
-        cost=guard_cost(row["combined"], row["base"]) if guard else "",
+        answers=f"{row['still_answered']} of {row['answered']}" if row["answered"] else "",
+        kept=row["kept"],
+        cost="",
+    )
+
+
+def _guard_line(row: GuardDocument) -> LossLine:
+    sure = row["rise_interval"]
+    return LossLine(
+        name="guard",
+        suite=row["suite"],
+        verdict=row.get("verdict", ""),
+        loss=row["rise"],
+        low=sure["low"] if sure else None,
+        high=sure["high"] if sure else None,
+        tolerated=row.get("tolerated"),
+        answers="",
+        kept=None,
+        cost=guard_cost(row["combined"], row["base"]),
     )
 
 

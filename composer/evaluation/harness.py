@@ -39,8 +39,6 @@ _IDENTITY = ("harness", "config", "documents")
 _UNFIT = re.compile(r"[^a-z0-9_]+")
 _NUMBERS = re.compile(r"\d{1,9}")
 
-Json = dict[str, Any]
-
 
 @dataclass(frozen=True, slots=True)
 class Asked:
@@ -51,7 +49,7 @@ class Asked:
     chat: bool = False
 
     @property
-    def config(self) -> Json:
+    def config(self) -> dict[str, object]:
         """The part of a suite's content that states it."""
         return {"apply_chat_template": True} if self.chat else {}
 
@@ -96,9 +94,9 @@ class TaskScores:
 
     scores: list[SuiteScore]
     metric: str = ""
-    examples: list[Json] = field(default_factory=list[Json])
+    examples: list[dict[str, object]] = field(default_factory=list[dict[str, object]])
     skipped: list[str] = field(default_factory=list[str])
-    aggregated: Json = field(default_factory=dict[str, Any])
+    aggregated: dict[str, object] = field(default_factory=dict[str, Any])
 
 
 def source() -> str:
@@ -252,7 +250,7 @@ def _group(name: str, group: Any, tasks: Mapping[str, LoadedTask], asked: Asked)
     counts = sum(tasks[member].suite.count for member in members)
     digest = sha256("".join(tasks[member].suite.documents.sha256 for member in members).encode()).hexdigest()
     aggregated = json.loads(json.dumps(group.aggregate_metric_list, sort_keys=True, default=_fields_of))
-    config: Json = {"group": name, "members": own, "aggregate": aggregated} | asked.config
+    config: dict[str, object] = {"group": name, "members": own, "aggregate": aggregated} | asked.config
     if asked.num_fewshot is not None:
         config["num_fewshot"] = asked.num_fewshot
     directions: dict[str, bool] = {}
@@ -268,7 +266,7 @@ def _group(name: str, group: Any, tasks: Mapping[str, LoadedTask], asked: Asked)
 def _suite(
     name: str,
     label: str,
-    config: Json,
+    config: dict[str, object],
     documents: Documents,
     directions: Mapping[str, Any],
     pairs: Iterable[tuple[str, str]],
@@ -386,7 +384,7 @@ def _add_examples(outcome: TaskScores, task: Any, samples: Sequence[Mapping[str,
             return
 
 
-def _answer(task: Any, sample: Mapping[str, Any]) -> Json:
+def _answer(task: Any, sample: Mapping[str, Any]) -> dict[str, object]:
     """The generated text, or the likeliest of several continuations."""
     answers = sample["filtered_resps"]
     if task.OUTPUT_TYPE == "multiple_choice" and len(answers) == len(sample["arguments"]) > 0:

@@ -3,7 +3,9 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import isfinite
+from typing import Any, NotRequired, TypedDict
 
+from composer.conflicts.documents import EffectDocument, GuardDocument
 from composer.conflicts.evidence.outcome import LEAST_EXAMPLES, Effect, Limits, Outcome
 from composer.findings import Verdict
 from composer.formats.recipes.methods import Regmean
@@ -50,6 +52,63 @@ class Confirmed:
             "members": list(map(_with_share, self.outcome.effects)),
             "guards": [guard.to_json() for guard in self.outcome.guards],
         }
+
+
+class MeasuredMember(EffectDocument):
+    """The effect on a member, and the share of its gain or of its answers that is left."""
+
+    kept_share: float
+
+
+class ConfirmedDocument(TypedDict):
+    """A `Confirmed`."""
+
+    name: str
+    verdict: str
+    examples: int
+    members: list[MeasuredMember]
+    guards: list[GuardDocument]
+    phrases: NotRequired[list[str]]
+
+
+class TriedDocument(TypedDict):
+    """A `Tried`."""
+
+    name: str
+    k: int
+    worst_kept: float | None
+
+
+class Seconds(TypedDict):
+    """How long a search and its confirmation took."""
+
+    search: float
+    confirm: float
+
+
+class SeparableDocument(TypedDict):
+    """How far prompts tell two members apart."""
+
+    a: str
+    b: str
+    share: float
+
+
+class OptimizeDocument(TypedDict):
+    """An `OptimizeReport` with its headline, as a lock keeps it; those of earlier versions lack some fields."""
+
+    headline: str
+    choice: Mapping[str, Any] | None
+    reworded: NotRequired[list[MeasuredMember]]
+    without_phrases: NotRequired[list[MeasuredMember]]
+    separability: NotRequired[list[SeparableDocument]]
+    best: list[ConfirmedDocument]
+    tried: list[TriedDocument]
+    left_out: Mapping[str, str]
+    passes: int
+    run: int
+    seconds: Seconds
+    seed: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,11 +1,11 @@
 """Channel moves, each made exactly once however often the request is retried."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 
-from registry.client.api import Api, Json, read
+from registry.client.api import Api, read
 from registry.client.retries import pauses, send_once, with_retries
 from registry.errors import Unavailable
 from registry.errors.translation import of_row
@@ -46,7 +46,7 @@ def wait_for(
     return next(move for move in api.pages(f"{path}/history", MoveOut) if move.id == promotion.move)
 
 
-def roll_back(api: Api, line: str, channel: str, body: Json) -> tuple[MoveOut, str | None]:
+def roll_back(api: Api, line: str, channel: str, body: Mapping[str, object]) -> tuple[MoveOut, str | None]:
     """Rolls back, returning as `promote` does; `line` is the repository's route."""
     path = f"{line}/channels/{channel}"
     full = f"{'/'.join(line.split('/')[-2:])}@{channel}"

@@ -3,16 +3,14 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import hypot
-from typing import Any, Self, cast
+from typing import Any, Self, TypedDict, cast
 
 from registry.formats import compatibility
+from registry.formats.lineage import Changed
 from registry.formats.manifest import ManifestFile
 from registry.formats.references import Digest
 from registry.wire.catalog import ReleaseOut
 from registry.wire.quality import ScoreOut, SuiteOut, SuiteResultsOut
-
-Json = dict[str, Any]
-"""A part of the report, or facts and provenance, which are compared by name whatever they are."""
 
 STANDARD_ERRORS = 2.0
 """A score difference is significant beyond this many of its standard errors."""
@@ -20,6 +18,74 @@ STANDARD_ERRORS = 2.0
 
 Results = Mapping[str, SuiteResultsOut]
 """By suite digest, of the suites for which the result of each example was recorded."""
+
+
+class ChangedFiles(TypedDict):
+    """Paths of files."""
+
+    added: list[str]
+    removed: list[str]
+    changed: list[str]
+
+
+class PairedDocument(TypedDict):
+    """A `Paired` of composer.evaluation.paired, also in words."""
+
+    n: int
+    difference: float
+    low: float | None
+    high: float | None
+    gained: int
+    lost: int
+    verdict: str
+    needed: int | None
+    in_words: str
+
+
+class ScoreDifference(TypedDict):
+    """A score of both sides. `stderr` is that of the difference of two independent means. On the same examples the true
+    one is smaller, so a difference `beyond` it is real. `difference` and what follows from it are None if a score is
+    missing or the suite's content differs; `paired` is there if both sides have results on the same examples."""
+
+    suite: str
+    task: str
+    metric: str
+    old: float | None
+    old_stderr: float | None
+    old_n: int | None
+    old_reported: bool
+    new: float | None
+    new_stderr: float | None
+    new_n: int | None
+    new_reported: bool
+    difference: float | None
+    stderr: float | None
+    better: bool | None
+    beyond: bool | None
+    paired: PairedDocument | None
+
+
+class ChangedExample(TypedDict):
+    """An example whose answer's score changed. The registry does not have the prompts of a harness."""
+
+    suite: str
+    example: int
+    prompt: str | None
+    completion: str | None
+    old: dict[str, Any]
+    new: dict[str, Any]
+
+
+class Differences(TypedDict):
+    """Lists contain only what differs, except scores, which are complete. `change` is what the version number must
+    express: breaking, weights, files or none; None for a base and a release."""
+
+    change: str | None
+    breaking: list[dict[str, object]]
+    facts: list[Changed]
+    provenance: list[Changed]
+    files: ChangedFiles
+    scores: list[ScoreDifference]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,19 +115,16 @@ class ComparedFacts:
         )
 
 
-def differences(old: ComparedFacts, new: ComparedFacts, old_results: Results, new_results: Results) -> Json:
-    """{change, breaking: [finding], facts, provenance: [{name, old, new}], files: {added, removed, changed}, scores}.
-
-    Lists contain only what differs, except scores, which are complete. `change` is what the version number must
-    express: breaking, weights, files or none.
-    """
+def differences(old: ComparedFacts, new: ComparedFacts, old_results: Results, new_results: Results) -> Differences:
+    """Compares two releases or directories of one kind."""
     # A new base breaks only if both digests are known, which directories may lack.
     changes = compatibility.breaking_changes(_surface(old), _surface(new))
     known = old.base_digest and new.base_digest
     broken = [finding for finding in changes if known or finding.code != "new_base"]
     files = _files(old, new)
     weights = _surface(old).weights != _surface(new).weights
-    change = "breaking" if broken else "weights" if weights else "files" if any(files.values()) else "none"
+    moved = files["added"] or files["removed"] or files["changed"]
+    change = "breaking" if broken else "weights" if weights else "files" if moved else "none"
     return {
         "change": change,
         "breaking": [finding.to_json() for finding in broken],
@@ -72,7 +135,9 @@ def differences(old: ComparedFacts, new: ComparedFacts, old_results: Results, ne
     }
 
 
-def differences_in_scores(old: ComparedFacts, new: ComparedFacts, old_results: Results, new_results: Results) -> Json:
+def differences_in_scores(
+    old: ComparedFacts, new: ComparedFacts, old_results: Results, new_results: Results
+) -> Differences:
     """The result of `differences` for a base and a release, which have nothing but scores in common."""
     return {
         "change": None,
@@ -84,25 +149,30 @@ def differences_in_scores(old: ComparedFacts, new: ComparedFacts, old_results: R
     }
 
 
-def changed_examples(suite: SuiteOut, old: SuiteResultsOut, new: SuiteResultsOut) -> list[Json]:
-    """The examples of a suite whose answer's score changed, those that lost most first. The registry does not have the
-    prompts of a harness."""
-    pairs: list[tuple[Json, Json]] = list(zip(old.document["examples"], new.document["examples"], strict=True))
-    known: list[Json] = (suite.content or {}).get("examples") or [{}] * len(pairs)
-    rows: list[Json] = [
-        {"suite": suite.name, "example": index + 1, "prompt": example.get("prompt")}
-        | {"completion": example.get("completion"), "old": before, "new": after}
-        for index, (example, (before, after)) in enumerate(zip(known, pairs, strict=True))
-        if before["score"] != after["score"]
+def changed_examples(suite: SuiteOut, old: SuiteResultsOut, new: SuiteResultsOut) -> list[ChangedExample]:
+    """The examples of a suite whose answer's score changed, those that lost most first."""
+    sides = list(zip(old.document["examples"], new.document["examples"], strict=True))
+    known: list[dict[str, str]] = (suite.content or {}).get("examples") or [{}] * len(sides)
+    gains = [after.score - before.score for before, after in zip(old.examples, new.examples, strict=True)]
+    worst_first = sorted((index for index, gain in enumerate(gains) if gain), key=lambda index: gains[index])
+    return [
+        {
+            "suite": suite.name,
+            "example": index + 1,
+            "prompt": known[index].get("prompt"),
+            "completion": known[index].get("completion"),
+            "old": sides[index][0],
+            "new": sides[index][1],
+        }
+        for index in worst_first
     ]
-    return sorted(rows, key=lambda row: row["new"]["score"] - row["old"]["score"])
 
 
 def _surface(side: ComparedFacts) -> compatibility.Surface:
     return compatibility.surface(side.base_digest, side.facts, side.files)
 
 
-def _facts(side: ComparedFacts, other: ComparedFacts) -> Json:
+def _facts(side: ComparedFacts, other: ComparedFacts) -> dict[str, object]:
     """The facts to compare. The base only if both sides have a digest or neither has: a directory knows only the name
     that its base was loaded from."""
     alike = bool(side.base_digest) == bool(other.base_digest)
@@ -110,25 +180,25 @@ def _facts(side: ComparedFacts, other: ComparedFacts) -> Json:
     return {**base, **_flat(side.facts), "servers": side.servers}
 
 
-def stated_provenance(provenance: Mapping[str, Any]) -> Json:
+def stated_provenance(provenance: Mapping[str, Any]) -> dict[str, object]:
     """A release's provenance as names and values."""
     stated = dict(provenance)
-    rows: list[Json] = stated.pop("data", [])
+    rows: list[dict[str, object]] = stated.pop("data", [])
     return {**_flat(stated), "data": [" ".join(str(value) for value in row.values() if value) for row in rows]}
 
 
-def _flat(document: Mapping[str, Any]) -> Json:
+def _flat(document: Mapping[str, object]) -> dict[str, object]:
     """Flattens one level: `hyperparameters` becomes `hyperparameters.learning_rate`, …"""
-    flat: Json = {}
+    flat: dict[str, object] = {}
     for name, value in document.items():
         if isinstance(value, dict):
-            flat |= {f"{name}.{key}": item for key, item in cast(Json, value).items()}
+            flat |= {f"{name}.{key}": item for key, item in cast("dict[str, object]", value).items()}
         else:
             flat[name] = value
     return flat
 
 
-def _changed(old: Json, new: Json) -> list[Json]:
+def _changed(old: Mapping[str, object], new: Mapping[str, object]) -> list[Changed]:
     """Rows of what differs; None and an empty list are equal."""
     return [
         {"name": name, "old": old.get(name), "new": new.get(name)}
@@ -137,7 +207,7 @@ def _changed(old: Json, new: Json) -> list[Json]:
     ]
 
 
-def _files(old: ComparedFacts, new: ComparedFacts) -> dict[str, list[str]]:
+def _files(old: ComparedFacts, new: ComparedFacts) -> ChangedFiles:
     before, after = ({file.path: file.sha256 for file in side.files} for side in (old, new))
     return {
         "added": sorted(set(after) - set(before)),
@@ -148,19 +218,19 @@ def _files(old: ComparedFacts, new: ComparedFacts) -> dict[str, list[str]]:
 
 def score_differences(
     old: Sequence[ScoreOut], new: Sequence[ScoreOut], old_results: Results, new_results: Results
-) -> list[Json]:
-    """Each score's comparison, with `paired` where both sides have results on the same examples."""
+) -> list[ScoreDifference]:
+    """The comparison of each score."""
     before, after = ({(row.suite, row.metric): row for row in rows} for rows in (old, new))
-    rows: list[Json] = []
+    rows: list[ScoreDifference] = []
     for key in dict.fromkeys([*before, *after]):
         row = _score(key, before.get(key), after.get(key))
         digest = before[key].suite_digest if row["difference"] is not None else ""
-        paired = _paired(key[1], old_results.get(digest), new_results.get(digest))
-        rows.append(row | {"paired": paired})
+        row["paired"] = _paired(key[1], old_results.get(digest), new_results.get(digest))
+        rows.append(row)
     return rows
 
 
-def _paired(metric: str, old: SuiteResultsOut | None, new: SuiteResultsOut | None) -> Json | None:
+def _paired(metric: str, old: SuiteResultsOut | None, new: SuiteResultsOut | None) -> PairedDocument | None:
     from composer.evaluation.paired import compare_losses, compare_scores, describe
 
     if old is None or new is None:
@@ -172,13 +242,21 @@ def _paired(metric: str, old: SuiteResultsOut | None, new: SuiteResultsOut | Non
         paired = compare_losses(*([(row.nats or 0.0, row.tokens or 1) for row in rows] for rows in (before, after)))
     else:
         return None
-    return {**paired.to_json(), "in_words": describe(paired)}
+    return {
+        "n": paired.n,
+        "difference": paired.difference,
+        "low": paired.low,
+        "high": paired.high,
+        "gained": paired.gained,
+        "lost": paired.lost,
+        "verdict": paired.verdict,
+        "needed": paired.needed,
+        "in_words": describe(paired),
+    }
 
 
-def _score(key: tuple[str, str], old: ScoreOut | None, new: ScoreOut | None) -> Json:
-    """Compares a score. `stderr` is that of the difference of two independent means. On the same examples the true one
-    is smaller, so a difference `beyond` it is real. None if a score is missing or the suite's content differs."""
-    row: Json = {
+def _score(key: tuple[str, str], old: ScoreOut | None, new: ScoreOut | None) -> ScoreDifference:
+    row: ScoreDifference = {
         "suite": key[0],
         "task": new.task if new else old.task if old else "",
         "metric": key[1],
@@ -194,12 +272,14 @@ def _score(key: tuple[str, str], old: ScoreOut | None, new: ScoreOut | None) -> 
         "stderr": None,
         "better": None,
         "beyond": None,
+        "paired": None,
     }
     if old is None or new is None or old.suite_digest != new.suite_digest:
         return row
-    row["difference"] = new.value - old.value
-    row["better"] = (row["difference"] > 0) == new.higher_is_better if row["difference"] else None
+    difference = new.value - old.value
+    row["difference"] = difference
+    row["better"] = (difference > 0) == new.higher_is_better if difference else None
     if old.stderr is not None and new.stderr is not None:
-        row["stderr"] = hypot(old.stderr, new.stderr)
-        row["beyond"] = abs(row["difference"]) > STANDARD_ERRORS * row["stderr"]
+        stderr = hypot(old.stderr, new.stderr)
+        row["stderr"], row["beyond"] = stderr, abs(difference) > STANDARD_ERRORS * stderr
     return row

@@ -2,15 +2,16 @@
 
 import hashlib
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from threading import Lock
+from typing import Any, NotRequired, TypedDict
 
 from composer.formats.checkpoints.hashing import hash_file
-from registry.client.api import Api, Json, line_path
+from registry.client.api import Api, line_path
 from registry.client.partial_files import blocks
 from registry.client.retries import Progress, map_in_threads, pauses, send_once, with_retries
 from registry.client.selection import Selection
@@ -41,8 +42,30 @@ def collect(selection: Selection, progress: Progress = lambda _count: None) -> l
     return map_in_threads(hashed, selection.paths)
 
 
+class ReleaseOptions(TypedDict):
+    """The part of a `ReleaseIn` that a user writes."""
+
+    version: str | None
+    bump: str | None
+    notes: str
+    allow_breaking: str | None
+
+
+class ReleaseRequest(ReleaseOptions):
+    """A `ReleaseIn` without its files. A field that an older server does not know is there only if it is used."""
+
+    provenance: Mapping[str, Any] | None
+    base: str
+    strict: NotRequired[bool]
+
+
 def push(
-    api: Api, files: Sequence[PushedFile], name: RepositoryName, kind: str, release: Json, progress: Progress
+    api: Api,
+    files: Sequence[PushedFile],
+    name: RepositoryName,
+    kind: str,
+    release: ReleaseRequest,
+    progress: Progress,
 ) -> tuple[PublishedOut, int]:
     """Sends what the store lacks, then publishes the release. `release` is the request without its files.
 
@@ -197,7 +220,7 @@ def _pieces(row: UploadRow, file: PushedFile) -> list[_Piece]:
     return pieces
 
 
-def _rows(files: Sequence[PushedFile]) -> list[Json]:
+def _rows(files: Sequence[PushedFile]) -> list[dict[str, object]]:
     return [asdict(file.manifest) for file in files]
 
 

@@ -7,8 +7,8 @@ from itertools import islice
 from pathlib import Path
 
 from composer.formats.checkpoints.hashing import hash_file
-from registry.client.api import Api, Json, line_path, refuse_other_answer, untrusted
-from registry.client.push import PushedFile, push, send
+from registry.client.api import Api, line_path, refuse_other_answer, untrusted
+from registry.client.push import PushedFile, ReleaseRequest, push, send
 from registry.client.retries import Progress, pauses, with_retries
 from registry.client.selection import refuse_no_file
 from registry.errors import Invalid, NotFound, Refused, RegistryError
@@ -38,7 +38,7 @@ class Publication:
 
     target: RepositoryName
     kind: str
-    request: Json
+    request: ReleaseRequest
 
 
 def push_signed(

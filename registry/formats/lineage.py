@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
 from composer.errors import ComposerError
 from composer.formats.recipes.methods import parse_settings
@@ -81,7 +81,15 @@ def rule_words(rule: WeightRule) -> str:
     return f"{rule.weight:g} in {' of '.join(part for part in (layers, rule.modules) if part)}"
 
 
-def side_by_side(old: Lineage | None, new: Lineage | None) -> list[dict[str, Any]]:
+class Changed(TypedDict):
+    """A value that two releases state, under the same name."""
+
+    name: str
+    old: object
+    new: object
+
+
+def side_by_side(old: Lineage | None, new: Lineage | None) -> list[Changed]:
     """Rows {name, old, new} of both compositions; none if neither is one."""
     before, after = (lineage.rows() if lineage else {} for lineage in (old, new))
     return [

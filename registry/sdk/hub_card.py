@@ -19,8 +19,6 @@ from registry.formats.licenses import spdx
 from registry.wire.catalog import BaseOut, ReleaseOut
 from registry.wire.quality import ScoreOut
 
-Json = dict[str, Any]
-"""A part of a card, which is as hubs have it."""
 _FRONT_MATTER = re.compile(r"---[ \t]*\r?\n(.*?)^(?:---|\.\.\.)[ \t]*\r?$\n?", re.DOTALL | re.MULTILINE)
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _LIBRARIES = {"adapter": "peft", "model": "transformers"}
@@ -75,9 +73,9 @@ def _measured(release: ReleaseOut) -> list[ScoreOut]:
     return [score for score in release.scores if not score.reported]
 
 
-def _stated(release: ReleaseOut, base: BaseOut) -> Json:
+def _stated(release: ReleaseOut, base: BaseOut) -> dict[str, object]:
     tags = ["adaptory", *([release.adapter.type.lower()] if release.adapter else [])]
-    stated: Json = {"base_model": _base_name(base), "library_name": _LIBRARIES[release.kind], "tags": tags}
+    stated: dict[str, object] = {"base_model": _base_name(base), "library_name": _LIBRARIES[release.kind], "tags": tags}
     if license_ := release.licenses.adapter:
         name = spdx(license_)
         stated |= {"license": name.lower()} if _SPDX.fullmatch(name) else {"license": "other", "license_name": name}
@@ -92,7 +90,7 @@ def _base_name(base: BaseOut) -> str:
     return named[0] if named else base.name
 
 
-def _results(release: ReleaseOut) -> list[Json]:
+def _results(release: ReleaseOut) -> list[dict[str, object]]:
     """The measured scores as the results of a model index, by suite."""
     by_suite: dict[str, list[ScoreOut]] = {}
     for score in _measured(release):

@@ -5,8 +5,9 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from registry.client.push import ReleaseOptions
 from registry.client.selection import Selection, is_included, select_files
 from registry.client.signing import Publication
 from registry.errors import Invalid, NotFound, RegistryError
@@ -33,7 +34,7 @@ class Import:
 
     source: HubAddress
     target: Reference
-    request: dict[str, Any]
+    request: ReleaseOptions
     endpoint: str | None = None
     base: str | None = None
     key: Path | None = None

@@ -13,6 +13,7 @@ from registry.client.api import Api
 from registry.client.cache import BlobCache
 from registry.client.follow import ChannelChange, follow
 from registry.client.pull import cached, pull
+from registry.client.push import ReleaseRequest
 from registry.client.rollout import rollout, wait_for_nodes
 from registry.client.selection import select_files
 from registry.client.signing import Publication, read_public_key, verify_release
@@ -103,15 +104,16 @@ class Registry:
         >>> registry.push("out", "acme/sql:1.1.0", base="smollm2", provenance={"data": [{"name": "acme/queries"}]})
         """
         reference = single_version(target, bump)
-        request: dict[str, Any] = {
+        request: ReleaseRequest = {
             "version": str(reference.version) if reference.version else None,
             "bump": bump,
             "notes": notes,
             "allow_breaking": allow_breaking,
             "provenance": provenance,
             "base": fitting_base(self.api, Path(directory), base, kind, strict=strict),
-            **({"strict": True} if strict else {}),
         }
+        if strict:
+            request["strict"] = True
         selection = select_files(Path(directory), kind, include)
         wanted = Publication(reference.repository, kind, request)
         published, _ = publish(self.api, selection, wanted, Quiet(), Path(sign) if sign else None)

@@ -1,11 +1,11 @@
 """Evaluations that users queue for a worker: releases and bases on suites, in one job."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from sqlalchemy.orm import Session
 
 from registry.database.tables import Base, Job, Release
+from registry.database.tables.work import StoredResult
 from registry.domain.access import audit
 from registry.domain.access.audit import Act, Actor
 from registry.domain.access.roles import Role, administers, permit, permit_somewhere, refuse_other_owner
@@ -18,8 +18,6 @@ from registry.domain.jobs.queue import PLAIN, Wish
 from registry.errors import NotFound, Usage
 from registry.formats.references import parse_reference
 from registry.transfer.resources import Resources
-
-Json = dict[str, Any]
 
 MAX_SUBJECTS = 100
 MAX_SUITES = 50
@@ -34,7 +32,7 @@ def request(
     base_names: Sequence[str],
     on: Sequence[str],
     wish: Wish = PLAIN,
-) -> Json:
+) -> dict[str, object]:
     """Queues the evaluation of releases and bases on suites; each base is loaded once. Returns its report.
 
     Requires the same rights as recording the scores: the publisher role for each release, and ownership of each base.
@@ -74,7 +72,7 @@ def request(
         return _report(session, job)
 
 
-def report(session: Session, actor: Actor, job_id: int) -> Json:
+def report(session: Session, actor: Actor, job_id: int) -> dict[str, object]:
     """The report of an evaluation, as far as it is done. Only for its requester, who must still read what
     it measures, and registry admins."""
     job = session.get(Job, job_id)
@@ -102,7 +100,7 @@ def _own_base(session: Session, actor: Actor, name: str) -> Base:
     return base
 
 
-def _report(session: Session, job: Job) -> Json:
+def _report(session: Session, job: Job) -> dict[str, object]:
     row = evaluations.find(session, job.id)
     done = {WantedScore.of(result): result for result in row.results}
     items = [_item(session, subject, done.get(subject)) for subject in (WantedScore(**wanted) for wanted in row.wanted)]
@@ -115,7 +113,7 @@ def _report(session: Session, job: Job) -> Json:
     }
 
 
-def _item(session: Session, wanted: WantedScore, result: Json | None) -> Json:
+def _item(session: Session, wanted: WantedScore, result: StoredResult | None) -> dict[str, object]:
     release = None if wanted.release is None else session.get_one(Release, wanted.release)
     base, suite = session.get_one(Base, wanted.base), suites.find(session, wanted.suite)
     names = ("metric", "value", "stderr", "n", "higher_is_better")

@@ -2,12 +2,12 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from sqlalchemy.orm import Session
 
 from composer.formats.checkpoints.checkpoint import Architecture
 from registry.database.tables import Base, Job, Release
+from registry.database.tables.work import StoredFit, StoredResult, StoredUpgrade
 from registry.domain.access import audit
 from registry.domain.access.audit import Act, Actor
 from registry.domain.access.roles import Role, administers, holds, may_read, owns
@@ -21,8 +21,6 @@ from registry.errors import NotFound, Usage
 from registry.formats.manifest import ManifestFile
 from registry.transfer import publishing
 from registry.transfer.resources import Resources
-
-Json = dict[str, Any]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -48,7 +46,7 @@ class _Plan:
 
 def begin(
     resources: Resources, actor: Actor, old: str, new: str, suite_names: Sequence[str], *, evaluate: bool
-) -> Json:
+) -> dict[str, object]:
     """Lists the adapters that use the old base and whether they fit the new one; queues the evaluation of those
     that do, and of the new base if the actor may record its scores. Returns the report. Raises NotFound, Usage
     for one base twice, and Refused for a suite whose scorer is not enabled."""
@@ -57,8 +55,10 @@ def begin(
     for adapter in plan.adapters:
         if not plan.same:
             adapter.why = publishing.misfit(resources, adapter.name, adapter.files, plan.architecture)
-    rows = [{"release": planned.release, "fits": not planned.why, "why": planned.why} for planned in plan.adapters]
-    upgrade = {"old": plan.old, "new": plan.new, "adapters": rows}
+    rows: list[StoredFit] = [
+        {"release": planned.release, "fits": not planned.why, "why": planned.why} for planned in plan.adapters
+    ]
+    upgrade: StoredUpgrade = {"old": plan.old, "new": plan.new, "adapters": rows}
     fitting = [planned for planned in plan.adapters if not planned.why and planned.measurable]
     wanted = [WantedScore(planned.release, plan.new, suite) for planned in fitting for suite in planned.suites]
     if not evaluate or not wanted:
@@ -85,7 +85,7 @@ def begin(
         return _report(session, actor, upgrade, job, [])
 
 
-def report(session: Session, actor: Actor, job_id: int) -> Json:
+def report(session: Session, actor: Actor, job_id: int) -> dict[str, object]:
     """The report of an upgrade, as far as it is done. Only for the user who began it, who must still read what it
     measures, and registry admins."""
     job = session.get(Job, job_id)
@@ -125,10 +125,12 @@ def _plan(
     return plan
 
 
-def _report(session: Session, actor: Actor, upgrade: Json, job: Job | None, results: Sequence[Json]) -> Json:
-    old, new = (session.get_one(Base, upgrade[name]) for name in ("old", "new"))
+def _report(
+    session: Session, actor: Actor, upgrade: StoredUpgrade, job: Job | None, results: Sequence[StoredResult]
+) -> dict[str, object]:
+    old, new = session.get_one(Base, upgrade["old"]), session.get_one(Base, upgrade["new"])
     of_new = gates.scores(session, new)
-    adapters: list[Json] = []
+    adapters: list[dict[str, object]] = []
     for row in upgrade["adapters"]:
         release = session.get_one(Release, row["release"])
         if not may_read(actor, release.repository.namespace):
@@ -155,10 +157,10 @@ def _report(session: Session, actor: Actor, upgrade: Json, job: Job | None, resu
     }
 
 
-def _compared(before: gates.Scores, base: gates.Scores, results: Sequence[Json]) -> list[Json]:
+def _compared(before: gates.Scores, base: gates.Scores, results: Sequence[StoredResult]) -> list[dict[str, object]]:
     """Compares each score on the new base with the one on the old base and with the new base alone. `gain` is positive
     where the new one is better than the old one."""
-    rows: list[Json] = []
+    rows: list[dict[str, object]] = []
     for score in (score for result in results for score in result["scores"]):
         key = (score["suite"], score["metric"])
         was, alone = before.get(key), base.get(key)

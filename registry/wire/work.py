@@ -1,7 +1,7 @@
 """Documents of compositions, jobs and audit rows."""
 
 from datetime import datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, NotRequired, TypedDict, cast
 
 from pydantic import Field
 
@@ -65,6 +65,31 @@ class ResultRow(Wire):
         return f"{self.repository}:{self.version}"
 
 
+class MeasuredValue(TypedDict):
+    """A score over `n` examples."""
+
+    value: float
+    stderr: float | None
+    n: int
+
+
+class InputScore(MeasuredValue):
+    """The score of an input. Older compositions do not record whether the suite is the input's own."""
+
+    repository: str
+    version: str
+    own_suite: NotRequired[bool]
+
+
+class CandidateScore(MeasuredValue):
+    """A score of a composition's result, with those of its inputs and of the base on the same examples."""
+
+    suite: str
+    metric: str
+    inputs: NotRequired[list[InputScore]]
+    base: NotRequired[MeasuredValue]
+
+
 class CompositionOut(Wire):
     """A composition or its plan. `result` is the first of `results`: the release of the combined adapter, or else that
     of the model."""
@@ -83,6 +108,11 @@ class CompositionOut(Wire):
     results: list[ResultRow]
     steps: list[StepOut]
     error: dict[str, Any] | None
+
+    @property
+    def scores(self) -> "list[CandidateScore]":
+        """The candidate's scores, as types."""
+        return cast("list[CandidateScore]", self.candidate_scores or [])
 
     @property
     def verdict(self) -> str | None:

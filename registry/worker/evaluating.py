@@ -2,8 +2,8 @@
 so after a crash the job resumes with the next pair."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
 
 from sqlalchemy.orm import Session
 
@@ -13,6 +13,7 @@ from composer.formats.recipes.phrases import phrased
 from composer.formats.recipes.suite import Example, Suite
 from composer.formats.sets.router import routed
 from registry.database.tables import Base, Release
+from registry.database.tables.work import StoredResult, StoredScore
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import EVERYWHERE, Role, holds
 from registry.domain.catalog import bases, suites
@@ -76,14 +77,15 @@ def _evaluate(held: JobRun, wanted: WantedScore, suite: SuiteContent, progress: 
         if error.code in RETRYABLE:
             raise
         failure = shown_row(held, error)
-        row: Row = {"scores": [], "error": f"{failure['detail']} {failure['next']}".strip(), "failure": failure}
+        why = f"{failure['detail']} {failure['next']}".strip()
         with held.resources.write() as session:
-            evaluations.add_result(session, held.job_id, {**asdict(wanted), **row})
+            failed: StoredResult = {**wanted.row(), "scores": [], "error": why, "failure": failure}
+            evaluations.add_result(session, held.job_id, failed)
         return None
     results_sha256, examples = _stored(held, wanted, scores, by_example), _evidence(held, wanted, suite)
     with held.resources.write() as session:
-        row = {"scores": scores, "error": None, "results_sha256": results_sha256}
-        evaluations.add_result(session, held.job_id, {**asdict(wanted), **row})
+        made: StoredResult = {**wanted.row(), "scores": scores, "error": None, "results_sha256": results_sha256}
+        evaluations.add_result(session, held.job_id, made)
         _record(held, session, wanted, [Measurement.of(score, results_sha256) for score in scores], examples)
     promotions.settle_on_base(held.resources, wanted.base)
     return None
@@ -127,14 +129,14 @@ def _refuse_failed(held: JobRun) -> None:
     """Raises the error of the first release and suite that could not be measured."""
     with held.resources.read() as session:
         row = evaluations.find(session, held.job_id)
-        failed = [result for result in row.results if result.get("failure")]
+        failed = [(result, result["failure"]) for result in row.results if "failure" in result]
         if not failed:
             return
-        first, count = failed[0], len(row.wanted)
+        (first, failure), count = failed[0], len(row.wanted)
         release = None if first["release"] is None else session.get_one(Release, first["release"])
         subject = session.get_one(Base, first["base"]).name if release is None else full_name(release)
         suite = suites.find(session, first["suite"]).name
-    error = of_row(first["failure"])
+    error = of_row(failure)
     error.detail = f"{subject} on {suite}: {error.detail}"
     if count > 1:
         error.detail += f" {len(failed)} of {count} could not be measured; the scores of the others are recorded."
@@ -146,7 +148,7 @@ KIND = JobKind(steps={"measure": measure})
 
 def _measured(
     held: JobRun, wanted: WantedScore, suite: SuiteContent, progress: ProgressCount
-) -> tuple[list[Row], ExampleResults]:
+) -> tuple[list[StoredScore], ExampleResults]:
     """Returns the scores and the per-example results, if there are any."""
     from composer.evaluation.evaluate import scores
 
@@ -169,7 +171,7 @@ def _measured(
     else:
         examples = examine(held, examined, suite, asked, progress)
     rows = [score.to_json() for score in scores(suite, examples)]
-    return rows, ExampleResults([example.to_json() for example in examples])
+    return cast("list[StoredScore]", rows), ExampleResults([example.to_json() for example in examples])
 
 
 def _phrase(held: JobRun, wanted: WantedScore, suite: Suite) -> str:
@@ -190,7 +192,7 @@ def _examined(held: JobRun, wanted: WantedScore) -> Examined:
     return Examined(base=wanted.base, hints=hints, files=files, model=model)
 
 
-def _stored(held: JobRun, wanted: WantedScore, scores: list[Row], by_example: ExampleResults) -> str | None:
+def _stored(held: JobRun, wanted: WantedScore, scores: list[StoredScore], by_example: ExampleResults) -> str | None:
     """Stores the per-example results and returns their digest; None if there are none or the scores are only
     reported."""
     if not by_example.examples:

@@ -7,14 +7,15 @@ repeats them. Radio buttons choose the measure, by CSS alone; without CSS all me
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from composer.conflicts.view import MEASURES, Json, Measure, PairMap, maps, read
+from composer.conflicts.documents import ReportDocument
+from composer.conflicts.view import MEASURES, Measure, PairMap, maps, read
 
 MAX_MAPS = 40
 """Pairs with a heat map, worst verdicts first; all pairs are listed."""
 _STEPS = 8
 
 
-def page(report: Json) -> str:
+def page(report: ReportDocument) -> str:
     """The page of a report's JSON, whichever version wrote it. All text from adapters, suites or users is escaped."""
     view, shown = read(report), {name: maps(report, name) for name in MEASURES}
     return _ENVIRONMENT.get_template("report.html").render(

@@ -11,12 +11,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import TypedDict
 
 from composer.errors import ComposerError
 from composer.evaluation.scorers.scorer import (
@@ -45,7 +45,15 @@ INHERITED = frozenset(
 )
 INHERITED_OF = ("SCORER_", "LC_", "CUDA_", "OMP_", "MKL_", "XDG_", "COVERAGE_")
 
-Json = dict[str, Any]
+
+class Reply(TypedDict, total=False):
+    """What a scorer's process replies: the `score` of an answer, or `why` it has none, or its `name` and why its
+    `settings` are refused."""
+
+    score: float
+    why: str
+    name: str
+    settings: str
 
 
 @contextmanager
@@ -96,7 +104,10 @@ class ScorerProcess:
             if self._ended:  # on the example of another thread
                 raise self._ended
             try:
-                return self._ask({"answer": answer, "example": asdict(example)}, self._limit_s)["score"]
+                reply = self._ask({"answer": answer, "example": asdict(example)}, self._limit_s)
+                if "score" not in reply:
+                    raise ScorerFailure("its process replied without a score")
+                return reply["score"]
             except ScorerFailure as error:
                 error.example = example
                 self._ended = error if self._process.poll() is not None else None
@@ -111,16 +122,16 @@ class ScorerProcess:
         self._process.wait()
         self._connection.close()
 
-    def _ask(self, request: Json, limit_s: float) -> Json:
+    def _ask(self, request: Mapping[str, object], limit_s: float) -> Reply:
         try:
             self._connection.send_bytes(json.dumps(request).encode())
             if not self._connection.poll(limit_s):
                 self.close()
                 raise ScorerTimeout(limit_s)
-            reply: Json = json.loads(self._connection.recv_bytes())
+            reply: Reply = json.loads(self._connection.recv_bytes())
         except (EOFError, OSError) as error:
             raise ScorerFailure(f"its process ended with {self._status()}") from error
-        if "settings" in reply:
+        if "settings" in reply and "name" in reply:
             raise settings_refused(reply["name"], reply["settings"])
         if "why" in reply:
             raise ScorerFailure(reply["why"])
@@ -159,7 +170,7 @@ def serve(connection: Connection) -> None:
             _reply(connection, {"why": f"{type(error).__name__}: {error}"})
 
 
-def _reply(connection: Connection, reply: Json) -> None:
+def _reply(connection: Connection, reply: Reply) -> None:
     connection.send_bytes(json.dumps(reply).encode())
 
 

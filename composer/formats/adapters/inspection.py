@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from composer.findings import Finding, Severity
 from composer.formats.adapters import facts, serving
@@ -35,9 +34,9 @@ class Inspection:
     def config(self) -> AdapterConfig:
         return self.adapter.config
 
-    def loads_in(self, profile: str) -> dict[str, Any]:
-        """Whether a server loads it: {profile, loads, reasons, way_out}."""
-        return serving.loads_in(self.adapter.config, self.facts, self.placed, profile).to_json()
+    def loads_in(self, profile: str) -> serving.Loading:
+        """Whether a server loads it."""
+        return serving.loads_in(self.adapter.config, self.facts, self.placed, profile)
 
 
 def inspect(directory: Path, architecture: Architecture | None) -> Inspection:

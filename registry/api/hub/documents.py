@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any
 
 import orjson
 
@@ -22,13 +21,12 @@ from registry.domain.channels.revisions import MAIN, NEXT, Located, Refs
 from registry.formats.licenses import spdx
 from registry.formats.manifest import ManifestFile, TreeEntry, parse_manifest
 
-Json = dict[str, Any]
 POINTER_BYTES = 134
 """The size of the Git LFS pointer that a file would have; the client requires the field."""
 _OID_DIGITS = 40
 
 
-def whoami(actor: Actor) -> Json:
+def whoami(actor: Actor) -> dict[str, object]:
     namespaces = sorted(name for name in namespaces_of(actor) if name != EVERYWHERE)
     role = "write" if any(at_least(granted, Role.PUBLISHER) for granted in actor.grants.values()) else "read"
     return {
@@ -40,7 +38,7 @@ def whoami(actor: Actor) -> Json:
     }
 
 
-def model_info(session: Session, actor: Actor, located: Located, *, blobs: bool) -> Json:
+def model_info(session: Session, actor: Actor, located: Located, *, blobs: bool) -> dict[str, object]:
     """One model with its files; with `blobs`, also their sizes and digests."""
     repository = repositories.find(session, located.repository)
     files = parse_manifest(located.manifest)
@@ -53,7 +51,7 @@ def model_info(session: Session, actor: Actor, located: Located, *, blobs: bool)
     return {**info, **_of_release(details.release, aliases[details.release.base_digest])}
 
 
-def model_page(session: Session, actor: Actor, listed: Sequence[Repository]) -> list[Json]:
+def model_page(session: Session, actor: Actor, listed: Sequence[Repository]) -> list[dict[str, object]]:
     """Models at their `main`, without their files, with three queries for a page."""
     newest = resolve.newest_ids(session, *listed)
     details = load_details(session, list(newest.values()))
@@ -68,7 +66,7 @@ def model_page(session: Session, actor: Actor, listed: Sequence[Repository]) -> 
     ]
 
 
-def _summary(actor: Actor, repository: Repository) -> Json:
+def _summary(actor: Actor, repository: Repository) -> dict[str, object]:
     name = str(repositories.name_of(repository))
     return {
         "id": name,
@@ -83,10 +81,10 @@ def _summary(actor: Actor, repository: Repository) -> Json:
     }
 
 
-def _of_release(row: ReleaseRow, aliases: Sequence[str]) -> Json:
+def _of_release(row: ReleaseRow, aliases: Sequence[str]) -> dict[str, object]:
     kind, names = Kind(row.kind), [*aliases, row.base_name]
     stated = orjson.loads(row.provenance).get("license")
-    card: Json = {"base_model": names[0], "library_name": LIBRARIES[kind]}
+    card: dict[str, object] = {"base_model": names[0], "library_name": LIBRARIES[kind]}
     return {
         "sha": row.commit,
         "lastModified": date(datetime.fromisoformat(row.created_at)),
@@ -96,12 +94,14 @@ def _of_release(row: ReleaseRow, aliases: Sequence[str]) -> Json:
     }
 
 
-def _sibling(file: ManifestFile) -> Json:
+def _sibling(file: ManifestFile) -> dict[str, object]:
     lfs = {"sha256": file.sha256, "size": file.size_bytes, "pointerSize": POINTER_BYTES}
     return {"rfilename": file.path, "size": file.size_bytes, "blobId": file.sha256[:_OID_DIGITS], "lfs": lfs}
 
 
-def tree_page(session: Session, located: Located, entries: Sequence[TreeEntry], *, expand: bool) -> list[Json]:
+def tree_page(
+    session: Session, located: Located, entries: Sequence[TreeEntry], *, expand: bool
+) -> list[dict[str, object]]:
     """Files and directories; with `expand`, with the release that brought each."""
     rendered = [_tree_entry(entry, located.commit) for entry in entries]
     if not expand:
@@ -114,7 +114,7 @@ def tree_page(session: Session, located: Located, entries: Sequence[TreeEntry], 
     return [entry | {"lastCommit": last} for entry, last in zip(rendered, brought_by, strict=True)]
 
 
-def _tree_entry(entry: TreeEntry, commit: str) -> Json:
+def _tree_entry(entry: TreeEntry, commit: str) -> dict[str, object]:
     """Every file is described as an LFS file, so that the client compares its sha256."""
     file = entry.file
     if file is None:
@@ -124,7 +124,7 @@ def _tree_entry(entry: TreeEntry, commit: str) -> Json:
     return {"type": "file", "path": entry.path, "oid": oid, "size": file.size_bytes, "lfs": lfs}
 
 
-def _last_commit(entry: TreeEntry, brought: Mapping[str, PublishedEntry]) -> Json | None:
+def _last_commit(entry: TreeEntry, brought: Mapping[str, PublishedEntry]) -> dict[str, object] | None:
     """The release that brought a file; for a directory, the last one that brought a file below it."""
     if entry.file:
         last = brought.get(entry.path)
@@ -136,11 +136,11 @@ def _last_commit(entry: TreeEntry, brought: Mapping[str, PublishedEntry]) -> Jso
     return {"id": last.commit, "title": last.version, "date": date(last.created_at)}
 
 
-def refs(named: Refs, *, pull_requests: bool) -> Json:
+def refs(named: Refs, *, pull_requests: bool) -> dict[str, object]:
     """Channels, `main` and drafts as branches, versions as tags."""
     heads = {MAIN: named.main, NEXT: named.drafts, **named.channels}
     heads = {name: commit for name, commit in heads.items() if commit}
-    document: Json = {
+    document: dict[str, object] = {
         "branches": [_ref("heads", name, commit) for name, commit in heads.items()],
         "tags": [_ref("tags", name, commit) for name, commit in named.versions.items()],
         "converts": [],
@@ -148,11 +148,11 @@ def refs(named: Refs, *, pull_requests: bool) -> Json:
     return {**document, "pullRequests": []} if pull_requests else document
 
 
-def _ref(kind: str, name: str, commit: str | None) -> Json:
+def _ref(kind: str, name: str, commit: str | None) -> dict[str, object]:
     return {"name": name, "ref": f"refs/{kind}/{name}", "targetCommit": commit}
 
 
-def commit_view(entry: HistoryEntry) -> Json:
+def commit_view(entry: HistoryEntry) -> dict[str, object]:
     return {
         "id": entry.commit,
         "title": entry.title,

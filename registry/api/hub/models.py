@@ -63,7 +63,7 @@ def list_models(  # noqa: PLR0913
         wanted, after = narrow(session, asked, filters), decode_cursor(cursor)
         rows = repositories.list_page(session, actor, wanted, after=after, limit=size + 1) if wanted else []
         items = documents.model_page(session, actor, rows[:size])
-    more = next_page(request, encode_cursor(items[-1]["id"])) if len(rows) > size else {}
+    more = next_page(request, encode_cursor(str(items[-1]["id"]))) if len(rows) > size else {}
     return JSONResponse(items, headers=more)
 
 

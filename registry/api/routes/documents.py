@@ -29,7 +29,6 @@ from registry.formats.licenses import spdx
 from registry.formats.references import RepositoryName
 from registry.wire.catalog import Provenance, ReleaseOut
 
-Json = dict[str, Any]
 _shown = attrgetter(*SHOWN)
 _NO_PROVENANCE = Provenance().model_dump()
 _MANIFEST = '{"files":', "}"
@@ -41,11 +40,11 @@ PAGE_BYTES = 16 << 20
 _ENTRY_BYTES = 600  # measured overhead per document besides its text
 
 
-def json_response(document: Json, **headers: str) -> Response:
+def json_response(document: dict[str, object], **headers: str) -> Response:
     return Response(_dumped(document), media_type="application/json", headers=headers)
 
 
-def move_document(moved: ChannelMove, repository: RepositoryName, channel: str) -> Json:
+def move_document(moved: ChannelMove, repository: RepositoryName, channel: str) -> dict[str, object]:
     """The document of a move, as MoveOut."""
     return {
         "id": moved.id,
@@ -172,18 +171,18 @@ class RenderedReleaseCache:
                 self.kept_bytes -= oldest.size_bytes
 
 
-def page_response(items: Sequence[bytes], following: str | None, facets: Json | None = None) -> Response:
+def page_response(items: Sequence[bytes], following: str | None, facets: dict[str, object] | None = None) -> Response:
     """A Page of documents that are serialized already, and the choices of each facet if there are any."""
     further = b',"facets":%b' % orjson.dumps(facets) if facets else b""
     body = b'{"items":[%b],"next":%b%b}' % (b",".join(items), orjson.dumps(following), further)
     return Response(body, media_type="application/json")
 
 
-def _dumped(document: Json) -> bytes:
+def _dumped(document: dict[str, object]) -> bytes:
     return orjson.dumps(document, option=orjson.OPT_UTC_Z)
 
 
-def release_document(actor: Actor, described: ReleaseDetails) -> Json:
+def release_document(actor: Actor, described: ReleaseDetails) -> dict[str, object]:
     """The document as the actor may see it: inputs show their commit, and their name only if the actor may read it."""
     row = described.release
     facts = {kind.value: orjson.Fragment(row.facts) if row.kind == kind else None for kind in Kind}
@@ -214,9 +213,9 @@ def release_document(actor: Actor, described: ReleaseDetails) -> Json:
     }
 
 
-def _licenses(row: ReleaseRow) -> Json:
+def _licenses(row: ReleaseRow) -> dict[str, object]:
     """Licences of the base, the adapter and its data, as LicensesOut."""
-    stated: Json = {} if row.provenance == "{}" else orjson.loads(row.provenance)
+    stated: dict[str, Any] = {} if row.provenance == "{}" else orjson.loads(row.provenance)
     base, own = row.base_license or stated.get("base_license"), stated.get("license")
     data = [data_set["license"] for data_set in stated.get("data", ()) if data_set.get("license")]
     return {
@@ -226,7 +225,7 @@ def _licenses(row: ReleaseRow) -> Json:
     }
 
 
-def deprecation(reason: str | None, successor: str | None) -> Json | None:
+def deprecation(reason: str | None, successor: str | None) -> dict[str, object] | None:
     """The document of a deprecation, as DeprecationOut."""
     return None if reason is None else {"reason": reason, "successor": successor}
 
@@ -242,7 +241,7 @@ def files_of(manifest: str) -> orjson.Fragment:
     return orjson.Fragment(manifest.removeprefix(before).removesuffix(after))
 
 
-def _scores(described: ReleaseDetails) -> list[Json]:
+def _scores(described: ReleaseDetails) -> list[dict[str, object]]:
     """The scores. Every evaluation of a release puts the phrases that it states before the prompts of their suites."""
     stated = described.release.provenance
     phrases: Mapping[str, str] = orjson.loads(stated).get("phrases", {}) if '"phrases"' in stated else {}

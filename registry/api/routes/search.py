@@ -19,7 +19,6 @@ from registry.api.http.routes import Route, cached_by_query
 from registry.api.http.rules import Caller
 from registry.api.http.threads import in_search_threads
 from registry.api.routes.documents import (
-    Json,
     RenderedRelease,
     RenderedReleaseCache,
     deprecation,
@@ -60,7 +59,7 @@ class Results:
     documents: list[bytes]
     release_ids: list[int]
     following: str | None
-    facets: Json
+    facets: dict[str, object]
 
 
 @cached_by_query
@@ -112,7 +111,7 @@ def find_releases(resources: Resources, actor: Actor, asked: bytes, documents: R
     if len(result.hits) > len(rendered):
         last = result.hits[len(rendered) - 1]
         following = encode_cursor(json.dumps([_fingerprint(query), last.key, last.release_id]))
-    counted: Json = {}
+    counted: dict[str, object] = {}
     if query.facets:
         with resources.read() as session:
             counted = {
@@ -148,7 +147,7 @@ def resolve_reference(ref: Annotated[str, Query(max_length=400)], resources: Res
     return json_response(_resolved(row))
 
 
-def _resolved(resolved: ResolvedRow) -> Json:
+def _resolved(resolved: ResolvedRow) -> dict[str, object]:
     """As ResolvedOut, from columns validated when written: validating again would cost more than reading them."""
     row = resolved.row
     release = {

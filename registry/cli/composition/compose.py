@@ -1,7 +1,7 @@
 """Compositions in the registry."""
 
 import json as json_module
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import wrap
 from typing import TYPE_CHECKING, Annotated, Any
@@ -51,8 +51,6 @@ Require = Annotated[
 Thorough = Annotated[
     bool, typer.Option("--thorough", help="With --optimize: try every candidate, even if regmean is confirmed at once.")
 ]
-Json = dict[str, Any]
-"""A lock, a conflict report or scores of a composition, which are the composer's documents."""
 
 _ASKED_S = 1.2
 """How long to wait for a second interrupt: the first one ends the command within two seconds."""
@@ -138,7 +136,7 @@ def tame(  # noqa: PLR0913
     _run({"recipe": parse_recipe(content).to_json(), "plan": False}, follow=follow, json=json)
 
 
-def _run(body: Json, *, follow: bool, json: bool) -> None:
+def _run(body: Mapping[str, object], *, follow: bool, json: bool) -> None:
     """Starts a composition and shows what came of it."""
     with connected() as connection:
         composition = connection.api.post("/v1/compositions", body, wire.work.CompositionOut)
@@ -212,9 +210,9 @@ def _show(composition: "wire.work.CompositionOut") -> None:
     _show_lock(composition.lock)
     if composition.conflicts:
         _show_conflicts(composition.conflicts)
-    if composition.candidate_scores:
-        render.table("scores", ("suite", "metric", "of", "value", "n"), _side_by_side(composition.candidate_scores))
-        if unjudged := _unjudged(composition.candidate_scores, composition.lock):
+    if composition.scores:
+        render.table("scores", ("suite", "metric", "of", "value", "n"), _side_by_side(composition.scores))
+        if unjudged := _unjudged(composition.scores, composition.lock):
             render.out(
                 f"not compared on a suite of their own: {', '.join(unjudged)}. What the result keeps of them is "
                 "not known: name a suite for each (`suite` of an input in the recipe)."
@@ -232,19 +230,18 @@ def _show(composition: "wire.work.CompositionOut") -> None:
         render.out(f"published {row.name} {row.commit[:12]}")
 
 
-def _unjudged(scores: list[Json], lock: Json) -> list[str]:
+def _unjudged(scores: "Sequence[wire.work.CandidateScore]", lock: Mapping[str, Any]) -> list[str]:
     """The inputs to be kept that the candidate was not compared with on their own suite; empty for older compositions,
     which do not record which suite is an input's own."""
     compared = [measured for score in scores for measured in score.get("inputs", [])]
     if any("own_suite" not in measured for measured in compared):
         return []
-    judged = {(measured["repository"], measured["version"]) for measured in compared if measured["own_suite"]}
-    inputs = [member for member in lock["inputs"] if member["weight"] > 0]
-    missing = [member for member in inputs if (member["repository"], member["version"]) not in judged]
-    return [f"{member['repository']}:{member['version']}" for member in missing]
+    judged = {f"{row['repository']}:{row['version']}" for row in compared if row.get("own_suite")}
+    kept = [f"{member['repository']}:{member['version']}" for member in lock["inputs"] if member["weight"] > 0]
+    return [name for name in kept if name not in judged]
 
 
-def _side_by_side(scores: list[Json]) -> list[tuple[Any, ...]]:
+def _side_by_side(scores: "Sequence[wire.work.CandidateScore]") -> list[tuple[Any, ...]]:
     """A row for the candidate per metric, and below it the inputs measured on the same examples."""
     rows: list[tuple[Any, ...]] = []
     for score in scores:
@@ -266,7 +263,7 @@ def _side_by_side(scores: list[Json]) -> list[tuple[Any, ...]]:
     return rows
 
 
-def _show_lock(lock: Json) -> None:
+def _show_lock(lock: Mapping[str, Any]) -> None:
     from registry.formats.lineage import of_lock, rule_words
 
     made = of_lock(lock)
@@ -291,7 +288,7 @@ def _show_lock(lock: Json) -> None:
             render.out(f"{name} {render.plain(value)}")
 
 
-def _show_conflicts(report: Json) -> None:
+def _show_conflicts(report: Mapping[str, Any]) -> None:
     if "summary" in report:  # absent before 0.2
         render.summary("conflicts", report["summary"])
     else:

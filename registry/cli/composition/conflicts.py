@@ -1,10 +1,11 @@
 """Conflicts between adapters, judged on the strongest evidence available."""
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from secrets import token_hex
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -30,11 +31,11 @@ from registry.errors import Usage
 from registry.sdk.conflicts import AdapterGroup
 
 if TYPE_CHECKING:
+    from composer.conflicts.documents import ReportDocument
     from composer.conflicts.report import ConflictReport
     from composer.findings import Verdict
     from composer.formats.recipes.policy import Policy
 
-Json = dict[str, Any]
 Probe = Annotated[
     int, typer.Option(min=0, help="Measure on this many examples of each adapter's suite; `ok` needs 8 or more.")
 ]
@@ -134,7 +135,7 @@ def conflicts(  # noqa: PLR0913
         report = group.examine(given, settings, evidence, rules)
     rendered = document(report)
     if html:
-        _write_page(html, rendered)
+        _write_page(html, cast("ReportDocument", rendered))
     render.document(rendered, json, lambda: _explain(report, modules) if explain else _show(rendered))
     _require(rules, report.verdict)
 
@@ -161,7 +162,7 @@ def _require(rules: "Policy", verdict: "Verdict") -> None:
     raise typer.Exit(1)
 
 
-def _show(document: Json) -> None:
+def _show(document: Mapping[str, Any]) -> None:
     """Shows the summary, which fits a screen."""
     render.summary("Verdict", document["summary"])
     render.say("--explain shows the underlying measurements and numbers; --html F writes a page.")
@@ -183,7 +184,7 @@ def _explain(report: "ConflictReport", modules: int) -> None:
         render.out(line)
 
 
-def _write_page(path: Path, report: Json) -> None:
+def _write_page(path: Path, report: "ReportDocument") -> None:
     from composer.conflicts.render.html import page
     from registry.client.cache import is_regular
 

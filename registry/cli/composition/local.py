@@ -1,5 +1,6 @@
 """The composer on local directories: merge, combine, convert, extract. Only a release to convert needs a registry."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,6 +29,8 @@ from registry.errors import Usage
 
 if TYPE_CHECKING:
     from composer.formats.recipes.weights import Weight
+    from composer.methods.retention import Retention
+    from composer.methods.spectral import Compression
 
 Adapters = Annotated[list[str], typer.Option("--adapter", metavar="DIR[=WEIGHT]", help="May be repeated.")]
 Sequential = Annotated[
@@ -38,7 +41,6 @@ Sequential = Annotated[
     ),
 ]
 Output = Annotated[Path, typer.Option("-o", "--output", help="A new directory.")]
-Json = dict[str, Any]
 
 _RANKS = 5
 """Up to this many ranks are listed; beyond it, only the range."""
@@ -96,11 +98,11 @@ def merge(  # noqa: PLR0913
     findings.warn(report.findings)
     document = report.to_json()
     document["findings"] = [finding.to_json() for finding in (*merging.findings, *report.findings)]
-    left_out = (*_SHOWN_APART, *(() if document["compressions"] else ("lost",)))
+    left_out = (*_SHOWN_APART, *(() if report.compressions else ("lost",)))
     rounding_rows = render.fields(document["survival"], "sampled_rows", "relative_size")
-    shown = render.fields(document, *left_out) + _kept(document)
+    shown = render.fields(document, *left_out) + _kept(report.retention)
     shown += [(f"rounding: {name}", value) for name, value in rounding_rows]
-    render.document(document, json, lambda: _show_cut(f"merged into {output}", shown, document["compressions"]))
+    render.document(document, json, lambda: _show_cut(f"merged into {output}", shown, report.compressions))
 
 
 @root.command()
@@ -154,10 +156,10 @@ def combine(  # noqa: PLR0913
         )
     findings.warn(report.findings)
     document = report.to_json()
-    readable = {**document, "ranks": _ranks(document["ranks"])}
-    shown = render.fields(readable, "out_dir", "findings", "retention", "compressions", "fit") + _kept(document)
+    readable = {**document, "ranks": _ranks(report.ranks)}
+    shown = render.fields(readable, "out_dir", "findings", "retention", "compressions", "fit") + _kept(report.retention)
     shown += fit_lines(document["fit"], [path.name for path, _ in adapters])
-    render.document(document, json, lambda: _show_cut(f"combined into {output}", shown, document["compressions"]))
+    render.document(document, json, lambda: _show_cut(f"combined into {output}", shown, report.compressions))
 
 
 @root.command()
@@ -244,28 +246,27 @@ def extract(  # noqa: PLR0913
         )
     document = report.to_json()
     findings.warn(report.findings)
-    readable = {**document, "ranks": _ranks(document["ranks"])}
+    readable = {**document, "ranks": _ranks(report.ranks)}
     shown = render.fields(readable, "out_dir", "compressions", "saved", "findings")
-    if saved := document["saved"]:
+    if saved := report.saved:
         shown.append(("saved in full", f"{len(saved)}: {', '.join(saved[:3])}{', …' if len(saved) > 3 else ''}"))
-    render.document(document, json, lambda: _show_cut(f"extracted to {output}", shown, document["compressions"]))
+    render.document(document, json, lambda: _show_cut(f"extracted to {output}", shown, report.compressions))
 
 
-def _kept(document: Json) -> list[tuple[str, Any]]:
+def _kept(retention: "Retention") -> list[tuple[str, Any]]:
     """`retention  keeps 43 % of the sum; sql 61 %, terraform 22 %`"""
-    words = document["retention"]["words"]
-    return [("retention", words)] if words else []
+    return [("retention", retention.words)] if retention.words else []
 
 
-def _show_cut(title: str, shown: list[tuple[str, Any]], compressions: list[Json]) -> None:
+def _show_cut(title: str, shown: list[tuple[str, Any]], compressions: "Sequence[Compression]") -> None:
     render.lines(title, shown)
-    worst = sorted(compressions, key=lambda cut: -cut["relative"])[:5]
+    worst = sorted(compressions, key=lambda cut: -cut.relative)[:5]
     if worst:
-        rows = [(cut["module"], cut["rank"], cut["full_rank"], f"{cut['relative']:.1%}") for cut in worst]
+        rows = [(cut.module, cut.rank, cut.full_rank, f"{cut.relative:.1%}") for cut in worst]
         render.table("modules that lost most", ("module", "rank", "of", "error"), rows)
 
 
-def _ranks(modules: dict[int, int]) -> str | None:
+def _ranks(modules: Mapping[int, int]) -> str | None:
     """`rank 48 in 60 modules, 32 in 8`: truncation by energy may leave a different rank in every module."""
     if len(modules) > _RANKS:
         often = max(modules, key=lambda rank: (modules[rank], rank))

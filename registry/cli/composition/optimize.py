@@ -1,7 +1,7 @@
 """Searches for the best combination, and shows what was found."""
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
 
 import typer
 
@@ -13,14 +13,14 @@ from registry.cli.console import render
 from registry.errors import Usage
 
 if TYPE_CHECKING:
+    from composer.conflicts.documents import IntervalDocument
     from composer.conflicts.examine import Evidence
     from composer.deltas.variants.load import LoadedAdapter
     from composer.formats.recipes.methods import AnySettings
     from composer.formats.recipes.policy import Policy
     from composer.formats.recipes.weights import Weight
     from composer.optimize.problem import SearchEffort
-
-Json = Mapping[str, Any]
+    from composer.optimize.report import MeasuredMember, OptimizeDocument
 
 
 def search(
@@ -31,7 +31,7 @@ def search(
     *,
     content: str,
     effort: "SearchEffort",
-) -> dict[str, Any]:
+) -> "OptimizeDocument":
     """Searches, with the given method among the candidates, and returns the report.
 
     `content` names the contents of the base and the adapters: a search of the same resumes where one was interrupted.
@@ -58,7 +58,7 @@ def search(
     problem = problem.under(policy)
     journal = evaluation_journal(load_settings(), f"search {content} {problem.name}")
     with render.progress("optimize", expected_passes(problem, [own]), "examples") as bar:
-        return document(optimize(problem, [own], journal, bar))
+        return cast("OptimizeDocument", document(optimize(problem, [own], journal, bar)))
 
 
 def effort_of(texts: list[str] | None, *, thorough: bool) -> "SearchEffort":
@@ -92,7 +92,7 @@ def _number(text: str) -> object:
         return text
 
 
-def present(report: dict[str, Any], json: bool, *, explain: bool) -> None:
+def present(report: "OptimizeDocument", json: bool, *, explain: bool) -> None:
     """Shows the report, with `explain` also what was tried. Exits 1 if nothing fits."""
 
     def both() -> None:
@@ -105,7 +105,7 @@ def present(report: dict[str, Any], json: bool, *, explain: bool) -> None:
         raise typer.Exit(1)
 
 
-def _show_tried(report: Json) -> None:
+def _show_tried(report: "OptimizeDocument") -> None:
     """A line for each combination that was tried or left out."""
     rows = [
         (
@@ -121,7 +121,7 @@ def _show_tried(report: Json) -> None:
         render.out(f"left out: {name}: {why}")
 
 
-def show(report: Json) -> None:
+def show(report: "OptimizeDocument") -> None:
     """The answer, the best combinations on unseen examples, and how many were tried."""
     render.heading(f"optimize: {report['headline']}")
     show_separability(report)
@@ -153,7 +153,7 @@ def show(report: Json) -> None:
         render.out("fix: Serve them separately, and route each request to its adapter.")
 
 
-def show_separability(report: Json) -> None:
+def show_separability(report: "OptimizeDocument") -> None:
     """Members that prompts do not tell apart, with the figure."""
     for pair in report.get("separability", []):  # a lock of an earlier version has none
         if pair["share"] < SEPARABLE:
@@ -162,10 +162,10 @@ def show_separability(report: Json) -> None:
             render.out(f"  prompts tell which is meant in {pair['share']:.0%}; {SEPARABLE:.0%} are needed")
 
 
-def _is_fragile(member: Json) -> bool:
+def _is_fragile(member: "MeasuredMember") -> bool:
     """Whether fewer answers are left on reworded prompts than the limit asks for by default."""
     return member["still_answered"] < (THRESHOLDS["probe_answers"] or 0.0) * member["answered"]
 
 
-def _spread(value: float, sure: Json | None) -> str:
+def _spread(value: float, sure: "IntervalDocument | None") -> str:
     return f"{value:+.2f} ({sure['low']:+.2f} to {sure['high']:+.2f})" if sure else f"{value:+.2f}"

@@ -1,10 +1,10 @@
 """Runs suites on releases and bases, and records the scores with the result of each example."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,7 +18,7 @@ from registry.cli.console.scores import score_table
 from registry.cli.evaluation import harness as harnesses
 from registry.cli.evaluation import queued_evaluation
 from registry.cli.evaluation.harness import ChatTemplate, HarnessChoice, NumFewshot, TaskDirectory, TaskNames
-from registry.cli.evaluation.quality import EvaluationTarget, release_or_base
+from registry.cli.evaluation.quality import EvaluationTarget, MeasuredScore, release_or_base
 from registry.errors import Invalid, RegistryError, Usage
 from registry.errors.codes import RETRYABLE
 from registry.errors.translation import of_composer
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     from composer.formats.sets.adapter_set import SetMember
     from composer.formats.sets.router import Router
 
-Json = dict[str, Any]
-"""A score as it is printed and as a request has it."""
 _HELP = "See `adaptory eval --help`."
 
 
@@ -98,14 +96,17 @@ def evaluate(  # noqa: PLR0913
     refuse_idle(of_job, "without --queue", _HELP)
     where = _Where(device, base_dir)
     rows, failed = _evaluated(list(dict.fromkeys(what)), list(dict.fromkeys(suite or ())), choice, where)
-    documents = [{"subject": name, "recorded": limit is None, "scores": scores} for name, scores in rows.items()]
+    documents = [
+        {"subject": name, "recorded": limit is None, "scores": [score.to_json() for score in scores]}
+        for name, scores in rows.items()
+    ]
     document = documents[0] if len(documents) == 1 else {"items": documents, "next": None}
-    render.document(document, json, lambda: _show(documents), failed)
+    render.document(document, json, lambda: _show(rows), failed)
 
 
 def _evaluated(
     what: Sequence[str], suite_names: Sequence[str], choice: HarnessChoice, where: "_Where"
-) -> tuple[dict[str, list[Json]], RegistryError | None]:
+) -> tuple[dict[str, list[MeasuredScore]], RegistryError | None]:
     """The scores by subject: of the suites, then of the harness' tasks; and why some could not be measured."""
     from registry.transfer.collect import sweep_journals
 
@@ -118,7 +119,7 @@ def _evaluated(
         unmeasured = [task.subject for task in tasks if task.journal.missing(task.examples)]
         models = _Models(connection, subjects if plan else unmeasured, where)
         done, failed = _run(connection, tasks, models, recorded=choice.recorded)
-        rows = {name: list[Json]() for name in what} | done
+        rows = {name: list[MeasuredScore]() for name in what} | done
         for task in tasks:
             task.journal.discard()
         if plan:
@@ -129,7 +130,13 @@ def _evaluated(
 
 
 def _queue(
-    what: Sequence[str], suites: Sequence[str], choice: HarnessChoice, wish: Json, *, wait: bool, json: bool
+    what: Sequence[str],
+    suites: Sequence[str],
+    choice: HarnessChoice,
+    wish: Mapping[str, object],
+    *,
+    wait: bool,
+    json: bool,
 ) -> None:
     with connected() as connection:
         registered = harnesses.register(connection, harnesses.load(choice)) if choice.names else []
@@ -164,7 +171,7 @@ def _task(connection: Connection, subject: EvaluationTarget, suite: "Suite", lim
 
 def _run(
     connection: Connection, tasks: Sequence[SuiteRun], models: "_Models", *, recorded: bool
-) -> tuple[dict[str, list[Json]], RegistryError | None]:
+) -> tuple[dict[str, list[MeasuredScore]], RegistryError | None]:
     """The scores by subject, and the first error. Records the scores of each task as it ends. Everything is fetched
     before the first pass.
 
@@ -174,7 +181,7 @@ def _run(
     known = sum(len(set(task.examples)) for task in tasks) - left
     if known:
         render.say(f"resumed: {known} of {known + left} examples were measured before")
-    rows: dict[str, list[Json]] = {task.subject.name: [] for task in tasks}
+    rows: dict[str, list[MeasuredScore]] = {task.subject.name: [] for task in tasks}
     failed: list[tuple[SuiteRun, ComposerError]] = []
     label = f"eval {next(iter(rows))}" if len(rows) == 1 else f"eval {len(rows)} subjects"
     with render.progress(label, left, "examples") as done:
@@ -189,12 +196,11 @@ def _run(
                     raise
                 failed.append((task, error))
                 continue
-            scores = [score.to_json() for score in measured]
-            stated = {"phrase": task.phrase} if task.phrase else {}
+            scores = [MeasuredScore(score, phrase=task.phrase) for score in measured]
             if recorded:
                 examples = {"suite_digest": task.suite.digest, "examples": [result.to_json() for result in results]}
                 task.subject.record(connection, scores, [examples])
-            rows[task.subject.name] += [score | stated for score in scores]
+            rows[task.subject.name] += scores
     return rows, _first(failed, len(tasks))
 
 
@@ -298,9 +304,21 @@ def _measured(
     return scores(task.suite, results), results
 
 
-def _show(documents: Sequence[Json]) -> None:
+def _show(rows: Mapping[str, Sequence[MeasuredScore]]) -> None:
     from registry.sdk.results import Score
 
-    for document in documents:
-        known = [{name: row[name] for name in Score.__slots__ if name in row} for row in document["scores"]]
-        score_table(document["subject"], [Score(**score) for score in known])
+    for name, measured in rows.items():
+        scores = [
+            Score(
+                suite=row.score.suite,
+                metric=row.score.metric,
+                value=row.score.value,
+                n=row.score.n,
+                stderr=row.score.stderr,
+                higher_is_better=row.score.higher_is_better,
+                source=row.source,
+                phrase=row.phrase or None,
+            )
+            for row in measured
+        ]
+        score_table(name, scores)

@@ -3,12 +3,13 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from registry.cli.console import complete, render
 from registry.cli.console.groups import refuse_idle
+from registry.cli.evaluation.quality import MeasuredScore
 from registry.errors import Conflict
 from registry.sdk.connection import Connection
 
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     from composer.formats.recipes.elsewhere import HarnessTask
     from registry.cli.evaluation.quality import EvaluationTarget
 
-Json = dict[str, Any]
-"""A score as it is printed and as a request has it."""
 
 TaskNames = Annotated[
     list[str] | None,
@@ -87,7 +86,7 @@ def evaluate(
     plan: "Plan",
     subjects: "Sequence[EvaluationTarget]",
     model_of: "Callable[[EvaluationTarget], tuple[LoadedModel, Sequence[Delta]]]",
-) -> dict[str, list[Json]]:
+) -> dict[str, list[MeasuredScore]]:
     """The scores by subject. Records those of each task as it ends; an interrupted run resumes at the request where it
     stopped."""
     if choice.recorded:
@@ -111,13 +110,13 @@ class _Run:
     model_of: "Callable[[EvaluationTarget], tuple[LoadedModel, Sequence[Delta]]]"
     journals: "list[AnswerJournal]" = field(default_factory=list["AnswerJournal"])
 
-    def scores(self) -> list[Json]:
+    def scores(self) -> list[MeasuredScore]:
         """Measures and records; returns the scores of tasks, then those of groups."""
         from composer.evaluation.harness import run_group
         from composer.evaluation.harness_model import HarnessModel
 
         loaded, deltas = self.model_of(self.subject)
-        model, outcomes, rows = HarnessModel(loaded), dict[str, "TaskScores"](), list[Json]()
+        model, outcomes, rows = HarnessModel(loaded), dict[str, "TaskScores"](), list[MeasuredScore]()
         with render.progress(f"eval {self.subject.name}", None) as bar:
             for name in self.plan.tasks:
                 outcomes[name] = self._measured(model, name, deltas, bar)
@@ -148,11 +147,11 @@ class _Run:
             render.say(f"note: {line}")
         return outcome
 
-    def _recorded(self, suite: "HarnessTask", outcome: "TaskScores") -> list[Json]:
+    def _recorded(self, suite: "HarnessTask", outcome: "TaskScores") -> list[MeasuredScore]:
         """Records the scores, with the results of each document if there are any."""
         from composer.evaluation.harness import source
 
-        rows = [{**score.to_json(), "source": source()} for score in outcome.scores]
+        rows = [MeasuredScore(score, source()) for score in outcome.scores]
         if self.choice.recorded and rows:
             results = {"suite_digest": suite.digest, "metric": outcome.metric, "examples": outcome.examples}
             self.subject.record(self.connection, rows, [results] if outcome.examples else [])

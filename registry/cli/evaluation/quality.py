@@ -1,9 +1,9 @@
 """Suites and their scores: suite add and list, score delete and import."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 from urllib.parse import quote
 
 import typer
@@ -17,10 +17,24 @@ from registry.cli.console.scores import score_table
 from registry.errors import NotFound, Usage
 from registry.sdk.connection import Connection
 
+if TYPE_CHECKING:
+    from composer.evaluation.evaluate import SuiteScore
+
 suite_app = group("suite", "Evaluation sets, versioned by content.")
 score_app = group("score", "Recorded scores.")
-Json = dict[str, Any]
-"""A score, or the results of a suite, as a request has them."""
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredScore:
+    """A score, what measured it if that is not this program, and the phrase that was before each prompt."""
+
+    score: "SuiteScore"
+    source: str | None = None
+    phrase: str = ""
+
+    def to_json(self) -> dict[str, object]:
+        others = {"source": self.source, "phrase": self.phrase}
+        return {**self.score.to_json(), **{name: value for name, value in others.items() if value}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +74,14 @@ class EvaluationTarget:
             return ""
         return connection.api.get(self.release.path, wire.catalog.ReleaseOut).provenance.phrases.get(suite, "")
 
-    def record(self, connection: Connection, scores: Sequence[Json], results: Sequence[Json]) -> None:
-        """Records scores as `eval` prints them, and the results of each example behind them."""
-        rows = [{key: value for key, value in row.items() if key not in ("suite", "task")} for row in scores]
+    def record(
+        self, connection: Connection, scores: Sequence[MeasuredScore], results: Sequence[Mapping[str, object]]
+    ) -> None:
+        """Records scores, and the results of each example behind them."""
+        rows = [
+            {key: value for key, value in row.to_json().items() if key not in ("suite", "task", "phrase")}
+            for row in scores
+        ]
         connection.api.post(self.scores_path, {"scores": rows, "results": results})
 
 

@@ -1,6 +1,6 @@
 """`eval --queue`: a worker of the server measures, in one job."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from registry import wire
@@ -15,7 +15,7 @@ from registry.sdk.suites import refuse_bad_suite_name
 
 
 def queue(
-    connection: Connection, what: Sequence[str], suites: Sequence[str], wish: dict[str, Any], *, wait: bool
+    connection: Connection, what: Sequence[str], suites: Sequence[str], wish: Mapping[str, object], *, wait: bool
 ) -> "wire.work.EvaluationOut":
     """Requests the evaluation and, with `wait`, follows it to its end. Returns its report."""
     for name in suites:

@@ -7,12 +7,12 @@ import re
 import sys
 import time
 import zipfile
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
 from email.utils import parsedate_to_datetime
 from importlib.metadata import distributions
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from registry.environment.settings import Settings
     from registry.transfer.installation import Check
 
-Json = dict[str, Any]
 _OF_STRING = r'(?:[^"\\]|\\.)*'
 """What may follow in a string of JSON."""
 MARKS = {"ok": "ok", "warning": "warning", "error": "ERROR"}
@@ -59,10 +58,7 @@ def doctor(
     except Usage:
         remote = True
     checks = [*(_check_server(settings) if remote else _check_here(settings, contents=contents))]
-    document = {
-        "healthy": not any(check.state == "error" for check in checks),
-        "checks": [asdict(check) for check in checks],
-    }
+    document = _document(checks)
 
     def show() -> None:
         width = max(len(check.name) for check in checks)
@@ -73,7 +69,7 @@ def doctor(
 
     render.document(document, json, show)
     if bundle is not None:
-        _write_bundle(bundle, settings, document, remote=remote)
+        _write_bundle(bundle, settings, checks, remote=remote)
         render.say(f"wrote {bundle}: look through it before you send it")
     if not document["healthy"]:
         raise typer.Exit(1)
@@ -115,10 +111,10 @@ def _clock_offset(url: str) -> float:
     return parsedate_to_datetime(sent).timestamp() - time.time() if sent else 0.0
 
 
-def _write_bundle(path: Path, settings: "Settings", document: Json, *, remote: bool) -> None:
-    anonymous = [{**check, "detail": "valid"} if check["name"] == "token" else check for check in document["checks"]]
+def _write_bundle(path: Path, settings: "Settings", checks: Sequence["Check"], *, remote: bool) -> None:
+    anonymous = [replace(check, detail="valid") if check.name == "token" else check for check in checks]
     files = {
-        "checks.json": {**document, "checks": anonymous},
+        "checks.json": _document(anonymous),
         "versions.json": _versions(),
         "settings.json": _settings(settings),
     }
@@ -132,12 +128,17 @@ def _write_bundle(path: Path, settings: "Settings", document: Json, *, remote: b
             archive.writestr(name, json_text.dumps(content, indent=2, default=str) + "\n")
 
 
-def _versions() -> Json:
+def _document(checks: Sequence["Check"]) -> dict[str, object]:
+    healthy = not any(check.state == "error" for check in checks)
+    return {"healthy": healthy, "checks": [asdict(check) for check in checks]}
+
+
+def _versions() -> dict[str, object]:
     packages = {distribution.metadata["Name"]: distribution.version for distribution in distributions()}
     return {"python": sys.version, "platform": platform.platform(), "packages": dict(sorted(packages.items()))}
 
 
-def _settings(settings: "Settings") -> Json:
+def _settings(settings: "Settings") -> dict[str, object]:
     """The settings that are not at their default: secrets and names as asterisks, addresses without user, password and
     query."""
     text = settings.model_dump_json(exclude_defaults=True)

@@ -21,11 +21,8 @@ from registry.sdk.connection import Connection
 if TYPE_CHECKING:
     from composer.formats.adapters.compare import AdapterComparison
     from composer.formats.adapters.inspection import Inspection
-    from registry.client.diff import ComparedFacts
-    from registry.formats.lineage import Lineage
-
-Json = dict[str, Any]
-"""The report, or a part of it."""
+    from registry.client.diff import ChangedExample, ComparedFacts, Differences, ScoreDifference
+    from registry.formats.lineage import Changed, Lineage
 
 TOP_MODULES = 20
 EXAMPLE_CHARS = 300
@@ -79,20 +76,37 @@ def diff(
         raise Usage("kinds_differ", f"{old} and {new} are an adapter and a model.")
     deltas = None if with_base else _compare(before.directory, after.directory)
     compare = differences_in_scores if with_base else differences
-    document = {
-        "old": before.name,
-        "new": after.name,
-        **compare(before.compared, after.compared, before.results, after.results),
-        "composition": side_by_side(before.made, after.made),
-        "deltas": deltas.to_json() if deltas else None,
-    }
+    shown = _Shown(
+        before.name,
+        after.name,
+        compare(before.compared, after.compared, before.results, after.results),
+        side_by_side(before.made, after.made),
+        deltas,
+    )
     if examples:
-        document["examples"] = [
+        shown.examples = [
             row
             for suite in suites
             for row in changed_examples(suite, before.results[suite.digest], after.results[suite.digest])
         ]
-    render.document(document, json, lambda: _show(document, everything=everything))
+    render.document(shown.to_json(), json, lambda: _show(shown, everything=everything))
+
+
+@dataclass(slots=True)
+class _Shown:
+    """The report. `deltas` is None without modules to compare, `examples` if they are not wanted."""
+
+    old: str
+    new: str
+    differences: "Differences"
+    composition: "list[Changed]"
+    deltas: "AdapterComparison | None"
+    examples: "list[ChangedExample] | None" = None
+
+    def to_json(self) -> dict[str, object]:
+        deltas = self.deltas.to_json() if self.deltas else None
+        document = {"old": self.old, "new": self.new, **self.differences, "composition": self.composition}
+        return document | {"deltas": deltas} | ({} if self.examples is None else {"examples": self.examples})
 
 
 def _subjects(old: str, new: str, *, with_suites: bool) -> "tuple[DiffSide, DiffSide, list[wire.quality.SuiteOut]]":
@@ -205,44 +219,52 @@ def _compare(old: Path | None, new: Path | None) -> "AdapterComparison | None":
     return compare(before.adapter, after.adapter, before.placed, after.placed)
 
 
-def _show(document: Json, *, everything: bool) -> None:
-    render.heading(f"{document['old']} -> {document['new']}: {_verdict(document)}")
-    for finding in document["breaking"]:
+def _show(shown: _Shown, *, everything: bool) -> None:
+    differences = shown.differences
+    render.heading(f"{shown.old} -> {shown.new}: {_verdict(differences)}")
+    for finding in differences["breaking"]:
         render.out(f"  breaking: {finding['message']}")
-    for what in ("composition", "facts", "provenance"):
-        rows = [(row["name"], row["old"], row["new"]) for row in document[what]]
-        _table(what, ("", "old", "new"), rows)
-    if document["deltas"]:
-        _show_deltas(document["deltas"], everything=everything)
-    _table(
-        "scores", ("suite", "metric", "old", "new", "difference", ""), [_score_row(row) for row in document["scores"]]
-    )
-    for row in document.get("examples", ()):
+    changed = {"composition": shown.composition, "facts": differences["facts"], "provenance": differences["provenance"]}
+    for what, rows in changed.items():
+        _table(what, ("", "old", "new"), [(row["name"], row["old"], row["new"]) for row in rows])
+    if shown.deltas:
+        _show_deltas(shown.deltas, everything=everything)
+    scores = [_score_row(row) for row in differences["scores"]]
+    _table("scores", ("suite", "metric", "old", "new", "difference", ""), scores)
+    for row in shown.examples or ():
         render.lines(f"{row['suite']}, example {row['example']}: {_change(row)}", _example_lines(row))
-    _table("files", ("", "path"), [(how, path) for how, paths in document["files"].items() for path in paths])
+    files = differences["files"]
+    paths = [("added", files["added"]), ("removed", files["removed"]), ("changed", files["changed"])]
+    _table("files", ("", "path"), [(how, path) for how, changed_paths in paths for path in changed_paths])
 
 
-def _verdict(document: Json) -> str:
-    if document["change"] is None:
+def _verdict(differences: "Differences") -> str:
+    if differences["change"] is None:
         return "scores"
     return {
         "breaking": "a breaking change",
         "weights": "other weights",
         "files": "the same weights, other files",
         "none": "the same files",
-    }[document["change"]]
+    }[differences["change"]]
 
 
-def _show_deltas(deltas: Json, *, everything: bool) -> None:
-    rows = [row for row in deltas["modules"] if everything or row["status"] != "same"]
-    shown = rows if everything else rows[:TOP_MODULES]
-    columns = ("norm_old", "norm_new", "cosine", "norm_difference", "energy_gained", "energy_lost")
-    table = [(row["module"], _remark(row["status"]), _ranks(row), *(row[name] for name in columns)) for row in shown]
-    overall = ("all deltas", "", "", *(deltas["whole"][name] for name in columns))
-    _table("modules", ("module", "", "rank", "|D|", "|D'|", "cosine", "|D'-D|", "gained", "lost"), [overall, *table])
-    if len(rows) > len(shown):
-        render.say(f"{len(rows) - len(shown)} more modules changed: --all shows them")
-    for name in deltas["left_out"]:
+def _show_deltas(deltas: "AdapterComparison", *, everything: bool) -> None:
+    from composer.formats.adapters.compare import EnergyChange
+
+    modules = [module for module in deltas.modules if everything or module.status != "same"]
+    shown = modules if everything else modules[:TOP_MODULES]
+    nothing = dict.fromkeys(EnergyChange().to_json())
+    rows: list[tuple[Any, ...]] = []
+    for module in shown:
+        energies = module.change.to_json() if module.change else nothing
+        ranks = _ranks(module.rank_old, module.rank_new)
+        rows.append((module.module, _remark(module.status), ranks, *energies.values()))
+    overall = ("all deltas", "", "", *deltas.overall.to_json().values())
+    _table("modules", ("module", "", "rank", "|D|", "|D'|", "cosine", "|D'-D|", "gained", "lost"), [overall, *rows])
+    if len(modules) > len(shown):
+        render.say(f"{len(modules) - len(shown)} more modules changed: --all shows them")
+    for name in deltas.left_out:
         render.say(f"warning: {name} could not be compared")
 
 
@@ -250,41 +272,40 @@ def _remark(status: str) -> str:
     return "" if status == "changed" else status
 
 
-def _ranks(row: Json) -> str:
-    old, new = row["rank_old"], row["rank_new"]
+def _ranks(old: int | None, new: int | None) -> str:
     return render.cell(new) if old == new else f"{render.cell(old)} -> {render.cell(new)}"
 
 
-def _change(row: Json) -> str:
+def _change(row: "ChangedExample") -> str:
     old, new = row["old"]["score"], row["new"]["score"]
     return f"{'better' if new > old else 'worse'}, {render.cell(old)} -> {render.cell(new)}"
 
 
-def _example_lines(row: Json) -> list[tuple[str, Any]]:
+def _example_lines(row: "ChangedExample") -> list[tuple[str, Any]]:
     texts = {"prompt": row["prompt"], "wanted": row["completion"]}
-    texts |= {side: row[side].get("answer") for side in ("old", "new")}
+    texts |= {"old": row["old"].get("answer"), "new": row["new"].get("answer")}
     return [(name, cut(text, EXAMPLE_CHARS)) for name, text in texts.items() if text is not None]
 
 
-def _score_row(row: Json) -> tuple[Any, ...]:
+def _score_row(row: "ScoreDifference") -> tuple[Any, ...]:
     if row["difference"] is None:
         note = "on other examples" if row["old"] is not None and row["new"] is not None else ""
+        difference = None
     else:
         better = "better" if row["better"] else "worse" if row["difference"] else "the same"
         note = {True: better, False: f"{better}, within its error", None: better}[row["beyond"]]
-    old, new = (
-        render.with_error(row[side], row[f"{side}_stderr"], row[f"{side}_n"] or 0)
-        + " reported" * row[f"{side}_reported"]
-        if row[side] is not None
-        else None
-        for side in ("old", "new")
-    )
-    difference = render.with_error(row["difference"], row["stderr"]) if row["difference"] is not None else None
-    if paired := row["paired"]:
-        difference, note = f"{row['difference']:+.3f}", paired["in_words"]
-        if paired["low"] is not None:
-            difference += f" ({paired['low']:+.3f} to {paired['high']:+.3f})"
+        difference = render.with_error(row["difference"], row["stderr"])
+        if paired := row["paired"]:
+            difference, note = f"{row['difference']:+.3f}", paired["in_words"]
+            if paired["low"] is not None:
+                difference += f" ({paired['low']:+.3f} to {paired['high']:+.3f})"
+    old = _side(row["old"], row["old_stderr"], row["old_n"], reported=row["old_reported"])
+    new = _side(row["new"], row["new_stderr"], row["new_n"], reported=row["new_reported"])
     return (row["suite"], row["metric"], old, new, difference, note)
+
+
+def _side(value: float | None, stderr: float | None, n: int | None, *, reported: bool) -> str | None:
+    return None if value is None else render.with_error(value, stderr, n or 0) + " reported" * reported
 
 
 def _table(title: str, columns: tuple[str, ...], rows: list[Any]) -> None:

@@ -1,11 +1,13 @@
 """adaptory inspect"""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from composer.findings import Severity
 from registry.cli.console import complete, render
 from registry.cli.console.connect import connected, release_directory, resolved
 from registry.cli.console.findings import StrictFlag, line
@@ -14,9 +16,12 @@ from registry.cli.console.render import JsonFlag
 from registry.cli.releases.release import used_ranks
 
 if TYPE_CHECKING:
+    from composer.findings import Finding
+    from composer.formats.adapters.facts import AdapterFacts
+    from composer.formats.adapters.serving import Loading
+    from composer.formats.adapters.spectrum import Spectrum
     from composer.formats.checkpoints.checkpoint import Architecture
 
-Json = dict[str, Any]
 """What was seen in a directory."""
 
 PROFILES = ("vllm:16", "vllm:64", "sglang", "llamacpp", "peft")
@@ -67,14 +72,50 @@ def inspect(
         checkpoint = open_checkpoint(Path(base or ""), dequantize=True)
         architecture, names = checkpoint.architecture, names_of(checkpoint.path, checkpoint.config)
     look = _look if layout == PEFT else _look_at_another
-    document: Json = {**look(directory, (architecture, names), server or PROFILES), "layout": layout}
-    render.document(document, json, lambda: _show_inspection(what, document))
-    severities = {finding["severity"] for finding in document["findings"]}
-    if "error" in severities or (strict and "warning" in severities):
+    seen = look(directory, (architecture, names), server or PROFILES)
+    document = {**seen.to_json(), "layout": layout}
+    render.document(document, json, lambda: seen.show(what, layout))
+    severities = {finding.severity for finding in seen.findings}
+    if Severity.ERROR in severities or (strict and Severity.WARNING in severities):
         raise typer.Exit(6)
 
 
-def _look(directory: Path, base: "tuple[Architecture | None, list[str]]", servers: Sequence[str]) -> Json:
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """An inspected adapter: its facts, the summary of its spectrum if that could be read, and the servers."""
+
+    facts: "AdapterFacts"
+    findings: "Sequence[Finding]"
+    loads_in: "Sequence[Loading]"
+    spectrum: "Spectrum | None" = None
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            "adapter": self.facts.to_json() | {"spectrum": self.spectrum.summary() if self.spectrum else None},
+            "findings": [finding.to_json() for finding in self.findings],
+            "loads_in": [server.to_json() for server in self.loads_in],
+        }
+
+    def show(self, what: str, layout: str) -> None:
+        facts, used = self.facts.to_json(), self.spectrum
+        named = facts | {"rank": self.facts.rank_max, "base": self.facts.base_model_name_or_path}
+        names = (
+            "type", "variant", "rank", "alpha", "targets", "modules", "parameters", "dtype", "modules_to_save", "base",
+        )  # fmt: skip
+        own = render.fields({name: named[name] for name in names}, *(() if self.facts.rank_max else ("rank", "alpha")))
+        size = ("size", render.size(self.facts.size_bytes))
+        energy = used_ranks(used.rank_95, used.rank_99) if used else None
+        render.lines(f"adapter {what}", [("layout", layout), *own, size, ("energy", energy)])
+        for finding in self.findings:
+            render.out(f"  {line(finding.to_json())}")
+        rows = [
+            (server.profile, "yes" if server.loads else "no", "; ".join(server.reasons), "; ".join(server.way_out))
+            for server in self.loads_in
+        ]
+        render.table("", ("server", "loads", "why not", "fix"), rows)
+
+
+def _look(directory: Path, base: "tuple[Architecture | None, list[str]]", servers: Sequence[str]) -> _Seen:
     from composer.checks.check import check_one
     from composer.formats.adapters.inspection import inspect as look
     from composer.formats.adapters.spectrum import spectrum
@@ -83,14 +124,11 @@ def _look(directory: Path, base: "tuple[Architecture | None, list[str]]", server
     seen = look(directory, architecture)
     findings = check_one(seen, names)
     used = None if any(finding.severity == "error" for finding in findings) else spectrum(seen.adapter, seen.placed)
-    return {
-        "adapter": seen.facts.to_json() | {"spectrum": used.summary() if used else None},
-        "findings": [finding.to_json() for finding in [*findings, *(used.hints(seen.findings) if used else [])]],
-        "loads_in": [seen.loads_in(profile) for profile in servers],
-    }
+    findings = [*findings, *(used.hints(seen.findings) if used else [])]
+    return _Seen(seen.facts, findings, [seen.loads_in(profile) for profile in servers], used)
 
 
-def _look_at_another(path: Path, base: "tuple[Architecture | None, list[str]]", servers: Sequence[str]) -> Json:
+def _look_at_another(path: Path, base: "tuple[Architecture | None, list[str]]", servers: Sequence[str]) -> _Seen:
     """Inspects an adapter that is not in PEFT's layout, the only one that servers are known to load."""
     from composer.formats.adapters.inspection import inspect_foreign
     from composer.formats.adapters.serving import Loading, parse_profile
@@ -98,33 +136,4 @@ def _look_at_another(path: Path, base: "tuple[Architecture | None, list[str]]", 
     facts, findings = inspect_foreign(path, base[0])
     way_out = (f"adaptory convert {path} --base BASE -o OUT",)
     loading = [Loading(str(parse_profile(name)), False, ("not PEFT's layout",), way_out) for name in servers]
-    return {
-        "adapter": facts.to_json() | {"spectrum": None},
-        "findings": [finding.to_json() for finding in findings],
-        "loads_in": [server.to_json() for server in loading],
-    }
-
-
-def _show_inspection(what: str, document: Json) -> None:
-    facts = document["adapter"]
-    named = facts | {"rank": facts["rank_max"], "base": facts["base_model_name_or_path"]}
-    names = (
-        "type", "variant", "rank", "alpha", "targets", "modules", "parameters", "dtype", "modules_to_save", "base",
-    )  # fmt: skip
-    own = render.fields({name: named[name] for name in names}, *(() if named["rank"] else ("rank", "alpha")))
-    size = ("size", render.size(facts["size_bytes"]))
-    used = facts["spectrum"]
-    energy = used_ranks(used["rank_95"], used["rank_99"]) if used else None
-    render.lines(f"adapter {what}", [("layout", document["layout"]), *own, size, ("energy", energy)])
-    for finding in document["findings"]:
-        render.out(f"  {line(finding)}")
-    rows = [
-        (
-            server["profile"],
-            "yes" if server["loads"] else "no",
-            "; ".join(server["reasons"]),
-            "; ".join(server["way_out"]),
-        )
-        for server in document["loads_in"]
-    ]
-    render.table("", ("server", "loads", "why not", "fix"), rows)
+    return _Seen(facts, findings, loading)

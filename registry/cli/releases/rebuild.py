@@ -2,7 +2,7 @@
 
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from registry import wire
 from registry.cli.console import render
@@ -10,13 +10,13 @@ from registry.cli.console.connect import base_checkpoint, release_directory, res
 from registry.errors import Invalid, NotAllowed, Refused, Usage
 from registry.sdk.connection import Connection
 
-Json = dict[str, Any]
-"""The report of a rebuild."""
+if TYPE_CHECKING:
+    from composer.merge.rebuild import Rebuilt
 
 
 def rebuilt(
     connection: Connection, release: "wire.search.ResolvedRelease", directory: Path, base_dir: Path | None
-) -> Json:
+) -> "Rebuilt":
     """Pulls the inputs, merges them into the base again and compares with the release's verified files in `directory`.
 
     The registry knows the inputs and weights, the release's own note how they were merged. Raises Refused for a release
@@ -43,7 +43,7 @@ def rebuilt(
             "lineage_differs", f"The note in {name} names other adapters or weights than the registry.", subject=name
         )
     with render.progress(f"rebuild {name}", plan.size_bytes) as done:
-        return rebuild(plan, directory, progress=done).to_json()
+        return rebuild(plan, directory, progress=done)
 
 
 def _weights_digest(release: "wire.search.ResolvedRelease") -> str:
@@ -53,7 +53,7 @@ def _weights_digest(release: "wire.search.ResolvedRelease") -> str:
     return next(file.sha256 for file in release.files if file.path == WEIGHTS_FILE)
 
 
-def rebuilt_here(directory: Path, base_dir: Path | None, adapters: list[Path], *, dequantize: bool) -> Json:
+def rebuilt_here(directory: Path, base_dir: Path | None, adapters: list[Path], *, dequantize: bool) -> "Rebuilt":
     """Rebuilds what `adaptory merge` wrote into a directory, from the named base and adapters."""
     from composer.formats.checkpoints.checkpoint import open_checkpoint
     from composer.merge.rebuild import plan_rebuild, rebuild
@@ -70,4 +70,4 @@ def rebuilt_here(directory: Path, base_dir: Path | None, adapters: list[Path], *
         raise Usage("idle_weight", message, subject=str(weighted))
     plan = plan_rebuild(directory, open_checkpoint(base_dir, dequantize), adapters)
     with render.progress(f"rebuild {directory}", plan.size_bytes) as done:
-        return rebuild(plan, directory, progress=done).to_json()
+        return rebuild(plan, directory, progress=done)

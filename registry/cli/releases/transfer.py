@@ -1,9 +1,10 @@
 """Transfers: push, pull and verify."""
 
+from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -23,8 +24,10 @@ from registry.sdk.connection import Connection
 from registry.sdk.fit import fitting_base
 from registry.sdk.local_files import total_bytes
 
-Json = dict[str, Any]
-"""A document of this command, or a part of one."""
+if TYPE_CHECKING:
+    from composer.merge.rebuild import Rebuilt
+    from registry.client.push import ReleaseRequest
+    from registry.formats.attestations import Statement
 
 SigningKey = Annotated[Path | None, typer.Option(metavar="KEY.pem", help="Sign the release with this private key.")]
 BaseName = Annotated[
@@ -78,20 +81,22 @@ def push(  # noqa: PLR0913
     reference = single_version(target, bump)
     if channel:
         parse_name(channel, "channel")  # before publishing, which cannot be undone
-    request: Json = {
-        "version": str(reference.version) if reference.version else None,
-        "bump": bump,
-        "notes": notes,
-        "allow_breaking": allow_breaking,
-        "provenance": _provenance(provenance) if provenance else None,
-        **({"strict": True} if strict else {}),
-    }
+    version, stated = str(reference.version) if reference.version else None, _provenance(provenance)
     if (selection := select_files(directory, _kind(kind), include or [])).left_out:
         render.say(f"left out: {selection.summary()} (include more with --include GLOB)")
     with connected() as connection:
         if channel:
             confirm_new_channel(connection, f"/v1/{kind}s/{reference.repository}", channel, agreed=new_channel)
-        request["base"] = fitting_base(connection.api, directory, base, kind, strict=strict)
+        request: ReleaseRequest = {
+            "version": version,
+            "bump": bump,
+            "notes": notes,
+            "allow_breaking": allow_breaking,
+            "provenance": stated,
+            "base": fitting_base(connection.api, directory, base, kind, strict=strict),
+        }
+        if strict:
+            request["strict"] = True
         publication = Publication(reference.repository, kind, request)
         published, sent = publish(connection.api, selection, publication, render, sign)
         show_warnings(published)
@@ -99,7 +104,7 @@ def push(  # noqa: PLR0913
             show_push(published, sent)  # before the channel moves: the release is published even if that fails
         moved = _promote(connection, published.release, channel) if channel else None
     left_out, move = list(selection.left_out), moved if isinstance(moved, wire.quality.MoveOut) else None
-    document: Json = {**published.document, "sent": sent, "left_out": left_out, "move": move}
+    document: dict[str, object] = {**published.document, "sent": sent, "left_out": left_out, "move": move}
     if isinstance(moved, wire.quality.PromotionOut):
         document["promotion"] = moved
     failure = moved if isinstance(moved, RegistryError) else None
@@ -161,6 +166,7 @@ def pull(
         if key:
             signed.append(verify_release(connection.api, release, parse_reference(ref), directory, key))
             refuse_narrow(signed[0], signature_covers)
+            _warn_of_files_only(signed[0])
 
     with connected() as connection:
         release = resolved(connection, ref)
@@ -176,7 +182,7 @@ def pull(
         "version": release.version,
         "commit": release.commit,
         "directory": str(output),
-        **_signature(signed[0] if signed else None),
+        **(_signature(signed[0]) if signed else {}),
     }
     render.say(f"{release.name} {release.commit}")
     render.document(document, json, lambda: print(output))
@@ -214,7 +220,7 @@ def verify(  # noqa: PLR0913
     local = {"--adapter": adapter, "--dequantize": dequantize}
     if not rebuild:
         refuse_idle({"--base-dir": base_dir, **local}, "here: it is for merges that are rebuilt with --rebuild", _HELP)
-    document: Json = {"what": what}
+    verified = _Verified(what)
     release: wire.search.ResolvedRelease | None = None
     connection: Connection | None = None
     with ExitStack() as stack:
@@ -222,13 +228,13 @@ def verify(  # noqa: PLR0913
             connection = stack.enter_context(connected())
             release = resolved(connection, what)
             refuse_idle(local, "here: it is for local merges, with DIR --rebuild", _HELP)
-            document["attestations"] = _attestations(connection, release, attestations)
+            verified.attested = _attested(connection, release, attestations)
             if rebuild or public_key:
                 directory = release_directory(connection, release)
             if rebuild:
-                document["rebuild"] = rebuilt(connection, release, directory, base_dir)
+                verified.rebuilt = rebuilt(connection, release, directory, base_dir)
         elif rebuild:
-            document["rebuild"] = rebuilt_here(directory, base_dir, adapter or [], dequantize=dequantize)
+            verified.rebuilt = rebuilt_here(directory, base_dir, adapter or [], dequantize=dequantize)
         if public_key:
             signed = (
                 verify_release(connection.api, release, parse_reference(what), directory, public_key)
@@ -236,78 +242,96 @@ def verify(  # noqa: PLR0913
                 else verify_directory(directory, public_key)
             )
             refuse_narrow(signed, signature_covers)
-            document |= _signature(signed)
-    failure = _not_rebuilt(what, directory, document["rebuild"]) if rebuild else None
-    render.document(document, json, lambda: _show_verified(document), failure)
+            verified.signed = signed
+            _warn_of_files_only(signed)
+    failure = _not_rebuilt(what, directory, verified.rebuilt) if verified.rebuilt else None
+    render.document(verified.to_json(), json, verified.show, failure)
 
 
-def _attestations(connection: Connection, release: wire.search.ResolvedRelease, save_to: Path | None) -> list[Json]:
+@dataclass(slots=True)
+class _Verified:
+    """The checks of a release or a directory that were made; None for others."""
+
+    what: str
+    attested: "list[tuple[wire.quality.AttestationOut, Statement]] | None" = None
+    rebuilt: "Rebuilt | None" = None
+    signed: Signed | None = None
+
+    def to_json(self) -> dict[str, object]:
+        document: dict[str, object] = {"what": self.what}
+        if self.attested is not None:
+            document["attestations"] = [
+                {"kind": row.kind, "worker": row.key.worker, "key": row.key.id, "predicate": dict(statement.predicate)}
+                for row, statement in self.attested
+            ]
+        if self.rebuilt:
+            document["rebuild"] = self.rebuilt.to_json()
+        return document | (_signature(self.signed) if self.signed else {})
+
+    def show(self) -> None:
+        for row, statement in self.attested or ():
+            scores = ", ".join(f"{one['metric']} {one['value']:.4g}" for one in statement.predicate.get("scores", []))
+            kind = f"{row.kind}{f' ({scores})' if scores else ''}"
+            render.out(f"{kind} of {self.what} attested by worker {row.key.worker}, key {row.key.id[:12]}")
+        if self.attested == []:
+            render.out(f"no worker attests anything of {self.what}")
+        if self.signed:
+            render.out(f"{self.what} is signed by {self.signed.fingerprint}")
+            if named := self.signed.release:
+                render.out(f"  as {named.repository}:{named.version} {named.commit[:12]} on base {named.base[:12]}")
+        if self.rebuilt:
+            files = render.counted(len(self.rebuilt.same), "file")
+            render.out(f"{self.what} rebuilt: {self.rebuilt.verdict}, {files} equal")
+            for file in self.rebuilt.different:
+                counts = f"{file.neighbours} elements by one step, {file.others} by more"
+                render.out(f"  {file.file} {file.why or f'differs in {counts}'}")
+
+
+def _attested(
+    connection: Connection, release: wire.search.ResolvedRelease, save_to: Path | None
+) -> "list[tuple[wire.quality.AttestationOut, Statement]]":
     """What workers attested of the release, checked. The registry must not be believed about it."""
     from registry.client.attestations import checked_attestations, save_attestations
 
     checked = checked_attestations(connection.api, release)
     if save_to:
         save_attestations(checked, save_to)
-    return [
-        {"kind": row.kind, "worker": row.key.worker, "key": row.key.id, "predicate": dict(statement.predicate)}
-        for row, statement in checked
-    ]
+    return checked
 
 
-def _not_rebuilt(what: str, directory: Path, report: Json) -> Refused | None:
+def _signature(signed: Signed) -> dict[str, object]:
+    named = asdict(signed.release) if signed.release else None
+    return {"signed_by": signed.fingerprint, "signature_covers": signed.covers, "signed_release": named}
+
+
+def _warn_of_files_only(signed: Signed) -> None:
+    if signed.release is None:
+        render.say("warning: the signature covers only the files, not their repository, version and base.")
+
+
+def _not_rebuilt(what: str, directory: Path, result: "Rebuilt") -> Refused | None:
     """The error when the files differ, and also when the note says that an earlier version of the method made them: a
     note can claim that of anything."""
-    if report["verdict"] == "different":
+    if result.verdict == "different":
         next_step = "Do not serve it; ask its publisher."
         if directory == Path(what):
             next_step = "Check that base and adapters are those that were merged. If they are, do not serve it."
         return Refused(
             "not_rebuilt", f"{what} differs from the result of its inputs.", subject=what, next_step=next_step
         )
-    if report["verdict"] == "earlier":
-        made = report["earlier"].split()[0]
+    if result.verdict == "earlier":
+        made = result.earlier.split()[0]
         message = f"{what} states that it was made by an earlier version of {made}, which this version cannot verify."
         next_step = "Rebuild it with the Adaptory that made it, or compose it again."
         return Refused("earlier_method", message, subject=what, next_step=next_step)
     return None
 
 
-def _signature(signed: Signed | None) -> Json:
-    """The signer and what the signature covers. Warns if it covers files only, since those verify under any name,
-    version and base."""
-    if signed is None:
-        return {}
-    if signed.release is None:
-        render.say("warning: the signature covers only the files, not their repository, version and base.")
-    named = asdict(signed.release) if signed.release else None
-    return {"signed_by": signed.fingerprint, "signature_covers": signed.covers, "signed_release": named}
-
-
-def _show_verified(document: Json) -> None:
-    for row in document.get("attestations", []):
-        scores = ", ".join(f"{score['metric']} {score['value']:.4g}" for score in row["predicate"].get("scores", []))
-        what = f"{row['kind']}{f' ({scores})' if scores else ''}"
-        render.out(f"{what} of {document['what']} attested by worker {row['worker']}, key {row['key'][:12]}")
-    if document.get("attestations") == []:
-        render.out(f"no worker attests anything of {document['what']}")
-    if "signed_by" in document:
-        render.out(f"{document['what']} is signed by {document['signed_by']}")
-        if named := document["signed_release"]:
-            render.out(
-                f"  as {named['repository']}:{named['version']} {named['commit'][:12]} on base {named['base'][:12]}"
-            )
-    if "rebuild" in document:
-        rebuild = document["rebuild"]
-        files = render.counted(len(rebuild["same"]), "file")
-        render.out(f"{document['what']} rebuilt: {rebuild['verdict']}, {files} equal")
-        for row in rebuild["different"]:
-            counts = f"{row['neighbours']} elements by one step, {row['others']} by more"
-            render.out(f"  {row['file']} {row['why'] or f'differs in {counts}'}")
-
-
-def _provenance(path: Path) -> Json:
+def _provenance(path: Path | None) -> Mapping[str, Any] | None:
     from composer.formats.checkpoints.card import FRONT_MATTER_BYTES, load_mapping, parse_provenance
 
+    if path is None:
+        return None
     return parse_provenance(load_mapping(read_text(path, FRONT_MATTER_BYTES), path.name), path.name)
 
 

@@ -1,7 +1,7 @@
 """The event log, jobs, compositions and lineage."""
 
 from datetime import datetime
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from sqlalchemy import JSON, BigInteger, Float, ForeignKey, Index, SmallInteger, String
 from sqlalchemy.orm import Mapped, mapped_column
@@ -112,20 +112,65 @@ class ConflictCheck(Row):
     report: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True), deferred=True)
 
 
+class StoredPair(TypedDict):
+    """What is to be measured: a release by its id, or None for the base alone; the digest of the base to measure on;
+    and a suite's digest."""
+
+    release: int | None
+    base: str
+    suite: str
+
+
+class StoredScore(TypedDict):
+    """A score as `SuiteScore` of the composer writes it."""
+
+    suite: str
+    suite_digest: str
+    task: str
+    metric: str
+    value: float
+    stderr: float | None
+    n: int
+    higher_is_better: bool
+
+
+class StoredResult(StoredPair):
+    """The scores of a pair, or why it has none; `failure` is the error's row."""
+
+    scores: list[StoredScore]
+    error: str | None
+    results_sha256: NotRequired[str | None]
+    failure: NotRequired[dict[str, Any]]
+
+
+class StoredFit(TypedDict):
+    """A release by its id, and whether it fits the new base."""
+
+    release: int
+    fits: bool
+    why: str
+
+
+class StoredUpgrade(TypedDict):
+    """An upgrade from one base to another, by their digests."""
+
+    old: str
+    new: str
+    adapters: list[StoredFit]
+
+
 class Evaluation(Row):
-    """Releases and bases that a job measures. `wanted` are [{release, base, suite}]: a release's id, or None for the
-    base alone; the digest of the base to measure on; a suite's digest. `results` has the scores of those that are done,
-    {release, base, suite, scores, error}. `upgrade` is set for an upgrade of a base: {old, new, adapters: [{release,
-    fits, why}]}, with digests of bases and ids of releases."""
+    """Releases and bases that a job measures. `results` has those that are done. `upgrade` is set for an upgrade of a
+    base."""
 
     __tablename__ = "evaluations"
 
     job_id: Mapped[int] = mapped_column(ForeignKey("jobs.id"), primary_key=True, autoincrement=False)
     token_id: Mapped[str | None] = mapped_column(String(16))
     source: Mapped[str | None] = mapped_column(String(200))
-    wanted: Mapped[list[dict[str, Any]]] = mapped_column(JSON)
-    results: Mapped[list[dict[str, Any]]] = mapped_column(JSON)
-    upgrade: Mapped[dict[str, Any] | None] = mapped_column(JSON)
+    wanted: Mapped[list[StoredPair]] = mapped_column(JSON)
+    results: Mapped[list[StoredResult]] = mapped_column(JSON)
+    upgrade: Mapped[StoredUpgrade | None] = mapped_column(JSON)
 
 
 class ReleaseInput(Row):

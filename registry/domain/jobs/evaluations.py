@@ -1,9 +1,9 @@
 """Evaluations by workers, of releases and bases on suites. Their results are scores, or only a report."""
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Self
+from typing import Self
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session
 from composer.formats.recipes.suite import Suite as SuiteContent
 from composer.formats.recipes.tasks import ANSWER_SCORERS
 from registry.database.tables import Base, Evaluation, Job, Release, Repository, Suite
+from registry.database.tables.work import StoredPair, StoredResult, StoredUpgrade
 from registry.domain.access import tokens
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import Role, may
@@ -31,8 +32,11 @@ class WantedScore:
     base: str
     suite: str
 
+    def row(self) -> StoredPair:
+        return {"release": self.release, "base": self.base, "suite": self.suite}
+
     @classmethod
-    def of(cls, result: Mapping[str, Any]) -> Self:
+    def of(cls, result: StoredPair) -> Self:
         """The subject of a result that `add_result` keeps."""
         return cls(result["release"], result["base"], result["suite"])
 
@@ -42,14 +46,14 @@ def create(
     actor: Actor,
     namespaces: Collection[str],
     wanted: Sequence[WantedScore],
-    upgrade: dict[str, Any] | None = None,
+    upgrade: StoredUpgrade | None = None,
     wish: Wish = PLAIN,
 ) -> Job:
     """Queues an evaluation; the job belongs to the namespace of the releases if they have only one. Raises as
     `queue.enqueue`."""
     job = queue.enqueue(session, actor, KIND, STEPS, next(iter(namespaces)) if len(namespaces) == 1 else None, wish)
     queue.declare(session, job, needs_of(session, wanted), wish)
-    rows = [asdict(subject) for subject in dict.fromkeys(wanted)]
+    rows = [subject.row() for subject in dict.fromkeys(wanted)]
     asked = {"token_id": actor.token_id, "source": actor.source}
     session.add(Evaluation(job_id=job.id, wanted=rows, results=[], upgrade=upgrade, **asked))
     session.flush()
@@ -111,7 +115,7 @@ def requester(session: Session, job_id: int, now: datetime) -> Actor:
     return tokens.actor_now(session, job.created_by, row.token_id, row.source, now)
 
 
-def add_result(session: Session, job_id: int, result: dict[str, Any]) -> None:
+def add_result(session: Session, job_id: int, result: StoredResult) -> None:
     """Keeps the result of one release and suite, unless there is one: two workers may have measured it, if one of them
     was thought to be dead."""
     row = session.get_one(Evaluation, job_id, with_for_update=True, populate_existing=True)

@@ -404,12 +404,12 @@ def test_facts_and_servers_say_what_it_is(case: str, tmp_path: Path, make_model:
         assert seen.facts.variant == seen.facts.type
         assert seen.facts.modules == MODULES.get(case, 12)
         assert json.loads(json.dumps(seen.facts.to_json()))["targets"] == list(seen.facts.targets)
-    assert seen.loads_in("peft")["loads"]
+    assert seen.loads_in("peft").loads
     for server in ("vllm:64", "sglang", "lorax", "llamacpp"):
         loading = seen.loads_in(server)
-        assert not loading["loads"]
-        assert any("only LoRA" in reason for reason in loading["reasons"])
-        assert any("merge" in way for way in loading["way_out"])
+        assert not loading.loads
+        assert any("only LoRA" in reason for reason in loading.reasons)
+        assert any("merge" in way for way in loading.way_out)
 
 
 @pytest.mark.parametrize(

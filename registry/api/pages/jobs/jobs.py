@@ -1,8 +1,7 @@
 """Jobs and compositions: their progress, why they ended, and their results beside the inputs."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
 from markupsafe import Markup
@@ -23,6 +22,7 @@ from registry.domain.jobs import queue
 from registry.domain.jobs.queue import FINISHED
 from registry.formats.lineage import of_lock, rule_words
 from registry.wire.quality import GateResultOut
+from registry.wire.work import CandidateScore, MeasuredValue
 
 router = APIRouter(route_class=PageRoute)
 
@@ -94,7 +94,7 @@ def show_composition(composition_id: RowId, request: Request, resources: Resourc
         how=made.how,
         search=view.lock.get("optimized"),
         report=report.read(stated, report.options_for(view.id)) if stated else None,
-        compared=[_compared(score) for score in view.candidate_scores or []],
+        compared=list(map(_compared, view.scores)),
         gate_lines=gates.lines(judged),
         passed=gates.summary(judged),
         recipe=as_yaml(view.recipe),
@@ -125,15 +125,15 @@ def show_conflicts_of_composition(
     )
 
 
-def _compared(score: Mapping[str, Any]) -> list[ComparedRow]:
+def _compared(score: CandidateScore) -> list[ComparedRow]:
     """The candidate's score of a suite's metric, and below it the others on the same axis."""
     named = f"{score['suite']}.{score['metric']}"
-    rows: list[tuple[str, str | None, Mapping[str, Any], str]] = [("result", None, score, "now")]
+    rows: list[tuple[str, str | None, MeasuredValue, str]] = [("result", None, score, "now")]
     for measured in score.get("inputs", []):
         address = f"/{measured['repository']}/{measured['version']}"
         rows.append((f"{measured['repository']} {measured['version']}", address, measured, "before"))
-    if score.get("base"):
-        rows.append(("base", None, score["base"], "base"))
+    if on_base := score.get("base"):
+        rows.append(("base", None, on_base, "base"))
     bars = [
         IntervalBar(
             measured["value"], *scores.ends(score["metric"], measured["value"], measured["stderr"], measured["n"]), kind

@@ -12,8 +12,6 @@ from composer.formats.recipes.methods import PIPELINES, settings_of
 from composer.formats.recipes.recipe import Recipe, load_recipe, parse_recipe
 from registry.api.pages.jobs.chosen import Fields, values_of
 
-Json = Mapping[str, Any]
-
 SETTING = "setting."
 """The prefix of the fields for a method's settings."""
 _TEXTS = ("adapter", "model", "dtype", "notes")
@@ -84,14 +82,14 @@ class RecipeForm:
         )
 
     @classmethod
-    def of_document(cls, document: Json) -> Self:
+    def of_document(cls, document: Mapping[str, Any]) -> Self:
         """Reads a recipe's JSON: as text if any part has no field."""
-        optimize: Json = document.get("optimize") or {}
+        optimize: Mapping[str, Any] = document.get("optimize") or {}
         others = {name for name, value in document.items() if value} - _OF_RECIPES
         others |= {name for row in document["inputs"] for name, value in row.items() if value} - _OF_INPUTS
         others |= {name for name, value in optimize.items() if value} - set(_SEARCH)
         gates: Sequence[str] | None = document.get("gates")
-        settings: Json = document.get("settings") or {}
+        settings: Mapping[str, Any] = document.get("settings") or {}
         return cls(
             rows=tuple(
                 InputRow(str(row["adapter"]), _text(row.get("weight", 1)), _text(row.get("suite")))
@@ -147,15 +145,15 @@ class RecipeForm:
         return [_field(name, properties[name], self.settings.get(name, "")) for name in names]
 
 
-def as_yaml(document: Json) -> str:
+def as_yaml(document: Mapping[str, Any]) -> str:
     """A recipe for people, without empty parts."""
-    gates: Json = {"gates": []} if document.get("gates") == [] else {}  # which is not the same as none
+    gates: Mapping[str, object] = {"gates": []} if document.get("gates") == [] else {}  # which is not the same as none
     inputs = [_stated(row) for row in document["inputs"]]
     stated = {**_stated(document), "inputs": inputs, **gates}
     return yaml.safe_dump(stated, sort_keys=False, allow_unicode=True)
 
 
-def _stated(document: Json) -> dict[str, Any]:
+def _stated(document: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in document.items() if value not in (None, "", [], {})}
 
 
@@ -170,11 +168,11 @@ def number(text: str) -> float | int | str:
 
 
 @cache
-def _properties(method: str) -> dict[str, Json]:
-    return cast("dict[str, Json]", settings_of(method).model_json_schema()["properties"])
+def _properties(method: str) -> dict[str, Mapping[str, Any]]:
+    return cast("dict[str, Mapping[str, Any]]", settings_of(method).model_json_schema()["properties"])
 
 
-def _field(name: str, schema: Json, value: str) -> SettingField:
+def _field(name: str, schema: Mapping[str, Any], value: str) -> SettingField:
     choices = (
         ["true", "false"] if schema.get("type") == "boolean" else [_text(choice) for choice in schema.get("enum", ())]
     )

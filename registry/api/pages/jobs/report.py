@@ -3,15 +3,17 @@
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlencode
 
 from markupsafe import Markup, escape
 
 from composer.conflicts import view
+from composer.conflicts.documents import ReportDocument
 from registry.api.pages.jobs.chosen import Chosen
 
-Json = Mapping[str, Any]
+Stored = Mapping[str, Any]
+"""A report as a worker has stored it."""
 OptionAddress = Callable[[str, str], str | None]
 """The address that an option leads to, by its name and value; None for an option that pages do not have."""
 
@@ -21,7 +23,7 @@ map."""
 _OPTION = re.compile(r"--(?:(optimize)(?![\w-])|([a-z-]+) ([\w.:=/*-]*\w))")
 
 
-def shown(report: Json | None, address: OptionAddress, measure: str, path: Callable[[str], str]) -> dict[str, Any]:
+def shown(report: Stored | None, address: OptionAddress, measure: str, path: Callable[[str], str]) -> dict[str, Any]:
     """The contents of a report's templates. `path` leads to the page for another measure."""
     measure = measure if measure in view.MEASURES else view.DEFAULT_MEASURE
     return {
@@ -34,15 +36,15 @@ def shown(report: Json | None, address: OptionAddress, measure: str, path: Calla
     }
 
 
-def read(report: Json, address: OptionAddress) -> view.Report:
+def read(report: Stored, address: OptionAddress) -> view.Report:
     """The view of a report. `address` turns the options that its advice names into links."""
-    read = view.read(report, MAX_PAIRS, MAX_FINDINGS)
+    read = view.read(cast(ReportDocument, report), MAX_PAIRS, MAX_FINDINGS)
     return replace(read, advice=[_linked(text, address) for text in read.advice])
 
 
-def maps(report: Json, measure: str) -> view.Maps:
+def maps(report: Stored, measure: str) -> view.Maps:
     """The maps of a measure that fit the limits. All have the rows and columns of all adapters."""
-    drawn = view.maps(report, measure)
+    drawn = view.maps(cast(ReportDocument, report), measure)
     frame = [cell for cell in drawn.frame if cell[1] is not None]
     room = MAX_CELLS // max(1, len(frame))
     return replace(drawn, frame=frame, drawn=[drawing for drawing in drawn.drawn if drawing.in_layers][:room])
