@@ -110,11 +110,6 @@ class CompositionOut(Wire):
     error: dict[str, Any] | None
 
     @property
-    def scores(self) -> "list[CandidateScore]":
-        """The candidate's scores, as types."""
-        return cast("list[CandidateScore]", self.candidate_scores or [])
-
-    @property
     def verdict(self) -> str | None:
         """The verdict of the conflict check; None before the check."""
         return self.conflicts["verdict"] if self.conflicts else None
@@ -123,6 +118,11 @@ class CompositionOut(Wire):
     def published(self) -> tuple[str, ...]:
         """The releases that the composition published."""
         return tuple(row.name for row in self.results)
+
+
+def candidate_scores(composition: CompositionOut) -> list[CandidateScore]:
+    """The scores of a composition's result; empty before they are measured."""
+    return cast("list[CandidateScore]", composition.candidate_scores or [])
 
 
 class ConflictInput(WireIn):

@@ -210,9 +210,9 @@ def _show(composition: "wire.work.CompositionOut") -> None:
     _show_lock(composition.lock)
     if composition.conflicts:
         _show_conflicts(composition.conflicts)
-    if composition.scores:
-        render.table("scores", ("suite", "metric", "of", "value", "n"), _side_by_side(composition.scores))
-        if unjudged := _unjudged(composition.scores, composition.lock):
+    if scores := wire.work.candidate_scores(composition):
+        render.table("scores", ("suite", "metric", "of", "value", "n"), _side_by_side(scores))
+        if unjudged := _unjudged(scores, composition.lock):
             render.out(
                 f"not compared on a suite of their own: {', '.join(unjudged)}. What the result keeps of them is "
                 "not known: name a suite for each (`suite` of an input in the recipe)."

@@ -22,7 +22,7 @@ from registry.domain.jobs import queue
 from registry.domain.jobs.queue import FINISHED
 from registry.formats.lineage import of_lock, rule_words
 from registry.wire.quality import GateResultOut
-from registry.wire.work import CandidateScore, MeasuredValue
+from registry.wire.work import CandidateScore, MeasuredValue, candidate_scores
 
 router = APIRouter(route_class=PageRoute)
 
@@ -94,7 +94,7 @@ def show_composition(composition_id: RowId, request: Request, resources: Resourc
         how=made.how,
         search=view.lock.get("optimized"),
         report=report.read(stated, report.options_for(view.id)) if stated else None,
-        compared=list(map(_compared, view.scores)),
+        compared=list(map(_compared, candidate_scores(view))),
         gate_lines=gates.lines(judged),
         passed=gates.summary(judged),
         recipe=as_yaml(view.recipe),
