@@ -108,13 +108,15 @@ class FindingDocument(TypedDict):
     message: str
 
 
-class ReportDocument(TypedDict):
+_Together = TypedDict("_Together", {"whole": SetDocument})  # noqa: UP013  (the key is older than the word for it)
+
+
+class ReportDocument(_Together):
     """A `ConflictReport`, with its summary."""
 
     verdict: str
     adapters: Sequence[MemberDocument]
     pairs: Sequence[PairDocument]
-    whole: SetDocument
     findings: Sequence[FindingDocument]
     schema: NotRequired[int]
     summary: NotRequired[SummaryDocument]

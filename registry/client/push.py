@@ -52,7 +52,7 @@ class ReleaseOptions(TypedDict):
 
 
 class ReleaseRequest(ReleaseOptions):
-    """A `ReleaseIn` without its files. A field that an older server does not know is there only if it is used."""
+    """A `ReleaseIn` without its files."""
 
     provenance: Mapping[str, Any] | None
     base: str
@@ -72,7 +72,8 @@ def push(
     Returns the registry's answer, and the number of files that the store lacked.
     """
     sent = send(api, name.namespace, files, progress)
-    path, body = f"{line_path(name, kind)}/releases", {**release, "files": _rows(files)}
+    stated = {key: value for key, value in release.items() if key != "strict" or value}  # older servers do not know it
+    path, body = f"{line_path(name, kind)}/releases", {**stated, "files": _rows(files)}
     published, _ = send_once(partial(api.post, path, body, PublishedOut), f"adaptory log {name}")
     return published, sent
 

@@ -111,9 +111,8 @@ class Registry:
             "allow_breaking": allow_breaking,
             "provenance": provenance,
             "base": fitting_base(self.api, Path(directory), base, kind, strict=strict),
+            "strict": strict,
         }
-        if strict:
-            request["strict"] = True
         selection = select_files(Path(directory), kind, include)
         wanted = Publication(reference.repository, kind, request)
         published, _ = publish(self.api, selection, wanted, Quiet(), Path(sign) if sign else None)

@@ -78,33 +78,31 @@ def push(  # noqa: PLR0913
     from registry.client.signing import Publication
     from registry.sdk.local_files import publish
 
-    reference = single_version(target, bump)
+    reference, stated = single_version(target, bump), _provenance(provenance)
     if channel:
         parse_name(channel, "channel")  # before publishing, which cannot be undone
-    version, stated = str(reference.version) if reference.version else None, _provenance(provenance)
     if (selection := select_files(directory, _kind(kind), include or [])).left_out:
         render.say(f"left out: {selection.summary()} (include more with --include GLOB)")
     with connected() as connection:
         if channel:
             confirm_new_channel(connection, f"/v1/{kind}s/{reference.repository}", channel, agreed=new_channel)
         request: ReleaseRequest = {
-            "version": version,
+            "version": str(reference.version) if reference.version else None,
             "bump": bump,
             "notes": notes,
             "allow_breaking": allow_breaking,
             "provenance": stated,
             "base": fitting_base(connection.api, directory, base, kind, strict=strict),
+            "strict": strict,
         }
-        if strict:
-            request["strict"] = True
         publication = Publication(reference.repository, kind, request)
         published, sent = publish(connection.api, selection, publication, render, sign)
         show_warnings(published)
         if not json:
             show_push(published, sent)  # before the channel moves: the release is published even if that fails
         moved = _promote(connection, published.release, channel) if channel else None
-    left_out, move = list(selection.left_out), moved if isinstance(moved, wire.quality.MoveOut) else None
-    document: dict[str, object] = {**published.document, "sent": sent, "left_out": left_out, "move": move}
+    move = moved if isinstance(moved, wire.quality.MoveOut) else None
+    document = {**published.document, "sent": sent, "left_out": list(selection.left_out), "move": move}
     if isinstance(moved, wire.quality.PromotionOut):
         document["promotion"] = moved
     failure = moved if isinstance(moved, RegistryError) else None
