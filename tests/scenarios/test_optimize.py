@@ -77,7 +77,7 @@ def test_if_nothing_fits_the_composition_is_refused_and_the_evidence_stays(small
     ("changes", "message"),
     [
         ({"inputs": INPUTS[:1]}, "A search needs at least two inputs."),
-        ({"adapter": None}, "A search may choose a fitted method"),
+        ({"adapter": None}, "A search looks for one adapter"),
         ({"inputs": ["acme/sql@prod", "acme/support"]}, "has no score on a target suite"),
         ({"optimize": {"search": 1}}, "optimize.search"),
     ],
