@@ -20,6 +20,7 @@ from typing import Any, cast
 from uuid import uuid4
 
 from composer.errors import InvalidFile
+from composer.formats.checkpoints.card import CARD_FILE, card_provenance
 from composer.formats.checkpoints.hashing import hash_file
 from composer.formats.sets.adapter_set import SET_FILE, AdapterSet, read_set
 from composer.formats.sets.router import Router
@@ -45,7 +46,8 @@ class Routes:
     """`channels` has the weights of the versions that each channel is routed to, and `since` the time of its last
     change; `commits` the commit of every version that is named there; `servers` the addresses of the servers that have
     a version loaded and checked; `lora` has the scales that each request to an address must state, by id. `sets` has
-    the members of each set by class, and `bases` the name of the base at an address that needs it."""
+    the members of each set by class, and `bases` the name of the base at an address that needs it. `phrases` has the
+    phrases of versions by task."""
 
     channels: Mapping[str, Mapping[str, int]] = field(default_factory=dict[str, Mapping[str, int]])
     since: Mapping[str, str] = field(default_factory=dict[str, str])
@@ -54,6 +56,7 @@ class Routes:
     lora: Mapping[str, tuple[float, ...]] = field(default_factory=dict[str, tuple[float, ...]])
     sets: Mapping[str, Mapping[str, str]] = field(default_factory=dict[str, Mapping[str, str]])
     bases: Mapping[str, str] = field(default_factory=dict[str, str])
+    phrases: Mapping[str, Mapping[str, str]] = field(default_factory=dict[str, Mapping[str, str]])
 
     def version(self, channel: str) -> ServedVersion | None:
         """The version that the channel serves: the first; a canary's candidate comes after it."""
@@ -82,6 +85,7 @@ class MirrorDirectory:
         self.root = root.resolve()
         self._by_commit, self._by_version = self.root / "by-commit", self.root / "by-version"
         self._intact, self._sets = set[str](), dict[str, AdapterSet]()
+        self._phrases = dict[str, Mapping[str, str]]()
 
     @contextmanager
     def locked(self) -> Generator[None]:
@@ -142,6 +146,13 @@ class MirrorDirectory:
         if version.commit not in self._sets and not (self.path(version.commit) / SET_FILE).is_file():
             return {}
         return {name: member_version(member) for name, member in self._set(version.commit).members.items()}
+
+    def phrases(self, commit: str) -> Mapping[str, str]:
+        """The phrases by task that the card of a fetched release states."""
+        card = self.path(commit) / CARD_FILE
+        if commit not in self._phrases and card.is_file():
+            self._phrases[commit] = card_provenance(card.read_bytes())[0].get("phrases", {})
+        return self._phrases.get(commit, {})
 
     def router(self, commit: str) -> Router:
         """The router of a set that was fetched. Raises Invalid if it is missing or damaged."""
@@ -236,12 +247,16 @@ class MirrorDirectory:
                 for name, members in document.get("sets", {}).items()
             }
             bases = {url: str(name) for url, name in document.get("bases", {}).items()}
+            phrases = {
+                name: {task: str(phrase) for task, phrase in by_task.items()}
+                for name, by_task in document.get("phrases", {}).items()
+            }
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return None
         known = all(commits.keys() >= weights.keys() for weights in channels.values())
         known = known and all(commits.keys() >= set(members.values()) for members in sets.values())
         weighed = all(min(weights.values()) >= 0 < sum(weights.values()) for weights in channels.values() if weights)
-        return Routes(channels, since, commits, servers, lora, sets, bases) if known and weighed else None
+        return Routes(channels, since, commits, servers, lora, sets, bases, phrases) if known and weighed else None
 
     def write_routes(self, routes: Routes) -> None:
         versions = {
@@ -249,7 +264,7 @@ class MirrorDirectory:
             for name, commit in sorted(routes.commits.items())
         }
         document = {"channels": routes.channels, "since": routes.since, "versions": versions, "lora": routes.lora}
-        document |= {"sets": routes.sets, "bases": routes.bases}
+        document |= {"sets": routes.sets, "bases": routes.bases, "phrases": routes.phrases}
         write_json(self.root / "routes.json", document)
 
     def write_state(self, state: Mapping[str, Any]) -> None:

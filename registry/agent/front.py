@@ -30,7 +30,8 @@ from starlette.types import Receive, Scope, Send
 
 from composer.formats.sets.router import BASE
 from registry.agent.directory import MirrorDirectory, Routes
-from registry.errors import RegistryError
+from registry.agent.phrases import phrase_for, split_task, tasks_of, with_phrase_before
+from registry.errors import RegistryError, Usage
 
 PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
 """What is passed on. The rest of a server's API, such as that which loads adapters, is not for users."""
@@ -250,9 +251,10 @@ class Front:
         return Response(self.figures.text(), media_type="text/plain; version=0.0.4")
 
     async def models(self, _request: Request) -> Response:
-        """The channels and versions that can be requested here."""
+        """The channels and versions that can be requested here, and their tasks."""
         routes = self.table.routes
-        rows = [{"id": name, "object": "model", "owned_by": "adaptory"} for name in (*routes.channels, *routes.commits)]
+        names = (*routes.channels, *routes.commits, *tasks_of(routes))
+        rows = [{"id": name, "object": "model", "owned_by": "adaptory"} for name in names]
         return JSONResponse({"object": "list", "data": rows})
 
     async def forward(self, request: Request) -> Response:
@@ -269,13 +271,20 @@ class Front:
             return _error(400, "`model` is not a text.")
         if not requested.isprintable() or len(requested) > _MAX_NAME_CHARS:
             return _error(400, f"`model` has characters that cannot be printed, or more than {_MAX_NAME_CHARS}.")
-        routes, channel, version = self.table.routes, None, requested
+        routes, channel = self.table.routes, None
+        requested, task = split_task(routes, requested)
+        version = requested
         if weights := routes.channels.get(requested):
             channel = requested
             user = document.get("user")
             version = choose(weights, user if isinstance(user, str) and user else secrets.token_hex(8))
         elif "@" in requested and requested not in routes.commits:
             return _error(404, f"No channel or version is served as {requested}.")
+        try:
+            if task:
+                document = with_phrase_before(document, phrase_for(routes, version, task))
+        except Usage as error:
+            return _error(404 if error.code == "task_unknown" else 400, error.detail)
         try:
             model = self.table.member(routes, version, document)
         except RegistryError as error:

@@ -234,7 +234,9 @@ class Mirror:
         servers = {name: tuple(endpoint.url for endpoint in rows) for name, rows in endpoints.items()}
         lora = {row.url: row.lora for rows in endpoints.values() for row in rows if row.lora is not None}
         bases = {row.url: row.base for rows in endpoints.values() for row in rows if row.base} if sets else {}
-        return Routes(channels, since, commits, servers, lora, sets, bases)
+        stated = {name: self._directory.phrases(commit) for name, commit in commits.items()}
+        phrases = {name: by_task for name, by_task in stated.items() if by_task}
+        return Routes(channels, since, commits, servers, lora, sets, bases, phrases)
 
     def _split(
         self, target: _Target, ready: Sequence[KeptServer], failures: Mapping[ServedVersion, str]

@@ -60,6 +60,8 @@ USAGE = {
     "idle_suite": "Add --probe 8, or leave the suites out.",
     "idle_weight": "Write --adapter DIR, without a weight.",
     "input_twice": "Name it once, with the sum of the weights.",
+    "prompt_not_text": "Send messages or a prompt as text.",
+    "task_unknown": "Request one of its tasks, or the version without one.",
     "phrase_suite": "Name another suite for one of the inputs, or leave the phrases out.",
     "kinds_differ": "Compare two of the same kind.",
     "length_missing": "Send the size of the body.",
