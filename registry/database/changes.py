@@ -15,6 +15,12 @@ class CommitWatch:
         self._database = database
         self._sqlite: PoolProxiedConnection | None = None
 
+    @property
+    def is_quick(self) -> bool:
+        """Whether the next mark takes microseconds, as of SQLite, which has it in shared memory. A thread for each
+        mark costs as much as a thousand idle streams."""
+        return self._sqlite is not None
+
     def mark(self) -> Any:
         """A value that differs after each commit to the database, by whatever process, and perhaps at other times.
         Raises Unavailable if the database does not answer.

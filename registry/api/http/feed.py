@@ -113,7 +113,7 @@ class Feed:
     async def _read(self) -> None:
         """Reads if anything was committed, or somebody has joined. The mark is from before the read, so that later
         commits cause another read."""
-        mark = await run_in_threadpool(self._watch.mark)
+        mark = self._watch.mark() if self._watch.is_quick else await run_in_threadpool(self._watch.mark)
         if mark == self._mark and not self._joined.is_set():
             return
         if mark != self._mark and self._stale_since is None:
