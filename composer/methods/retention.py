@@ -233,8 +233,8 @@ def _member(index: int, name: str, sums: Sequence[tuple[_Slot, _Sums]]) -> KeptA
         by_module[module].append(one)
 
     def quotient(parts: Sequence[_Sums], weighted: bool = False) -> float | None:
-        energy = sum(one.energies[index] for one in parts)
-        part = sum((one.weighted if weighted else one.products)[index] for one in parts)
+        energy = sum(piece.energies[index] for piece in parts)
+        part = sum((piece.weighted if weighted else piece.products)[index] for piece in parts)
         return part / energy if energy > 0 else None
 
     everything = [one for _, one in own]

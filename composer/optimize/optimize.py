@@ -171,18 +171,18 @@ class _Search:
     def _confirmed_at_once(self, candidates: Sequence[Candidate], *, always: bool) -> list[Confirmed]:
         """RegMean in two steps, with the mean beside it, on the unseen examples; empty unless it keeps every limit or
         is wanted `always`. In the study no search clearly beat it, and it takes a tenth of the time."""
-        plain = next((one for one in candidates if one.name == PLAIN_FIT), None)
-        shown = [one for one in candidates if one.family == "mean"]
+        plain = next((candidate for candidate in candidates if candidate.name == PLAIN_FIT), None)
+        shown = [candidate for candidate in candidates if candidate.family == "mean"]
         if plain is None or (first := self._confirmed(plain, _BEST + 1)) is None:
             return []
         if not always and not self._keeps_limits(first):
             return []
-        beside = [self._confirmed(one, _BEST + 1) for one in shown]
-        return [first, *(one for one in beside if one is not None)]
+        beside = [self._confirmed(mean, _BEST + 1) for mean in shown]
+        return [first, *(confirmed for confirmed in beside if confirmed is not None)]
 
     def _confirmed_with_phrases(self, candidates: Sequence[Candidate]) -> Confirmed | None:
         """RegMean in two steps, fitted and measured with a phrase before each member's prompts."""
-        plain = next((one for one in candidates if one.name == PLAIN_FIT), None)
+        plain = next((candidate for candidate in candidates if candidate.name == PLAIN_FIT), None)
         if plain is None:
             return None
         candidate = replace(plain, name=f"{plain.name}, with phrases", family=SELECTOR, phrases=self.problem.phrases)

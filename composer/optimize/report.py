@@ -194,12 +194,12 @@ def _with_share(effect: Effect) -> dict[str, object]:
 def choose(best: Sequence[Confirmed]) -> Candidate | None:
     """The best of the confirmed candidates by `_rank`, and of equal ones the first. Of alike fits, that in two steps is
     preferred to that in one. None if all are harmful."""
-    usable = sorted((one for one in best if one.verdict is not Verdict.WARN), key=_rank)
+    usable = sorted((confirmed for confirmed in best if confirmed.verdict is not Verdict.WARN), key=_rank)
     if not usable:
         return None
     first = usable[0]
-    alike = [one for one in usable if _rank(one) == _rank(first)]
-    family = [one.candidate for one in alike if one.candidate.family == first.candidate.family]
+    equal = [confirmed for confirmed in usable if _rank(confirmed) == _rank(first)]
+    family = [alike.candidate for alike in equal if alike.candidate.family == first.candidate.family]
     return max(family, key=lambda one: _steps(one)) if first.candidate.is_fitted else first.candidate
 
 
@@ -239,7 +239,7 @@ def document(report: OptimizeReport) -> dict[str, object]:
 def headline(report: OptimizeReport) -> str:
     """The answer in a sentence."""
     if report.choice is None:
-        nearest = next((f"; in {one.candidate.name}, {one.broken}" for one in report.best if one.broken), "")
+        nearest = next((f"; in {best.candidate.name}, {best.broken}" for best in report.best if best.broken), "")
         if report.contradictions:
             first = report.contradictions[0]
             return f"nothing fits: {first.different} of {first.shared} shared prompts have other answers{nearest}"

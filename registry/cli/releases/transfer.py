@@ -268,7 +268,9 @@ class _Verified:
 
     def show(self) -> None:
         for row, statement in self.attested or ():
-            scores = ", ".join(f"{one['metric']} {one['value']:.4g}" for one in statement.predicate.get("scores", []))
+            scores = ", ".join(
+                f"{score['metric']} {score['value']:.4g}" for score in statement.predicate.get("scores", [])
+            )
             kind = f"{row.kind}{f' ({scores})' if scores else ''}"
             render.out(f"{kind} of {self.what} attested by worker {row.key.worker}, key {row.key.id[:12]}")
         if self.attested == []:
