@@ -18,11 +18,15 @@ PLAIN_FIT = "regmean, ridge 0.01, 2 steps"
 SELECTOR = "selector"
 """The family of the candidate with phrases."""
 
+SET = "set"
+"""The family of the candidate that combines nothing."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
     """A method with its settings, and a factor for the weight of each member. `family` groups alike ones. With
-    `phrases`, one for each member, it is fitted and measured with them before the members' prompts."""
+    `phrases`, one for each member, it is fitted and measured with them before the members' prompts. In the family SET
+    method, settings and factors mean nothing: a router chooses a member for each prompt."""
 
     name: str
     family: str
@@ -34,12 +38,18 @@ class Candidate:
     @property
     def key(self) -> str:
         """Names the candidate in a journal: two with the same key give the same deltas."""
+        if self.is_set:
+            return SET
         how = [self.method, self.parsed.version, dict(self.settings), self.factors]
         return json.dumps([*how, *([self.phrases] if self.phrases else [])], sort_keys=True, separators=(",", ":"))
 
     @property
     def parsed(self) -> AnySettings:
         return parse_settings(self.method, self.settings)
+
+    @property
+    def is_set(self) -> bool:
+        return self.family == SET
 
     @property
     def is_fitted(self) -> bool:
@@ -63,11 +73,16 @@ class Candidate:
         return {
             "name": self.name,
             "family": self.family,
-            "method": self.method,
+            "method": SET if self.is_set else self.method,
             "settings": dict(self.settings),
             "factors": list(self.factors),
             **({"phrases": list(self.phrases)} if self.phrases else {}),
         }
+
+
+def as_set(count: int) -> Candidate:
+    """The members as a set with a router."""
+    return Candidate(name="members with a router", family=SET, method="stack", factors=(1.0,) * count)
 
 
 def weighted_sum(name: str, family: str, factors: Sequence[float]) -> Candidate:

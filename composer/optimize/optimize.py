@@ -29,12 +29,22 @@ from composer.evaluation.measure import Measured
 from composer.findings import Verdict
 from composer.formats.recipes.suite import Example
 from composer.formats.recipes.weights import Weight
-from composer.optimize.candidates import PLAIN_FIT, SELECTOR, Candidate, fitted, full_space, low_rank, weighted_sum
+from composer.optimize.candidates import (
+    PLAIN_FIT,
+    SELECTOR,
+    Candidate,
+    as_set,
+    fitted,
+    full_space,
+    low_rank,
+    weighted_sum,
+)
 from composer.optimize.combiner import Combiner, FitOn
 from composer.optimize.evolution import Evolution
 from composer.optimize.objective import LEAST_GAIN, CandidateResults, best_first, race, simplest_of_the_best
 from composer.optimize.problem import CONFIRM_GROWTH, SearchProblem, Split
 from composer.optimize.report import Confirmed, OptimizeReport, Tried, broken_limit, choose
+from composer.optimize.routing import SetRouting
 from composer.optimize.surface import Point, proposed
 
 
@@ -84,7 +94,8 @@ def optimize(
     record = SearchJournal(journal, problem.name) if journal else Record()
     search = _Search(problem, Bench(Runner(problem.load, progress), record, elsewhere), progress)
     best, tried = search.run(given)
-    choice = choose(best)
+    best += search.as_set()
+    choice = choose(best, may_be_set=problem.may_be_set)
     return OptimizeReport(
         members=tuple(member.name for member in problem.members),
         choice=choice,
@@ -95,6 +106,7 @@ def optimize(
         left_out=search.left_out,
         contradictions=tuple(problem.contradictions()),
         separability=tuple(problem.separability),
+        routed=search.routing.routed,
         searched=tuple(split.to_json() for split in problem.splits.values()),
         passes=search.bench.passes,
         run=search.bench.run_now,
@@ -108,7 +120,9 @@ def expected_passes(problem: SearchProblem, given: Sequence[Candidate] = ()) -> 
     """The examples that a thorough search measures in which all candidates are equally good, counted by the search
     itself without running any."""
     bench, problem = Bench(not_run), replace(problem, effort=replace(problem.effort, thorough=True))
-    _Search(problem, bench).run(given)
+    search = _Search(problem, bench)
+    search.run(given)
+    search.as_set()
     return bench.passes
 
 
@@ -125,6 +139,7 @@ class _Search:
             for member in problem.members
         ]
         self.combiner = Combiner(problem, progress)
+        self.routing = SetRouting(problem, self.members)
         self.left_out: dict[str, str] = {}
         self._failure: Mismatch | NotSupported | None = None
 
@@ -187,6 +202,11 @@ class _Search:
             return None
         candidate = replace(plain, name=f"{plain.name}, with phrases", family=SELECTOR, phrases=self.problem.phrases)
         return self._confirmed(candidate, _BEST + 2)
+
+    def as_set(self) -> list[Confirmed]:
+        """The members with a router, on the unseen examples; empty if that is not possible."""
+        confirmed = self._confirmed(as_set(len(self.members)), _BEST + 1)
+        return [confirmed] if confirmed is not None else []
 
     def _keeps_limits(self, confirmed: Confirmed) -> bool:
         """Whether losses and guards are beyond doubt, and enough of the counted answers are left. The suites may have
@@ -395,7 +415,9 @@ class _Search:
 
     def _combined(self, candidate: Candidate, references: References, *, halves: bool) -> Results:
         """The combination's results. If it is fitted on `halves`, each half of the search examples is scored with the
-        fit on the other."""
+        fit on the other. Those of a set are the members' own, and the base's."""
+        if candidate.is_set:
+            return self.routing.results(self.bench, references)
         if not candidate.is_fitted or not halves:
             rows = [self.problem.asked(candidate.phrases, *row) for row in references.rows]
             results = self.bench.run(candidate.key, lambda: self.combiner.deltas(candidate), rows)

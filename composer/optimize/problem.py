@@ -135,7 +135,8 @@ class SearchProblem:
     """The members to combine, and the limits. `load` returns the base, the same one every time. With `as_adapter`, only
     what one adapter can hold is tried. `settings` are the recipe's: their requirements on the result (rank, energy,
     tied)
-    hold for every candidate. Members contradict each other if at least the share `same_prompts` of their prompts have
+    hold for every candidate. With `may_be_set`, a set of the members is chosen where nothing else keeps the limits.
+    Members contradict each other if at least the share `same_prompts` of their prompts have
     other answers."""
 
     load: Callable[[], LoadedModel]
@@ -145,6 +146,7 @@ class SearchProblem:
     effort: SearchEffort = field(default_factory=SearchEffort)
     as_adapter: bool = False
     settings: Mapping[str, object] = field(default_factory=dict[str, object])
+    may_be_set: bool = False
     same_prompts: float = THRESHOLDS["same_prompts"] or 0.0
 
     def under(self, policy: Policy) -> "SearchProblem":

@@ -13,9 +13,10 @@ from composer.formats.recipes.suite import Contradiction
 from composer.optimize.candidates import Candidate
 from composer.optimize.objective import CandidateResults, kept_share
 from composer.optimize.problem import Separability
+from composer.optimize.routing import Routed
 
-ONE_ADAPTER, WITH_PHRASES = "one adapter", "one adapter with a selector"
-ANSWERS = (ONE_ADAPTER, WITH_PHRASES)
+ONE_ADAPTER, WITH_PHRASES, AS_SET = "one adapter", "one adapter with a selector", "a set"
+ANSWERS = (ONE_ADAPTER, WITH_PHRASES, AS_SET)
 """What a search may answer, in order of preference at equal evidence."""
 
 
@@ -35,6 +36,8 @@ class Confirmed:
     @property
     def answer(self) -> str:
         """Which of ANSWERS this is."""
+        if self.candidate.is_set:
+            return AS_SET
         return WITH_PHRASES if self.candidate.phrases else ONE_ADAPTER
 
     @property
@@ -140,7 +143,8 @@ class OptimizeReport:
     effects on members with chat suites, on unseen prompts in other words; `without_phrases` those of a choice with
     phrases on prompts without them. `best` are the best of the search and the mean, confirmed. `left_out` has
     candidates that cannot be made, and why. Nothing is raced if `contradictions` show that the members answer the same
-    prompts differently. `separability` is how far prompts tell members apart. `searched` names the search examples of
+    prompts differently. `separability` is how far prompts tell members apart, and `routed` how well a set's router does
+    it. `searched` names the search examples of
     each suite by digest. `passes` examples were measured, `run` of them by this process, in `search_s` and `confirm_s`
     seconds."""
 
@@ -153,6 +157,7 @@ class OptimizeReport:
     left_out: Mapping[str, str]
     contradictions: tuple[Contradiction, ...]
     separability: tuple[Separability, ...]
+    routed: tuple[Routed, ...]
     searched: tuple[Mapping[str, object], ...]
     passes: int
     run: int
@@ -167,6 +172,7 @@ class OptimizeReport:
             "reworded": list(map(_with_share, self.reworded)),
             "without_phrases": list(map(_with_share, self.without_phrases)),
             "separability": [asdict(pair) for pair in self.separability],
+            "routed": [asdict(routed) for routed in self.routed],
             "best": [confirmed.to_json() for confirmed in self.best],
             "tried": [tried.to_json() for tried in self.tried],
             "left_out": dict(self.left_out),
@@ -191,12 +197,20 @@ def _with_share(effect: Effect) -> dict[str, object]:
     return {**effect.to_json(), "kept_share": kept_share(effect)}
 
 
-def choose(best: Sequence[Confirmed]) -> Candidate | None:
+def choose(best: Sequence[Confirmed], *, may_be_set: bool = False) -> Candidate | None:
     """The best of the confirmed candidates by `_rank`, and of equal ones the first. Of alike fits, that in two steps is
-    preferred to that in one. None if all are harmful."""
-    usable = sorted((confirmed for confirmed in best if confirmed.verdict is not Verdict.WARN), key=_rank)
+    preferred to that in one. A set is chosen where it may be and all others are harmful. None if nothing is left."""
+    harmless = [confirmed for confirmed in best if confirmed.verdict is not Verdict.WARN]
+    usable = sorted((confirmed for confirmed in harmless if not confirmed.candidate.is_set), key=_rank)
     if not usable:
-        return None
+        return next(
+            (
+                candidate
+                for candidate in (confirmed.candidate for confirmed in harmless)
+                if candidate.is_set and may_be_set
+            ),
+            None,
+        )
     first = usable[0]
     equal = [confirmed for confirmed in usable if _rank(confirmed) == _rank(first)]
     family = [alike.candidate for alike in equal if alike.candidate.family == first.candidate.family]
@@ -240,6 +254,8 @@ def headline(report: OptimizeReport) -> str:
     """The answer in a sentence."""
     if report.choice is None:
         nearest = next((f"; in {best.candidate.name}, {best.broken}" for best in report.best if best.broken), "")
+        if any(best.candidate.is_set and best.verdict is not Verdict.WARN for best in report.best):
+            nearest += "; a set with a router keeps them"
         if report.contradictions:
             first = report.contradictions[0]
             return f"nothing fits: {first.different} of {first.shared} shared prompts have other answers{nearest}"

@@ -50,6 +50,7 @@ def _searched(held: JobRun, work: CompositionRun, asked: Optimize) -> Lock:
         effort=SearchEffort.of(asked),
         as_adapter=True,
         settings=work.recipe.settings,
+        may_be_set=work.recipe.adapter_set is not None,
     ).under(read_policy(work.recipe.policy))
     own = Candidate(
         name="the recipe's",
@@ -65,6 +66,9 @@ def _searched(held: JobRun, work: CompositionRun, asked: Optimize) -> Lock:
     choice, lock, evidence = report.choice, work.lock, document(report)
     if choice is None:
         return replace(lock, optimized=evidence)
+    if choice.is_set:
+        router = [problem.splits[suite.digest].to_json() for suite in (*suites, *problem.other_guards)]
+        return locking.with_set(lock, router, evidence)
     fitted_on = (*suites, *problem.other_guards) if choice.is_fitted else ()
     phrases = dict(zip((suite.digest for suite in suites), choice.phrases, strict=bool(choice.phrases)))
     return locking.with_choice(

@@ -7,10 +7,13 @@ from typing import Any
 import pytest
 import yaml
 
+from composer.deltas.variants.load import load_deltas
+from composer.evaluation.model import load_model
 from composer.formats.sets.adapter_set import SET_FILE, read_set
+from tests.composer.optimize.test_optimize import suite_of
 from tests.registry.api.test_pages import single_user
 from tests.scenarios.test_crashes import resources_of
-from tests.scenarios.world import Cli
+from tests.scenarios.world import Cli, World
 
 MEMBERS = ("sql", "support")
 RECIPE: dict[str, Any] = {
@@ -114,3 +117,32 @@ def test_a_member_that_was_yanked_is_no_longer_taken_into_a_set(small_team: Cli,
     refused = compose(small_team, tmp_path, inputs=["acme/sql:1.0.0", "acme/support"])
     assert refused.code != 0
     assert "yanked" in json.dumps(refused.err + refused.out)
+
+
+def own_suite(cli: Cli, world: World, name: str, directory: Path) -> str:
+    """Registers a suite of the adapter's own answers."""
+    loaded = load_model(world.base)
+    adapter = load_deltas(world.adapters[name], loaded.architecture)
+    suite = suite_of(loaded, adapter, name, count=24)
+    path = directory / f"{name}-own.yaml"
+    path.write_text(yaml.safe_dump({**suite.to_json(), "name": f"{name}-own"}))
+    cli.ok("suite", "add", path)
+    return f"{name}-own"
+
+
+def test_a_search_publishes_a_set_where_no_single_adapter_fits(small_team: Cli, world: World, tmp_path: Path) -> None:
+    inputs = [{"adapter": f"acme/{name}", "suite": own_suite(small_team, world, name, tmp_path)} for name in MEMBERS]
+    all_answers = {"thresholds": {"probe_loss": 100, "probe_answers": 1.0, "probe_guard": 100}}
+    search = {"optimize": {"search": 4, "confirm": 16, "passes": 200}, "probe": 0, "policy": all_answers}
+    done = compose(small_team, tmp_path, adapter="acme/one:1.0.0", inputs=inputs, **search).json
+    evidence = done["lock"]["optimized"]
+    assert done["state"] == "done", (done["error"], evidence["headline"])
+    assert [row["repository"] for row in done["results"]] == ["acme/assistants"]
+    assert evidence["choice"]["method"] == "set"
+    assert {row["answer"] for row in evidence["best"]} == {"one adapter", "a set"}
+    assert {row["suite"] for row in done["lock"]["calibration"]} == {"sql-own", "support-own", "guard-exact"}
+    assert {row["n"] for row in done["candidate_scores"] if row["suite"] == "sql-own"} == {20}, "unseen by the router"
+    assert small_team("show", "acme/one").code == 3
+    with resources_of(small_team.environment) as resources, single_user(resources) as http:
+        page = http.get(f"/compositions/{done['id']}").text
+    assert "members with a router" in page

@@ -125,6 +125,7 @@ def show(report: "OptimizeDocument") -> None:
     """The answer, the best combinations on unseen examples, and how many were tried."""
     render.heading(f"optimize: {report['headline']}")
     show_separability(report)
+    _show_routing(report)
     for best in report["best"]:
         render.out(f"{best['name']}: {best['verdict']} on at least {best['examples']} unseen examples a suite")
         for member, phrase in zip(best["members"], best.get("phrases", []), strict=False):
@@ -160,6 +161,12 @@ def show_separability(report: "OptimizeDocument") -> None:
             names = f"{cut(pair['a'], 30)} and {cut(pair['b'], 30)}"
             render.out(f"not separable: {names}")
             render.out(f"  prompts tell which is meant in {pair['share']:.0%}; {SEPARABLE:.0%} are needed")
+
+
+def _show_routing(report: "OptimizeDocument") -> None:
+    """How well a set's router assigns unseen prompts."""
+    for row in report.get("routed", []):
+        render.out(f"a set's router is right: {cut(row['name'], 30)}: {row['right']} of {row['count']}")
 
 
 def _is_fragile(member: "MeasuredMember") -> bool:

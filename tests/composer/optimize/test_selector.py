@@ -24,7 +24,7 @@ from composer.optimize.candidates import PLAIN_FIT
 from composer.optimize.combiner import pass_runner
 from composer.optimize.optimize import expected_passes, optimize
 from composer.optimize.problem import SearchEffort, SearchMember, SearchProblem
-from composer.optimize.report import ONE_ADAPTER, WITH_PHRASES, Confirmed, OptimizeReport, choose, document
+from composer.optimize.report import AS_SET, ONE_ADAPTER, WITH_PHRASES, Confirmed, OptimizeReport, choose, document
 from tests.composer.small_model import SIZES, WIDTHS, save_tokenizer
 
 ANSWERS = ("red", "blue")
@@ -103,7 +103,7 @@ def test_the_answer_names_the_phrases_the_figure_and_both_candidates(report: Opt
     assert shown["headline"].startswith(f"{WITH_PHRASES}: {PLAIN_FIT}, with phrases, confirmed on")
     assert shown["choice"]["phrases"] == ["aaa.", "222:"]
     assert shown["separability"][0]["share"] < 0.9
-    assert [row["answer"] for row in shown["best"]] == [ONE_ADAPTER, WITH_PHRASES, ONE_ADAPTER]
+    assert [row["answer"] for row in shown["best"]] == [ONE_ADAPTER, WITH_PHRASES, ONE_ADAPTER, AS_SET]
     assert [row["member"] for row in shown["without_phrases"]] == ["red", "blue"]
 
 
@@ -128,7 +128,7 @@ def test_members_alone_are_measured_without_phrases_since_that_is_what_their_use
 
 
 def test_a_plain_adapter_that_is_confirmed_is_preferred(report: OptimizeReport) -> None:
-    plain, selector, _ = report.best
+    plain, selector, *_ = report.best
 
     def with_verdict(one: Confirmed, verdict: Verdict) -> Confirmed:
         return replace(one, verdict=verdict, excess=0.0)
@@ -141,7 +141,7 @@ def test_a_plain_adapter_that_is_confirmed_is_preferred(report: OptimizeReport) 
 
 def test_given_phrases_are_tried_beside_a_plain_adapter_that_keeps_every_limit(problem: SearchProblem) -> None:
     loose = optimize(replace(problem, limits=Limits(loss=100.0, answers=0.0)))
-    assert [one.answer for one in loose.best] == [ONE_ADAPTER, WITH_PHRASES, ONE_ADAPTER]
+    assert [one.answer for one in loose.best] == [ONE_ADAPTER, WITH_PHRASES, ONE_ADAPTER, AS_SET]
     assert loose.choice is loose.best[0].candidate
     assert loose.without_phrases == ()
 
