@@ -97,6 +97,12 @@ class SeparableDocument(TypedDict):
     share: float
 
 
+class RoutedDocument(TypedDict):
+    name: str
+    right: int
+    count: int
+
+
 class OptimizeDocument(TypedDict):
     """An `OptimizeReport` with its headline, as a lock keeps it; those of earlier versions lack some fields."""
 
@@ -105,6 +111,7 @@ class OptimizeDocument(TypedDict):
     reworded: NotRequired[list[MeasuredMember]]
     without_phrases: NotRequired[list[MeasuredMember]]
     separability: NotRequired[list[SeparableDocument]]
+    routed: NotRequired[list[RoutedDocument]]
     best: list[ConfirmedDocument]
     tried: list[TriedDocument]
     left_out: Mapping[str, str]
