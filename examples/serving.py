@@ -23,8 +23,16 @@ REPOSITORY = "acme/sql-migration"
 CHANNEL = f"{REPOSITORY}@live"
 SUITE = "sql-served"
 PROMPT = "Queries on products filter by status and are slow."
+SET = "acme/assistants"
+ASKED = {
+    "Remove the active column from reviews.": "acme/sql-migration@",
+    'resource "aws_s3_bucket" "core_metrics" {\n  acl = "private"\n}': "acme/terraform-review@",
+    "Hi, please cancel order 7350. Thanks, Carla": "acme/support-macros@",
+    "What is the capital of Japan?": f"{SET}@1.0.0#base",
+}
+"""Prompts for the set, and what serves each."""
 PORTS = 3
-"""For llama.cpp: two versions during a move, and one more."""
+"""For llama.cpp: two versions during a move, and one more; or the three members of the set."""
 WAIT_S = 120.0
 
 
@@ -49,24 +57,42 @@ def serve(story: "Story") -> None:
             story.run("evidence", f"{REPOSITORY}:{version}", "--suite", SUITE)
         story.chapter("An agent keeps llama.cpp in step with a channel; a front takes the requests")
         story.run("promote", f"{REPOSITORY}:1.0.0", "--to", "live", "--new-channel", "--reason", "first release")
-        running.callback(stop_servers, served)
-        options = ("--server", f"llamacpp={command}", "--front", front, "--group", "demo")
-        running.enter_context(started(story, "mirror", CHANNEL, served, *options))
-        wait_for_route(served)
-        running.enter_context(started(story, "route", served, "--listen", front.removeprefix("http://")))
-        wait_for(f"{front}/healthz")
-        follow(story, served, front)
+        with following(story, CHANNEL, served, command, front):
+            follow(story, served, front)
+        story.chapter("One adapter cannot hold all three. A set serves each as it is, by a router")
+        recipe = EXAMPLES / "all-three-set.yaml"
+        print(recipe.read_text().rstrip())
+        story.run("compose", recipe)
+        story.run("promote", f"{SET}:1.0.0", "--to", "live", "--new-channel", "--reason", "all three")
+        with following(story, f"{SET}@live", served, command, front):
+            for prompt, wanted in ASKED.items():
+                version, _ = answer(front, f"{SET}@live", prompt)
+                if not version.startswith(wanted):
+                    sys.exit(f"demo: {wanted} should have answered")
     story.url = None
 
 
+@contextmanager
+def following(story: "Story", channel: str, served: Path, command: str, front: str) -> Generator[None]:
+    """An agent of the channel, with a front. The processes of llama.cpp that it starts end with it."""
+    with ExitStack() as running:
+        running.callback(stop_servers, served)
+        options = ("--server", f"llamacpp={command}", "--front", front, "--group", "demo")
+        running.enter_context(started(story, "mirror", channel, served, *options))
+        wait_for_route(served, channel)
+        running.enter_context(started(story, "route", served, "--listen", front.removeprefix("http://")))
+        wait_for(f"{front}/healthz")
+        yield
+
+
 def follow(story: "Story", served: Path, front: str) -> None:
-    old = answer(front)
+    _, old = answer(front)
     story.run("rollout", "status", CHANNEL)
     story.chapter("A promotion changes what users get, and a rollback brings the old answer back")
     story.run("promote", f"{REPOSITORY}:1.1.0", "--to", "live", "--wait", "2m")
-    new = answer(front)
+    _, new = answer(front)
     story.run("rollback", CHANNEL, "--wait", "2m", "--reason", "to see the old answer again")
-    if new == old or answer(front) != old:
+    if new == old or answer(front)[1] != old:
         sys.exit("demo: the server's answers did not follow the channel")
     story.chapter("A server with the wrong file under the right name gets no requests")
     reference = f"{REPOSITORY}:1.1.1"
@@ -74,7 +100,7 @@ def follow(story: "Story", served: Path, front: str) -> None:
     story.run("evidence", reference, "--suite", SUITE)
     misplace(story, served, reference)
     story.run("promote", reference, "--to", "live", "--wait", "20s", expect=1)
-    if answer(front) != old:
+    if answer(front)[1] != old:
         sys.exit("demo: a version that the check refused was served")
     story.run("rollback", CHANNEL, "--wait", "2m", "--reason", "the server has the wrong file")
 
@@ -89,14 +115,15 @@ def misplace(story: "Story", served: Path, reference: str) -> None:
     print(f"(a script puts the file of 1.0.0 where the agent keeps that of {reference.partition(':')[2]})")
 
 
-def answer(front: str) -> str:
-    """Sends the prompt to the channel's name, and prints the answer with the version that gave it."""
-    body = {"model": CHANNEL, "temperature": 0, "max_tokens": 32, "messages": [{"role": "user", "content": PROMPT}]}
+def answer(front: str, channel: str = CHANNEL, prompt: str = PROMPT) -> tuple[str, str]:
+    """Sends the prompt to the channel's name, and prints the answer with the version that gave it. Returns both."""
+    body = {"model": channel, "temperature": 0, "max_tokens": 32, "messages": [{"role": "user", "content": prompt}]}
     answered = httpx2.post(f"{front}/v1/chat/completions", json=body, timeout=WAIT_S).raise_for_status()
     version, text = answered.headers["x-served-model"], answered.json()["choices"][0]["message"]["content"]
     text = " ".join(text.split())
-    print(f"\nprompt   {PROMPT}\nserved   {version}\nanswer   {text[:71]}\n", flush=True)
-    return text
+    shown = " ".join(prompt.split())[:71]
+    print(f"\nprompt   {shown}\nserved   {version}\nanswer   {text[:71]}\n", flush=True)
+    return version, text
 
 
 @contextmanager
@@ -130,11 +157,11 @@ def wait_for(url: str) -> None:
         time.sleep(0.1)
 
 
-def wait_for_route(served: Path) -> None:
+def wait_for_route(served: Path, channel: str) -> None:
     until_s = time.monotonic() + WAIT_S
-    while CHANNEL not in ((served / "routes.json").read_text() if (served / "routes.json").is_file() else ""):
+    while channel not in ((served / "routes.json").read_text() if (served / "routes.json").is_file() else ""):
         if time.monotonic() > until_s:
-            sys.exit(f"demo: no server got {CHANNEL} within {WAIT_S:g} seconds")
+            sys.exit(f"demo: no server got {channel} within {WAIT_S:g} seconds")
         time.sleep(0.1)
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from composer.formats.recipes.weights import Weight
 from registry.client.api import Api
 from registry.errors import Unavailable
-from registry.formats.lineage import NOTE_BYTES, NOTE_FILE, Lineage, LineageInput, of_note
+from registry.formats.lineage import AS_SET, NOTE_BYTES, NOTE_FILE, Lineage, LineageInput, of_note
 from registry.wire.catalog import InputOut, ReleaseOut
 
 
@@ -26,7 +26,7 @@ def of_release(release: ReleaseOut, note: bytes) -> Lineage | None:
         return replace(
             noted, members=tuple(_member(rows[_key(member)].pop(0), member.weight) for member in noted.members)
         )
-    return Lineage(tuple(_member(row, Weight(row.weight)) for row in known))
+    return Lineage(tuple(_member(row, Weight(row.weight)) for row in known), AS_SET if release.kind == "set" else "")
 
 
 def fetch_note(api: Api, release: ReleaseOut) -> bytes:

@@ -31,6 +31,10 @@ class LineageInput:
         return f"{weight_words(self.weight)} x {self.name}{':' if self.version else ' '}{self.exactly}"
 
 
+AS_SET = "a set with a router"
+"""The method of a set, in words."""
+
+
 @dataclass(frozen=True, slots=True)
 class Lineage:
     """The method and members of a composition. `method` is empty if only the members are known; `dtype` and
@@ -100,6 +104,8 @@ def side_by_side(old: Lineage | None, new: Lineage | None) -> list[Changed]:
 def of_lock(lock: Mapping[str, Any]) -> Lineage:
     """The composition of a lock, or of an adaptory.json's excerpt of it, which names inputs only by commit."""
     members = tuple(_locked(row) for row in lock["inputs"])
+    if lock.get("set"):
+        return Lineage(members, AS_SET)
     return _composition(members, lock)
 
 

@@ -75,6 +75,7 @@ def test_a_page_and_a_listing_show_a_set(small_team: Cli, tmp_path: Path) -> Non
     assert "acme/assistants" in small_team.ok("list").out
     shown = small_team.ok("show", "acme/assistants:1.0.0").out
     assert "sql, support" in shown
+    assert "a set with a router" in shown
     assert small_team.json("search", "--kind", "set")["items"][0]["repository"] == "acme/assistants"
     with resources_of(small_team.environment) as resources, single_user(resources) as http:
         for path in ("/acme/assistants", "/acme/assistants/1.0.0", "/acme/sql/1.0.0"):
