@@ -62,7 +62,7 @@ def serve(story: "Story") -> None:
         story.chapter("One adapter cannot hold all three. A set serves each as it is, by a router")
         recipe = EXAMPLES / "all-three-set.yaml"
         print(recipe.read_text().rstrip())
-        story.run("compose", recipe)
+        story.run("compose", recipe, "--follow")
         story.run("promote", f"{SET}:1.0.0", "--to", "live", "--new-channel", "--reason", "all three")
         with following(story, f"{SET}@live", served, command, front):
             for prompt, wanted in ASKED.items():

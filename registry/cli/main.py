@@ -26,7 +26,7 @@ MODULES = {
         "search",
         "transfer",
     ),
-    "serving": ("mirror", "route"),
+    "serving": ("mirror", "route", "router"),
 }  # fmt: skip
 """Each adds its commands to `root` when it is imported."""
 

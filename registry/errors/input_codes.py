@@ -21,6 +21,7 @@ USAGE = {
     "bad_share": "Write it as 10%.",
     "bad_duration": "Write days, hours, minutes and seconds, as in 90s, 5m or 1h30m.",
     "bad_http": "Send HTTP/1.1, one request after the other.",
+    "not_a_set": "Name a release that a recipe with `set:` has published.",
     "bad_kind": "Use adapter or model.",
     "bad_lifetime": "Give a number of days with --expires-in-days, or leave it out for the default.",
     "bad_location": "Begin it with a known scheme: file://, s3:// or hf://.",

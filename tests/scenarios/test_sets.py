@@ -1,7 +1,9 @@
 """A set of adapters with a router as a release: composed, measured, judged, promoted and rolled back."""
 
 import json
+import sys
 from pathlib import Path
+from subprocess import run
 from typing import Any
 
 import pytest
@@ -68,6 +70,20 @@ def test_a_set_is_measured_promoted_and_rolled_back_like_any_release(small_team:
     small_team.ok("promote", "acme/assistants:1.1.0", "--to", "prod")
     small_team.ok("rollback", "acme/assistants@prod", "--reason", "as before")
     assert small_team.json("show", "acme/assistants@prod")["version"] == "1.0.0"
+
+
+def test_a_router_is_written_as_a_program_that_needs_no_package(small_team: Cli, tmp_path: Path) -> None:
+    assert compose(small_team, tmp_path).json["state"] == "done"
+    program = tmp_path / "router.py"
+    small_team.ok("router", "acme/assistants:1.0.0", "-o", program)
+    for prompt, served in (("sql 77", "acme/sql@1.0.0"), ("support 1", "acme/support@1.0.0"), ("水曜日", "base")):
+        assert (
+            run([sys.executable, "-I", program, prompt], check=True, capture_output=True, text=True).stdout.strip()
+            == served
+        )
+    assert "choose" in small_team.ok("router", "acme/assistants:1.0.0").out
+    refused = small_team("router", "acme/sql:1.0.0")
+    assert (refused.code, "is no set" in refused.err) == (2, True)
 
 
 def test_a_page_and_a_listing_show_a_set(small_team: Cli, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ GROUPS: tuple[tuple[str, tuple[str, ...], str], ...] = (
         ("conflicts", "compose", "tame", "merge", "combine", "convert", "extract"),
         "adaptory conflicts acme/sql acme/support --probe 8",
     ),
-    ("Serve", ("mirror", "route"), "adaptory mirror acme/sql@prod ./served"),
+    ("Serve", ("mirror", "route", "router"), "adaptory mirror acme/sql@prod ./served"),
     (
         "Operate",
         ("serve", "worker", "jobs", "cancel", "migrate", "gc", "fsck", "doctor", "backup", "restore", "storage"),

@@ -1,11 +1,14 @@
 """The router of a set: which adapter answers a prompt."""
 
 import random
+from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from composer.formats.sets import router
+from composer.formats.sets.adapter_set import AdapterSet, SetMember
+from composer.formats.sets.python_router import to_python
 from composer.formats.sets.router import BASE, MAX_CHARS, fit, separability
 
 SQL = ["Write SQL: all orders of May", "Write SQL: users without orders", "Write SQL: sum of invoices by month"]
@@ -55,3 +58,16 @@ def test_case_and_spaces_do_not_matter():
 def test_tasks_with_their_own_words_are_separable_and_equal_prompts_are_not():
     assert separability({"sql": SQL, "cron": CRON}) == 1.0
     assert separability({"upper": TALK, "lower": TALK}) <= 0.5
+
+
+@given(PROMPTS, st.lists(TEXT, max_size=4))
+def test_the_router_as_a_program_chooses_as_the_router_does(prompts: dict[str, list[str]], asked: list[str]):
+    names = [name for name in prompts if name != BASE] or ["a"]
+    member = {"repository": "acme/x", "version": "1.0.0", "commit": "a" * 40}
+    members = {name: SetMember.model_validate({**member, "repository": f"acme/{name}"}) for name in names}
+    made = AdapterSet.of(members, fit({**{name: ["zzzz"] for name in names}, **prompts}))
+    program: dict[str, Any] = {}
+    exec(to_python(made), program)  # noqa: S102 - our own text
+    right = {name: f"acme/{name}@1.0.0" for name in names}
+    for prompt in asked:
+        assert program["choose"](prompt) == right.get(made.routes.choose(prompt), BASE)
