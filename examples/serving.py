@@ -1,5 +1,6 @@
 """The demo's last chapters: llama.cpp's own server follows a channel, and is checked before it gets requests."""
 
+import json
 import os
 import shutil
 import signal
@@ -158,8 +159,8 @@ def wait_for(url: str) -> None:
 
 
 def wait_for_route(served: Path, channel: str) -> None:
-    until_s = time.monotonic() + WAIT_S
-    while channel not in ((served / "routes.json").read_text() if (served / "routes.json").is_file() else ""):
+    until_s, routes = time.monotonic() + WAIT_S, served / "routes.json"
+    while not (routes.is_file() and channel in json.loads(routes.read_text())["channels"]):
         if time.monotonic() > until_s:
             sys.exit(f"demo: no server got {channel} within {WAIT_S:g} seconds")
         time.sleep(0.1)
