@@ -221,7 +221,7 @@ class Registry:
         for score in scores:
             if score.suite not in digests:
                 digests[score.suite] = self.api.get(f"/v1/suites/{quote(score.suite, safe='')}", SuiteOut).digest
-            own = {name: getattr(score, name) for name in Score.__slots__ if name != "suite"}
+            own = {name: getattr(score, name) for name in Score.__slots__ if name not in ("suite", "phrase")}
             rows.append({"suite_digest": digests[score.suite], **own})
         self.api.post(f"{self._resolved(ref).path}/scores", {"scores": rows, "results": []})
 

@@ -114,7 +114,7 @@ def test_a_form_that_cannot_be_a_recipe_is_shown_again_with_what_is_wrong(publis
     for wrong, status, said in (
         (fields(do="plan", weight="much"), 422, "&#39;much&#39; is not a finite number"),
         (fields(do="plan", method="none"), 422, "unknown method"),
-        (fields(do="compose"), 400, "no adapter and no model"),
+        (fields(do="compose"), 400, "no adapter, no model and no set"),
         (fields(do="plan", gates="nonsense"), 400, "nonsense"),
         ({"do": "plan", "recipe": "inputs: ["}, 422, "it is not YAML"),
         ({"do": "plan"}, 422, "at least 1 is needed"),

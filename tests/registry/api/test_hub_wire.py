@@ -253,7 +253,7 @@ def test_models_are_listed_by_author_words_and_tags(house: House) -> None:
     assert everything == sorted(everything)
     assert {"acme/tables", "acme/sql", "open/sql"} < set(everything)
     assert [name for name in everything if name.startswith("other/")] == []
-    assert listed("author=open") == ["open/merged", "open/sql"]
+    assert listed("author=open") == ["open/assistants", "open/merged", "open/sql"]
     assert listed("search=TABLES") == [name for name in everything if "tables" in name]
     assert listed("search=tables&search=lite") == ["acme/tables.lite"]
     assert listed("author=open&filter=base_model:adapter:tiny") == ["open/sql"]
