@@ -21,22 +21,39 @@ Document = Mapping[str, Any]
 def litellm(routes: Routes, _pool: str) -> Document:
     """LiteLLM's `model_list`: a deployment for each version and server of a channel. The servers of a version share its
     weight."""
-    counts = [len(servers) for servers in routes.servers.values() if servers]
+    by_version = {name: _addresses(servers) for name, servers in routes.servers.items()}
+    counts = [len(servers) for servers in by_version.values() if servers]
     scale = math.lcm(*counts)
     rows = [
         {
             "model_name": channel,
             "litellm_params": {
                 "model": f"hosted_vllm/{name}",
-                "api_base": f"{server}/v1",
-                "weight": weight * scale // len(routes.servers[name]),
+                **({"api_base": f"{server}/v1"} if server else {}),
+                "weight": weight * scale // len(by_version[name]),
             },
         }
-        for channel, weights in sorted(routes.channels.items())
+        for channel, weights in _channels(routes)
         for name, weight in weights.items()
-        for server in routes.servers.get(name, ())
+        for server in by_version.get(name, ())
     ]
     return {"model_list": rows}
+
+
+def _addresses(servers: Sequence[str]) -> list[str]:
+    """The addresses of a version's servers; an empty one for all servers that have none, such as a directory."""
+    addresses = [server for server in servers if server.startswith(("http://", "https://"))]
+    return addresses or [""] * bool(servers)
+
+
+def _channels(routes: Routes) -> list[tuple[str, Mapping[str, int]]]:
+    """The channels with their weights, without those that serve sets: only the front has the sets' routers."""
+    return [row for row in sorted(routes.channels.items()) if not row[1].keys() & routes.sets.keys()]
+
+
+def _loaded(routes: Routes) -> list[tuple[str, str]]:
+    """The versions that servers load, with their commits."""
+    return [row for row in sorted(routes.commits.items()) if row[0] not in routes.sets]
 
 
 def llm_d(routes: Routes, pool: str) -> Document:
@@ -46,7 +63,7 @@ def llm_d(routes: Routes, pool: str) -> Document:
             "matches": [{"model": {"type": "Exact", "value": channel}}],
             "targets": [{"modelRewrite": name, "weight": weight} for name, weight in weights.items()],
         }
-        for channel, weights in sorted(routes.channels.items())
+        for channel, weights in _channels(routes)
     ]
     reference = {"group": "inference.networking.k8s.io", "kind": "InferencePool", "name": pool}
     return {
@@ -66,7 +83,7 @@ def envoy(routes: Routes, pool: str) -> Document:
                 {"name": pool, "modelNameOverride": name, "weight": weight} for name, weight in weights.items()
             ],
         }
-        for channel, weights in sorted(routes.channels.items())
+        for channel, weights in _channels(routes)
     ]
     return {
         "apiVersion": "aigateway.envoyproxy.io/v1alpha1",
@@ -78,8 +95,7 @@ def envoy(routes: Routes, pool: str) -> Document:
 
 def kserve(routes: Routes, pool: str) -> Document:
     """A patch of KServe's LLMInferenceService: its adapters, from the registry's hub API (HF_ENDPOINT)."""
-    names = sorted(routes.commits)
-    adapters = [{"name": name, "uri": f"hf://{name.replace('@', ':')}"} for name in names]
+    adapters = [{"name": name, "uri": f"hf://{name.replace('@', ':')}"} for name, _ in _loaded(routes)]
     return {
         "apiVersion": "serving.kserve.io/v1alpha1",
         "kind": "LLMInferenceService",
@@ -102,7 +118,7 @@ def aibrix(routes: Routes, pool: str) -> Document:
                 "artifactURL": f"huggingface://{name.replace('@', '.')}",
             },
         }
-        for name, commit in sorted(routes.commits.items())
+        for name, commit in _loaded(routes)
     ]
     return {"apiVersion": "v1", "kind": "List", "items": items}
 

@@ -1,5 +1,6 @@
 """The routes of a mirror as files of other gateways and controllers: golden, since none of these is run here."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,23 @@ def test_a_file_has_the_form_that_its_project_documents(form: str, tmp_path: Pat
     path = tmp_path / "routes.yaml"
     GatewayFile(f"{form}={path}", "vllm").write(ROUTES)
     assert path.read_text() == (GOLDEN / f"{form}.yaml").read_text()
+
+
+@pytest.mark.parametrize("form", sorted(FORMS))
+def test_a_set_is_in_no_file_and_its_members_are_loaded_as_others_are(form: str, tmp_path: Path) -> None:
+    """Only the front has the router of a set."""
+    path, name = tmp_path / "routes.yaml", "acme/all@1.0.0"
+    channels = {**ROUTES.channels, "acme/all@prod": {name: 100}}
+    commits, sets = {**ROUTES.commits, name: "d" * 40}, {name: {"sql": "acme/sql@1.1.0", "hr": "acme/hr@2.0.0"}}
+    GatewayFile(f"{form}={path}", "vllm").write(replace(ROUTES, channels=channels, commits=commits, sets=sets))
+    assert path.read_text() == (GOLDEN / f"{form}.yaml").read_text()
+
+
+def test_a_command_is_no_address_of_a_server(tmp_path: Path) -> None:
+    path = tmp_path / "routes.yaml"
+    GatewayFile(f"litellm={path}", "vllm").write(replace(ROUTES, servers=dict.fromkeys(ROUTES.servers, ("./load",))))
+    rows = yaml.safe_load(path.read_text())["model_list"]
+    assert [row["litellm_params"].keys() for row in rows] == [{"model", "weight"}] * 3
 
 
 def test_an_unknown_form_is_refused_with_the_known_ones() -> None:

@@ -274,7 +274,7 @@ class _Verified:
             kind = f"{row.kind}{f' ({scores})' if scores else ''}"
             render.out(f"{kind} of {self.what} attested by worker {row.key.worker}, key {row.key.id[:12]}")
         if self.attested == []:
-            render.out(f"no worker attests anything of {self.what}")
+            render.out(f"no worker whose key is valid attests anything of {self.what}")
         if self.signed:
             render.out(f"{self.what} is signed by {self.signed.fingerprint}")
             if named := self.signed.release:

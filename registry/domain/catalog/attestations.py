@@ -118,6 +118,6 @@ def evidence_of(session: Session, release: Release) -> Attestation:
             "evidence_unknown",
             f"{name} has no evidence.",
             subject=name,
-            next_step=f"Make it on a suite that allows it: `adaptory evidence {name}`.",
+            next_step=f"Make it on a suite that allows it: `adaptory evidence {name} --suite SUITE`.",
         )
     return row
