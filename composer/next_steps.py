@@ -2,6 +2,7 @@
 
 NEXT_STEPS = {
     "a_checkpoint": "Name an adapter's directory.",
+    "a_set": "Name one of its members; `adaptory show` lists them.",
     "adapter_type": "Merge it where it was trained; the message says why it is not merged here.",
     "another_layout": "Convert it first: `adaptory convert SOURCE --base BASE -o DIR`.",
     "architecture_differs": "Name the checkpoint that it was fine-tuned from.",

@@ -36,7 +36,7 @@ _OF_COMPOSER: dict[type[RegistryError], str] = {
         exists
     """,
     Invalid: """
-        a_checkpoint another_layout bad_alpha bad_index bad_json bad_note bad_policy bad_prompts
+        a_checkpoint a_set another_layout bad_alpha bad_index bad_json bad_note bad_policy bad_prompts
         bad_quantization bad_recipe bad_safetensors bad_set chat_template_endless chat_template_failed cut_off
         empty_adapter harness_task_unusable missing missing_index missing_note missing_pair missing_shard
         model_not_loadable not_finite rank_mismatch scorer_settings shape_mismatch suite_example suite_field

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from composer.findings import Finding, Severity
-from composer.formats.sets.adapter_set import SET_FILE
+from composer.formats.adapters.layouts import SET_FILE
 from registry.formats.manifest import ManifestFile
 from registry.formats.references import Version
 

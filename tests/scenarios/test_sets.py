@@ -72,6 +72,18 @@ def test_a_set_is_measured_promoted_and_rolled_back_like_any_release(small_team:
     assert small_team.json("show", "acme/assistants@prod")["version"] == "1.0.0"
 
 
+def test_commands_for_one_adapter_say_that_it_is_a_set_and_its_attestations_are_verified(
+    small_team: Cli, tmp_path: Path
+) -> None:
+    assert compose(small_team, tmp_path).json["state"] == "done"
+    ref = "acme/assistants:1.0.0"
+    for words in (("inspect", ref), ("conflicts", ref, "acme/sql")):
+        refused = small_team(*words)
+        assert (refused.code, "is a set of adapters" in refused.err) == (6, True), refused.err
+    assert "of the kind set" in small_team("diff", "acme/sql:1.0.0", ref).err
+    assert f"composition of {ref} attested by worker" in small_team.ok("verify", ref).out
+
+
 def test_a_router_is_written_as_a_program_that_needs_no_package(small_team: Cli, tmp_path: Path) -> None:
     assert compose(small_team, tmp_path).json["state"] == "done"
     program = tmp_path / "router.py"

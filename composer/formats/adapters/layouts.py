@@ -20,6 +20,8 @@ from composer.formats.untrusted import printable, refuse_endless
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PEFT, KOHYA, DIFFUSERS, MLX = "peft", "kohya", "diffusers", "mlx"
+SET_FILE = "adapter_set.json"
+"""The file of a set of adapters: composer.formats.sets."""
 MLX_FILE = "adapters.safetensors"
 _MAGIC = {b"GGUF": "gguf"}
 # layout -> why it is not read, and the fix.
@@ -66,15 +68,23 @@ def recognise(path: Path) -> Recognised:
         return Recognised(KOHYA if _is_kohya(header.tensors) else PEFT, header)
     if (path / CONFIG_FILE).is_file() and file is None:
         return Recognised(PEFT)
-    if (path / "config.json").is_file():
-        message = f"{path.name} is a checkpoint: a complete model, not an adapter."
-        raise InvalidFile("a_checkpoint", message, subject=str(path))
+    _refuse_other_kinds(path)
     for other in sorted(path.iterdir()):
         if other.suffix in (".gguf", ".nemo") or re.fullmatch(r"adapter_.*\.pt", other.name):
             return _of_file(other)
     if file is None:
         raise missing_weights(path, WEIGHTS_FILE)
     return _of_file(file)
+
+
+def _refuse_other_kinds(path: Path) -> None:
+    """Raises InvalidFile for a directory of a set or of a model."""
+    if (path / SET_FILE).is_file():
+        message = f"{path.name} is a set of adapters, and this needs one adapter."
+        raise InvalidFile("a_set", message, subject=str(path))
+    if (path / "config.json").is_file():
+        message = f"{path.name} is a checkpoint: a complete model, not an adapter."
+        raise InvalidFile("a_checkpoint", message, subject=str(path))
 
 
 def weights_in(path: Path) -> Path | None:

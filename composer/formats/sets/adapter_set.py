@@ -16,11 +16,11 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from composer.errors import InvalidFile
+from composer.formats.adapters.layouts import SET_FILE
 from composer.formats.recipes.documents import LISTED, Document, RefusedValues, problem_of
 from composer.formats.sets.router import BASE, LONGEST, SHORTEST, Router
 from composer.formats.untrusted import read_bytes, reject_duplicate_keys
 
-SET_FILE = "adapter_set.json"
 MAX_BYTES = 16 << 20
 MAX_MEMBERS = 64
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,95}")

@@ -73,7 +73,7 @@ def diff(
     if with_base:
         _warn_of_base(before, after)
     elif before.kind != after.kind:
-        raise Usage("kinds_differ", f"{old} and {new} are an adapter and a model.")
+        raise Usage("kinds_differ", f"{old} is of the kind {before.kind}, {new} of the kind {after.kind}.")
     deltas = None if with_base else _compare(before.directory, after.directory)
     compare = differences_in_scores if with_base else differences
     shown = _Shown(

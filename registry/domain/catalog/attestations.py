@@ -7,6 +7,7 @@ from typing import Any
 from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
+from composer.formats.adapters.layouts import SET_FILE
 from registry.database.tables import Attestation, Base, Release, Suite, WorkerKey
 from registry.domain.access.audit import Actor
 from registry.domain.catalog.releases import full_name
@@ -14,7 +15,7 @@ from registry.errors import NotFound, Refused
 from registry.formats.attestations import COMPOSITION, EVIDENCE, SCORES, Statement, code_digest, open_attestation
 from registry.formats.manifest import parse_manifest
 
-_WEIGHTS = (".safetensors", ".bin", ".gguf")
+_WEIGHTS = (".safetensors", ".bin", ".gguf", SET_FILE)
 BASE, CODE = "base", "adaptory"
 KINDS: Mapping[str, str] = {SCORES: "scores", COMPOSITION: "composition", EVIDENCE: "evidence"}
 """By predicate type."""
