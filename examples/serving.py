@@ -39,9 +39,10 @@ WAIT_S = 120.0
 
 def serve(story: "Story") -> None:
     """Runs a registry, a front and an agent until the chapters are over. Whatever they have started ends with them."""
-    base, served = story.directory / "base.gguf", story.directory / "served"
-    stop_servers(served)
-    shutil.rmtree(served, ignore_errors=True)
+    base, served, for_all = (story.directory / name for name in ("base.gguf", "served", "served-all"))
+    for directory in (served, for_all):
+        stop_servers(directory)
+        shutil.rmtree(directory, ignore_errors=True)
     story.chapter("The base for llama.cpp, and the server of the registry")
     if not base.is_file():
         subprocess.run([sys.executable, EXAMPLES / "make_gguf.py", base], check=True)
@@ -65,7 +66,7 @@ def serve(story: "Story") -> None:
         print(recipe.read_text().rstrip())
         story.run("compose", recipe, "--follow")
         story.run("promote", f"{SET}:1.0.0", "--to", "live", "--new-channel", "--reason", "all three")
-        with following(story, f"{SET}@live", served, command, front):
+        with following(story, f"{SET}@live", for_all, command, front):
             for prompt, wanted in ASKED.items():
                 version, _ = answer(front, f"{SET}@live", prompt)
                 if not version.startswith(wanted):

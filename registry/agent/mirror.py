@@ -106,8 +106,8 @@ class Mirror:
             for version in target.weights
             if switches or target.version == routes.version(channel)
         }
-        needed = routes.versions() | goals
-        failures = self._bring(needed)
+        routed = {version for channel in channels for version in routes.weights(channel)}
+        failures = self._bring(frozenset(goals | routed))
         after = self._moved(routes, targets, failures, switches=switches)
         changed = after != routes and (after.channels or routes.channels)  # damaged routes stay until there are others
         if changed and (why := _unwritten(partial(self._directory.write_routes, after))):

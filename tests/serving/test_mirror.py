@@ -288,3 +288,14 @@ def test_wrong_options_are_named(site: Site, words: list[str], code: int, names:
     assert ran.code == code
     assert names in ran.err
     assert not list((site.directory / "served").glob("*"))
+
+
+def test_an_agent_that_follows_another_channel_now_does_not_load_what_its_directory_was_routed_to(site: Site) -> None:
+    with double(max_loras=2) as (server, _), mirrored(site, "--server", f"vllm={server}", channels=(SQL,)) as agent:
+        agent.wait_for(OLD)
+    with (
+        double(max_loras=2) as (server, _),
+        mirrored(site, "--server", f"vllm={server}", channels=(TERRAFORM,)) as agent,
+    ):
+        agent.wait_for("acme/terraform@1.0.0", TERRAFORM)
+        assert loaded(server).keys() == {"acme/terraform@1.0.0"}
