@@ -22,7 +22,8 @@ def flushed_to_zero(counts: Mapping[str, int]) -> list[Finding]:
     flushed = {name: count for name, count in counts.items() if count}
     if not flushed:
         return []
-    worst, total = max(flushed, key=lambda name: flushed[name]), sum(flushed.values())
+    worst = max(sorted(flushed), key=lambda name: flushed[name])  # of equal ones, the same at every run
+    total = sum(flushed.values())
     message = (
         f"float16 makes {total:,} values zero, in {len(flushed)} tensors, most in {worst} ({flushed[worst]:,}): it has "
         "no number between 0 and 6e-8."
