@@ -88,8 +88,8 @@ def create_app(
     """Creates the application: for one user or, with `tokens`, for the holders of tokens. On loopback, where others of
     the machine are too, the one user has a `secret`.
 
-    With `on_demand`, each router is loaded by the first request that may need it, and there are no pages: a command
-    uses only a few paths, and loading all routers took 0.25 s more, of the 1.0 s of `adaptory list`.
+    With `on_demand`, the first request that may need a router loads it, and pages are left out: a command uses only a
+    few paths, and loading all routers adds 0.25 s to the 1.0 s of `adaptory list`.
     """
     app = _application(resources, tokens=tokens)
     _ask_for(app, resources, secret)

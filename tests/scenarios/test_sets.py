@@ -12,9 +12,11 @@ import yaml
 from composer.deltas.variants.load import load_deltas
 from composer.evaluation.model import load_model
 from composer.formats.sets.adapter_set import SET_FILE, read_set
+from registry.errors import RegistryError
 from tests.composer.optimize.test_optimize import suite_of
 from tests.registry.api.test_pages import single_user
 from tests.scenarios.test_crashes import resources_of
+from tests.scenarios.traces import api_of
 from tests.scenarios.world import Cli, World
 
 MEMBERS = ("sql", "support")
@@ -95,7 +97,7 @@ def test_a_router_is_written_as_a_program_that_needs_no_package(small_team: Cli,
         )
     assert "choose" in small_team.ok("router", "acme/assistants:1.0.0").out
     refused = small_team("router", "acme/sql:1.0.0")
-    assert (refused.code, "is no set" in refused.err) == (2, True)
+    assert (refused.code, "is not a set" in refused.err) == (2, True)
 
 
 def test_a_page_and_a_listing_show_a_set(small_team: Cli, tmp_path: Path) -> None:
@@ -139,6 +141,23 @@ def test_a_set_that_nobody_composed_cannot_be_pushed(small_team: Cli, tmp_path: 
     for kind in ("adapter", "model", "set"):
         refused = small_team("push", tmp_path / "pulled", "acme/mine:1.0.0", "--base", "tiny", "--kind", kind)
         assert refused.code != 0
+
+
+def test_the_api_refuses_a_set_that_nobody_composed_also_with_the_files_of_one_that_was(
+    small_team: Cli, tmp_path: Path
+) -> None:
+    assert compose(small_team, tmp_path).json["state"] == "done"
+    files = small_team.json("show", "acme/assistants:1.0.0")["files"]
+    request = {"version": "3.0.0", "base": "tiny", "files": files}
+    with api_of(small_team) as api:
+        for path, code in (
+            ("/v1/sets/acme/assistants", "set_not_composed"),
+            ("/v1/sets/acme/mine", "set_not_composed"),
+            ("/v1/adapters/acme/mine", "missing_weights"),
+        ):
+            with pytest.raises(RegistryError) as refused:
+                api.post(f"{path}/releases", request)
+            assert refused.value.code == code
 
 
 def test_a_member_that_was_yanked_is_no_longer_taken_into_a_set(small_team: Cli, tmp_path: Path) -> None:

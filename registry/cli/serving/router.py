@@ -27,7 +27,7 @@ def router(ref: Ref, output: Output = None) -> None:
     with connected() as connection:
         release = resolved(connection, ref)
         if release.kind != "set":
-            raise Usage("not_a_set", f"{release.name} is no set.", subject=release.name)
+            raise Usage("not_a_set", f"{release.name} is not a set.", subject=release.name)
         made = read_set(release_directory(connection, release) / SET_FILE)
     if output is None:
         render.out(to_python(made))
