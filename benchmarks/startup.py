@@ -26,7 +26,10 @@ HEAVY = (
 )
 FRAMEWORKS = "import fastapi, httpx2, sqlalchemy.orm, typer"
 """What an embedded command stands on: no command that runs the service in its own process can start in less."""
-HELP = "import sys; sys.argv = ['adaptory', '--help']\nfrom registry.cli.main import root\nroot(standalone_mode=False)"
+HELP = (
+    "import sys; sys.argv = ['adaptory', '--help']\n"
+    "from registry.cli.start import load_commands\nload_commands()(standalone_mode=False)"
+)
 ALLOWED = {
     "adaptory --help": (HELP, ()),
     "import registry.api.app": ("import registry.api.app", ("fastapi", "starlette", "sqlalchemy")),

@@ -143,7 +143,7 @@ def _hub_settings() -> dict[str, str]:
 
 
 def _command(words: list[str], environment: dict[str, str], log: str, errors: str) -> None:
-    from registry.cli.main import main
+    from registry.cli.start import run
 
     _take_environment(environment)
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -151,7 +151,7 @@ def _command(words: list[str], environment: dict[str, str], log: str, errors: st
     os.dup2(handle if errors == log else os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     faulthandler.enable()  # SIGABRT makes a process print its stack
     sys.argv = ["adaptory", *words]
-    main()
+    run()
 
 
 def _command_on_terminal(words: list[str], environment: dict[str, str], terminal: Connection, code: str) -> None:

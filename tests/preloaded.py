@@ -23,8 +23,8 @@ import uvloop  # noqa: F401
 import registry.api.app
 import registry.api.http.metrics
 import registry.api.http.protocol
-import registry.cli.main
 import registry.cli.operations.server
+import registry.cli.start
 import registry.client.push
 import registry.storage.s3.store
 import registry.transfer.collect
@@ -43,7 +43,7 @@ for routers in (registry.api.app.routers, registry.api.app.hub_routers, registry
 registry.transfer.resources.ensure_schema = partial(services.ensure_schema_by_copy, services.shared_directory())
 registry.worker.engine.template.launch = forked.launch_template
 typer.main.get_command = lru_cache(typer.main.get_command)
-typer.main.get_command(registry.cli.main.root)
+typer.main.get_command(registry.cli.start.load_commands())
 botocore.session.create_loader = lru_cache(botocore.session.create_loader)
 boto3.Session().client("s3", region_name="us-east-1")
 # Nor compile the statements of a publication again, which takes as long as all else of a push.

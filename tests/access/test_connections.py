@@ -116,7 +116,7 @@ def test_pg_dump_and_the_command_line_get_in_while_four_processes_are_loaded(url
     environ["ADAPTORY_LOOPBACK_OPEN"] = "true"
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ADAPTORY_")} | environ
     port = free_ports(1)[0]
-    command = [sys.executable, "-m", "registry.cli.main", "serve", "--processes", str(PROCESSES), "--port", str(port)]
+    command = [sys.executable, "-m", "registry.cli.start", "serve", "--processes", str(PROCESSES), "--port", str(port)]
     serving = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     ended = threading.Event()
     statuses: list[int] = []
@@ -133,7 +133,7 @@ def test_pg_dump_and_the_command_line_get_in_while_four_processes_are_loaded(url
             with locked(url, "suites"):  # requests wait, so that each process opens as many connections as it may
                 loads = [pool.submit(load, number) for number in range(160)]
                 most = _count_at_rest(url)
-            listing = [sys.executable, "-m", "registry.cli.main", "list", "--json"]
+            listing = [sys.executable, "-m", "registry.cli.start", "list", "--json"]
             listed = subprocess.run(listing, env=environment, check=False, capture_output=True, timeout=120)
             dump = [str(services.postgres_binaries()) + "/pg_dump", "--file", str(tmp_path / "dump"), url]
             dumped = subprocess.run(dump, check=False, capture_output=True, timeout=60)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import typer
 
-from registry.cli.main import root
+from registry.cli.start import load_commands
 from registry.environment.settings import Settings
 
 ROOT = Path(__file__).parents[2]
@@ -18,7 +18,7 @@ def test_the_unit_starts_the_server_and_runs_nothing_before_it() -> None:
     (line,) = [line for line in UNIT.read_text().splitlines() if line.startswith("Exec")]
     assert line.startswith("ExecStart=/opt/adaptory/bin/adaptory ")
     name, *options = shlex.split(line)[1:]
-    adaptory = typer.main.get_command(root)
+    adaptory = typer.main.get_command(load_commands())
     # Below its parent, as on a command line: commands are built once per process, and remember how their help was
     # requested.
     parent = adaptory.make_context("adaptory", [name])
@@ -27,7 +27,7 @@ def test_the_unit_starts_the_server_and_runs_nothing_before_it() -> None:
 
 
 def test_every_command_in_a_fence_of_the_documentation_is_a_command_of_ours() -> None:
-    adaptory = typer.main.get_command(root)
+    adaptory = typer.main.get_command(load_commands())
     counted = 0
     for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
         if page.name in ("cli.md", "demo.md"):  # recorded, and compared with the program itself

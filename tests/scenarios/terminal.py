@@ -18,11 +18,11 @@ COLUMNS = 80
 _END = "end of command, status"
 _ONE_AFTER_ANOTHER = """
 import sys
-from registry.cli.main import main
+from registry.cli.start import run
 for words in {commands}:
     sys.argv = ["adaptory", *words]
     try:
-        main()
+        run()
     except SystemExit as ended:
         print("{end}", ended.code or 0, flush=True)
 sys.exit()

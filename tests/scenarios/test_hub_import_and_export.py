@@ -327,7 +327,7 @@ def test_a_token_goes_only_to_the_hub_that_it_is_for(
     "command", [("import", "hf://acme/sql", "acme/sql:1.0.0"), ("base", "add", "hf://a/b", "--name", "b")]
 )
 def test_without_the_extra_the_error_says_what_to_install(command: tuple[str, ...], on_disk: Cli) -> None:
-    without = "import sys; sys.modules['huggingface_hub'] = None; from registry.cli.main import main; main()"
+    without = "import sys; sys.modules['huggingface_hub'] = None; from registry.cli.start import main; main()"
     ran = subprocess.run(
         [sys.executable, "-c", without, *command],
         env={**os.environ, **on_disk.environment}, capture_output=True, text=True, check=False,

@@ -112,7 +112,7 @@ def test_a_rank_that_is_given_twice_is_refused(on_disk: Cli, world: World, tmp_p
 @pytest.mark.long
 def test_a_command_whose_output_nobody_takes_does_its_work(world: World, tmp_path: Path) -> None:
     command = (
-        f"{sys.executable} -m registry.cli.main combine --adapter {world.adapters['sql']} -o {tmp_path / 'out'} >&-"
+        f"{sys.executable} -m registry.cli.start combine --adapter {world.adapters['sql']} -o {tmp_path / 'out'} >&-"
     )
     ran = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)  # noqa: S602
     assert (ran.returncode, ran.stderr) == (0, "")

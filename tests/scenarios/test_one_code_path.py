@@ -92,7 +92,7 @@ def test_the_registry_on_disk_opens_no_socket_to_anywhere(on_disk: Cli, world: W
         "    if event in ('socket.bind', 'socket.connect', 'socket.getaddrinfo'):\n"
         "        raise RuntimeError(f'{event} {arguments}')\n"
         "sys.addaudithook(hook)\n"
-        "from registry.cli.main import main\n"
+        "from registry.cli.start import main\n"
         "main()\n"
     )
     push = ["push", str(world.adapters["sql"]), "acme/sql:1.0.0", "--base", "tiny", "--json"]

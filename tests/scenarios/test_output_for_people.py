@@ -128,11 +128,11 @@ COMPLETIONS = {
 }
 COMPLETE = """
 import os, sys
-from registry.cli.main import main
+from registry.cli.start import run
 for words in sys.argv[1:]:
     os.environ.update(COMP_WORDS=f"adaptory {words}", COMP_CWORD=str(len(words.split())))
     try:
-        main()
+        run()
     except SystemExit:
         print("end", flush=True)
 """

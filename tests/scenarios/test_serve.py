@@ -200,11 +200,11 @@ SHORT_HEAD_S = 3
 
 
 def _serve_with_short_heads(port: int) -> None:
-    from registry.cli.main import main
+    from registry.cli.start import run
 
     protocol.HEAD_S = SHORT_HEAD_S
     sys.argv = ["adaptory", "serve", "--no-worker", "--port", str(port)]
-    main()
+    run()
 
 
 CHUNKED = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n"

@@ -15,7 +15,7 @@ import httpx2
 import yaml
 from transformers import LlamaForCausalLM
 
-from registry.cli import main as command_line
+from registry.cli import start as command_line
 from tests import services
 from tests.command_environment import environment
 from tests.composer.small_model import save_adapter, save_llama, save_tokenizer
@@ -104,7 +104,7 @@ class Cli:
         code = 0
         with environment(self.environment, ["adaptory", *words]), redirect_stdout(out), redirect_stderr(err):
             try:
-                command_line.main()
+                command_line.run()
             except SystemExit as exit_:
                 code = exit_.code if isinstance(exit_.code, int) else 0 if exit_.code is None else 1
         return Ran(code, out.getvalue(), err.getvalue())

@@ -109,12 +109,12 @@ def _called(name: str, words: list[str]) -> int:
     import runpy
     import traceback
 
-    from registry.cli.main import main
+    from registry.cli.start import run
 
     try:
         if name == "adaptory":
             sys.argv = [name, *words]
-            main()
+            run()
         else:
             sys.argv = words
             sys.path[0] = str(Path(words[0]).resolve().parent)

@@ -28,7 +28,7 @@ def test_importing_the_web_application_loads_neither_torch_nor_boto3() -> None:
 
 def test_help_loads_nothing_that_it_does_not_print() -> None:
     loaded = loaded_by(
-        "import sys\nsys.argv = ['adaptory', '--help']\nfrom registry.cli.main import main\n"
+        "import sys\nsys.argv = ['adaptory', '--help']\nfrom registry.cli.start import main\n"
         "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code"
     )
     assert "typer" in loaded

@@ -7,7 +7,7 @@ import pytest
 import typer
 import typer.main
 
-from registry.cli.main import root
+from registry.cli.start import load_commands
 from tests.scenarios.world import Cli
 from tests.wire import snapshots
 
@@ -22,14 +22,14 @@ def commands(group: object, path: tuple[str, ...] = ()) -> Iterator[tuple[str, .
 def test_help_of_every_command_is_the_one_in_the_snapshot() -> None:
     cli = Cli({"COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"})
     pages = []
-    for path in commands(typer.main.get_command(root)):
+    for path in commands(typer.main.get_command(load_commands())):
         page = cli.ok(*path, "--help").out
         pages.append(f"$ adaptory {' '.join((*path, '--help'))}\n{page.strip()}\n")
     snapshots.check("help.txt", "\n\n".join(pages))
 
 
 def test_every_command_has_an_example_that_it_takes_and_a_text_for_each_option_within_80_columns() -> None:
-    adaptory = typer.main.get_command(root)
+    adaptory = typer.main.get_command(load_commands())
     for path in commands(adaptory):
         page = Cli({"COLUMNS": "80", "NO_COLOR": "1"}).ok(*path, "--help").out.partition("\n")[2]
         assert [line for line in page.splitlines() if len(line) > 80 or line.endswith("...")] == [], path

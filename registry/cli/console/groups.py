@@ -1,12 +1,14 @@
-"""The command list of `adaptory --help`: grouped by task, one example per group."""
+"""`adaptory` itself: its global options, and the command list of `--help`, grouped by task."""
 
+import os
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+from registry.cli.console import render
 from registry.errors import Usage
 
 GROUPS: tuple[tuple[str, tuple[str, ...], str], ...] = (
@@ -105,6 +107,30 @@ root = typer.Typer(
     rich_markup_mode=None,
 )
 """`adaptory`, to which each module adds its commands."""
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"adaptory {version('adaptory')}")
+        raise typer.Exit
+
+
+@root.callback()
+def options(
+    profile: Annotated[
+        str | None, typer.Option(help="Use the registry of this profile; local is the embedded one.")
+    ] = None,
+    wide: Annotated[bool, typer.Option("--wide", help="Show full tables, however wide.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_show_version)
+    ] = False,
+) -> None:
+    """The release registry and composer for LoRA adapters."""
+    render.wide = wide
+    if profile is not None:
+        os.environ["ADAPTORY_PROFILE"] = profile
 
 
 def group(name: str, text: str) -> typer.Typer:

@@ -7,7 +7,7 @@ from typing import Any
 import typer.main
 
 from registry.cli.console.groups import GROUPS
-from registry.cli.main import root
+from registry.cli.start import load_commands
 from tests.wire.reference.markdown import code, fence, joined, plain, table
 
 HEAD = """# Command line
@@ -38,7 +38,7 @@ EXITS = """## Exit codes
 
 
 def page() -> str:
-    adaptory: Any = typer.main.get_command(root)
+    adaptory: Any = typer.main.get_command(load_commands())
     context = adaptory.make_context("adaptory", [], resilient_parsing=True)
     parts = [HEAD, _options(adaptory, context, "Global options")]
     for title, names, _ in GROUPS:
