@@ -1,20 +1,28 @@
 """The check of adapters and a base: every command that joins them calls it, and judges its findings alike."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Protocol
 
 from composer.checks.bases import contradicting_bases
-from composer.checks.duplicates import same_adapters
-from composer.checks.vocabulary import differing_tokenizers, new_embeddings
-from composer.findings import Finding
+from composer.errors import Mismatch
+from composer.findings import Finding, Severity
 from composer.formats.adapters.config.config import AdapterConfig
 from composer.formats.adapters.inspection import Inspection
+from composer.formats.adapters.layouts import WEIGHTS_FILE
 from composer.formats.adapters.placement.missing import CODE as MISSING_MODULES
 from composer.formats.adapters.placement.result import OTHER_PATHS, PlacementResult
+from composer.formats.adapters.tokenizers import chosen_tokenizer
+from composer.formats.checkpoints.files import LocalFile
+from composer.formats.checkpoints.header import read_header
+from composer.formats.checkpoints.tying import same_bytes
 
 _OF_KEYS = {OTHER_PATHS, MISSING_MODULES, "no_prefix", "pattern_unused", "raw_keys"}
 """Findings of the placement that matter in a result too: losses, and keys that other tools read differently."""
+
+NEW_EMBEDDINGS = ("new_embeddings.safetensors", "new_embeddings.bin")
+"""Rows for new tokens in the form that vLLM once read. PEFT has them in the adapter's own file."""
 
 
 class Member(Protocol):
@@ -55,3 +63,52 @@ def check(members: Sequence[Member], base_names: Sequence[str] = ()) -> list[Fin
 def check_one(seen: Inspection, base_names: Sequence[str] = ()) -> list[Finding]:
     """The findings of an adapter's inspection, and of the check on it alone."""
     return list(dict.fromkeys([*seen.findings, *check([seen], base_names)]))
+
+
+def same_adapters(adapters: Sequence[tuple[str, Path]]) -> list[Finding]:
+    """A warning for each pair of adapters, each with its name and directory, that have the same tensors. Reads headers
+    first, then tensors until the first difference."""
+    findings: list[Finding] = []
+    for (name, directory), (other, other_directory) in combinations(adapters, 2):
+        if _same_tensors(directory / WEIGHTS_FILE, other_directory / WEIGHTS_FILE):
+            both = f"{name} is given twice" if name == other else f"{name} and {other} have the same tensors"
+            message = f"{both}: this adapter takes part with the sum of the weights."
+            findings.append(Finding("same_adapter", Severity.WARNING, f"{name} + {other}", message))
+    return findings
+
+
+def _same_tensors(one: Path, other: Path) -> bool:
+    if one.resolve() == other.resolve():
+        return True
+    mine, theirs = read_header(one).tensors, read_header(other).tensors
+    if mine.keys() != theirs.keys() or any(entry.spec != theirs[name].spec for name, entry in mine.items()):
+        return False
+    file, other_file = LocalFile(one), LocalFile(other)
+    return all(same_bytes((file, entry), (other_file, theirs[name])) for name, entry in mine.items())
+
+
+def differing_tokenizers(adapters: Sequence[tuple[str, Path]]) -> list[Finding]:
+    """An error for adapters, each with its name and directory, whose tokenizers or chat templates one model cannot
+    have."""
+    try:
+        chosen_tokenizer(None, adapters)
+    except Mismatch as error:
+        return [Finding(error.code, Severity.ERROR, error.subject, error.message)]
+    return []
+
+
+def new_embeddings(adapters: Sequence[tuple[str, Path]]) -> Iterator[Finding]:
+    """A warning for each adapter with rows of new tokens beside its file, which nothing merges or combines."""
+    for name, directory in adapters:
+        for file in NEW_EMBEDDINGS:
+            if not (directory / file).is_file():
+                continue
+            message = f"{file} of {name} is ignored{_shapes(directory / file)}: PEFT has no such file."
+            yield Finding("new_embeddings", Severity.WARNING, name, message)
+
+
+def _shapes(path: Path) -> str:
+    if path.suffix != ".safetensors":
+        return ""
+    shapes = [f"{key} {list(entry.shape)}" for key, entry in read_header(path).tensors.items()]
+    return f" ({', '.join(shapes[:2])})" if shapes else ""

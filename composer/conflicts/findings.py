@@ -4,11 +4,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import inf
 
 from composer.conflicts.advice import alike, by_weight, cancelling, near_duplicate
-from composer.conflicts.comparison import Compared, finite
+from composer.conflicts.comparison import Compared, Rounded, finite
 from composer.conflicts.evidence.interval import Interval, needed_for
 from composer.conflicts.evidence.outcome import LEAST_ANSWERED, LEAST_EXAMPLES, NOTICEABLE_NATS, Effect, Limits, Outcome
 from composer.conflicts.metrics import PairMetrics
-from composer.conflicts.rounding import Rounded
 from composer.deltas.delta import NOTHING, LowRank, RowwiseDelta, names_of
 from composer.deltas.variants.load import LoadedAdapter
 from composer.findings import Finding, Severity, Verdict, zero_deltas

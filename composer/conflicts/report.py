@@ -13,7 +13,7 @@ from composer.checks.bases import names_of
 from composer.checks.check import check
 from composer.checks.results import zero_result
 from composer.conflicts.advice import Case, EvidenceKind, Explanation, SetCase, cancelling, explain, explain_set
-from composer.conflicts.comparison import Compared, Layer, compare_all
+from composer.conflicts.comparison import Compared, Layer, Rounded, compare_all, rounded_at
 from composer.conflicts.evidence.activations import Activations, Directed
 from composer.conflicts.evidence.interval import Interval
 from composer.conflicts.evidence.outcome import Limits, Outcome
@@ -30,7 +30,6 @@ from composer.conflicts.findings import (
     weak_evidence,
 )
 from composer.conflicts.metrics import PairMetrics, SetMetrics, rounded_for_json
-from composer.conflicts.rounding import Rounded, rounded_at
 from composer.conflicts.view import SCHEMA
 from composer.deltas.lowrank import PairSums
 from composer.deltas.tensors import torch_threads

@@ -30,7 +30,7 @@ MODULES = {
         "search",
         "transfer",
     ),
-    "serving": ("mirror", "route", "router"),
+    "serving": ("mirror", "routing"),
 }  # fmt: skip
 """Each adds its commands to `root` of `console/groups.py` when it is imported."""
 

@@ -11,8 +11,7 @@ from typing import Any, TypeVar
 
 from sqlalchemy.orm import Session
 
-from composer.checks.check import check_one
-from composer.checks.vocabulary import NEW_EMBEDDINGS
+from composer.checks.check import NEW_EMBEDDINGS, check_one
 from composer.errors import ComposerError
 from composer.findings import Finding, Severity
 from composer.formats.adapters.facts import CONFIG_FILE, WEIGHTS_FILE

@@ -149,7 +149,7 @@ def open_store(settings: Settings, database: Database | None) -> BlobStore:
 def open_archive(settings: Settings, target: str, endpoint_url: str | None) -> Archive:
     """Opens the directory, or the s3://BUCKET/PREFIX, of backups. Raises Usage for the registry's own store."""
     if target.startswith(S3_SCHEME):
-        from registry.storage.s3.archive import S3Archive
+        from registry.storage.s3.store import S3Archive
 
         return S3Archive(_bucket(settings, target, endpoint_url), settings.work_directory)
     if endpoint_url is not None:

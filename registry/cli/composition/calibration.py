@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from composer.formats.untrusted import read_text
-from registry.cli.console import findings, render
+from registry.cli.console import render
 from registry.errors import Conflict, Usage
 from registry.sdk.conflicts import calibration_of
 
@@ -158,7 +158,7 @@ def fitted_adapter(  # noqa: PLR0913
                 adapters, directory, checkpoint.architecture, *how, calibration=counted, device=device,
                 base_names=names_of(checkpoint.path, checkpoint.config), strict=strict,
             )  # fmt: skip
-        findings.warn(report.findings)
+        render.warn_of(report.findings)
         for name, value in fit_lines(report.to_json()["fit"], [path.name for path, _ in adapters]):
             render.say(f"{name}: {value}")
         return directory

@@ -13,10 +13,9 @@ from registry import wire
 from registry.cli.composition import optimize as optimizing
 from registry.cli.console import complete, following, render
 from registry.cli.console.connect import connected, jobs_running
-from registry.cli.console.findings import StrictFlag
 from registry.cli.console.groups import root
 from registry.cli.console.interrupt import interrupts
-from registry.cli.console.options import MemoryOption, PriorityOption, wishes
+from registry.cli.console.options import MemoryOption, PriorityOption, StrictFlag, wishes
 from registry.cli.console.render import JsonFlag
 from registry.errors import Refused, RegistryError, Usage
 from registry.errors.translation import of_row

@@ -23,9 +23,8 @@ from registry.cli.composition.compose import (
 )
 from registry.cli.console import complete, render
 from registry.cli.console.connect import connected
-from registry.cli.console.findings import StrictFlag
 from registry.cli.console.groups import refuse_idle, root
-from registry.cli.console.options import BaseDir, Device
+from registry.cli.console.options import BaseDir, Device, StrictFlag
 from registry.cli.console.render import JsonFlag
 from registry.errors import Usage
 from registry.sdk.conflicts import AdapterGroup

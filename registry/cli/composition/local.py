@@ -19,11 +19,10 @@ from registry.cli.composition.calibration import (
     refuse_uneven,
 )
 from registry.cli.composition.compose import Method, Rules, Settings, settings_of, with_rules
-from registry.cli.console import complete, findings, render
+from registry.cli.console import complete, render
 from registry.cli.console.connect import connected, release_directory, resolved
-from registry.cli.console.findings import StrictFlag
 from registry.cli.console.groups import root
-from registry.cli.console.options import Device
+from registry.cli.console.options import Device, StrictFlag
 from registry.cli.console.render import JsonFlag
 from registry.errors import Usage
 
@@ -87,15 +86,15 @@ def merge(  # noqa: PLR0913
     calibration = local_calibration(method, settings, base, ExampleFiles(suite, prompts, guard), device)
     if calibration is not None:
         refuse_uneven(calibration, adapters)
-        findings.warn(contradictions(calibration, [path.name for path, _ in adapters]), strict=strict)
+        render.warn_of(contradictions(calibration, [path.name for path, _ in adapters]), strict=strict)
         how = (method, settings)
         adapters = [(fitted_adapter(base, adapters, output, how, calibration, device, strict=strict), Weight())]
         method, settings = "stack", {}
     merging = plan_merge(checkpoint, adapters, method, settings, dtype, rounded, device, strict=strict)
-    findings.warn(merging.findings)
+    render.warn_of(merging.findings)
     with render.progress(f"merge {output.name}", merging.size_bytes) as done:
         report = run_merge(merging, output, device, done)
-    findings.warn(report.findings)
+    render.warn_of(report.findings)
     document = report.to_json()
     document["findings"] = [finding.to_json() for finding in (*merging.findings, *report.findings)]
     left_out = (*_SHOWN_APART, *(() if report.compressions else ("lost",)))
@@ -141,7 +140,7 @@ def combine(  # noqa: PLR0913
     adapters = _weighted(adapter, rule)
     calibration = local_calibration(method, settings, base, ExampleFiles(suite, prompts, guard), device)
     refuse_uneven(calibration, adapters)
-    findings.warn(contradictions(calibration, [path.name for path, _ in adapters]), strict=strict)
+    render.warn_of(contradictions(calibration, [path.name for path, _ in adapters]), strict=strict)
     with fitting(calibration) as counted:
         report = combine_adapters(
             adapters,
@@ -154,7 +153,7 @@ def combine(  # noqa: PLR0913
             base_names=base_names,
             strict=strict,
         )
-    findings.warn(report.findings)
+    render.warn_of(report.findings)
     document = report.to_json()
     readable = {**document, "ranks": _ranks(report.ranks)}
     shown = render.fields(readable, "out_dir", "findings", "retention", "compressions", "fit") + _kept(report.retention)
@@ -245,7 +244,7 @@ def extract(  # noqa: PLR0913
             checkpoint, open_checkpoint(finetuned), output, rank=rank, energy=energy, device=device, progress=done
         )
     document = report.to_json()
-    findings.warn(report.findings)
+    render.warn_of(report.findings)
     readable = {**document, "ranks": _ranks(report.ranks)}
     shown = render.fields(readable, "out_dir", "compressions", "saved", "findings")
     if saved := report.saved:

@@ -7,6 +7,7 @@ import typer
 
 from registry.formats.priority import Priority
 
+StrictFlag = Annotated[bool, typer.Option("--strict", help="Make warnings errors: nothing is written or published.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda:N.")]
 BaseDir = Annotated[Path | None, typer.Option("--base-dir", help="Directory of the base's weights on this machine.")]
 PriorityOption = Annotated[

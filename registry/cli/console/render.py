@@ -7,7 +7,7 @@ import errno
 import json
 import re
 import sys
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from math import ceil
@@ -20,11 +20,13 @@ import typer
 from composer.errors import ComposerError
 from registry import wire
 from registry.errors import RegistryError, Unavailable
-from registry.errors.translation import of_composer
+from registry.errors.translation import of_composer, refuse_errors, strictly
 from registry.formats.intervals import error_text
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
+
+    from composer.findings import Finding
 
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
@@ -73,6 +75,23 @@ def say(message: str) -> None:
 def warn(message: str) -> None:
     """Prints a warning to stderr."""
     say(f"warning: {message}")
+
+
+def warn_of(findings: "Iterable[Finding]", *, strict: bool = False) -> None:
+    """Shows findings. `strict`: raises the error of the first warning."""
+    seen = list(findings)
+    if strict:
+        refuse_errors(strictly(seen), "adapters")
+    for finding in seen:
+        say(finding_line(finding.to_json()))
+
+
+def finding_line(finding: Mapping[str, Any]) -> str:
+    """A finding's message, with its fix if it needs one."""
+    from composer.findings import next_step
+
+    fix = next_step(finding["code"], "") if finding["severity"] != "notice" else ""
+    return f"{finding['severity']}: {finding['message']} {fix}".rstrip()
 
 
 def out(text: str) -> None:

@@ -10,8 +10,8 @@ import typer
 from composer.findings import Severity
 from registry.cli.console import complete, render
 from registry.cli.console.connect import connected, release_directory, resolved
-from registry.cli.console.findings import StrictFlag, line
 from registry.cli.console.groups import root
+from registry.cli.console.options import StrictFlag
 from registry.cli.console.render import JsonFlag
 from registry.cli.releases.release import used_ranks
 
@@ -107,7 +107,7 @@ class _Seen:
         energy = used_ranks(used.rank_95, used.rank_99) if used else None
         render.lines(f"adapter {what}", [("layout", layout), *own, size, ("energy", energy)])
         for finding in self.findings:
-            render.out(f"  {line(finding.to_json())}")
+            render.out(f"  {render.finding_line(finding.to_json())}")
         rows = [
             (server.profile, "yes" if server.loads else "no", "; ".join(server.reasons), "; ".join(server.way_out))
             for server in self.loads_in

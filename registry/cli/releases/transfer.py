@@ -10,10 +10,10 @@ import typer
 
 from composer.formats.untrusted import read_text
 from registry import wire
-from registry.cli.console import complete, findings, render
+from registry.cli.console import complete, render
 from registry.cli.console.connect import connected, release_directory, resolved
-from registry.cli.console.findings import StrictFlag
 from registry.cli.console.groups import refuse_idle, root
+from registry.cli.console.options import StrictFlag
 from registry.cli.console.render import JsonFlag
 from registry.cli.releases.promotion import NewChannel, confirm_new_channel, show_outcome
 from registry.cli.releases.release import Ref, SignatureCovers, refuse_narrow, warn_of_move_since
@@ -338,7 +338,7 @@ def _provenance(path: Path | None) -> Mapping[str, Any] | None:
 def show_warnings(published: "wire.catalog.PublishedOut") -> None:
     """Shows what a push warns of."""
     for finding in published.warnings:
-        render.say(findings.line(finding))
+        render.say(render.finding_line(finding))
 
 
 def show_push(published: "wire.catalog.PublishedOut", sent: int) -> None:

@@ -12,7 +12,7 @@ import typer
 from registry.cli.console import complete, render
 from registry.cli.console.connect import connected
 from registry.cli.console.groups import root
-from registry.cli.serving.route import address
+from registry.cli.serving.routing import address
 from registry.errors import RegistryError, Unavailable, Usage
 from registry.formats.references import parse_channel_reference, parse_node_name, parse_reference
 from registry.formats.watch import parse_duration

@@ -1,4 +1,4 @@
-"""Blobs and results of units in S3 or a compatible store, through boto3; credentials come from its usual chain."""
+"""Blobs, results of units and backups in S3 or a compatible store, through boto3 with its usual credentials."""
 
 from collections.abc import Collection, Iterator
 from datetime import datetime
@@ -8,8 +8,9 @@ from typing import Any
 from botocore.exceptions import ClientError  # pyright: ignore[reportMissingTypeStubs]
 
 from registry.environment.settings import S3Storage
-from registry.errors import Unavailable
+from registry.errors import NotFound, Unavailable
 from registry.formats.references import Digest
+from registry.storage.archive import DOCUMENTS, unknown_document
 from registry.storage.blobs import MAX_RESULT_BYTES, WORK, BlobStat, Reader
 from registry.storage.s3.bucket import MISSING, Bucket, code_of, open_bucket, translate_store_errors
 from registry.storage.s3.probe import FactsRecord
@@ -142,3 +143,34 @@ class Body(Reader):
     def close(self) -> None:
         if self._body is not None:
             self._body.close()
+
+
+class S3Archive:
+    """An Archive below a prefix of a bucket; files on their way are in `scratch`."""
+
+    def __init__(self, storage: S3Storage, scratch: Path) -> None:
+        self._bucket = open_bucket(storage)
+        self._client: Any = self._bucket.client
+        self.blobs = S3Store(storage)
+        self.scratch = scratch
+
+    def save(self, name: str, source: Path) -> None:
+        named = self._bucket.object(DOCUMENTS + name)
+        with translate_store_errors(name):
+            self._client.upload_file(str(source), named["Bucket"], named["Key"])
+
+    def open(self, name: str) -> Reader:
+        try:
+            with translate_store_errors(name):
+                return Body(self._client.get_object(**self._bucket.object(DOCUMENTS + name))["Body"])
+        except NotFound:
+            raise unknown_document(name) from None
+
+    def names(self) -> Iterator[str]:
+        beginning = self._bucket.object(DOCUMENTS)["Key"]
+        for row in self._bucket.listed(DOCUMENTS):
+            yield row["Key"].removeprefix(beginning)
+
+    def delete(self, name: str) -> None:
+        with translate_store_errors(name):
+            self._client.delete_object(**self._bucket.object(DOCUMENTS + name))
