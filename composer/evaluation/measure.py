@@ -196,7 +196,7 @@ def measure_batch(prefix: Prefix, batch: Sequence[Encoded]) -> list[Measured]:
     """One teacher-forced forward pass over what follows the prefix in the batch's examples."""
     ids_BT = padded(batch).to(prefix.loaded.device)
     first = min(example.prompt_tokens for example in batch) - 1
-    logits_BTV = _logits_from(prefix, ids_BT, first)
+    logits_BTV = logits_from(prefix, ids_BT, first)
     measured: list[Measured] = []
     for row, example in enumerate(batch):
         start = example.prompt_tokens - 1 - first
@@ -217,7 +217,7 @@ def padded(batch: Sequence[Encoded]) -> torch.Tensor:
     return ids_BT
 
 
-def _logits_from(prefix: Prefix, ids_BT: torch.Tensor, first: int) -> torch.Tensor:
+def logits_from(prefix: Prefix, ids_BT: torch.Tensor, first: int) -> torch.Tensor:
     """Logits from position `first` to the last but one: the head is the largest matrix, and the prompts do not need
     it.
     """

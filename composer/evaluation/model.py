@@ -27,6 +27,8 @@ BATCH_TOKENS = {"cpu": 512, "cuda": 16384}
 _STREAMED_TOKENS = 8192
 _WEIGHTS_SHARE = 0.8  # of the free memory; the rest is for activations, logits and other processes
 _KEPT_SHARE = 0.5  # of it, when weights are streamed through the other half
+# Explicitly off: otherwise transformers asks on the terminal whether to run it.
+_GIVEN: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
 
 @dataclass(frozen=True)
@@ -59,18 +61,22 @@ class LoadedModel:
 
 
 def load_model(
-    directory: Path | str, device: str = "auto", dtype: torch.dtype | None = None, memory: int | None = None
+    directory: Path | str,
+    device: str = "auto",
+    dtype: torch.dtype | None = None,
+    memory: int | None = None,
+    *,
+    exact: bool = False,
 ) -> LoadedModel:
     """Loads a Hugging Face checkpoint for evaluation. Runs no code from the checkpoint and downloads nothing.
 
     `device` auto is CUDA if there is one. `dtype` None is the checkpoint's own, or float32 if the device has no
-    arithmetic in it and the larger weights fit. Weights that need more than `memory` bytes of the device are streamed
-    (None: most of what is free there now). Raises composer's errors for a checkpoint that cannot be read, and
-    InvalidFile if transformers refuses the model or its tokenizer.
+    arithmetic in it, or for `exact` arithmetic, and the larger weights fit. Weights that need more than `memory` bytes
+    of the device are streamed (None: most of what is free there now). Raises composer's errors for a checkpoint that
+    cannot be read, and InvalidFile if transformers refuses the model or its tokenizer.
     """
     # An import from `transformers` itself makes Pyright read its 400 models, which takes a third of its time.
     from transformers.models.auto.modeling_auto import AutoModelForCausalLM
-    from transformers.models.auto.tokenization_auto import AutoTokenizer
     from transformers.utils import logging
 
     checkpoint = open_checkpoint(Path(directory))
@@ -79,29 +85,42 @@ def load_model(
     _refuse_adapter_beside(checkpoint.path)
     chosen = torch_device(device)
     limit = int(_free_bytes(chosen) * _WEIGHTS_SHARE) if memory is None else memory
-    if dtype is None and _is_emulated(checkpoint, chosen) and _weight_bytes(checkpoint, torch.float32) <= limit:
+    in_float32 = dtype is None and (exact or _is_emulated(checkpoint, chosen))
+    if in_float32 and _weight_bytes(checkpoint, torch.float32) <= limit:
         dtype = torch.float32
     streamed = _weight_bytes(checkpoint, dtype) > limit
     device_map = _device_map(chosen, limit) if streamed else {}
     # It draws a bar for reading weights even if stderr is not a terminal.
     logging.disable_progress_bar()
+    tokenizer = load_tokenizer(checkpoint.path)
     model: Any
+    with _loading(checkpoint.path), modules_bounded(checkpoint):
+        model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=dtype or "auto", **_GIVEN, **device_map)
+    return LoadedModel(
+        model.eval() if streamed else model.eval().to(chosen), tokenizer, checkpoint.architecture, streamed
+    )
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """Loads the tokenizer in a checkpoint's directory; its template runs under a budget. Raises InvalidFile if
+    transformers refuses it."""
+    from transformers.models.auto.tokenization_auto import AutoTokenizer
+
+    with _loading(directory):
+        return with_budget(AutoTokenizer.from_pretrained(directory, **_GIVEN), directory.name)
+
+
+@contextmanager
+def _loading(directory: Path) -> Generator[None]:
+    """Raises InvalidFile for whatever transformers raises in the block about the directory's files."""
     try:
-        # Explicitly off: otherwise transformers asks on the terminal whether to run it.
-        given: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, **given)
-        with modules_bounded(checkpoint):
-            model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=dtype or "auto", **given, **device_map)
+        yield
     except (MemoryError, torch.OutOfMemoryError, InvalidFile):
         raise  # the first two are not the checkpoint's fault
     except Exception as error:  # tokenizers raises a plain Exception for a damaged file
         raise InvalidFile(
             "model_not_loadable", f"{directory}: transformers cannot load it: {error}", subject=str(directory)
         ) from error
-    tokenizer = with_budget(tokenizer, checkpoint.path.name)
-    return LoadedModel(
-        model.eval() if streamed else model.eval().to(chosen), tokenizer, checkpoint.architecture, streamed
-    )
 
 
 def _refuse_adapter_beside(directory: Path) -> None:

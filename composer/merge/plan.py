@@ -43,6 +43,7 @@ from composer.merge.chunks import TensorPlan
 from composer.merge.grown import grown_vocabulary, refuse_uneven, with_new_rows
 from composer.merge.quantized.dequantized import Dequantized, dequantized
 from composer.merge.quantized.gap import quantized_bases
+from composer.merge.reference import Reference, reference_of
 from composer.merge.shards import ShardPlan
 from composer.merge.side_files import SideFiles, planned_side_files
 from composer.methods.combine import combine_parsed
@@ -56,8 +57,9 @@ _BYTES_VERSION = 8  # raised when the same inputs result in different bytes, so 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergePlan:
     """Everything a merge will do, decided before a byte is written. `inputs` are the files that determine its bytes, as
-    they were then. `retention` computes what is kept of each adapter, once. `compressions` have each module's loss
-    where the method cuts to a rank. `strict`: a warning about the result ends the merge before the output appears."""
+    they were then. `retention` computes what is kept of each adapter, once; `reference` makes what the result should
+    answer as. `compressions` have each module's loss where the method cuts to a rank. `strict`: a warning about the
+    result ends the merge before the output appears."""
 
     checkpoint: Checkpoint
     shards: tuple[ShardPlan, ...]
@@ -70,6 +72,7 @@ class MergePlan:
     inputs: Mapping[Path, Identity]
     side_files: SideFiles
     retention: Callable[[], Retention]
+    reference: Callable[[], Reference]
     compressions: tuple[Compression, ...] = ()
     rounding: Rounding = field(default_factory=Rounding)
     strict: bool = False
@@ -126,10 +129,7 @@ def plan_merge(  # noqa: PLR0913
     parsed, stored_dtype = parse_settings(method, settings), _stored_dtype(dtype)
     source = dequantized(checkpoint)
     vocabulary = grown_vocabulary(checkpoint, [path for path, _ in adapters])
-    side = [contained(checkpoint.path, name) for name in ("config.json", INDEX_FILE, *side_files(checkpoint.path))]
-    # A file elsewhere refuses to be read once it has changed.
-    own = [file.path for file in checkpoint.files.values() if isinstance(file, LocalFile)]
-    inputs = identities([*own, *side, *files_of(path for path, _ in adapters)])
+    inputs = identities([*_files_of_base(checkpoint), *files_of(path for path, _ in adapters)])
     with ThreadPoolExecutor(1, "hash") as hashing:
         uses = [hashing.submit(adapter_use, path, weight) for path, weight in adapters]
         read = [load_deltas(path, vocabulary.architecture) for path, _ in adapters]
@@ -137,8 +137,8 @@ def plan_merge(  # noqa: PLR0913
     beside = planned_side_files(checkpoint.path, read, vocabulary, as_before=tokenizer_as_before)
     inputs |= identities(beside.files.values())
     loaded = [with_new_rows(checkpoint, _tokens_on_own_head(checkpoint, adapter), vocabulary) for adapter in read]
-    _refuse_changed_bases(checkpoint, loaded)
     weights = [weight for _, weight in adapters]
+    _refuse_changed_bases(checkpoint, loaded)
     combined = combine_parsed(loaded, weights, parsed, device=torch_device(device))
     head = _untied_head(checkpoint, loaded) if combined.tied == "untie" else None
     deltas = _by_tensor(checkpoint, combined.deltas, head)
@@ -161,10 +161,17 @@ def plan_merge(  # noqa: PLR0913
         inputs=inputs,
         side_files=beside,
         retention=cache(partial(retention_of, loaded, weights, parsed, combined)),
+        reference=partial(reference_of, loaded, weights, parsed, combined, vocabulary.rows),
         compressions=tuple(combined.compressions),
         rounding=rounding or Rounding(),
         strict=strict,
     )
+
+
+def _files_of_base(checkpoint: Checkpoint) -> list[Path]:
+    """The local files; one elsewhere refuses to be read once it has changed."""
+    side = [contained(checkpoint.path, name) for name in ("config.json", INDEX_FILE, *side_files(checkpoint.path))]
+    return [*(file.path for file in checkpoint.files.values() if isinstance(file, LocalFile)), *side]
 
 
 def _together(

@@ -2,8 +2,8 @@
 
 import shutil
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from composer.formats.recipes.methods import parse_settings
 from composer.merge.chunks import Rewriter
 from composer.merge.io.journal import ShardJournal
 from composer.merge.plan import MergePlan
+from composer.merge.proof import Proof, ProofPrompt, prove, record_proof
 from composer.merge.rounding_loss import RoundingLoss, find_lost, total
 from composer.merge.shards import Written, write_shards
 from composer.methods.retention import Retention
@@ -35,6 +36,7 @@ class MergeReport:
 
     `survival` is the share of all deltas together that survived rounding to the output's dtype; `findings` name those
     too small for it. `compressions` have each module's loss where the method cuts to a rank: rounding comes after that.
+    `proof` compares the result's answers, if prompts were given.
     """
 
     out_dir: str
@@ -50,6 +52,7 @@ class MergeReport:
     findings: tuple[Finding, ...]
     retention: Retention
     compressions: tuple[Compression, ...] = ()
+    proof: Proof | None = None
 
     @property
     def lost(self) -> float:
@@ -60,6 +63,7 @@ class MergeReport:
         rows = [asdict(compression) | {"relative": compression.relative} for compression in self.compressions]
         reports = {"survival": self.survival.to_json(), "findings": [finding.to_json() for finding in self.findings]}
         reports["retention"] = self.retention.to_json()
+        reports["proof"] = self.proof.to_json() if self.proof else None
         return {**asdict(self), **reports, "lost": self.lost, "compressions": rows}
 
 
@@ -69,6 +73,7 @@ def run_merge(
     device: str = "auto",
     progress: Callable[[int], None] | None = None,
     note: Mapping[str, Any] | None = None,
+    prompts: Sequence[ProofPrompt] = (),
 ) -> MergeReport:
     """Writes the merged checkpoint to `out_dir`: staged, verified, renamed. Memory holds a few chunks per thread and
     the factors of a few tensors, whatever the model's size.
@@ -76,11 +81,11 @@ def run_merge(
     A killed or interrupted merge resumes when run again with the same inputs: finished shards are kept and verified
     again. `device` is `auto` (CUDA if available), `cpu` or `cuda:N`. `progress` is called from several threads with the
     bytes just done, `plan.size_bytes` in total, and may raise Interrupted. `note` (a recipe, a lock) goes into
-    adaptory.json.
+    adaptory.json. With `prompts` the result must prove itself before the output appears; see proof.py.
 
     Raises Mismatch for a warning about the result if the plan is strict; RefusedOutput for a directory that exists or
     is being written, a full disk, inputs modified meanwhile, a value too large for the output dtype, or a result that
-    fails verification.
+    fails verification or its proof.
     """
     started = time.monotonic()
     chosen = torch_device(device)
@@ -91,8 +96,12 @@ def run_merge(
         refuse_errors("This is not merged", findings_of(plan, written), strict=plan.strict)
         # Last, since shards have their full size from the start: without these, nothing loads an incomplete merge.
         write_texts(plan, staging, note, written.survivals)
+        proof = prove(plan, staging, prompts, device) if prompts else None
+        if proof:
+            proof.refuse_failed()
+            record_proof(staging, proof)
         journal.close()
-    return report_of(plan, written, str(out_dir), time.monotonic() - started, chosen)
+    return replace(report_of(plan, written, str(out_dir), time.monotonic() - started, chosen), proof=proof)
 
 
 def write_texts(

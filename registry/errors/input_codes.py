@@ -67,6 +67,7 @@ USAGE = {
     "kinds_differ": "Compare two of the same kind.",
     "length_missing": "Send the size of the body.",
     "limit_missing": "Give a limit, or state that there is none.",
+    "needs_prompts": "Add --suite FILE or --prompts FILE.",
     "needs_examples": "Give each adapter a suite or prompts: --suite FILE, once for each.",
     "not_peft": "Wrap the model with get_peft_model, or give TRL's trainer a peft_config.",
     "no_adapter": "Name each one with --adapter DIR=WEIGHT.",

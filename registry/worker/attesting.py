@@ -17,6 +17,7 @@ from registry.domain.access import worker_keys
 from registry.domain.access.audit import Actor, operator_actor
 from registry.domain.catalog import attestations
 from registry.domain.catalog.attestations import About
+from registry.domain.catalog.repositories import Kind
 from registry.domain.catalog.suites import Measurement
 from registry.environment.settings import Settings
 from registry.errors import Unavailable
@@ -102,4 +103,6 @@ def attested_composition(
         "weights": [locked["weight"] for locked in composition.lock["inputs"]],
         "verdict": judged.get("verdict"),
     }
+    if isinstance(about.subject, Release) and about.subject.repository.kind == Kind.MODEL:
+        predicate["proof"] = (composition.merge or {}).get("proof")
     return attested(session, settings, actor, about, (COMPOSITION, predicate))

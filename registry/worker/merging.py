@@ -54,7 +54,7 @@ def merged_model(held: JobRun, work: CompositionRun) -> StoredModel:
     Raises Mismatch if the units read anything but the locked base, and what the units raise.
     """
     started = monotonic()
-    merge = _content(work, combined_adapter(held, work) if work.settings.pipeline.fitted else ())
+    merge = merge_content(held, work)
     own = {**merge, "composition": work.composition_id}  # a location may have other headers and texts next time
     hints = base_hints(work.locations, work.base_bytes)
     needs = Needs(memory_bytes=PROCESS_BYTES, base=None if everywhere(hints) else work.lock.base)
@@ -111,12 +111,12 @@ def file_of(row: Mapping[str, Any]) -> ManifestFile:
     return ManifestFile(row["file"], row["size_bytes"], Digest(row["sha256"]))
 
 
-def _content(work: CompositionRun, adapter: Sequence[ManifestFile]) -> Row:
+def merge_content(held: JobRun, work: CompositionRun) -> Row:
     """The unit content that determines the merge's bytes."""
     lock = work.lock
     how: Row = {"base": lock.base, "dtype": lock.dtype, "rounding": asdict(lock.rounding) if lock.rounding else None}
     if work.settings.pipeline.fitted:  # reuse the fitted factors: another fit would differ in the last bits
-        members = [{"name": "adapter", "weight": 1.0, "files": to_rows(adapter)}]
+        members = [{"name": "adapter", "weight": 1.0, "files": to_rows(combined_adapter(held, work))}]
         return {**how, "method": "stack", "settings": None, "members": members}
     return {**how, "method": lock.method, "settings": lock.settings, "members": member_rows(work)}
 
@@ -144,13 +144,14 @@ def _planned(node: Node, unit: Unit) -> "MergePlan":
         locations: list[str] = unit.hints["locations"]
         if local_directory(locations) is None and (buckets := in_buckets(locations)):
             directory = node.kept_directory(f"merge-{key[:16]}")
-            return _plan_of(node, merge, node.bases.open_in_bucket(buckets[0], directory / "base"))
-        return _plan_of(node, merge, opened_checkpoint(node, merge["base"], unit.hints))
+            return plan_of(node, merge, node.bases.open_in_bucket(buckets[0], directory / "base"))
+        return plan_of(node, merge, opened_checkpoint(node, merge["base"], unit.hints))
 
     return node.kept("plan", key, plan)
 
 
-def _plan_of(node: Node, merge: Mapping[str, Any], checkpoint: Checkpoint) -> "MergePlan":
+def plan_of(node: Node, merge: Mapping[str, Any], checkpoint: Checkpoint) -> "MergePlan":
+    """Plans the merge of `merge_content` into the checkpoint."""
     from composer.merge.plan import plan_merge
 
     members = [(fetched(node, row["files"], row["name"]), parse_weight(row["weight"])) for row in merge["members"]]
@@ -226,7 +227,7 @@ def _merge(node: Node, unit: Unit, count: Count) -> Result:
 
     checkpoint = base_checkpoint(node, unit.content["base"], unit.hints)
     with node.scratch() as directory:
-        plan = _plan_of(node, unit.content, checkpoint)
+        plan = plan_of(node, unit.content, checkpoint)
         report = run_merge(plan, directory / "model", progress=count, note=unit.content["note"]).to_json()
         del report["out_dir"]
         return {"files": to_rows(store_directory(node, directory / "model")), "report": report}

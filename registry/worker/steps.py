@@ -61,6 +61,7 @@ from registry.worker.node_files import Row, share_architecture
 from registry.worker.node_models import base_hints
 from registry.worker.optimizing import optimize
 from registry.worker.pass_units import probe_passes
+from registry.worker.proving import proved_model
 from registry.worker.report_units import conflict_report
 from registry.worker.runner import JobKind, JobRun
 from registry.worker.sets import made_set, set_files
@@ -234,15 +235,19 @@ def gate(held: JobRun) -> None:
 
 
 def merge(held: JobRun) -> None:
-    """Merges the checkpoint into the store shard by shard, and verifies it."""
+    """Merges the checkpoint into the store shard by shard, verifies it, and compares its answers."""
     work = composition_of(held)
     if work.recipe.model and not work.lock.is_set:
         _merged(held, work)
 
 
 def _merged(held: JobRun, work: CompositionRun) -> Sequence[ManifestFile]:
-    """Returns the files of the merged model. The first call merges and records the report."""
+    """Returns the files of the merged model, which proves itself on the suites if there are any. The first call merges
+    and records the report."""
     model = merged_model(held, work)
+    asked = dict.fromkeys([*filter(None, work.member_suites), *work.evaluated])
+    if asked:
+        model = proved_model(held, work, model, suites_named(held, list(asked)))
     with held.resources.read() as session:
         known = compositions.find(session, work.composition_id)[0].merge
     if not known:  # otherwise an evaluation has merged and recorded it

@@ -107,6 +107,7 @@ def test_a_recipe_is_planned_composed_and_composed_again(team: Cli, world: World
     team.ok("pull", "acme/assistant:1.0.0", "-o", tmp_path / "adapter")
     team.ok("pull", "acme/assistant-merged", "-o", tmp_path / "model")
     check_kept(done, [tmp_path / "adapter", tmp_path / "model"])
+    check_proof(done, tmp_path / "model")
     assert "keeps 100 % of the sum" in team.ok("compose", recipe).out
     expected = weighted_sum(world, WEIGHTS)
     check_adapter(tmp_path / "adapter", world.base, expected)
@@ -121,11 +122,21 @@ def test_a_recipe_is_planned_composed_and_composed_again(team: Cli, world: World
     assert (move["to_version"], team.json("show", "acme/assistant-merged@prod")["kind"]) == ("1.0.0", "model")
 
 
+def check_proof(done: dict[str, Any], model: Path) -> None:
+    proof = done["merge"]["proof"]
+    assert (proof["state"], proof["prompts"]) == ("proved", 16)
+    assert proof["equal"] == proof["within"] == proof["positions"] > 16
+    assert json.loads((model / "adaptory.json").read_text())["proof"] == proof
+    assert proof["words"] in (model / "README.md").read_text()
+
+
 def check_attested(cli: Cli, directory: Path) -> None:
     """A worker attests the scores and the lineage, which `origin: worker` requires of a release."""
     verified = cli.json("verify", "acme/assistant:1.0.0")["attestations"]
     assert [row["kind"] for row in verified] == ["composition", "scores", "scores"]
     assert verified[0]["predicate"]["weights"] == list(WEIGHTS.values())
+    (of_model,) = cli.json("verify", "acme/assistant-merged:1.0.0")["attestations"]
+    assert of_model["predicate"]["proof"]["state"] == "proved"
     assert all(score["measured_by"] for score in cli.json("show", "acme/assistant:1.0.0")["scores"])
     (directory / "origin.yaml").write_text("{version: 1, origin: worker}")
     for repository in ("sql", "assistant"):
@@ -437,3 +448,21 @@ def test_what_cannot_end_as_an_adapter_is_refused_by_the_plan_too(small_team: Cl
             assert way_out in refused.err
         job = small_team.json("jobs")["items"][0]
         assert [step["state"] for step in job.get("steps", [])][:1] != ["done"]
+
+
+@pytest.mark.long
+def test_a_merged_model_that_answers_otherwise_than_its_base_with_the_adapters_is_not_published(
+    small_team: Cli, tmp_path: Path
+) -> None:
+    other = save_llama(tmp_path / "other", seed=9)
+    tokenizer = other / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text() + " " * (64 << 20))  # too large to be copied beside a merged model
+    small_team.ok("base", "add", other, "--name", "other")
+    save_adapter(LlamaForCausalLM.from_pretrained(other), tmp_path / "own", 1, r=2, target_modules=["q_proj"])
+    small_team.ok("push", tmp_path / "own", "acme/own:1.0.0", "--base", "other")
+    inputs = [{"adapter": "acme/own", "suite": "sql-exact"}]
+    recipe = write_recipe(tmp_path, inputs=inputs, method="stack", base=None, probe=0)
+    refused = small_team("compose", recipe, "--follow")
+    assert (refused.code, "does not answer as the base with the adapter: transformers" in refused.err) == (1, True)
+    assert small_team("show", "acme/assistant-merged:1.0.0").code != 0
+    assert small_team("show", "acme/assistant:1.0.0").code != 0, "the adapter of the same recipe neither"

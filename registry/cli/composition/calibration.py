@@ -18,15 +18,22 @@ if TYPE_CHECKING:
     from composer.evaluation.calibration import Calibration
     from composer.findings import Finding
     from composer.formats.recipes.weights import Weight
+    from composer.merge.proof import ProofPrompt
 
 Suites = Annotated[
     list[Path] | None,
-    typer.Option("--suite", metavar="FILE", help="For regmean: each adapter's suite, in the order of the adapters."),
+    typer.Option(
+        "--suite",
+        metavar="FILE",
+        help="For regmean: each adapter's suite, in the order of the adapters. For --prove: any suites.",
+    ),
 ]
 Prompts = Annotated[
     list[Path] | None,
     typer.Option(
-        "--prompts", metavar="FILE", help="For regmean: each adapter's prompts, one per line, instead of suites."
+        "--prompts",
+        metavar="FILE",
+        help="For regmean: each adapter's prompts, one per line, instead of suites. For --prove: any prompts.",
     ),
 ]
 Guards = Annotated[
@@ -41,11 +48,19 @@ MAX_NOTE_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class ExampleFiles:
-    """The files that --suite, --prompts and --guard name."""
+    """The files that --suite, --prompts and --guard name. `for_proof`: a merge is compared on them."""
 
     suites: Sequence[Path] | None
     prompts: Sequence[Path] | None
     guards: Sequence[Path] | None
+    for_proof: bool = False
+
+    def asked(self) -> list[tuple[str, ...]]:
+        """The prompts of each file that --prompts names."""
+        from composer.conflicts.examine import parse_prompts
+        from composer.formats.recipes.suite import MAX_FILE_BYTES
+
+        return [tuple(parse_prompts(read_text(path, MAX_FILE_BYTES), str(path))) for path in self.prompts or []]
 
 
 def local_calibration(
@@ -57,23 +72,38 @@ def local_calibration(
 
     parsed = parse_settings(method, settings)
     if not parsed.pipeline.fitted:
-        if files.suites or files.prompts or files.guards:
+        if files.guards or ((files.suites or files.prompts) and not files.for_proof):
             message = f"--suite, --prompts and --guard have no effect: {method} is not fitted on examples."
             raise Usage("idle_option", message, subject="--suite", next_step="Leave them out, or add --method regmean.")
         return None
     if base is None or bool(files.suites) == bool(files.prompts):
         message = f"{method} is fitted on examples: it needs --base, and --suite or --prompts for each adapter."
         raise Usage("needs_examples", message, subject="--suite", next_step="Write --suite FILE once for each adapter.")
-    from composer.conflicts.examine import parse_prompts
     from composer.evaluation.model import load_model
-    from composer.formats.recipes.suite import MAX_FILE_BYTES, check_guard, parse_suite
+    from composer.formats.recipes.suite import check_guard, parse_suite
 
-    asked = [tuple(parse_prompts(read_text(path, MAX_FILE_BYTES), str(path))) for path in files.prompts or []]
+    asked = files.asked()
     own, guards = (list(map(parse_suite, paths or [])) for paths in (files.suites, files.guards))
     for suite in guards:
         check_guard(suite.name, suite.kind, suite.count)
     calibration = calibration_of(parsed, lambda: load_model(base, device), own, asked, guards)
     return calibration and replace(calibration, base=_digest(base))
+
+
+def prompts_of_proof(files: ExampleFiles, base: Path) -> "list[ProofPrompt]":
+    """The prompts that a merge proves itself on; none without --prove. Prompts of --prompts are chats if the base has a
+    chat template. Raises Usage for --prove without any."""
+    from composer.formats.adapters.tokenizers import read_tokenizer
+    from composer.formats.recipes.suite import parse_suite
+    from composer.merge.proof import ProofPrompt, proof_prompts
+
+    if not files.for_proof:
+        return []
+    if not files.suites and not files.prompts:
+        raise Usage("needs_prompts", "--prove compares answers to prompts, and there are none.", subject="--prove")
+    chat = bool(read_tokenizer(base).template)
+    plain = [ProofPrompt(prompt, chat=chat) for prompts in files.asked() for prompt in prompts]
+    return [*proof_prompts([parse_suite(path) for path in files.suites or []]), *plain]
 
 
 def _digest(base: Path) -> str:

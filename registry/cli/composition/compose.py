@@ -223,10 +223,16 @@ def _show(composition: "wire.work.CompositionOut") -> None:
         )
     if composition.gates:
         render.gate_lines(composition.gates)
-    if merged := composition.merge:
-        render.out(f"merged {merged['touched_tensors']} tensors in {merged['seconds']:.1f} s on {merged['device']}")
+    if composition.merge:
+        _show_merge(composition.merge)
     for row in composition.results:
         render.out(f"published {row.name} {row.commit[:12]}")
+
+
+def _show_merge(merged: Mapping[str, Any]) -> None:
+    render.out(f"merged {merged['touched_tensors']} tensors in {merged['seconds']:.1f} s on {merged['device']}")
+    if proof := merged.get("proof"):
+        render.out(f"proof: {proof['words']}")
 
 
 def _unjudged(scores: "Sequence[wire.work.CandidateScore]", lock: Mapping[str, Any]) -> list[str]:

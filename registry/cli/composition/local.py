@@ -16,6 +16,7 @@ from registry.cli.composition.calibration import (
     fitted_adapter,
     fitting,
     local_calibration,
+    prompts_of_proof,
     refuse_uneven,
 )
 from registry.cli.composition.compose import Method, Rules, Settings, settings_of, with_rules
@@ -28,6 +29,7 @@ from registry.errors import Usage
 
 if TYPE_CHECKING:
     from composer.formats.recipes.weights import Weight
+    from composer.merge.run import MergeReport
     from composer.methods.retention import Retention
     from composer.methods.spectral import Compression
 
@@ -39,11 +41,19 @@ Sequential = Annotated[
         help="Apply each adapter to the result of the previous ones, as two DoRA adapters of one weight need.",
     ),
 ]
+Prove = Annotated[
+    bool,
+    typer.Option(
+        "--prove",
+        help="Load the result as users do, and compare its answers to --suite or --prompts with those of the base with "
+        "the adapters in memory. If they differ, nothing is written.",
+    ),
+]
 Output = Annotated[Path, typer.Option("-o", "--output", help="A new directory.")]
 
 _RANKS = 5
 """Up to this many ranks are listed; beyond it, only the range."""
-_SHOWN_APART = ("out_dir", "findings", "survival", "retention", "compressions")
+_SHOWN_APART = ("out_dir", "findings", "survival", "retention", "compressions", "proof")
 
 
 @root.command()
@@ -65,6 +75,7 @@ def merge(  # noqa: PLR0913
     suite: Suites = None,
     prompts: Prompts = None,
     guard: Guards = None,
+    prove: Prove = False,
     strict: StrictFlag = False,
     json: JsonFlag = False,
 ) -> None:
@@ -83,7 +94,9 @@ def merge(  # noqa: PLR0913
         raise Usage("idle_option", message, subject="--seed", next_step="Leave it out, or add --rounding stochastic.")
     checkpoint, rounded = open_checkpoint(base, dequantize), parse_rounding(rounding, seed or 0)
     adapters, settings = _weighted(adapter, rule), settings_of(set_, sequential=sequential)
-    calibration = local_calibration(method, settings, base, ExampleFiles(suite, prompts, guard), device)
+    files = ExampleFiles(suite, prompts, guard, for_proof=prove)
+    asked = prompts_of_proof(files, base)
+    calibration = local_calibration(method, settings, base, files, device)
     if calibration is not None:
         refuse_uneven(calibration, adapters)
         render.warn_of(contradictions(calibration, [path.name for path, _ in adapters]), strict=strict)
@@ -93,15 +106,21 @@ def merge(  # noqa: PLR0913
     merging = plan_merge(checkpoint, adapters, method, settings, dtype, rounded, device, strict=strict)
     render.warn_of(merging.findings)
     with render.progress(f"merge {output.name}", merging.size_bytes) as done:
-        report = run_merge(merging, output, device, done)
+        report = run_merge(merging, output, device, done, prompts=asked)
     render.warn_of(report.findings)
     document = report.to_json()
     document["findings"] = [finding.to_json() for finding in (*merging.findings, *report.findings)]
+    rows = _rows_of(report, document)
+    render.document(document, json, lambda: _show_cut(f"merged into {output}", rows, report.compressions))
+
+
+def _rows_of(report: "MergeReport", document: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """What is printed of a merge."""
     left_out = (*_SHOWN_APART, *(() if report.compressions else ("lost",)))
-    rounding_rows = render.fields(document["survival"], "sampled_rows", "relative_size")
-    shown = render.fields(document, *left_out) + _kept(report.retention)
-    shown += [(f"rounding: {name}", value) for name, value in rounding_rows]
-    render.document(document, json, lambda: _show_cut(f"merged into {output}", shown, report.compressions))
+    rows = render.fields(document, *left_out) + _kept(report.retention)
+    rounding = render.fields(document["survival"], "sampled_rows", "relative_size")
+    rows += [(f"rounding: {name}", value) for name, value in rounding]
+    return rows + ([("proof", report.proof.words)] if report.proof else [])
 
 
 @root.command()
