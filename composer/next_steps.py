@@ -118,6 +118,7 @@ NEXT_STEPS = {
     "verification": "Merge again; if it happens again, the disk is damaged.",
     "vocabulary_mismatch": "Combine adapters that were trained with the same vocabulary.",
     "weighted_replacement": "Give the adapter the weight 1, or set replacements=delta.",
+    "router_examples": "Give --prompts MEMBER=FILE for each member, and perhaps for the base.",
     "weights": "Give one weight per adapter.",
     "zero_weight_sum": "Change a weight, or use the sum.",
 }

@@ -57,4 +57,4 @@ def _key(member: LineageInput) -> tuple[str, float]:
 
 
 def _member(row: InputOut, weight: Weight) -> LineageInput:
-    return LineageInput(row.repository or "hidden", row.version or "-", row.commit, weight)
+    return LineageInput(row.repository or "a release without access", row.version or "", row.commit, weight)

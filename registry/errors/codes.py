@@ -29,6 +29,7 @@ REFUSED = {
     "hub_refused": "Correct what the message names.",
     "inputs_unsigned": "Sign the inputs with `adaptory sign REF --key KEY.pem`, and compose again.",
     "job_cancelled": "Request it again if that was a mistake.",
+    "member_withdrawn": "Compose a new set without the member, or with another version of it.",
     "module_missing": "Use the base that the adapter was trained on.",
     "never_served": "Promote it: `adaptory promote REPO:VERSION --to CHANNEL`.",
     "not_earlier": "A rollback goes only back. Promote it: `adaptory promote REPO:VERSION --to CHANNEL`.",

@@ -21,6 +21,7 @@ USAGE = {
     "bad_share": "Write it as 10%.",
     "bad_duration": "Write days, hours, minutes and seconds, as in 90s, 5m or 1h30m.",
     "bad_http": "Send HTTP/1.1, one request after the other.",
+    "set_not_exported": "Export its members.",
     "not_a_set": "Name a release that a recipe with `set:` has published.",
     "bad_kind": "Use adapter or model.",
     "bad_lifetime": "Give a number of days with --expires-in-days, or leave it out for the default.",

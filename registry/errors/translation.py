@@ -21,8 +21,8 @@ _OF_COMPOSER: dict[type[RegistryError], str] = {
         no_active_order no_cuda no_eos no_examples_left no_factors no_pairs no_prompts no_rank not_decomposable
         not_a_guard not_extractable not_quantized not_rebased nothing_added nothing_to_extract other_adapter padded
         probe_members proof_failed protect_idle protect_unknown quantized_base ranks_differ remote_base rounding
-        rule_ambiguous rule_unused scorer_failed scorer_missing scorer_timeout seed set_on_harness streamed
-        tokenizers_differ
+        router_examples rule_ambiguous rule_unused scorer_failed scorer_missing scorer_timeout seed set_on_harness
+        streamed tokenizers_differ
         tokens_dropped tokens_without_tokenizer twins_differ two_for_one_key two_variants unknown_config
         vocabulary_mismatch weighted_replacement weights zero_weight_sum
     """,

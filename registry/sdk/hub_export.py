@@ -51,6 +51,10 @@ def export_release(
         )
     hub = Hub(endpoint)
     release = connection.api.get(resolved(connection, ref, display.warn).path, ReleaseOut)
+    if release.kind == "set":
+        message = f"{release.name} is a set, whose members are releases of this registry: a hub cannot load it."
+        step = f"Export its members, and write its router with `adaptory router {release.name}`."
+        raise Usage("set_not_exported", message, subject=release.name, next_step=step)
     files = _contents(connection, release, display)
     tag = target.at(release.version)
     hub.create(target, private=private)

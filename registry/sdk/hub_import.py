@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from composer.formats.adapters.layouts import SET_FILE
 from registry.client.push import ReleaseOptions
 from registry.client.selection import Selection, is_included, select_files
 from registry.client.signing import Publication
-from registry.errors import Invalid, NotFound, RegistryError
+from registry.errors import Invalid, NotFound, Refused, RegistryError
 from registry.formats.addresses import HubAddress
 from registry.formats.manifest import check_paths, refuse_hidden
 from registry.formats.pickles import refuse_pickle_name
@@ -61,6 +62,9 @@ def import_release(connection: Connection, wanted: Import, display: Display) -> 
     snapshot = hub.snapshot(wanted.source)
     # A repository with an adapter's configuration or weights is one, even with a `config.json`.
     is_adapter = any(path.startswith(("adapter_config.", "adapter_model.")) for path in snapshot.files)
+    if SET_FILE in snapshot.files and not is_adapter:
+        message = f"{wanted.source} is a set of adapters, which only a composition makes."
+        raise Refused("set_not_composed", message, subject=str(wanted.source))
     kind = "model" if "config.json" in snapshot.files and not is_adapter else "adapter"
     selection = _selected(snapshot, kind, connection.cache / "imports" / _folder(hub, snapshot))
     with hub.exclusive(selection.directory):

@@ -17,6 +17,7 @@ from typing import Any, cast
 
 from composer.findings import Finding, Severity
 from composer.formats.adapters.facts import CONFIG_FILE, WEIGHTS_FILE
+from composer.formats.adapters.layouts import SET_FILE
 from composer.formats.checkpoints.card import CARD_FILE, card_provenance
 from composer.formats.checkpoints.checkpoint import read_json
 from registry.domain.access.audit import Actor
@@ -139,7 +140,10 @@ def release(
     with resources.snapshot() as session:
         files = parse_manifest(revisions.to_release(session, actor, name, revision).manifest)
     uploads.keep(resources, actor, name.namespace, files)  # a collection may forget the commit meanwhile
-    kind = Kind.ADAPTER if any(file.path == CONFIG_FILE for file in files) else Kind.MODEL
+    paths = {file.path for file in files}
+    kind = Kind.ADAPTER if CONFIG_FILE in paths else Kind.SET if SET_FILE in paths else Kind.MODEL
+    if kind is Kind.SET:
+        raise publishing.set_not_composed(name)
     push = Push(
         repository=name,
         kind=kind,

@@ -308,7 +308,7 @@ def _inspect_set(resources: Resources, push: Push, card: bytes) -> _Inspected:
     """The facts of a set, whose members are the inputs of its composition. A server that loads all of them needs their
     largest rank and all their targets. Raises Refused for a set that no composition made."""
     if push.composition_id is None:
-        raise Refused("set_not_composed", "A set is not pushed.", subject=str(push.repository))
+        raise set_not_composed(push.repository)
     members = read_set(resources, push.files).members
     with resources.read() as session:
         inputs = [session.get_one(Release, used.release_id) for used in push.inputs]
@@ -326,6 +326,11 @@ def _inspect_set(resources: Resources, push: Push, card: bytes) -> _Inspected:
         "dtype": ", ".join(sorted({facts["dtype"] for facts in known})),
     }
     return _Inspected(facts, [], card, servers=servers, loading=loading)
+
+
+def set_not_composed(name: RepositoryName) -> Refused:
+    """The error for files of a set that no composition has made."""
+    return Refused("set_not_composed", "A set is not pushed.", subject=str(name))
 
 
 def read_set(resources: Resources, files: Sequence[ManifestFile]) -> AdapterSet:

@@ -205,12 +205,16 @@ class SetFactsOut(Wire):
 
 
 class InputOut(Wire):
-    """`repository` and `version` are null if the caller may not read them."""
+    """`repository`, `version` and `yank_reason` are null if the caller may not read them. A yanked input stays part of
+    this release; one that was taken down has lost its files."""
 
     repository: str | None
     version: str | None
     commit: str
     weight: float
+    yanked: bool = False
+    yank_reason: str | None = None
+    taken_down: bool = False
 
 
 class DescendantOut(Wire):
@@ -363,11 +367,18 @@ class LoadedOnOut(Wire):
     silent: bool
 
 
+class ServingSetOut(Wire):
+    """A set that has the release as a member, and the channels that serve it or try it as a canary."""
+
+    release: str
+    channels: list[str]
+
+
 class TakedownOut(Wire):
     """`releases` have lost their files. `blobs` of `size_bytes` are removed, since nothing names them any more.
     `named_by` are releases and commits of the namespace that still have some of the files, and `kept_files` are these
     files, by path. `barred` are the weights that the namespace may not publish again. The nodes in `loaded_on` serve
-    the files until they switch."""
+    the files until they switch. `sets` lose a member: no server can load them any more."""
 
     releases: list[str]
     blobs: int
@@ -376,6 +387,7 @@ class TakedownOut(Wire):
     kept_files: dict[str, list[str]]
     barred: list[str]
     loaded_on: list[LoadedOnOut] = Field(default=[])
+    sets: list[ServingSetOut] = Field(default=[])
 
 
 class YankIn(WireIn):
@@ -397,8 +409,9 @@ class ServedChangeOut(Wire):
 
 
 class WithdrawnOut(ReleaseOut):
-    """The release after a yank or an unyank, the channels that serve a different release because of it, and the nodes
-    that have the release loaded."""
+    """The release after a yank or an unyank, the channels that serve a different release because of it, the nodes
+    that have the release loaded, and the `sets` that have it as a member, which go on serving it."""
 
     channels: list[ServedChangeOut] = Field(default=[])
     loaded_on: list[LoadedOnOut] = Field(default=[])
+    sets: list[ServingSetOut] = Field(default=[])

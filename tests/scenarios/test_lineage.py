@@ -103,7 +103,7 @@ def test_a_member_that_may_not_be_seen_stays_hidden_and_another_note_is_not_beli
     release["inputs"][0] |= {"repository": None, "version": None}
     made = of_release(ReleaseOut.read(release), note)
     assert made is not None
-    assert str(made.members[0]).startswith(f"{RULED} x hidden:- ")
+    assert str(made.members[0]).startswith(f"{RULED} x a release without access ")
     assert made.method == "dare_ties_svd"
     release["inputs"][1]["weight"] = 7.0
     made = of_release(ReleaseOut.read(release), note)

@@ -96,6 +96,15 @@ def test_a_router_is_written_as_a_program_that_needs_no_package(small_team: Cli,
             == served
         )
     assert "choose" in small_team.ok("router", "acme/assistants:1.0.0").out
+    for name in MEMBERS:
+        (tmp_path / f"{name}.txt").write_text(f"{name} 1\n\n{name} 2\n")
+    given = [word for name in MEMBERS for word in ("--prompts", f"{name}={tmp_path / name}.txt")]
+    written = yaml.safe_load(small_team.ok("router", "acme/assistants:1.0.0", "--to", "litellm", *given).out)
+    assert [row["model_name"] for row in written["model_list"]][1:] == ["acme/sql@1.0.0", "acme/support@1.0.0", "tiny"]
+    assert (
+        "support has no example prompts"
+        in small_team("router", "acme/assistants:1.0.0", "--to", "litellm", *given[:2]).err
+    )
     refused = small_team("router", "acme/sql:1.0.0")
     assert (refused.code, "is not a set" in refused.err) == (2, True)
 

@@ -186,9 +186,8 @@ def problem_of(error: ValidationError) -> DocumentProblem:
                 loc, f"it has {context['actual_length']} entries, and at least {context['min_length']} is needed"
             )
         case "too_long":
-            return DocumentProblem(
-                loc, f"it has {context['actual_length']} entries, and at most {context['max_length']} are allowed"
-            )
+            count = context["actual_length"] or f"more than {context['max_length']}"  # of a mapping, None
+            return DocumentProblem(loc, f"it has {count} entries, and at most {context['max_length']} are allowed")
         case _:
             value, expected = first["input"], _expected(first)
             return DocumentProblem(loc, f"{printable(value)} is not {expected}", value=value, expected=expected)

@@ -31,7 +31,7 @@ class SetMember(Document):
     """A release that the set serves some prompts with."""
 
     repository: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,95}/[a-z0-9][a-z0-9._-]{0,95}$")]
-    version: Annotated[str, Field(min_length=1, max_length=80)]
+    version: Annotated[str, Field(pattern=r"^[0-9][0-9A-Za-z.+-]{0,79}$")]
     commit: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
 
 

@@ -203,8 +203,11 @@ def release_document(actor: Actor, described: ReleaseDetails) -> dict[str, objec
                 "version": version if may_read(actor, namespace) else None,
                 "commit": commit,
                 "weight": float(weight),
+                "yanked": bool(yanked),
+                "yank_reason": reason if may_read(actor, namespace) else None,
+                "taken_down": bool(taken_down),
             }
-            for _, _, namespace, repository, version, commit, weight in described.inputs
+            for _, _, namespace, repository, version, commit, weight, yanked, reason, taken_down in described.inputs
         ],
         "provenance": _NO_PROVENANCE if row.provenance == "{}" else _NO_PROVENANCE | orjson.loads(row.provenance),
         "licenses": _licenses(row),

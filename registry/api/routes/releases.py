@@ -21,7 +21,7 @@ from registry.domain.access.audit import Actor
 from registry.domain.access.roles import Role, permit
 from registry.domain.catalog import deprecations, lineage, releases, repositories, signatures
 from registry.domain.catalog.repositories import RepositoryFilter
-from registry.domain.channels import withdrawals
+from registry.domain.channels import members, withdrawals
 from registry.domain.channels.serving import ServedChange
 from registry.domain.rollouts import fleet
 from registry.formats.manifest import ManifestFile
@@ -37,6 +37,7 @@ from registry.wire.catalog import (
     ReleaseOut,
     RepositoryOut,
     ServedChangeOut,
+    ServingSetOut,
     SignatureIn,
     SignatureOut,
     SignaturesOut,
@@ -255,8 +256,12 @@ def _withdraw(
         changes = [
             ServedChangeOut.of(served) for served in (withdrawals.preview(session, act) if body.dry_run else act())
         ]
-        loaded = _loaded_on(session, actor, release)
-        return WithdrawnOut(**dict(release_view(session, actor, release)), channels=changes, loaded_on=loaded)
+        return WithdrawnOut(
+            **dict(release_view(session, actor, release)),
+            channels=changes,
+            loaded_on=_loaded_on(session, actor, release),
+            sets=[ServingSetOut.of(row) for row in members.sets_with(session, actor, release)],
+        )
 
 
 def _loaded_on(session: Session, actor: Actor, release: Release) -> list[LoadedOnOut]:
@@ -272,8 +277,9 @@ def take_down(named: RepositoryOf, version: str, body: WithdrawIn, resources: Re
         act = partial(withdrawals.take_down, session, actor, release, body.reason)
         taken = withdrawals.preview(session, act) if body.dry_run else act()
         loaded = _loaded_on(session, actor, release)
+        sets = [ServingSetOut.of(row) for row in members.sets_with(session, actor, release, same_files=True)]
     from registry.transfer.collect import remove_marked  # which loads more than all other routes here need
 
     if not body.dry_run:
         remove_marked(resources)
-    return TakedownOut.of(taken, loaded_on=loaded)
+    return TakedownOut.of(taken, loaded_on=loaded, sets=sets)

@@ -19,7 +19,7 @@ from registry.cli.evaluation import harness as harnesses
 from registry.cli.evaluation import queued_evaluation
 from registry.cli.evaluation.harness import ChatTemplate, HarnessChoice, NumFewshot, TaskDirectory, TaskNames
 from registry.cli.evaluation.quality import EvaluationTarget, MeasuredScore, release_or_base
-from registry.errors import Invalid, RegistryError, Usage
+from registry.errors import Invalid, NotFound, RegistryError, Usage
 from registry.errors.codes import RETRYABLE
 from registry.errors.translation import of_composer
 from registry.sdk.connection import Connection
@@ -274,8 +274,13 @@ class _Models:
 
 
 def _member_directory(connection: Connection, member: "SetMember") -> Path:
-    """The files of a set's member. Raises Invalid if the registry has another release under its version."""
-    release = resolved(connection, f"{member.repository}:{member.version}", warned=True)
+    """The files of a set's member. Raises NotFound if the caller may not read it, and Invalid if the registry has
+    another release under its version."""
+    try:
+        release = resolved(connection, f"{member.repository}:{member.version}", warned=True)
+    except NotFound as error:
+        error.detail = f"The set's member {member.repository}:{member.version} is needed: {error.detail}"
+        raise
     if release.commit != member.commit:
         detail = f"The set has {member.repository}:{member.version} as {member.commit[:12]}, and the registry does not."
         raise Invalid("other_release", detail, subject=member.repository)

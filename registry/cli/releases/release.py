@@ -11,7 +11,14 @@ from registry.cli.console.connect import connected, resolved
 from registry.cli.console.groups import root
 from registry.cli.console.render import JsonFlag
 from registry.cli.console.scores import score_table
-from registry.cli.releases.rollout import WaitForNodes, end_with, loaded_on, waited_for_nodes
+from registry.cli.releases.rollout import (
+    WaitForNodes,
+    end_with,
+    loaded_on,
+    show_sets,
+    waited_for_nodes,
+    withdrawn_input,
+)
 from registry.cli.releases.search import show_releases
 from registry.errors import Refused, RegistryError, Usage
 from registry.formats.references import parse_channel_reference, parse_reference, parse_repository
@@ -198,6 +205,7 @@ def _withdraw(connection: Connection, path: str, reason: str, *, dry_run: bool) 
         render.say("no channel would serve another release" if dry_run else "no channel will serve another release")
     if nodes := loaded_on(preview.loaded_on):
         render.say(f"loaded on {nodes}")
+    show_sets(preview.sets, "has it as a member, and goes on serving it")
     return preview if dry_run else connection.api.post(path, {"reason": reason}, wire.catalog.WithdrawnOut)
 
 
@@ -242,12 +250,13 @@ def takedown(
         gone = "would be gone" if dry_run else "gone"
         render.out(f"{render.counted(taken.blobs, 'blob')} {gone} for good ({render.size(taken.size_bytes)})")
         for path in taken.barred:
-            render.out(f"{path}: these weights {'could' if dry_run else 'can'}not be published here again")
+            render.out(f"{path}: these weights {'could not' if dry_run else 'cannot'} be published here again")
         for name in taken.named_by:
             files = ", ".join(taken.kept_files.get(name, ())) or "some of these files"
             render.say(f"warning: {name} still has {files}.")
         if nodes := loaded_on(taken.loaded_on):
             render.say(f"warning: loaded on {nodes}, which serve it until they switch.")
+        show_sets(taken.sets, f"{'would lose' if dry_run else 'has lost'} a member")
 
     render.document(taken, json, show)
 
@@ -408,6 +417,7 @@ def _show_release(release: "wire.catalog.ReleaseOut", made: "Lineage | None", co
         ("base deprecated", deprecation_words(release.base_deprecated)),
         ("published", f"{render.second(release.created_at)} by {release.created_by}"),
         ("inputs", list(map(str, made.members)) if made else None),
+        ("withdrawn", [withdrawn_input(row) for row in release.inputs if row.yanked] or None),
         ("method", made.how if made else None),
         ("rounding", made.rounding if made and release.kind == "model" else None),
     ]

@@ -109,6 +109,20 @@ def loaded_on(nodes: "Sequence[wire.catalog.LoadedOnOut]") -> str:
     return ", ".join(named[:_LISTED]) + more
 
 
+def show_sets(sets: "Sequence[wire.catalog.ServingSetOut]", what: str) -> None:
+    """Says what becomes of the sets with a member that is withdrawn: `acme/assistants:1.0.0, served by prod, …`."""
+    for row in sets:
+        serving = f"served by {', '.join(row.channels)}" if row.channels else "which no channel serves"
+        render.say(f"{row.release}, {serving}, {what}")
+
+
+def withdrawn_input(row: "wire.catalog.InputOut") -> str:
+    """`acme/sql:1.0.0 is yanked: wrong`."""
+    name = f"{row.repository}:{row.version}" if row.repository else row.commit[:12]
+    state = "was taken down" if row.taken_down else "is yanked"
+    return f"{name} {state}: {row.yank_reason}" if row.yank_reason else f"{name} {state}"
+
+
 def end_with(failure: Refused | None) -> None:
     """Ends the command with the failure, if there is one, on stderr alone: the move is on stdout."""
     if failure is not None:

@@ -29,7 +29,7 @@ def search(  # noqa: PLR0913
     max_rank: Annotated[int | None, typer.Option(help="The highest rank of any module.")] = None,
     min_rank: Annotated[int | None, typer.Option(help="Some module has at least this rank.")] = None,
     alpha: Annotated[float | None, typer.Option(help="lora_alpha, exactly.")] = None,
-    kind: Annotated[str | None, typer.Option(help="adapter (the default) or model.")] = None,
+    kind: Annotated[str | None, typer.Option(help="adapter (the default), model or set.")] = None,
     adapter_type: Annotated[str | None, typer.Option("--type", help="lora, …")] = None,
     variant: Annotated[str | None, typer.Option(help="lora, rslora, dora, …")] = None,
     dtype: Annotated[str | None, typer.Option(help="F32, BF16, F16, …")] = None,

@@ -48,26 +48,66 @@ def route(
     uvicorn.run(app, host=host, port=port, log_level="warning", access_log=False)
 
 
+PYTHON = "python"
+_STEP = "Such as --prompts sql=sql.txt, with one prompt per line."
 Output = Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE", help="The file to write.")]
+Form = Annotated[
+    str, typer.Option("--to", metavar="FORM", help="python (the default), vllm-semantic-router or litellm.")
+]
+Examples = Annotated[
+    list[str] | None,
+    typer.Option("--prompts", metavar="MEMBER=FILE", help="Example prompts of a member, or of `base`, one per line."),
+]
+BaseModel = Annotated[
+    str | None, typer.Option("--base-model", metavar="NAME", help="The base's name on the servers; by default its own.")
+]
 
 
 @root.command()
-def router(ref: Ref, output: Output = None) -> None:
-    """Print the router of a set as a Python program that needs no other package.
+def router(
+    ref: Ref, to: Form = PYTHON, prompts: Examples = None, base_model: BaseModel = None, output: Output = None
+) -> None:
+    """Write the router of a set for another gateway: a Python program that needs no other package.
 
     Its function `choose` returns the name of the adapter that should answer a prompt, as `adaptory mirror` names it.
-    `adaptory route` needs no such file.
+    With --to, writes a part of the configuration of vLLM's semantic router or of LiteLLM instead: these compare example
+    prompts, which you give, by embeddings. `adaptory route` needs no such file.
     """
     from composer.formats.sets.adapter_set import SET_FILE, read_set
     from composer.formats.sets.python_router import to_python
+    from composer.formats.sets.semantic_routers import FORMS
 
+    if to not in (PYTHON, *FORMS):
+        step = f"Choose one of {', '.join((PYTHON, *FORMS))}."
+        raise Usage("bad_setting", f"--to: {to!r} is not a known form.", subject="--to", next_step=step)
+    if to == PYTHON and prompts:
+        step = "Leave it out, or choose another form with --to."
+        raise Usage(
+            "bad_setting", "--prompts: the program has the set's own router.", subject="--prompts", next_step=step
+        )
+    examples = dict(map(_examples, prompts or ()))
     with connected() as connection:
         release = resolved(connection, ref)
         if release.kind != "set":
             raise Usage("not_a_set", f"{release.name} is not a set.", subject=release.name)
         made = read_set(release_directory(connection, release) / SET_FILE)
-    if output is None:
-        render.out(to_python(made))
+    if to == PYTHON:
+        text = to_python(made, output.name) if output else to_python(made)
     else:
-        output.write_text(to_python(made, output.name), encoding="utf-8")
+        text = FORMS[to](made, release.name.replace(":", "@"), examples, base_model or release.base.name)
+    if output is None:
+        render.out(text)
+    else:
+        output.write_text(text, encoding="utf-8")
         render.say(f"{output}: chooses among {', '.join(sorted(made.members))}")
+
+
+def _examples(given: str) -> tuple[str, list[str]]:
+    """The member and the prompts of `MEMBER=FILE`."""
+    from composer.formats.recipes.suite import MAX_FILE_BYTES
+    from composer.formats.untrusted import read_text
+
+    member, equals, file = given.partition("=")
+    if not equals or not member or not file:
+        raise Usage("bad_setting", f"--prompts: {given!r} is not MEMBER=FILE.", subject="--prompts", next_step=_STEP)
+    return member, [line for line in read_text(Path(file), MAX_FILE_BYTES).splitlines() if line.strip()]

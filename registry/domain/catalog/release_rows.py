@@ -90,7 +90,8 @@ ScoreRow = list[Any]
 it is only reported, when, task of the suite, source, the worker that measured it or None, who recorded it, kind of the
 suite."""
 InputRow = list[Any]
-"""Id of the composed release and of the input; the input's namespace, repository, version, commit, weight."""
+"""Id of the composed release and of the input; the input's namespace, repository, version, commit, weight;
+whether it is yanked, why, and whether it was taken down."""
 
 
 _NAMED: FromClause = (
@@ -149,6 +150,9 @@ _INPUTS = (
             _release.version,
             _revision.commit,
             float_text(_input.weight),
+            _release.yanked,
+            _release.yank_reason,
+            _revision.taken_down_at.is_not(None),
         )
     )
     .select_from(_NAMED.join(ReleaseInput.__table__, _input.input_id == _release.id))

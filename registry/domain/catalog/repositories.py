@@ -30,8 +30,12 @@ class Kind(StrEnum):
 def find(session: Session, name: RepositoryName, kind: Kind | None = None) -> Repository:
     """The repository. Raises NotFound, also for one of another kind."""
     repository = find_if_exists(session, name)
-    if repository is None or (kind and repository.kind != kind):
+    if repository is None:
         raise unknown(str(name), kind)
+    if kind and repository.kind != kind:
+        message = f"{name} holds {repository.kind} releases, not {kind} releases."
+        step = f"Name a repository with {kind} releases: `adaptory list --kind {kind}`."
+        raise NotFound("repository_unknown", message, subject=str(name), next_step=step)
     return repository
 
 

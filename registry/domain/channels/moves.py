@@ -16,7 +16,7 @@ from registry.domain.access.roles import Role, permit
 from registry.domain.catalog import releases, repositories, signatures
 from registry.domain.catalog.releases import SignaturePolicy, full_name
 from registry.domain.catalog.repositories import Kind
-from registry.domain.channels import pending, policies
+from registry.domain.channels import members, pending, policies
 from registry.domain.channels.policies import (
     SERVES_NOTHING,
     Expected,
@@ -193,6 +193,8 @@ def attempt(
     values = {"channel": release.channel_id, "release": release.id}
     current = cast(_State, session.execute(_STATE, values).one())
     policies.refuse_unpromotable(current.yank_reason, wanted)
+    if release.kind == Kind.SET:
+        members.refuse_withdrawn(session, release.id, wanted.release)
     check_expected(current.move_id, current.served_version, wanted.expected, wanted.subject)
     # A request that waited here may be older than the last move.
     actor = replace(actor, at=max(actor.at, current.at or actor.at))

@@ -1,6 +1,6 @@
 """Resolves references to releases."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sqlalchemy import bindparam, func, select
@@ -11,6 +11,7 @@ from registry.database.tables import Channel, Move, Release, Repository, Revisio
 from registry.domain.catalog import releases, repositories
 from registry.domain.catalog.release_rows import COLUMNS, NAMED
 from registry.domain.catalog.repositories import Kind
+from registry.domain.channels import members
 from registry.domain.channels.serving import find_channel, serving_move
 from registry.errors import NotFound, Usage
 from registry.formats.references import Reference, RepositoryName, parse_version
@@ -92,7 +93,7 @@ def locate(session: Session, reference: Reference, kind: Kind | None = None) -> 
     """Resolves a reference. Finds yanked releases only by exact version or commit, and never one that was taken down.
     Raises
     NotFound."""
-    resolved = resolve_exact(session, reference)
+    resolved = _exact(session, reference)
     if resolved is None and reference.range:
         resolved = _by_range(session, reference)
     elif resolved is None and reference.channel:
@@ -100,11 +101,26 @@ def locate(session: Session, reference: Reference, kind: Kind | None = None) -> 
     if resolved is None or (kind and resolved.row.kind != kind):
         repositories.find(session, reference.repository, kind)
         raise _nothing(session, reference)
-    return resolved
+    return _with_members(session, resolved)
 
 
 def resolve_exact(session: Session, reference: Reference) -> ResolvedRow | None:
-    """Resolves with a single statement, which sees one consistent state. None if it needs more than that."""
+    """Resolves with a single statement, which sees one consistent state; the members of a set take one more. None if it
+    needs more than that."""
+    resolved = _exact(session, reference)
+    return _with_members(session, resolved) if resolved else None
+
+
+def _with_members(session: Session, resolved: ResolvedRow) -> ResolvedRow:
+    """The row with a remark on the members of a set that are withdrawn."""
+    if resolved.row.kind != Kind.SET:
+        return resolved
+    return replace(
+        resolved, remark=" ".join(filter(None, (resolved.remark, *members.warnings(session, resolved.row.id))))
+    )
+
+
+def _exact(session: Session, reference: Reference) -> ResolvedRow | None:
     if reference.range:
         return None
     if reference.commit:

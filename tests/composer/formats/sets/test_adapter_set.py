@@ -48,6 +48,8 @@ def _changed(**changes: Any) -> bytes:
         (_changed(members={"sql": SQL_MEMBER.model_dump()}), "router.classes: it needs a class for each member"),
         (_changed(members={"sql": {**SQL_MEMBER.model_dump(), "commit": "../etc"}}), "members.sql.commit: "),
         (_changed(members={"sql": {**SQL_MEMBER.model_dump(), "repository": "../x"}}), "members.sql.repository: "),
+        (_changed(members={"sql": {**SQL_MEMBER.model_dump(), "version": "1\n2"}}), "members.sql.version: "),
+        (_changed(members={f"m{n}": SQL_MEMBER.model_dump() for n in range(65)}), "members: it has more than 64"),
         (_changed(router={"classes": {"sql": {"sel": float("inf")}}}), "router.classes.sql.sel: "),
         (_changed(more=1), "unknown field 'more'"),
     ],
