@@ -87,6 +87,8 @@ def _bounded(path: Path, most_bytes: int) -> bytes:
     try:
         with path.open("rb") as file:
             content = file.read(most_bytes + 1)
+    except IsADirectoryError as error:
+        raise _unreadable(path, "it is a directory", "Name a file in it.") from error
     except OSError as error:
         raise _unreadable(path, str(error.strerror)) from error
     if len(content) > most_bytes:
@@ -95,6 +97,5 @@ def _bounded(path: Path, most_bytes: int) -> bytes:
     return content
 
 
-def _unreadable(path: Path, why: str) -> InvalidFile:
-    message, next_step = f"{path} cannot be read: {why}.", "Name a file that exists and that you may read."
-    return InvalidFile("unreadable", message, subject=str(path), next_step=next_step)
+def _unreadable(path: Path, why: str, step: str = "Name a file that exists and that you may read.") -> InvalidFile:
+    return InvalidFile("unreadable", f"{path} cannot be read: {why}.", subject=str(path), next_step=step)

@@ -103,6 +103,13 @@ class RoutedDocument(TypedDict):
     count: int
 
 
+class SearchedDocument(TypedDict):
+    """A suite, and the digests of its examples that the search saw."""
+
+    suite_digest: str
+    examples: list[str]
+
+
 class OptimizeDocument(TypedDict):
     """An `OptimizeReport` with its headline, as a lock keeps it; those of earlier versions lack some fields."""
 
@@ -112,6 +119,7 @@ class OptimizeDocument(TypedDict):
     without_phrases: NotRequired[list[MeasuredMember]]
     separability: NotRequired[list[SeparableDocument]]
     routed: NotRequired[list[RoutedDocument]]
+    searched: list[SearchedDocument]
     best: list[ConfirmedDocument]
     tried: list[TriedDocument]
     left_out: Mapping[str, str]

@@ -31,7 +31,7 @@ class AdapterGroup:
     """The adapters to compare, and the base that they share.
 
     A name is a directory or the reference of a release; `base` a directory or a registered base; `base_directory` is
-    where the base's weights are. Raises Usage for fewer than two adapters and for releases of different bases.
+    where the base's weights are. Raises Usage for fewer than `least` adapters and for releases of different bases.
     """
 
     def __init__(
@@ -41,8 +41,10 @@ class AdapterGroup:
         base: str | None,
         base_directory: Path | None,
         display: Display,
+        *,
+        least: int = 2,
     ) -> None:
-        if len(names) < 2:
+        if len(names) < least:
             raise Usage("too_few", "Conflicts need two or more adapters.")
         self._connect, self._display = connect, display
         self.names, self.base_directory = names, base_directory
@@ -73,13 +75,17 @@ class AdapterGroup:
             architecture = self.connection.api.architecture(self.base.digest)
         elif self.base_directory:
             architecture = open_checkpoint(self.base_directory).architecture
-        directories = [
-            release_directory(self.connection, release, self._display) if release else Path(name)
-            for name, release in zip(self.names, self.releases, strict=True)
-        ]
         return [
             replace(load_deltas(directory, architecture), name=name)
-            for directory, name in zip(directories, self.names, strict=True)
+            for directory, name in zip(self.directories, self.names, strict=True)
+        ]
+
+    @cached_property
+    def directories(self) -> list[Path]:
+        """The adapters' directories; a release's files are fetched, and verified once."""
+        return [
+            release_directory(self.connection, release, self._display) if release else Path(name)
+            for name, release in zip(self.names, self.releases, strict=True)
         ]
 
     def content(self) -> str:
@@ -92,7 +98,7 @@ class AdapterGroup:
             release.commit if release else [hash_file(Path(name) / file) for file in (CONFIG_FILE, WEIGHTS_FILE)]
             for name, release in zip(self.names, self.releases, strict=True)
         ]
-        base = self.base.digest if self.base else hash_checkpoint(open_checkpoint(self._directory)).weights_digest
+        base = self.base.digest if self.base else hash_checkpoint(open_checkpoint(self.directory)).weights_digest
         return f"{base} {adapters}"
 
     def evidence(
@@ -115,9 +121,9 @@ class AdapterGroup:
         if (k or prompts) and self.base is None and self.base_directory is None:
             raise Usage("base_missing", "This needs the base's weights.")
         return Evidence(
-            load=cache(lambda: load_model(self._directory, device)),
+            load=cache(lambda: load_model(self.directory, device)),
             suites=self._suites(own, required=bool(k) and not prompts),
-            guards=[self._suite(name) for name in guards] if k else [],
+            guards=[self.suite(name) for name in guards] if k else [],
             k=k,
             most=usual_most(k) if most is None else most,
             prompts=prompts,
@@ -154,17 +160,17 @@ class AdapterGroup:
 
         if not measured and self.base_directory is None:
             return None
-        return open_checkpoint(self._directory)
+        return open_checkpoint(self.directory)
 
     @cached_property
-    def _directory(self) -> Path:
+    def directory(self) -> Path:
         """The base's directory, verified once if the base is registered."""
         if self.base:
             return base_checkpoint(self.base, self.base_directory, self._display).path
         return self.base_directory or Path()
 
     def _suites(self, own: Sequence[str], *, required: bool) -> "list[Suite | None]":
-        names = own or [release and self._own_suite(release) for release in self.releases]
+        names = own or [release and self.own_suite(release) for release in self.releases]
         if required and (len(names) != len(self.names) or not all(names)):
             lacking = [name for name, suite in zip(self.names, names, strict=False) if not suite]
             known = f"none is known for {', '.join(lacking)}" if lacking else f"--suite was given {len(names)} times"
@@ -173,15 +179,16 @@ class AdapterGroup:
                 f"A probe needs a suite for each of the {len(self.names)} adapters; {known}.",
                 next_step="Run `adaptory eval REF --suite S`, name one --suite per adapter, or give --prompts F alone.",
             )
-        return [self._suite(str(name)) if name else None for name in names]
+        return [self.suite(str(name)) if name else None for name in names]
 
-    def _suite(self, name: str) -> "Suite":
+    def suite(self, name: str) -> "Suite":
         """A registered suite by its name, or a file, which needs no registry, if the text cannot be a name."""
         from composer.formats.recipes.suite import NAME, parse_suite
 
         return fetch_suite(self.connection, name) if NAME.fullmatch(name) else parse_suite(name)
 
-    def _own_suite(self, release: "ResolvedRelease") -> str | None:
+    def own_suite(self, release: "ResolvedRelease") -> str | None:
+        """The target suite that the release was measured on."""
         from registry.wire.catalog import TargetSuiteOut
 
         return self.connection.api.get(f"{release.path}/target-suite", TargetSuiteOut).target_suite
@@ -205,16 +212,17 @@ def calibration_of(
     from composer.formats.recipes.suite import CalibrationSet, guard_sets
 
     sets = [CalibrationSet(prompts=texts) for texts in prompts]
-    sets = sets or [_calibration_set(suite, settings.examples) for suite in suites if suite]
+    sets = sets or [calibration_set(suite, settings.examples) for suite in suites if suite]
     if len(sets) < max(len(suites), len(prompts), 1):
         return None
     return Calibration(cache(load), sets, settings, guards=guard_sets(guards))
 
 
-def _calibration_set(suite: "Suite", count: int) -> "CalibrationSet":
+def calibration_set(suite: "Suite", count: int, phrase: str = "") -> "CalibrationSet":
+    """The first `count` examples of a suite. Raises Refused if none would be left for evaluation."""
     from composer.formats.recipes.suite import CalibrationSet
 
     if len(suite.examples) <= count:
         message = f"{suite.name} has {len(suite.examples)} examples: fitting on {count} leaves none to evaluate on."
         raise Refused("suite_too_small", message, subject=suite.name)
-    return CalibrationSet(suite, count)
+    return CalibrationSet(suite, count, phrase=phrase)

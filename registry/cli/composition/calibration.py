@@ -87,7 +87,7 @@ def local_calibration(
     for suite in guards:
         check_guard(suite.name, suite.kind, suite.count)
     calibration = calibration_of(parsed, lambda: load_model(base, device), own, asked, guards)
-    return calibration and replace(calibration, base=_digest(base))
+    return calibration and replace(calibration, base=digest_of_base(base))
 
 
 def prompts_of_proof(files: ExampleFiles, base: Path) -> "list[ProofPrompt]":
@@ -106,7 +106,7 @@ def prompts_of_proof(files: ExampleFiles, base: Path) -> "list[ProofPrompt]":
     return [*proof_prompts([parse_suite(path) for path in files.suites or []]), *plain]
 
 
-def _digest(base: Path) -> str:
+def digest_of_base(base: Path) -> str:
     """The digest of the base's weights, which a fit depends on."""
     from composer.formats.checkpoints.checkpoint import open_checkpoint
     from composer.formats.checkpoints.hashing import hash_checkpoint

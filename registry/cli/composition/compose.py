@@ -23,6 +23,7 @@ from registry.sdk.connection import Connection
 
 if TYPE_CHECKING:
     from composer.findings import Verdict
+    from composer.formats.recipes.recipe import Recipe
     from composer.formats.recipes.weights import Weight, WeightRule
 
 Settings = Annotated[
@@ -82,6 +83,7 @@ def compose(  # noqa: PLR0913
     from composer.formats.recipes.recipe import MAX_FILE_BYTES, Optimize, load_recipe
 
     wanted = load_recipe(read_text(recipe, MAX_FILE_BYTES), str(recipe))
+    _refuse_directories(recipe, wanted)
     if (verdict := required(require)) is not None:
         wanted = wanted.model_copy(update={"policy": {**wanted.policy, "require": str(verdict)}})
     if strict:
@@ -95,6 +97,18 @@ def compose(  # noqa: PLR0913
         searched = wanted.optimize.model_copy(update={"thorough": True})
         wanted = wanted.model_copy(update={"optimize": searched})
     _run({"recipe": wanted.to_json(), "plan": plan, **wishes(priority, memory)}, follow=plan or follow, json=json)
+
+
+def _refuse_directories(path: Path, recipe: "Recipe") -> None:
+    """Raises Usage for an input that is a directory beside the recipe: a composition has releases."""
+    for source in recipe.inputs:
+        if (path.parent / source.adapter).is_dir():
+            raise Usage(
+                "input_is_directory",
+                f"{source.adapter} in {path} is a directory, and a composition combines releases.",
+                subject=source.adapter,
+                next_step=f"Push it, and name the release; `adaptory merge {path}` and `combine` take directories.",
+            )
 
 
 @root.command()
@@ -232,7 +246,8 @@ def _show(composition: "wire.work.CompositionOut") -> None:
 def _show_merge(merged: Mapping[str, Any]) -> None:
     render.out(f"merged {merged['touched_tensors']} tensors in {merged['seconds']:.1f} s on {merged['device']}")
     if proof := merged.get("proof"):
-        render.out(f"proof: {proof['words']}")
+        for line in wrap(f"proof: {proof['words']}", 80):
+            render.out(line)
 
 
 def _unjudged(scores: "Sequence[wire.work.CandidateScore]", lock: Mapping[str, Any]) -> list[str]:

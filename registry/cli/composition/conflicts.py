@@ -124,9 +124,10 @@ def conflicts(  # noqa: PLR0913
             idle = {"--probe": probe, "--prompts": prompts, "--html": html, "--require": require}
             refuse_idle(idle, "with --optimize, which measures on examples of its own", "Leave one of the two out.")
             evidence = group.evidence(suite or [], guard or [], (SEARCH, None), (), device)
-            content, weighted = f"{group.content()} {device}", list(zip(group.load(), given, strict=True))
-            effort = optimizing.effort_of(budget, thorough=thorough)
-            best = optimizing.search(evidence, weighted, settings, rules, content=content, effort=effort)
+            members = optimizing.members_of(zip(group.load(), evidence.suites, given, strict=True))
+            content, effort = f"{group.content()} {device}", optimizing.effort_of(budget, thorough=thorough)
+            asked = (evidence.load, members, evidence.guards, settings, rules)
+            best = optimizing.search(*asked, content=content, effort=effort)
             optimizing.present(best, json, explain=explain)
             return
         refuse_idle({"--budget": budget, "--thorough": thorough}, "without --optimize", "Add it, or leave these out.")

@@ -1,6 +1,7 @@
-"""The composer on local directories: merge, combine, convert, extract. Only a release to convert needs a registry."""
+"""The composer on this machine: merge, combine, convert, extract. Only a release needs a registry."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,21 +20,39 @@ from registry.cli.composition.calibration import (
     prompts_of_proof,
     refuse_uneven,
 )
-from registry.cli.composition.compose import Method, Rules, Settings, settings_of, with_rules
+from registry.cli.composition.compose import Rules, Settings, settings_of, with_rules
+from registry.cli.composition.recipe_file import Combination, Optimized, RecipeFile, RecipeOptions, combination_of
 from registry.cli.console import complete, render
 from registry.cli.console.connect import connected, release_directory, resolved
-from registry.cli.console.groups import root
+from registry.cli.console.groups import refuse_idle, root
 from registry.cli.console.options import Device, StrictFlag
 from registry.cli.console.render import JsonFlag
 from registry.errors import Usage
 
 if TYPE_CHECKING:
+    from composer.formats.checkpoints.checkpoint import Checkpoint
+    from composer.formats.recipes.rounding import Rounding
     from composer.formats.recipes.weights import Weight
     from composer.merge.run import MergeReport
     from composer.methods.retention import Retention
     from composer.methods.spectral import Compression
 
-Adapters = Annotated[list[str], typer.Option("--adapter", metavar="DIR[=WEIGHT]", help="May be repeated.")]
+Adapters = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--adapter",
+        metavar="DIR[=WEIGHT]",
+        help="May be repeated. With a recipe, the directory of each input, in order, without a weight.",
+    ),
+]
+OwnMethod = Annotated[
+    str | None,
+    typer.Option(
+        "--method",
+        help="stack, the default, linear, svd, ties, dare_ties, knots_ties, core_tsv, …",
+        autocompletion=complete.methods,
+    ),
+]
 Sequential = Annotated[
     bool,
     typer.Option(
@@ -53,19 +72,20 @@ Output = Annotated[Path, typer.Option("-o", "--output", help="A new directory.")
 
 _RANKS = 5
 """Up to this many ranks are listed; beyond it, only the range."""
-_SHOWN_APART = ("out_dir", "findings", "survival", "retention", "compressions", "proof")
+_SHOWN_APART = ("out_dir", "findings", "survival", "retention", "compressions", "proof", "optimized")
 
 
 @root.command()
 def merge(  # noqa: PLR0913
-    base: Annotated[Path, typer.Option(help="The base's checkpoint directory.")],
-    adapter: Adapters,
     output: Output,
-    method: Method = "stack",
+    recipe: RecipeFile = None,
+    base: Annotated[Path | None, typer.Option(help="The base's checkpoint directory.")] = None,
+    adapter: Adapters = None,
+    method: OwnMethod = None,
     set_: Settings = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default, the base's own.")] = None,
     device: Device = "auto",
-    rounding: Annotated[str, typer.Option(help="nearest or stochastic.")] = "nearest",
+    rounding: Annotated[str | None, typer.Option(help="nearest, the default, or stochastic.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of stochastic rounding; 0 by default.")] = None,
     sequential: Sequential = False,
     dequantize: Annotated[
@@ -75,43 +95,93 @@ def merge(  # noqa: PLR0913
     suite: Suites = None,
     prompts: Prompts = None,
     guard: Guards = None,
+    optimize: Optimized = False,
     prove: Prove = False,
     strict: StrictFlag = False,
     json: JsonFlag = False,
 ) -> None:
-    """Merge adapters into a checkpoint, on local directories, without a registry.
+    """Merge adapters into a checkpoint on this machine, from directories or by a recipe; nothing is published.
 
     Repeat the same command to resume an interrupted merge.
     """
     from composer.formats.checkpoints.checkpoint import open_checkpoint
-    from composer.formats.recipes.rounding import Mode, parse_rounding
+
+    ways = {"--method": method, "--dtype": dtype, "--rounding": rounding, "--seed": seed, "--sequential": sequential}
+    if recipe:
+        _refuse_stated(ways | {"--set": set_, "--rule": rule, "--prompts": prompts, "--guard": guard})
+        asked = RecipeOptions(base, adapter or [], suite or [], device, optimize, as_adapter=False, json=json)
+        how = combination_of(recipe, asked)
+        how = replace(how, proof=how.proof if prove else ())
+    else:
+        _refuse_no_recipe(adapter, optimize=optimize, base=base, needs_base=True)
+        files = ExampleFiles(suite, prompts, guard, for_proof=prove)
+        how = _given(adapter, rule, method, settings_of(set_, sequential=sequential), base, files, device)
+        how = replace(how, dtype=dtype, rounding=_rounding(rounding, seed))
+    strict = strict or how.strict
+    _merge(how, open_checkpoint(how.base or Path(), dequantize), output, device, strict=strict, json=json)
+
+
+def _merge(how: Combination, checkpoint: "Checkpoint", output: Path, device: str, *, strict: bool, json: bool) -> None:
     from composer.formats.recipes.weights import Weight
     from composer.merge.plan import plan_merge
     from composer.merge.run import run_merge
 
-    if seed is not None and rounding != Mode.STOCHASTIC:
-        message = "--seed has no effect without --rounding stochastic."
-        raise Usage("idle_option", message, subject="--seed", next_step="Leave it out, or add --rounding stochastic.")
-    checkpoint, rounded = open_checkpoint(base, dequantize), parse_rounding(rounding, seed or 0)
-    adapters, settings = _weighted(adapter, rule), settings_of(set_, sequential=sequential)
-    files = ExampleFiles(suite, prompts, guard, for_proof=prove)
-    asked = prompts_of_proof(files, base)
-    calibration = local_calibration(method, settings, base, files, device)
-    if calibration is not None:
-        refuse_uneven(calibration, adapters)
-        render.warn_of(contradictions(calibration, [path.name for path, _ in adapters]), strict=strict)
-        how = (method, settings)
-        adapters = [(fitted_adapter(base, adapters, output, how, calibration, device, strict=strict), Weight())]
-        method, settings = "stack", {}
-    merging = plan_merge(checkpoint, adapters, method, settings, dtype, rounded, device, strict=strict)
+    adapters, method, settings = how.adapters, how.method, how.settings
+    if how.calibration is not None:
+        render.warn_of(contradictions(how.calibration, [path.name for path, _ in adapters]), strict=strict)
+        fit = (method, settings)
+        fitted = fitted_adapter(checkpoint.path, adapters, output, fit, how.calibration, device, strict=strict)
+        adapters, method, settings = [(fitted, Weight())], "stack", {}
+    merging = plan_merge(checkpoint, adapters, method, settings, how.dtype, how.rounding, device, strict=strict)
     render.warn_of(merging.findings)
     with render.progress(f"merge {output.name}", merging.size_bytes) as done:
-        report = run_merge(merging, output, device, done, prompts=asked)
+        report = run_merge(merging, output, device, done, how.note, how.proof)
     render.warn_of(report.findings)
-    document = report.to_json()
+    document: dict[str, Any] = {**report.to_json(), **how.search_row}
     document["findings"] = [finding.to_json() for finding in (*merging.findings, *report.findings)]
     rows = _rows_of(report, document)
     render.document(document, json, lambda: _show_cut(f"merged into {output}", rows, report.compressions))
+
+
+def _rounding(mode: str | None, seed: int | None) -> "Rounding":
+    from composer.formats.recipes.rounding import Mode, parse_rounding
+
+    if seed is not None and mode != Mode.STOCHASTIC:
+        message = "--seed has no effect without --rounding stochastic."
+        raise Usage("idle_option", message, subject="--seed", next_step="Leave it out, or add --rounding stochastic.")
+    return parse_rounding(mode or Mode.NEAREST, seed or 0)
+
+
+def _refuse_stated(options: Mapping[str, object]) -> None:
+    refuse_idle(options, "with a recipe, which states it", "Write it into the recipe.")
+
+
+def _refuse_no_recipe(adapter: list[str] | None, *, optimize: bool, base: Path | None, needs_base: bool) -> None:
+    """Raises Usage for options that lack a recipe, or what a recipe states."""
+    refuse_idle({"--optimize": optimize}, "without a recipe", "Name a recipe, or use `adaptory conflicts --optimize`.")
+    if not adapter:
+        raise Usage("no_adapter", "Neither a recipe nor --adapter is given.", subject="--adapter")
+    if needs_base and base is None:
+        message, step = "The base to merge into is not given.", "Name its directory with --base."
+        raise Usage("base_missing", message, subject="--base", next_step=step)
+
+
+def _given(  # noqa: PLR0913
+    adapter: list[str] | None,
+    rule: list[str] | None,
+    method: str | None,
+    settings: dict[str, object],
+    base: Path | None,
+    files: ExampleFiles,
+    device: str,
+) -> Combination:
+    """The combination that options state."""
+    adapters, method = _weighted(adapter or [], rule), method or "stack"
+    proof = prompts_of_proof(files, base) if base else []
+    calibration = local_calibration(method, settings, base, files, device)
+    refuse_uneven(calibration, adapters)
+    rounding = _rounding(None, None)
+    return Combination(base, adapters, method, settings, calibration, rounding, proof=proof)
 
 
 def _rows_of(report: "MergeReport", document: Mapping[str, Any]) -> list[tuple[str, Any]]:
@@ -125,9 +195,10 @@ def _rows_of(report: "MergeReport", document: Mapping[str, Any]) -> list[tuple[s
 
 @root.command()
 def combine(  # noqa: PLR0913
-    adapter: Adapters,
     output: Output,
-    method: Method = "stack",
+    recipe: RecipeFile = None,
+    adapter: Adapters = None,
+    method: OwnMethod = None,
     set_: Settings = None,
     base: Annotated[Path | None, typer.Option(help="Check that the adapters fit this checkpoint directory.")] = None,
     rank: Annotated[int | None, typer.Option(min=1, help="Truncate every module to this rank.")] = None,
@@ -138,45 +209,57 @@ def combine(  # noqa: PLR0913
     suite: Suites = None,
     prompts: Prompts = None,
     guard: Guards = None,
+    optimize: Optimized = False,
     device: Device = "auto",
     strict: StrictFlag = False,
     json: JsonFlag = False,
 ) -> None:
-    """Combine local adapters into one PEFT adapter, without a registry; reports what truncation to a rank lost."""
-    from composer.checks.bases import names_of
-    from composer.export.combine import combine as combine_adapters
-    from composer.formats.checkpoints.checkpoint import open_checkpoint
+    """Combine adapters into one PEFT adapter on this machine, from directories or by a recipe; nothing is published.
 
-    checkpoint = open_checkpoint(base) if base else None
-    architecture = checkpoint.architecture if checkpoint else None
-    base_names = names_of(checkpoint.path, checkpoint.config) if checkpoint else []
+    Reports what truncation to a rank lost.
+    """
     budget = {name: value for name, value in (("rank", rank), ("energy", energy)) if value is not None}
     settings = settings_of(set_)
     if twice := sorted(budget.keys() & settings.keys()):
         message = f"--{twice[0]} and --set {twice[0]} set the same value twice."
         raise Usage("two_settings", message, subject=f"--{twice[0]}")
-    settings |= budget
-    adapters = _weighted(adapter, rule)
-    calibration = local_calibration(method, settings, base, ExampleFiles(suite, prompts, guard), device)
-    refuse_uneven(calibration, adapters)
-    render.warn_of(contradictions(calibration, [path.name for path, _ in adapters]), strict=strict)
-    with fitting(calibration) as counted:
+    if recipe:
+        ways = {"--method": method, "--set": set_, "--rank": rank, "--energy": energy, "--rule": rule}
+        _refuse_stated(ways | {"--prompts": prompts, "--guard": guard})
+        asked = RecipeOptions(base, adapter or [], suite or [], device, optimize, as_adapter=True, json=json)
+        how = combination_of(recipe, asked)
+    else:
+        _refuse_no_recipe(adapter, optimize=optimize, base=base, needs_base=False)
+        how = _given(adapter, rule, method, settings | budget, base, ExampleFiles(suite, prompts, guard), device)
+    _combine(how, output, device, strict=strict or how.strict, json=json)
+
+
+def _combine(how: Combination, output: Path, device: str, *, strict: bool, json: bool) -> None:
+    from composer.checks.bases import names_of
+    from composer.export.combine import combine as combine_adapters
+    from composer.formats.checkpoints.checkpoint import open_checkpoint
+
+    checkpoint, names = open_checkpoint(how.base) if how.base else None, [path.name for path, _ in how.adapters]
+    render.warn_of(contradictions(how.calibration, names), strict=strict)
+    with fitting(how.calibration) as counted:
         report = combine_adapters(
-            adapters,
+            how.adapters,
             output,
-            architecture,
-            method,
-            settings,
+            checkpoint.architecture if checkpoint else None,
+            how.method,
+            how.settings,
+            how.note,
             calibration=counted,
             device=device,
-            base_names=base_names,
+            base_names=names_of(checkpoint.path, checkpoint.config) if checkpoint else [],
             strict=strict,
         )
     render.warn_of(report.findings)
-    document = report.to_json()
+    document: dict[str, Any] = {**report.to_json(), **how.search_row}
     readable = {**document, "ranks": _ranks(report.ranks)}
-    shown = render.fields(readable, "out_dir", "findings", "retention", "compressions", "fit") + _kept(report.retention)
-    shown += fit_lines(document["fit"], [path.name for path, _ in adapters])
+    left_out = ("out_dir", "findings", "retention", "compressions", "fit", "optimized")
+    shown = render.fields(readable, *left_out) + _kept(report.retention)
+    shown += fit_lines(document["fit"], names)
     render.document(document, json, lambda: _show_cut(f"combined into {output}", shown, report.compressions))
 
 

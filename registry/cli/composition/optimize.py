@@ -1,6 +1,6 @@
 """Searches for the best combination, and shows what was found."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, cast
 
 import typer
@@ -14,51 +14,57 @@ from registry.errors import Usage
 
 if TYPE_CHECKING:
     from composer.conflicts.documents import IntervalDocument
-    from composer.conflicts.examine import Evidence
     from composer.deltas.variants.load import LoadedAdapter
+    from composer.evaluation.model import LoadedModel
     from composer.formats.recipes.methods import AnySettings
     from composer.formats.recipes.policy import Policy
+    from composer.formats.recipes.suite import Suite
     from composer.formats.recipes.weights import Weight
-    from composer.optimize.problem import SearchEffort
+    from composer.optimize.problem import SearchEffort, SearchMember
     from composer.optimize.report import MeasuredMember, OptimizeDocument
 
 
-def search(
-    evidence: "Evidence",
-    weighted: "Sequence[tuple[LoadedAdapter, Weight]]",
+def search(  # noqa: PLR0913
+    load: "Callable[[], LoadedModel]",
+    members: "Sequence[SearchMember]",
+    guards: "Sequence[Suite]",
     method: "AnySettings",
     policy: "Policy",
     *,
     content: str,
     effort: "SearchEffort",
+    as_adapter: bool = False,
 ) -> "OptimizeDocument":
-    """Searches, with the given method among the candidates, and returns the report.
+    """Searches, with the given method among the candidates, and returns the report. `as_adapter`: for a combination
+    that one adapter can hold.
 
     `content` names the contents of the base and the adapters: a search of the same resumes where one was interrupted.
     """
     from composer.optimize.candidates import Candidate
     from composer.optimize.optimize import expected_passes, optimize
-    from composer.optimize.problem import SearchMember, SearchProblem
+    from composer.optimize.problem import SearchProblem
     from composer.optimize.report import document
     from registry.sdk.connection import load_settings
     from registry.transfer.collect import evaluation_journal
 
     stated = method.model_dump(by_alias=True, exclude_unset=True)
     own = Candidate(
-        name="as given", family="given", method=method.method, factors=(1.0,) * len(weighted), settings=stated
+        name="as given", family="given", method=method.method, factors=(1.0,) * len(members), settings=stated
     )
-    members = [
-        SearchMember(adapter=adapter, suite=suite, weight=weight)
-        for (adapter, weight), suite in zip(weighted, evidence.suites, strict=True)
-        if suite is not None
-    ]
     problem = SearchProblem(
-        load=evidence.load, members=members, guards=evidence.guards, settings=own.settings, effort=effort
+        load=load, members=members, guards=guards, settings=own.settings, effort=effort, as_adapter=as_adapter
     )
     problem = problem.under(policy)
     journal = evaluation_journal(load_settings(), f"search {content} {problem.name}")
     with render.progress("optimize", expected_passes(problem, [own]), "examples") as bar:
         return cast("OptimizeDocument", document(optimize(problem, [own], journal, bar)))
+
+
+def members_of(rows: "Iterable[tuple[LoadedAdapter, Suite | None, Weight]]") -> "list[SearchMember]":
+    """The adapters with their suites and weights, which a search combines."""
+    from composer.optimize.problem import SearchMember
+
+    return [SearchMember(adapter=adapter, suite=suite, weight=weight) for adapter, suite, weight in rows if suite]
 
 
 def effort_of(texts: list[str] | None, *, thorough: bool) -> "SearchEffort":
