@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from tempfile import mkdtemp, mkstemp
 from typing import Any, cast
@@ -101,7 +102,7 @@ class MirrorDirectory:
             raise Conflict("mirror_in_use", f"Another mirror uses {self.root}.", subject=str(self.root)) from None
         try:
             for left in self.root.glob(f"{_PART}*"):
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
+                _delete(left)
             yield
         finally:
             os.close(handle)
@@ -210,7 +211,7 @@ class MirrorDirectory:
 
     def old(self, grace_s: float, now_s: float) -> Iterator[tuple[str, float]]:
         """Yields the commits whose directories have not been needed for `grace_s`, with the time of the last need."""
-        for target in self._by_commit.iterdir():
+        for target in self._by_commit.glob("*"):
             with suppress(FileNotFoundError):
                 last_s = target.stat().st_mtime
                 if not target.name.startswith(".") and now_s - last_s >= grace_s:
@@ -234,14 +235,14 @@ class MirrorDirectory:
         """The routes that were written last; None for a file that is missing, unreadable or damaged."""
         try:
             document = json.loads((self.root / "routes.json").read_bytes())
-            commits = {name: str(row["commit"]) for name, row in document["versions"].items()}
+            commits = {_version_name(name): _commit(row["commit"]) for name, row in document["versions"].items()}
             channels = {
                 channel: {name: int(weight) for name, weight in weights.items()}
                 for channel, weights in document["channels"].items()
             }
             servers = {name: tuple(map(str, row["servers"])) for name, row in document["versions"].items()}
             lora = {url: tuple(map(float, scales)) for url, scales in document.get("lora", {}).items()}
-            since = {channel: str(moment) for channel, moment in document["since"].items()}
+            since = {channel: _moment(text) for channel, text in document["since"].items()}
             sets = {
                 name: {part: str(member) for part, member in members.items()}
                 for name, members in document.get("sets", {}).items()
@@ -251,7 +252,7 @@ class MirrorDirectory:
                 name: {task: str(phrase) for task, phrase in by_task.items()}
                 for name, by_task in document.get("phrases", {}).items()
             }
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (OSError, ValueError, OverflowError, KeyError, TypeError, AttributeError, RecursionError):
             return None
         known = all(commits.keys() >= weights.keys() for weights in channels.values())
         known = known and all(commits.keys() >= set(members.values()) for members in sets.values())
@@ -275,7 +276,7 @@ class MirrorDirectory:
         trash = self.root / f"{_PART}{uuid4().hex}"
         with _writing(target), suppress(FileNotFoundError):
             target.rename(trash)  # which a full disk allows
-            shutil.rmtree(trash)
+            _delete(trash)
 
     def _note_path(self, target: Path) -> Path:
         return self._by_version / ".notes" / f"{target.relative_to(self._by_version)}.json"
@@ -284,7 +285,7 @@ class MirrorDirectory:
         """The commit and base name of a version's directory; empty if it is not there, or not complete."""
         try:
             note: object = json.loads(self._note_path(target).read_bytes()) if target.is_dir() else None
-        except (FileNotFoundError, ValueError):
+        except (OSError, ValueError):
             return {}
         return cast(Mapping[str, Any], note) if isinstance(note, dict) else {}
 
@@ -301,6 +302,35 @@ class MirrorDirectory:
             return commit_id(canonical_manifest(rows)) == commit
         except (OSError, InvalidFile, RegistryError):
             return False
+
+
+def _version_name(name: str) -> str:
+    """Raises ValueError for a name that is not of a version."""
+    if parse_served(name) is None:
+        raise ValueError(name)
+    return name
+
+
+def _commit(text: str) -> str:
+    """Raises ValueError for anything but a commit."""
+    if not is_commit(text):
+        raise ValueError(text)
+    return text
+
+
+def _moment(text: str) -> str:
+    """Raises ValueError for anything but a time with its zone."""
+    if datetime.fromisoformat(text).tzinfo is None:
+        raise ValueError(text)
+    return text
+
+
+def _delete(path: Path) -> None:
+    """Removes a file, a link, or a directory with what is in it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _rename_base(config: Path, base_name: str | None) -> None:

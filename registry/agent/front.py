@@ -259,13 +259,19 @@ class Front:
 
     async def forward(self, request: Request) -> Response:
         """Passes a request on, under the name of a version."""
+        try:
+            return await self._forward(request)
+        except RecursionError:
+            return _error(400, "The request is nested too deeply.")
+
+    async def _forward(self, request: Request) -> Response:
         body = await _body(request)
         if body is None:
             return _error(413, f"The request is larger than {MAX_BODY_BYTES:,} bytes.")
         try:
             document = json.loads(body)
             requested = document["model"]
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError, TypeError):
             return _error(400, "The request is not a JSON object that names a `model`.")
         if not isinstance(requested, str):
             return _error(400, "`model` is not a text.")
@@ -287,8 +293,8 @@ class Front:
             return _error(404 if error.code == "task_unknown" else 400, error.detail)
         try:
             model = self.table.member(routes, version, document)
-        except RegistryError as error:
-            return _error(503, error.detail)
+        except RegistryError:
+            return _error(503, f"The members of {version} cannot be read.")  # the agent's report says why
         return await self._send(request, _Choice(model, version, channel), document, routes)
 
     def _servers(self, routes: Routes, chosen: _Choice) -> Sequence[str]:
@@ -389,7 +395,8 @@ def _stated(document: Mapping[str, Any], model: str, server: str, routes: Routes
     """The request under the model's name, written anew so that the server reads the same name: a body may have the
     field twice. For servers of llama.cpp it has the scales of all adapters: what a client states there could mix
     adapters, and one that a request does not name has the scale that the server was given for all requests."""
-    document = {**document, "model": routes.bases.get(server, model) if model.endswith(OF_BASE) else model}
+    of_set = model.removesuffix(OF_BASE) in routes.sets
+    document = {**document, "model": routes.bases.get(server, model) if of_set else model}
     if (scales := routes.lora.get(server)) is None:
         return document
     is_version = server in routes.servers.get(model, ())

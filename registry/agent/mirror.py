@@ -303,7 +303,7 @@ class Mirror:
                     move=target.move if follows else None,
                     since=datetime.fromisoformat(routes.since.get(channel, now)),
                     check=_check_of(weakest) if weakest else None,
-                    error=(target.error or problem)[:_MAX_TEXT] or None,
+                    error=_shown(target.error or problem, _MAX_TEXT) or None,
                 )
             )
         return NodeReportIn(agent=AGENT, channels=channels, servers=list(map(_row_of, self._servers)))
@@ -333,11 +333,18 @@ def _check_of(checked: Checked) -> NodeCheck:
 
 def _row_of(kept: KeptServer) -> NodeServer:
     names = sorted(kept.loaded, key=lambda name: (kept.commit_of(name) is None, name))  # our own first
-    loaded = [LoadedName(name=name[:MAX_CHANNEL_CHARS], commit=kept.commit_of(name)) for name in names[:MAX_LOADED]]
+    loaded = [
+        LoadedName(name=_shown(name, MAX_CHANNEL_CHARS), commit=kept.commit_of(name)) for name in names[:MAX_LOADED]
+    ]
     return NodeServer(
-        url=kept.server.address[:_MAX_URL],
+        url=_shown(kept.server.address, _MAX_URL),
         kind=kept.server.kind,
         ready=kept.ready,
         loaded=loaded,
-        error=kept.error[:_MAX_TEXT] or None,
+        error=_shown(kept.error, _MAX_TEXT) or None,
     )
+
+
+def _shown(text: str, most: int) -> str:
+    """The beginning of a text in letters that every report can have: a server may list half a surrogate pair."""
+    return text[:most].encode(errors="replace").decode()

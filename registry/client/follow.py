@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from registry.client.api import Api, read, understood
-from registry.errors import Unavailable
+from registry.errors import Unavailable, Usage
 from registry.formats.references import parse_channel_reference
-from registry.wire.quality import FollowedOut, FollowOut
+from registry.wire.quality import MAX_FOLLOWED, FollowedOut, FollowOut
 
 PATH = "/v1/follow"
 PAUSES_S = (0.5, 1.0, 2.0, 5.0, 10.0)
@@ -28,16 +28,26 @@ class ChannelChange:
     now: FollowedOut | None
 
 
+def channel_names(channels: Sequence[str]) -> list[str]:
+    """The channels as REPO@CHANNEL, each once. Raises Usage for a name that is not of a channel, and for more than can
+    be followed at once."""
+    names = list(dict.fromkeys("@".join(map(str, parse_channel_reference(name))) for name in channels))
+    if len(names) > MAX_FOLLOWED:
+        detail = f"{len(names):,} channels are named, and at most {MAX_FOLLOWED} can be followed at once."
+        raise Usage("bad_channels", detail, subject="channels", next_step="Split them among several commands.")
+    return names
+
+
 def follow(
     api: Api, channels: Sequence[str], on_outage: Callable[[Unavailable | None], None] = lambda _error: None
 ) -> Iterator[ChannelChange]:
     """Yields what each of the channels serves, then every change, endlessly.
 
     `on_outage` is called with the error when the registry becomes unreachable, and with None when it is back. Then each
-    channel that has changed meanwhile is yielded once. Raises Usage for a name that is not of a channel, and the
-    registry's errors other than Unavailable, such as that for a revoked token.
+    channel that has changed meanwhile is yielded once. Raises Usage as `channel_names` does, and the registry's errors
+    other than Unavailable, such as that for a revoked token.
     """
-    names = list(dict.fromkeys("@".join(map(str, parse_channel_reference(name))) for name in channels))
+    names = channel_names(channels)
     known: States | None = None
     for states in _states(api, names, on_outage):
         for name in names:

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from composer.formats.untrusted import MAX_EXAMPLES
 from registry.wire.document import MAX_INT32, Wire, WireIn
 
-MAX_ANSWER_CHARS = 2_000
+MAX_ANSWER_CHARS, MAX_FOLLOWED = 2_000, 100
 MAX_NATS = 1e100
 """More than any model has, yet small enough for sums and squares to stay finite."""
 

@@ -272,6 +272,7 @@ def test_admins_see_the_last_deliveries_on_a_page_and_replay_them_there(house: H
         assert hook["secret"] not in shown
         assert shown.count("<h2") == 1, "that of the registry is not a webhook of the namespace"
         [delivery] = listed(house, hook)
+        assert delivery["ordered_by"].startswith(f"webhook/{hook['id']}/")
         assert other.open(page).status_code == 403
         answer = browser.post(f"{page}/{hook['id']}/replay", {"delivery": str(delivery["id"])})
         assert (answer.status_code, answer.headers["location"]) == (303, page)

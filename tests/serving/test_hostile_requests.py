@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tests.eventually import eventually
 from tests.serving.scripted import Answer, ScriptedServer, listening, ok, scripted
 
 VERSION, CHANNEL, PATH = "acme/sql@1.0.0", "acme/sql@prod", "/v1/completions"
+SINCE = "2026-01-01T00:00:00+00:00"
 ANSWER = {"choices": [{"text": "x", "finish_reason": "stop"}], "usage": {"prompt_tokens": 1}}
 
 
@@ -26,7 +28,7 @@ def fronted(directory: Path, answer: Answer) -> Generator[tuple[str, Front, Scri
     """A front on a port, of one server that answers completions in this way."""
     with scripted({PATH: answer}) as server:
         kept = MirrorDirectory(directory)
-        routes = Routes({CHANNEL: {VERSION: 100}}, {CHANNEL: ""}, {VERSION: "a" * 40}, {VERSION: (server.url,)})
+        routes = Routes({CHANNEL: {VERSION: 100}}, {CHANNEL: SINCE}, {VERSION: "a" * 40}, {VERSION: (server.url,)})
         kept.write_routes(routes)
         front = Front(kept, [])
         with listening(front.app()) as url:
@@ -135,6 +137,23 @@ def test_a_body_that_cannot_be_read_is_refused(tmp_path: Path, body: bytes) -> N
         assert server.requests == []
 
 
+def test_no_depth_of_a_body_breaks_the_front(tmp_path: Path) -> None:
+    with fronted(tmp_path, ok(json.dumps(ANSWER).encode())) as (url, front, _):
+        for depth in range(900, 1000):  # the deepest body that can be read, and all near it
+            body = b'{"model": "acme/sql@prod", "x": ' + b"[" * depth + b"]" * depth + b"}"
+            assert post(url, body).status_code in (200, 400)
+        assert counted(front)
+
+
+def test_only_sets_have_a_name_for_their_base(tmp_path: Path) -> None:
+    with fronted(tmp_path, ok(json.dumps(ANSWER).encode())) as (url, front, server):
+        kept = MirrorDirectory(tmp_path)
+        kept.write_routes(replace(kept.routes(), bases={server.url: "base-model"}))
+        assert post(url, {"model": "made-up#base"}).status_code == 200
+        assert json.loads(server.requests[-1][1])["model"] == "made-up#base"
+        assert counted(front)
+
+
 def test_a_user_may_have_any_text(tmp_path: Path) -> None:
     with fronted(tmp_path, ok(b"{}")) as (url, _, _):
         assert post(url, {"model": CHANNEL, "user": "\ud800"}).status_code == 200
@@ -207,6 +226,8 @@ def test_damaged_routes_leave_the_last_ones(tmp_path: Path, damage: bytes) -> No
 def test_a_watched_directory_is_not_an_address_of_requests(tmp_path: Path) -> None:
     with scripted({PATH: ok(b"{}")}) as server:
         kept = MirrorDirectory(tmp_path)
-        kept.write_routes(Routes({CHANNEL: {VERSION: 100}}, {CHANNEL: ""}, {VERSION: "a" * 40}, {VERSION: ("/a/b",)}))
+        kept.write_routes(
+            Routes({CHANNEL: {VERSION: 100}}, {CHANNEL: SINCE}, {VERSION: "a" * 40}, {VERSION: ("/a/b",)})
+        )
         with listening(Front(kept, [server.url]).app()) as url:
             assert post(url, {"model": CHANNEL}).status_code == 200

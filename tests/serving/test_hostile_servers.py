@@ -1,5 +1,6 @@
 """An agent beside servers, and under a registry, that answer with anything: it goes on, and says what is wrong."""
 
+import json
 import socket
 import sys
 import threading
@@ -20,6 +21,7 @@ from registry.agent.loop import Followed
 from registry.agent.mirror import Duties, Mirror, Options
 from registry.agent.servers import protocol
 from registry.agent.servers.command import CommandServer
+from registry.agent.servers.files import DirectoryServer
 from registry.agent.servers.vllm import VllmServer
 from registry.agent.switching import KeptServer
 from registry.agent.versions import ServedVersion
@@ -78,6 +80,8 @@ LISTS = [
     models(row("acme/sql@1.0.0", "{by_version}/../../etc")),
     models(row("acme/sql@1.0.0\n\x1b[2J", "/a")),
     models(row("x" * 100_000, "/" * 100_000)),
+    models(row("acme/sql@1.0.0", "{by_version}/acme/" + "x" * 5_000)),
+    models(row("acme/sql@1.0.0\ud800", "{by_version}/acme/\ud800")),
     models(*(row(f"name-{number}", "/a") for number in range(5000))),
     ok(b"[" * 100_000),
     ok(b'{"data": 5}'),
@@ -245,6 +249,67 @@ def test_no_output_of_a_command_ends_a_round(tmp_path: Path, printed: bytes) -> 
     script.write_text(f"import sys; sys.stdout.buffer.write(open({str(output)!r}, 'rb').read())")
     with pytest.raises(Unavailable):
         CommandServer(f"{sys.executable} {script}").loaded()
+
+
+def test_a_command_that_prints_without_end_is_given_up(tmp_path: Path) -> None:
+    script = tmp_path / "server.py"
+    script.write_text("import sys\nwhile True: sys.stdout.write('x' * (1 << 20))")
+    with pytest.raises(Unavailable, match="does not end"):
+        CommandServer(f"{sys.executable} {script}").loaded()
+
+
+def test_a_command_may_leave_a_server_running(tmp_path: Path) -> None:
+    script = tmp_path / "server.py"
+    script.write_text("import subprocess\nsubprocess.Popen(['sleep', '3'])\nprint('{}')")
+    began_s = time.monotonic()
+    assert CommandServer(f"{sys.executable} {script}").loaded() == {}
+    assert time.monotonic() - began_s < 2
+
+
+@pytest.mark.parametrize("damage", ["by-commit removed", "a link left over", "a directory for a note"])
+def test_no_damage_to_a_directory_ends_an_agent(tmp_path: Path, damage: str) -> None:
+    directory = MirrorDirectory(tmp_path / "served")
+    with directory.locked():
+        pass
+    if damage == "a link left over":
+        (directory.root / ".part-1").symlink_to(tmp_path)
+    if damage == "a directory for a note":
+        (directory.root / "by-version" / "acme" / "sql@1.0.0").mkdir(parents=True)
+        (directory.root / "by-version" / ".notes" / "acme" / "sql@1.0.0.json").mkdir(parents=True)
+    with directory.locked():
+        if damage == "by-commit removed":
+            (directory.root / "by-commit").rmdir()
+        kept = KeptServer(DirectoryServer(directory, None), directory, None, 0.0)
+        duties = Duties(lambda _release, _files: None, lambda: True)
+        taken = Mirror(Api("http://127.0.0.1:1"), directory, [kept], Options(), duties)
+        assert taken.round({}, [CHANNEL]).channels[0].error
+        taken.close()
+
+
+ROUTES = {
+    "channels": {CHANNEL: {VERSION.name: 100}},
+    "since": {CHANNEL: "2026-01-01T00:00:00+00:00"},
+    "versions": {VERSION.name: {"commit": VERSION.commit, "servers": []}},
+}
+
+
+@pytest.mark.parametrize(
+    ("was", "now"),
+    [
+        ("100", "1e999"),
+        ("2026-01-01T00:00:00+00:00", "soon"),
+        (VERSION.commit, "../.."),
+        (VERSION.commit, "a\\u0000"),
+        (VERSION.name, "acme/sql@1.0.0\\ud800"),
+        (VERSION.name, "somewhere"),
+    ],
+)
+def test_routes_with_values_of_no_route_are_damaged(directory: MirrorDirectory, was: str, now: str) -> None:
+    path = directory.root / "routes.json"
+    path.write_text(json.dumps(ROUTES))
+    assert directory.read_routes() is not None
+    path.write_text(json.dumps(ROUTES).replace(was, now))
+    assert directory.read_routes() is None
 
 
 def test_damaged_routes_stay_while_the_registry_is_away(

@@ -276,7 +276,12 @@ def test_metrics_show_channels_servers_and_whether_the_registry_is_followed(site
     ("words", "code", "names"),
     [
         (["--server", "tgi=http://localhost:1"], 2, "tgi"),
-        (["--server", "vllm=localhost:1"], 2, "vllm=localhost:1"),
+        (["--server", "vllm=localhost:1"], 2, "localhost:1"),
+        (["--server", "vllm=http://[::1"], 2, "http://[::1"),
+        (["--server", "exec= "], 2, "no command"),
+        (["--server", "exec='sh"], 2, "No closing quotation"),
+        (["--front", "http://x:99999"], 2, "http://x:99999"),
+        ([f"acme/sql@c{number}" for number in range(100)], 2, "101 channels"),
         (["--grace", "ten"], 2, "ten"),
         (["--max-unavailable", "1"], 2, "--max-unavailable"),
         (["--group", "Prod"], 2, "Prod"),
@@ -284,7 +289,7 @@ def test_metrics_show_channels_servers_and_whether_the_registry_is_followed(site
     ],
 )
 def test_wrong_options_are_named(site: Site, words: list[str], code: int, names: str) -> None:
-    ran = site.cli("mirror", SQL, site.directory / "served", *words)
+    ran = site.cli("mirror", SQL, *words, site.directory / "served")
     assert ran.code == code
     assert names in ran.err
     assert not list((site.directory / "served").glob("*"))

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shlex
 import shutil
 import signal
 import socket
@@ -21,7 +20,7 @@ import psutil
 
 from composer.formats.gguf import open_gguf_base
 from registry.agent.directory import MirrorDirectory, write_json
-from registry.agent.servers.protocol import CHECK_S, CheckResult, Endpoint, HttpServer, compared
+from registry.agent.servers.protocol import CHECK_S, CheckResult, Endpoint, HttpServer, compared, words_of
 from registry.agent.versions import ServedVersion
 from registry.errors import Refused, RegistryError, Unavailable, Usage
 from registry.formats.evidence import USUAL, EvidenceExample, Limits, decide, log_probability
@@ -49,7 +48,7 @@ class LlamaServer:
     kind = "llamacpp"
 
     def __init__(self, command: str, directory: MirrorDirectory, limits: Limits = USUAL) -> None:
-        self._words, self._directory, self._limits = shlex.split(command), directory, limits
+        self._words, self._directory, self._limits = words_of(command), directory, limits
         if any(word.startswith("--lora") for word in self._words):
             raise _unusable(command, "has --lora, which the agent adds itself")
         if "--reuse-port" in self._words:

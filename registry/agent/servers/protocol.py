@@ -1,5 +1,6 @@
 """What an agent does with a server, whatever its kind."""
 
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Any, Literal, Protocol
 import httpx2
 
 from registry.agent.versions import ServedVersion
-from registry.errors import Refused, RegistryError, Unavailable
+from registry.errors import Refused, RegistryError, Unavailable, Usage
 from registry.formats.evidence import EvidenceExample, Served
 
 _MAX_TEXT = 300
@@ -44,6 +45,17 @@ class Endpoint:
     url: str
     lora: tuple[float, ...] | None = None
     base: str = ""
+
+
+def words_of(command: str) -> list[str]:
+    """The words of a command, as a shell reads them. Raises Usage for an empty one, or an open quotation mark."""
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise Usage("bad_server", f"--server {command}: {error}.", subject=command) from error
+    if not words:
+        raise Usage("bad_server", "--server names no command.", subject=command)
+    return words
 
 
 class Server(Protocol):

@@ -29,11 +29,10 @@ from registry.domain.channels.serving import ChannelName, ChannelState, states
 from registry.errors import Usage
 from registry.formats.references import parse_reference
 from registry.transfer.resources import Resources
-from registry.wire.quality import CandidateOut, FollowedOut, FollowOut
+from registry.wire.quality import MAX_FOLLOWED, CandidateOut, FollowedOut, FollowOut
 
 router = APIRouter(tags=["channels"], route_class=Route)
 
-MAX_CHANNELS = 100
 MAX_WAIT_S = 60
 HUNG_UP_S = 1.0
 """How often a long poll checks that its client is still connected."""
@@ -126,10 +125,10 @@ def _parse(channels: str) -> list[ChannelName]:
         if reference.channel is None:
             raise Usage("bad_channels", f"{text[:200]!r} names no channel.", subject=text[:200])
         names[ChannelName(reference.repository, reference.channel)] = None
-    if not 1 <= len(names) <= MAX_CHANNELS:
+    if not 1 <= len(names) <= MAX_FOLLOWED:
         raise Usage(
             "bad_channels",
-            f"{len(names)} channels are named, and 1 to {MAX_CHANNELS} can be followed at once.",
+            f"{len(names)} channels are named, and 1 to {MAX_FOLLOWED} can be followed at once.",
             subject="channels",
         )
     return list(names)

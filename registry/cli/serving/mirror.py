@@ -12,9 +12,9 @@ import typer
 from registry.cli.console import complete, render
 from registry.cli.console.connect import connected
 from registry.cli.console.groups import root
-from registry.cli.serving.routing import address
+from registry.cli.serving.routing import address, http_url
 from registry.errors import RegistryError, Unavailable, Usage
-from registry.formats.references import parse_channel_reference, parse_node_name, parse_reference
+from registry.formats.references import parse_node_name, parse_reference
 from registry.formats.watch import parse_duration
 
 if TYPE_CHECKING:
@@ -102,16 +102,13 @@ def mirror(  # noqa: PLR0913
     from registry.agent.mirror import Duties, Mirror, Options
     from registry.agent.servers.protocol import HttpServer
     from registry.agent.switching import KeptServer
+    from registry.client.follow import channel_names
 
-    names = ["@".join(map(str, parse_channel_reference(name))) for name in dict.fromkeys(channels)]
+    names = channel_names(channels)
+    front = http_url(front) if front else None
     if on_empty not in ("keep", "unload"):
         raise Usage("bad_server", f"--on-empty {on_empty} is unknown.", subject=on_empty, next_step="keep or unload.")
-    if max_unavailable is not None and group is None:
-        raise Usage("idle_option", "--max-unavailable counts the nodes of a --group.", subject="--max-unavailable")
-    named = None
-    if group is not None:
-        host = parse_node_name(node or socket.gethostname().lower(), "node")
-        named = loop.Node(parse_node_name(group, "group"), host, max_unavailable)
+    named = _node(group, node, max_unavailable)
     files = [GatewayFile(text, pool) for text in write or ()]
     splits = bool(front) or any(file.splits for file in files)
     options = Options(keep, parse_duration(grace), on_empty == "unload", splits=splits)
@@ -134,6 +131,18 @@ def mirror(  # noqa: PLR0913
         loop.run(mirrored, followed, reporter, watcher, state)
 
 
+def _node(group: str | None, node: str | None, max_unavailable: int | None) -> "Node | None":
+    """The node that reports; None without a group."""
+    from registry.agent.loop import Node
+
+    if group is not None:
+        name = parse_node_name(node or socket.gethostname().lower(), "node")
+        return Node(parse_node_name(group, "group"), name, max_unavailable)
+    if max_unavailable is not None:
+        raise Usage("idle_option", "--max-unavailable counts the nodes of a --group.", subject="--max-unavailable")
+    return None
+
+
 def _source(node: "Node | None") -> str:
     """The name under which a front's figures are reported."""
     return f"{node.group}/{node.name}" if node else socket.gethostname().lower()
@@ -151,18 +160,21 @@ def _servers(texts: Sequence[str] | None, directory: "MirrorDirectory", toleranc
     from registry.agent.servers.sglang import SglangServer
     from registry.agent.servers.vllm import VllmServer
     from registry.formats.evidence import USUAL, Limits
+    from registry.wire.fleet import MAX_SERVERS
 
     opened: list[Server] = []
     limits = USUAL if tolerance is None else Limits.within(tolerance)
+    if len(texts or ()) > MAX_SERVERS:
+        raise Usage("bad_server", f"More than {MAX_SERVERS} servers are named.", subject="--server")
     for text in texts or ["directory"]:
         kind, _, address = text.partition("=")
         if kind == "directory":
             opened.append(DirectoryServer(directory, address or None))
-        elif kind in ("vllm", "sglang") and address.startswith(("http://", "https://")):
-            opened.append((VllmServer if kind == "vllm" else SglangServer)(address, limits))
+        elif kind in ("vllm", "sglang"):
+            opened.append((VllmServer if kind == "vllm" else SglangServer)(http_url(address), limits))
         elif kind == "llamacpp":
             opened.append(LlamaServer(address, directory, limits))
-        elif kind == "exec" and address:
+        elif kind == "exec":
             opened.append(CommandServer(address))
         else:
             raise Usage("bad_server", f"--server {text} is unknown.", subject=text)

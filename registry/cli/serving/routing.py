@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from typing import Annotated
+from urllib.parse import urlsplit
 
 import typer
 
@@ -18,6 +19,20 @@ def address(text: str) -> tuple[str, int]:
     if not port.isdecimal() or int(port) > 65535:
         raise Usage("bad_address", f"{text} has no port.", subject=text)
     return host.strip("[]") or "127.0.0.1", int(port)
+
+
+def http_url(text: str) -> str:
+    """The address of a server, without a slash at its end. Raises Usage for anything but http://HOST[:PORT]."""
+    try:
+        parts = urlsplit(text)
+        is_usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        is_usable = False
+    if not is_usable or not text.isprintable() or " " in text:
+        raise Usage(
+            "bad_address", f"{text} is not a URL of a server.", subject=text, next_step="Write http://HOST:PORT."
+        )
+    return text.rstrip("/")
 
 
 Target = Annotated[Path, typer.Argument(metavar="DIR", help="The directory of `adaptory mirror` on this host.")]
@@ -44,7 +59,7 @@ def route(
     from registry.agent.front import Front
 
     host, port = address(listen)
-    app = Front(MirrorDirectory(directory), [url.rstrip("/") for url in upstream or ()]).app()
+    app = Front(MirrorDirectory(directory), list(map(http_url, upstream or ()))).app()
     uvicorn.run(app, host=host, port=port, log_level="warning", access_log=False)
 
 

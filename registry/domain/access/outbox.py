@@ -70,7 +70,7 @@ def announce(session: Session, audit_id: int, event: str, subject: str, namespac
 
 def announce_test(session: Session, audit_id: int, webhook_id: str, at: datetime) -> int:
     """Adds a delivery of a test, which waits for no other one, and returns its id."""
-    values = _owed(webhook_id, audit_id, TEST, f"test/{audit_id}", at)
+    values = _owed(webhook_id, audit_id, TEST, f"webhook/{webhook_id}/{audit_id}", at)
     return session.scalars(insert(_deliveries).returning(_deliveries.c.id), values).one()
 
 
