@@ -30,7 +30,10 @@ FIND = "Find the combination that keeps most of each: --optimize (optimize: {} i
 MEAN = "Without a measurement, take the mean: --method mean. A sum of three or more keeps far less of the worst one."
 """Over the study's eight sets a sum kept 0.43 of the worst member's gain, the mean 0.80."""
 FITTED = "regmean"
-_SERVE_APART = "Serve them separately and route each request to its adapter: no single model can give both."
+_SERVE_APART = (
+    "Serve them separately and name the adapter in each request, or begin the prompts of each with a phrase of its own "
+    "(--optimize tries it): by these prompts no single model can give both answers."
+)
 _CANCEL = "They cancel: leave one of them out, or flip the sign of its weight if that is wrong."
 _SUMS = ("stack", "linear")
 _SHRINK = "Shrink the sum: --set lambda=0.7, or --method mean."

@@ -158,7 +158,9 @@ def of_contradictions(contradictions: Iterable[Contradiction], policy: Policy) -
             f"{contradiction.a} + {contradiction.b}",
             f"{contradiction.a} and {contradiction.b} share {contradiction.shared} prompts and require "
             f"different answers to {contradiction.different} of "
-            "them: no single model serves both. Serve them separately and route each request to its adapter.",
+            "them: no single model serves both by these prompts, and no router can tell which is meant. Serve them "
+            "separately and name the adapter in each request, or begin the prompts of each with a phrase of its own "
+            "(--optimize tries it).",
             contradiction.share,
         )
         for contradiction in contradictions

@@ -115,6 +115,7 @@ class OptimizeDocument(TypedDict):
 
     headline: str
     choice: Mapping[str, Any] | None
+    offers: NotRequired[list[str]]
     reworded: NotRequired[list[MeasuredMember]]
     without_phrases: NotRequired[list[MeasuredMember]]
     separability: NotRequired[list[SeparableDocument]]
@@ -262,15 +263,32 @@ def _broken(outcome: Outcome, limits: Limits) -> Iterable[str]:
 
 def document(report: OptimizeReport) -> dict[str, object]:
     """The report as JSON, with its answer in a sentence."""
-    return {**report.to_json(), "headline": headline(report)}
+    offered = offers(report) if report.choice is None else []
+    return {**report.to_json(), "headline": headline(report), "offers": offered}
+
+
+def offers(report: OptimizeReport) -> list[str]:
+    """What may serve the members where nothing fits, each with what to write, the most promising first."""
+    offered: list[str] = []
+    if kept := _kept_by_set(report):
+        offered.append(f"A set with a router {kept}: add `set: NAMESPACE/NAME:VERSION` to the recipe.")
+    if not any(best.candidate.phrases for best in report.best):
+        offered.append("A phrase before the prompts of each may tell them apart: add `phrase: TEXT` to every input.")
+    return [*offered, "Serve them separately, and name the adapter in each request."]
+
+
+def _kept_by_set(report: OptimizeReport) -> str:
+    """Whether a set keeps the limits, in words; empty if it breaks one or was not measured."""
+    words = {Verdict.OK: "keeps the limits", Verdict.UNDECIDED: "may keep the limits", Verdict.WARN: ""}
+    return next((words[best.verdict] for best in report.best if best.candidate.is_set), "")
 
 
 def headline(report: OptimizeReport) -> str:
     """The answer in a sentence."""
     if report.choice is None:
         nearest = next((f"; in {best.candidate.name}, {best.broken}" for best in report.best if best.broken), "")
-        if any(best.candidate.is_set and best.verdict is not Verdict.WARN for best in report.best):
-            nearest += "; a set with a router keeps them"
+        if kept := _kept_by_set(report):
+            nearest += f"; a set with a router {kept}"
         if report.contradictions:
             first = report.contradictions[0]
             return f"nothing fits: {first.different} of {first.shared} shared prompts have other answers{nearest}"

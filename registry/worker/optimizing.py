@@ -26,7 +26,10 @@ def optimize(held: JobRun) -> None:
             compositions.lock_choice(session, work.composition_id, lock, held.resources.clock())
         work = composition_of(held)
     if work.lock.optimized and work.lock.optimized["choice"] is None:
-        raise Refused("nothing_fits", f"{work.lock.optimized['headline']}.", subject="optimize")
+        offered = " ".join(work.lock.optimized.get("offers", []))  # a lock of an earlier version has none
+        raise Refused(
+            "nothing_fits", f"{work.lock.optimized['headline']}.", subject="optimize", next_step=offered or None
+        )
 
 
 def _searched(held: JobRun, work: CompositionRun, asked: Optimize) -> Lock:

@@ -112,7 +112,7 @@ def test_members_that_want_other_answers_to_the_same_prompts_are_named_first(tea
     shown = team.ok("conflicts", *PAIR).out
     assert "share 6 prompts and require different answers to 6 of them: no single model" in " ".join(shown.split())
     assert shown.splitlines()[0] == "Verdict: warn"
-    assert "fix: Serve them separately and route" in shown
+    assert "fix: Serve them separately and name" in shown
     recipe = tmp_path / "recipe.yaml"
     inputs = [{"adapter": ref, "suite": suite} for ref, suite in zip(PAIR, ("up", "low"), strict=True)]
     recipe.write_text(yaml.safe_dump({"inputs": inputs, "method": "stack", "adapter": "acme/both:1.0.0", "probe": 0}))

@@ -103,7 +103,7 @@ def made_card(what: str, adapters: Sequence[str], method: str, kept: str, phrase
     are those that select a task, by its suite."""
     lines = [
         f"# {what} made of {len(adapters)} adapter{'s' if len(adapters) > 1 else ''}",
-        f"Made by Adaptory with the method `{method}`." + (f" It {kept}." if kept else ""),
+        f"Made by Adaptory with the method `{method}`." + _kept(kept, has_phrases=bool(phrases)),
         "`adaptory.json` has the adapters, their weights and all settings.",
         *_how_to_select(phrases),
     ]
@@ -111,11 +111,19 @@ def made_card(what: str, adapters: Sequence[str], method: str, kept: str, phrase
     return (f"---\n{front}---\n" if phrases else "") + "\n\n".join(lines) + "\n"
 
 
+def _kept(kept: str, *, has_phrases: bool) -> str:
+    """The sentence about what is left of the adapters. With phrases the share of the sum would mislead: a release with
+    24 of 24 answers left keeps 0 % of it, since a phrase changes every input."""
+    if has_phrases:
+        return " What is left of each task, with its phrase, is in its scores: the weights alone do not tell."
+    return f" It {kept}." if kept else ""
+
+
 def _how_to_select(phrases: Mapping[str, str]) -> list[str]:
     """The part of a card about phrases; empty without any."""
     if not phrases:
         return []
-    rows = "\n".join(f"| {name} | `{phrase}` |" for name, phrase in phrases.items())
+    rows = "\n".join(f"| {name} | {_in_table(phrase)} |" for name, phrase in phrases.items())
     phrase = json.dumps(next(iter(phrases.values())), ensure_ascii=False)
     return [
         "## Begin every prompt with a phrase",
@@ -133,6 +141,12 @@ def _how_to_select(phrases: Mapping[str, str]) -> list[str]:
         "client.chat.completions.create(model=MODEL, messages=turn)\n```",
         "`adaptory route` puts it there: request the model `NAMESPACE/NAME@CHANNEL:TASK`.",
     ]
+
+
+def _in_table(phrase: str) -> str:
+    """The phrase as code in a cell of a Markdown table."""
+    escaped = phrase.replace("|", "\\|")
+    return f"`` {escaped} ``" if "`" in phrase else f"`{escaped}`"
 
 
 def card_provenance(content: bytes) -> tuple[dict[str, Any], list[Finding]]:

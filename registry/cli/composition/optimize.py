@@ -156,8 +156,8 @@ def show(report: "OptimizeDocument") -> None:
         render.out(f"{len(report['tried'])} combinations tried {took}; seed {report['seed']}")
         if before := report["passes"] - report["run"]:
             render.out(f"resumed: {before} of {report['passes']} examples were measured by an earlier run.")
-    if report["choice"] is None:
-        render.out("fix: Serve them separately, and route each request to its adapter.")
+    for offer in report.get("offers", []):
+        render.out(f"fix: {offer}")
 
 
 def show_separability(report: "OptimizeDocument") -> None:

@@ -112,7 +112,7 @@ def test_members_that_answer_the_same_prompts_differently_are_named_before_anyth
     assert report.verdict is Verdict.WARN
     headline = summary(report)
     assert "require different answers to 1 of them: no single model serves both" in headline.lines[0]
-    assert headline.fix.startswith("Serve them separately and route")
+    assert headline.fix.startswith("Serve them separately and name")
     ignored = examine(
         adapters, [1.0] * 3, evidence=Evidence(load=never, suites=own), policy=parse_policy("same_prompts: ignore")
     )

@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 
 from composer.errors import InvalidFile
 from composer.formats.checkpoints import card
-from composer.formats.checkpoints.card import card_provenance, front_matter, load_mapping, parse_provenance, provenance
+from composer.formats.checkpoints.card import (
+    card_provenance,
+    front_matter,
+    load_mapping,
+    made_card,
+    parse_provenance,
+    provenance,
+)
 from registry.wire.catalog import Provenance
 
 FULL = """---
@@ -99,6 +106,16 @@ def test_a_hostile_card_is_one_warning_and_costs_little(kind: str) -> None:
     assert (finding.code, finding.severity, finding.subject) == ("provenance", "warning", card.CARD_FILE)
     assert why in finding.message
     assert time.monotonic() - began < 5
+
+
+def test_a_card_shows_any_phrase_as_it_is_and_no_share_of_the_sum_beside_phrases() -> None:
+    phrases = {"a": "As `SQL` | or not:", "b": "In short."}
+    made = made_card("Adapter", ["x", "y"], "regmean", "keeps 0 % of the sum; x 51 %, y 59 %", phrases)
+    assert "| a | `` As `SQL` \\| or not: `` |" in made
+    assert "| b | `In short.` |" in made
+    assert "of the sum" not in made, "a release with all answers left keeps 0 % of it"
+    assert card_provenance(made.encode()) == ({"phrases": phrases}, [])
+    assert "It keeps 43 % of the sum." in made_card("Adapter", ["x", "y"], "svd", "keeps 43 % of the sum", {})
 
 
 def test_an_endless_front_matter_is_not_read_to_its_end() -> None:

@@ -5,6 +5,7 @@ import re
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import pytest
 
@@ -164,6 +165,9 @@ def test_if_nothing_fits_there_is_no_choice_and_the_best_are_shown(problem: Sear
     headline = str(document(impossible)["headline"])
     assert re.match(r"nothing fits: no combination of \d+ keeps the limits; in .+, (red|blue) loses", headline)
     assert headline.endswith("nats a token, -100.00 allowed")
+    offers = " ".join(cast("list[str]", document(impossible)["offers"]))
+    assert "phrase: TEXT" in offers
+    assert "A set" not in offers, "it breaks the limits too"
 
 
 def test_members_that_answer_the_same_prompts_differently_are_not_raced(problem: SearchProblem) -> None:
@@ -176,6 +180,7 @@ def test_members_that_answer_the_same_prompts_differently_are_not_raced(problem:
     assert [one.candidate.name for one in result.best] == [PLAIN_FIT, f"{PLAIN_FIT}, with phrases", "mean", AS_SET]
     headline = str(document(result)["headline"])
     assert headline.startswith("nothing fits: 16 of 16 shared prompts have other answers; in regmean")
+    assert document(result)["offers"] == ["Serve them separately, and name the adapter in each request."]
 
 
 def test_a_budget_ends_the_search_and_the_best_so_far_are_confirmed(problem: SearchProblem) -> None:
