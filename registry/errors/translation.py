@@ -18,8 +18,9 @@ _OF_COMPOSER: dict[type[RegistryError], str] = {
         dora empty_completion empty_prompt example_too_long experts fp8_scale gguf_model gguf_module
         harness_differs layout_peft
         loha_rank lokr_factors lokr_layer mixed_types mlx_full module_class needs_base no_chat_template
-        no_active_order no_cuda no_eos no_examples_left no_factors no_pairs no_prompts no_rank not_decomposable
-        not_a_guard not_extractable not_quantized not_rebased nothing_added nothing_to_extract other_adapter padded
+        no_active_order no_counterpart no_cuda no_eos no_examples_left no_factors no_pairs no_prompts no_rank
+        not_decomposable not_a_guard not_extractable not_quantized not_rebased nothing_added nothing_to_extract
+        other_adapter padded
         probe_members proof_failed protect_idle protect_unknown quantized_base ranks_differ remote_base rounding
         router_examples rule_ambiguous rule_unused scorer_failed scorer_missing scorer_timeout seed set_on_harness
         streamed tokenizers_differ
@@ -36,7 +37,7 @@ _OF_COMPOSER: dict[type[RegistryError], str] = {
         exists
     """,
     Invalid: """
-        a_checkpoint a_set another_layout bad_alpha bad_index bad_json bad_note bad_policy bad_prompts
+        a_checkpoint a_set another_layout bad_alpha bad_index bad_json bad_mergekit bad_note bad_policy bad_prompts
         bad_quantization bad_recipe bad_safetensors bad_set chat_template_endless chat_template_failed cut_off
         empty_adapter harness_task_unusable missing missing_index missing_note missing_pair missing_shard
         model_not_loadable not_finite rank_mismatch scorer_settings shape_mismatch suite_example suite_field

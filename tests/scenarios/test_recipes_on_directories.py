@@ -135,3 +135,22 @@ def test_without_a_recipe_and_adapters_and_for_a_directory_as_a_recipe_the_error
     assert "without a recipe" in on_disk("combine", "--optimize", "-o", tmp_path / "o").err
     refused = on_disk("compose", tmp_path).err
     assert "it is a directory. Name a file in it." in " ".join(refused.replace("next:", "").split())
+
+
+def test_a_configuration_of_mergekit_is_imported_as_a_recipe_that_merges_directories(
+    on_disk: Cli, world: World, tmp_path: Path
+) -> None:
+    models = [
+        {"model": f"{world.base}+{world.adapters[name]}", "parameters": {"weight": weight}}
+        for name, weight in zip(NAMES, (0.5, -0.25), strict=True)
+    ]
+    config = {"merge_method": "task_arithmetic", "base_model": str(world.base), "models": models}
+    (tmp_path / "mergekit.yaml").write_text(yaml.safe_dump(config))
+    printed = on_disk.ok("recipe", "import", tmp_path / "mergekit.yaml").out
+    on_disk.ok("recipe", "import", tmp_path / "mergekit.yaml", "-o", tmp_path / "imported.yaml")
+    assert (tmp_path / "imported.yaml").read_text() == printed
+    on_disk.ok("merge", tmp_path / "imported.yaml", "-o", tmp_path / "merged")
+    on_disk.ok("merge", written(tmp_path), *here(world), "-o", tmp_path / "own")
+    assert_same(tmp_path / "merged", tmp_path / "own")
+    again = on_disk("recipe", "import", tmp_path / "mergekit.yaml", "-o", tmp_path / "imported.yaml")
+    assert (again.code, "exists" in again.err) == (4, True)

@@ -95,7 +95,9 @@ def test_a_router_is_written_as_a_program_that_needs_no_package(small_team: Cli,
             run([sys.executable, "-I", program, prompt], check=True, capture_output=True, text=True).stdout.strip()
             == served
         )
-    assert "choose" in small_team.ok("router", "acme/assistants:1.0.0").out
+    printed = small_team.ok("router", "acme/assistants:1.0.0").out
+    compile(printed, "router.py", "exec")  # neither wrapped nor indented
+    assert "choose" in printed
     for name in MEMBERS:
         (tmp_path / f"{name}.txt").write_text(f"{name} 1\n\n{name} 2\n")
     given = [word for name in MEMBERS for word in ("--prompts", f"{name}={tmp_path / name}.txt")]

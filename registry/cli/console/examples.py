@@ -69,6 +69,7 @@ EXAMPLES = {
     "pull": "adaptory pull acme/sql-migration@prod -o .demo/pulled",
     "push": """adaptory push examples/adapters/sql-migration \\
   acme/sql-migration:1.0.0 --base smollm2""",
+    "recipe import": "adaptory recipe import mergekit.yaml -o recipe.yaml",
     "router": "adaptory router acme/assistants@prod -o router.py",
     "route": "adaptory route ./served --listen 0.0.0.0:8080",
     "restore": "adaptory restore /backup/adaptory",

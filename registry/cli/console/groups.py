@@ -28,7 +28,7 @@ GROUPS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ),
     (
         "Compose",
-        ("conflicts", "compose", "tame", "merge", "combine", "convert", "extract"),
+        ("conflicts", "compose", "tame", "merge", "combine", "convert", "extract", "recipe"),
         "adaptory conflicts acme/sql acme/support --probe 8",
     ),
     ("Serve", ("mirror", "route", "router"), "adaptory mirror acme/sql@prod ./served"),

@@ -99,6 +99,12 @@ def out(text: str) -> None:
     print(_fitted(text, sys.stdout))
 
 
+def as_it_is(text: str) -> None:
+    """Prints a file to stdout, neither wrapped nor indented; control characters are escaped on a terminal only."""
+    content = text.removesuffix("\n")
+    print(plain(content) if sys.stdout.isatty() else content)
+
+
 def _fitted(text: str, stream: TextIO | None) -> str:
     """The text, wrapped between words if the stream is a terminal. None is a closed stream."""
     indent = " " * (len(text) - len(text.lstrip(" ")) + 4)

@@ -111,7 +111,7 @@ def router(
     else:
         text = FORMS[to](made, release.name.replace(":", "@"), examples, base_model or release.base.name)
     if output is None:
-        render.out(text)
+        render.as_it_is(text)
     else:
         output.write_text(text, encoding="utf-8")
         render.say(f"{output}: chooses among {', '.join(sorted(made.members))}")
