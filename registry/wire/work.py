@@ -81,13 +81,22 @@ class InputScore(MeasuredValue):
     own_suite: NotRequired[bool]
 
 
+class RewordedAnswers(TypedDict):
+    """Of the answers that an input gives alone to some prompts of its suite in other words, those that are left."""
+
+    answered: int
+    still_answered: int
+
+
 class CandidateScore(MeasuredValue):
-    """A score of a composition's result, with those of its inputs and of the base on the same examples."""
+    """A score of a composition's result, with those of its inputs and of the base on the same examples. `reworded` is
+    stated for accuracy on the own suite of an input, if that is a chat and no search has measured it."""
 
     suite: str
     metric: str
     inputs: NotRequired[list[InputScore]]
     base: NotRequired[MeasuredValue]
+    reworded: NotRequired[RewordedAnswers]
 
 
 class CompositionOut(Wire):

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from composer.formats.recipes.phrases import phrased
+from composer.formats.recipes.recipe import CONFIRM
 from composer.formats.recipes.suite import Example, Suite
+from composer.formats.recipes.wordings import reworded
 from registry.domain.channels import gates
 from registry.domain.channels.gates import GateScore, Scores
 from registry.formats.manifest import ManifestFile
@@ -84,6 +86,17 @@ class Examination:
         stated = {"phrase": phrase} if phrase else {}
         return [score.to_json() | stated for score in scores(suite, results)], results
 
+    def reworded(self, candidate: Subject, member: JudgedInput, suite: Suite, phrase: str = "") -> Row | None:
+        """How many of the answers that the member gives alone to some prompts in other words the candidate gives too;
+        None for a suite without chat."""
+        asked = reworded(suite, suite.sample(CONFIRM, self.used))
+        if asked is None:
+            return None
+        alone = self.examine(member.subject, asked, asked.examples)
+        ours = self.examine(candidate, asked, phrased(phrase, asked.examples))
+        kept = [own.score == 1 for own, other in zip(ours, alone, strict=True) if other.score == 1]
+        return {"answered": len(kept), "still_answered": sum(kept)}
+
     def missing(self, members: Sequence[JudgedInput]) -> list[tuple[JudgedInput, Suite]]:
         """Lists what to measure for the inputs: each on its own suite, on guards and on suites that belong to no input,
         unless a score on exactly these examples is recorded."""
@@ -138,6 +151,26 @@ def with_inputs(candidate: Sequence[Row], examination: Examination, members: Seq
             **on_base.get((row["suite_digest"], row["metric"]), {}),
         }
         for row in candidate
+    ]
+
+
+def with_rewordings(
+    rows: Sequence[Row],
+    candidate: Subject,
+    examination: Examination,
+    members: Sequence[JudgedInput],
+    phrases: Mapping[str, str],
+) -> list[Row]:
+    """Adds to the candidate's accuracy on each input's own suite how many answers it keeps in other words."""
+    suites = {suite.name: suite for suite in examination.suites}
+    answers = {
+        member.suite: examination.reworded(candidate, member, suites[member.suite], phrases.get(member.suite, ""))
+        for member in members
+        if member.suite in suites
+    }
+    return [
+        {**row, "reworded": kept} if row["metric"] == "accuracy" and (kept := answers.get(row["suite"])) else row
+        for row in rows
     ]
 
 

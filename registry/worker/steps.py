@@ -55,7 +55,7 @@ from registry.worker.composition import (
     suites_named,
 )
 from registry.worker.evaluation_units import Examined, examine
-from registry.worker.judging import Examination, JudgedInput, Subject, judge, with_inputs
+from registry.worker.judging import Examination, JudgedInput, Subject, judge, with_inputs, with_rewordings
 from registry.worker.merging import merged_model
 from registry.worker.node_files import Row, share_architecture
 from registry.worker.node_models import base_hints
@@ -184,7 +184,10 @@ def evaluate(held: JobRun) -> None:
     by_example = {digest: [result.to_json() for result in measured[digest][1]] for digest in complete}
     work.directory.mkdir(parents=True, exist_ok=True)
     work.results_file.write_text(json.dumps({"scores": scores, "results": by_example}), encoding="utf-8")
-    store(held, work, candidate_scores=with_inputs(scores, examination, compared))
+    rows = with_inputs(scores, examination, compared)
+    if not work.lock.optimized:  # a search has measured its choice in other words
+        rows = with_rewordings(rows, candidate, examination, compared, work.phrases)
+    store(held, work, candidate_scores=rows)
 
 
 def _compared(held: JobRun, work: CompositionRun) -> list[JudgedInput]:

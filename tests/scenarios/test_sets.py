@@ -47,6 +47,9 @@ def test_a_set_is_measured_promoted_and_rolled_back_like_any_release(small_team:
     assert done["lock"]["set"] is True
     assert {row["suite"] for row in done["candidate_scores"]} == {"sql-exact", "support-exact", "guard-exact"}
     assert all(gate["passed"] for gate in done["gates"]), "each member answers its own prompts as it does alone"
+    reworded = {row["suite"]: row["reworded"] for row in done["candidate_scores"] if "reworded" in row}
+    assert reworded.keys() == {"sql-exact", "support-exact"}
+    assert all(row["still_answered"] <= row["answered"] <= 6 for row in reworded.values())
 
     release = small_team.json("show", "acme/assistants:1.0.0")
     assert release["kind"] == "set"

@@ -270,6 +270,8 @@ def _side_by_side(scores: "Sequence[wire.work.CandidateScore]") -> list[tuple[An
         rows.append((score["suite"], metric, "candidate", value, score["n"]))
         if phrase := score.get("phrase"):
             rows.append(("", "", f"with its phrase “{phrase}”", "", ""))
+        if answers := score.get("reworded"):
+            rows.append(("", "", "reworded", optimizing.reworded_words(answers), answers["answered"]))
         if on_base := score.get("base"):
             rows.append(
                 ("", "", "base", render.with_error(on_base["value"], on_base["stderr"], on_base["n"]), on_base["n"])

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from composer.formats.recipes.weights import Weight
     from composer.optimize.problem import SearchEffort, SearchMember
     from composer.optimize.report import MeasuredMember, OptimizeDocument
+    from registry.wire.work import RewordedAnswers
 
 
 def search(  # noqa: PLR0913
@@ -175,7 +176,13 @@ def _show_routing(report: "OptimizeDocument") -> None:
         render.out(f"a set's router is right: {cut(row['name'], 30)}: {row['right']} of {row['count']}")
 
 
-def _is_fragile(member: "MeasuredMember") -> bool:
+def reworded_words(answers: "RewordedAnswers") -> str:
+    """`15 of 16`, with a warning if too few answers are left."""
+    kept = f"{answers['still_answered']} of {answers['answered']}" if answers["answered"] else "none alone"
+    return f"{kept}: warning" if _is_fragile(answers) else kept
+
+
+def _is_fragile(member: "MeasuredMember | RewordedAnswers") -> bool:
     """Whether fewer answers are left on reworded prompts than the limit asks for by default."""
     return member["still_answered"] < (THRESHOLDS["probe_answers"] or 0.0) * member["answered"]
 

@@ -95,6 +95,7 @@ def show_composition(composition_id: RowId, request: Request, resources: Resourc
         search=view.lock.get("optimized"),
         report=report.read(stated, report.options_for(view.id)) if stated else None,
         compared=list(map(_compared, candidate_scores(view))),
+        reworded=[score for score in candidate_scores(view) if "reworded" in score],
         gate_lines=gates.lines(judged),
         passed=gates.summary(judged),
         recipe=as_yaml(view.recipe),
