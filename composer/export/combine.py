@@ -100,8 +100,7 @@ def combine(  # noqa: PLR0913
     refuse_errors("This is not combined", findings, strict=strict)
     form = peft_form(combined.deltas, one_rank=parsed.rank is not None)
     made = {**_made(adapters, parsed, calibration), "retention": kept.to_json(), "note": dict(note or {})}
-    phrases, names = (note or {}).get("phrases", {}), [adapter.name for adapter in loaded]
-    card = made_card("Adapter", names, method, kept.words, phrases)
+    card = made_card("Adapter", [adapter.name for adapter in loaded], method, kept.words, note or {})
     size = write_adapter(form, out_dir, _fields(loaded, form), made, inputs, {**tokenizer, CARD_FILE: card})
     return CombineReport(
         out_dir=str(out_dir),

@@ -113,8 +113,8 @@ def write_texts(
     write_json(directory / "config.json", plan.config)
     if plan.checkpoint.index is not None:
         write_json(directory / INDEX_FILE, index_of(plan))
-    phrases, names = (note or {}).get("phrases", {}), [use.name for use in plan.adapters]
-    card = made_card("Model", names, plan.method, plan.retention().words, phrases)
+    names = [use.name for use in plan.adapters]
+    card = made_card("Model", names, plan.method, plan.retention().words, note or {})
     (directory / CARD_FILE).write_text(card, encoding="utf-8")
     write_json(directory / NOTE_FILE, _note(plan, note, survivals))
 

@@ -43,7 +43,7 @@ from composer.optimize.combiner import Combiner, FitOn
 from composer.optimize.evolution import Evolution
 from composer.optimize.objective import LEAST_GAIN, CandidateResults, best_first, race, simplest_of_the_best
 from composer.optimize.problem import CONFIRM_GROWTH, SearchProblem, Split
-from composer.optimize.report import Confirmed, OptimizeReport, Tried, broken_limit, choose
+from composer.optimize.report import Confirmed, OptimizeReport, Tried, accepted, broken_limit, choose
 from composer.optimize.routing import SetRouting
 from composer.optimize.surface import Point, proposed
 
@@ -95,10 +95,14 @@ def optimize(
     search = _Search(problem, Bench(Runner(problem.load, progress), record, elsewhere), progress)
     best, tried = search.run(given)
     best += search.as_set()
-    choice = choose(best, may_be_set=problem.may_be_set)
+    choice, why = choose(best, may_be_set=problem.may_be_set), ""
+    if choice is None and (taken := accepted(best, problem.effort.accept, problem.limits)):
+        choice = taken.candidate
+        why = f"accepted ({problem.effort.accept}; it is {taken.worst:.2f}) although {taken.broken or 'it is harmful'}"
     return OptimizeReport(
         members=tuple(member.name for member in problem.members),
         choice=choice,
+        accepted=why,
         reworded=search.reworded(choice) if choice else (),
         without_phrases=search.without_phrases(choice) if choice and choice.phrases else (),
         best=tuple(best),

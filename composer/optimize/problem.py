@@ -112,7 +112,7 @@ class SearchEffort:
     ends after `passes` measured examples or `seconds`, whichever comes first, and then confirms; the first round is
     always run. `evolve` is the number of weighted sums that an evolution strategy tries, of whole generations. `seed`
     is that of fits and of the strategy. Unless it is `thorough`, nothing is raced where plain RegMean is confirmed at
-    once."""
+    once. `accept` is the recipe's acceptance, empty without one."""
 
     search: int = SEARCH
     confirm: int = CONFIRM
@@ -121,13 +121,14 @@ class SearchEffort:
     seed: int = 0
     evolve: int = 0
     thorough: bool = False
+    accept: str = ""
 
     @classmethod
     def of(cls, asked: Optimize) -> "SearchEffort":
         """The effort that a recipe states."""
         seconds = inf if asked.minutes is None else asked.minutes * 60
         known = (asked.search, asked.confirm, asked.passes or inf, seconds, asked.seed, asked.evolve)
-        return cls(*known, thorough=asked.thorough or bool(asked.evolve))
+        return cls(*known, thorough=asked.thorough or bool(asked.evolve), accept=asked.accept or "")
 
 
 @dataclass(frozen=True, kw_only=True)

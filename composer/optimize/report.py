@@ -9,6 +9,7 @@ from composer.conflicts.documents import EffectDocument, GuardDocument
 from composer.conflicts.evidence.outcome import LEAST_EXAMPLES, Effect, Limits, Outcome
 from composer.findings import Verdict
 from composer.formats.recipes.methods import Regmean
+from composer.formats.recipes.recipe import accepted_share
 from composer.formats.recipes.suite import Contradiction
 from composer.optimize.candidates import Candidate
 from composer.optimize.objective import CandidateResults, kept_share
@@ -43,6 +44,12 @@ class Confirmed:
     @property
     def worst_kept(self) -> float:
         return min(map(kept_share, self.outcome.effects))
+
+    @property
+    def worst(self) -> float:
+        """The smallest share of its gain, or of its answers, that a member keeps."""
+        answers = [effect.still_answered / effect.answered for effect in self.outcome.effects if effect.answered]
+        return min([self.worst_kept, *answers])
 
     def to_json(self) -> dict[str, object]:
         return {
@@ -115,6 +122,7 @@ class OptimizeDocument(TypedDict):
 
     headline: str
     choice: Mapping[str, Any] | None
+    accepted: NotRequired[str]
     offers: NotRequired[list[str]]
     reworded: NotRequired[list[MeasuredMember]]
     without_phrases: NotRequired[list[MeasuredMember]]
@@ -155,17 +163,18 @@ class Tried:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizeReport:
-    """`choice` is the best candidate that breaks no limit on unseen examples; None if there is none. `reworded` are its
-    effects on members with chat suites, on unseen prompts in other words; `without_phrases` those of a choice with
-    phrases on prompts without them. `best` are the best of the search and the mean, confirmed. `left_out` has
-    candidates that cannot be made, and why. Nothing is raced if `contradictions` show that the members answer the same
-    prompts differently. `separability` is how far prompts tell members apart, and `routed` how well a set's router does
-    it. `searched` names the search examples of
-    each suite by digest. `passes` examples were measured, `run` of them by this process, in `search_s` and `confirm_s`
-    seconds."""
+    """`choice` is the best candidate that breaks no limit on unseen examples; None if there is none. `accepted` says
+    which limit it breaks, and why it was taken nevertheless; empty if it breaks none. `reworded` are its effects on
+    members with chat suites, on unseen prompts in other words; `without_phrases` those of a choice with phrases on
+    prompts without them. `best` are the best of the search and the mean, confirmed. `left_out` has candidates that
+    cannot be made, and why. Nothing is raced if `contradictions` show that the members answer the same prompts
+    differently. `separability` is how far prompts tell members apart, and `routed` how well a set's router does it.
+    `searched` names the search examples of each suite by digest. `passes` examples were measured, `run` of them by this
+    process, in `search_s` and `confirm_s` seconds."""
 
     members: tuple[str, ...]
     choice: Candidate | None
+    accepted: str
     reworded: tuple[Effect, ...]
     without_phrases: tuple[Effect, ...]
     best: tuple[Confirmed, ...]
@@ -185,6 +194,7 @@ class OptimizeReport:
         return {
             "members": list(self.members),
             "choice": self.choice.to_json() if self.choice else None,
+            **({"accepted": self.accepted} if self.accepted else {}),
             "reworded": list(map(_with_share, self.reworded)),
             "without_phrases": list(map(_with_share, self.without_phrases)),
             "separability": [asdict(pair) for pair in self.separability],
@@ -211,6 +221,22 @@ class OptimizeReport:
 
 def _with_share(effect: Effect) -> dict[str, object]:
     return {**effect.to_json(), "kept_share": kept_share(effect)}
+
+
+def accepted(best: Sequence[Confirmed], accept: str, limits: Limits) -> Confirmed | None:
+    """Of the candidates that break a limit, the best that the acceptance allows: one adapter of which every member
+    keeps the share, and that harms no guard. None without an acceptance."""
+    if not accept:
+        return None
+    share = accepted_share(accept)
+    allowed = [
+        confirmed
+        for confirmed in best
+        if not confirmed.candidate.is_set
+        and confirmed.worst >= share
+        and all(guard.verdict(limits) is not Verdict.WARN for guard in confirmed.outcome.guards)
+    ]
+    return max(allowed, key=lambda confirmed: confirmed.worst, default=None)
 
 
 def choose(best: Sequence[Confirmed], *, may_be_set: bool = False) -> Candidate | None:
@@ -283,10 +309,19 @@ def _kept_by_set(report: OptimizeReport) -> str:
     return next((words[best.verdict] for best in report.best if best.candidate.is_set), "")
 
 
+def _nearest(best: Sequence[Confirmed]) -> str:
+    """The best combination that breaks a limit, and the limit: what it takes to accept it."""
+    broken = [confirmed for confirmed in best if confirmed.broken and not confirmed.candidate.is_set]
+    if not broken:
+        return ""
+    first = max(broken, key=lambda confirmed: confirmed.worst)
+    return f"; the best is {first.candidate.name}, whose worst member keeps {first.worst:.0%}: {first.broken}"
+
+
 def headline(report: OptimizeReport) -> str:
     """The answer in a sentence."""
     if report.choice is None:
-        nearest = next((f"; in {best.candidate.name}, {best.broken}" for best in report.best if best.broken), "")
+        nearest = _nearest(report.best)
         if kept := _kept_by_set(report):
             nearest += f"; a set with a router {kept}"
         if report.contradictions:
@@ -295,6 +330,8 @@ def headline(report: OptimizeReport) -> str:
         return f"nothing fits: no combination of {len(report.tried)} keeps the limits{nearest}"
     chosen = next(confirmed for confirmed in report.best if confirmed.candidate is report.choice)
     count, name = chosen.unseen, f"{chosen.answer}: {report.choice.name}"
+    if report.accepted:
+        return f"{name}, {report.accepted}"
     if chosen.verdict is Verdict.OK:
         return f"{name}, confirmed on at least {count} unseen examples per suite"
     if count < LEAST_EXAMPLES:

@@ -68,6 +68,11 @@ class CompositionRun:
         return {row["suite"]: row["phrase"] for row in self.lock.calibration if "phrase" in row}
 
     @property
+    def accepted(self) -> str:
+        """Why the search's choice was taken although it breaks a limit; empty if it breaks none."""
+        return str((self.lock.optimized or {}).get("accepted", ""))
+
+    @property
     def results_file(self) -> Path:
         """The file of the candidate's per-example results by suite digest, for suites measured on all examples."""
         return self.directory / "results.json"
@@ -85,6 +90,7 @@ class CompositionRun:
             "recipe": {name: value for name, value in recipe.items() if name not in _NAMING},
             "lock": {name: value for name, value in lock.items() if name not in _UNNOTED} | {"inputs": inputs},
             **({"phrases": self.phrases} if self.phrases else {}),
+            **({"accepted": self.accepted} if self.accepted else {}),
         }
 
     @property

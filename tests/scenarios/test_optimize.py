@@ -73,6 +73,40 @@ def test_if_nothing_fits_the_composition_is_refused_and_the_evidence_stays(small
     assert small_team("show", "acme/assistant").code == 3
 
 
+def test_what_is_accepted_although_it_breaks_a_limit_says_so_in_lock_release_and_gates(
+    small_team: Cli, tmp_path: Path
+) -> None:
+    impossible = {"thresholds": {"probe_loss": -100, "probe_answers": 0}}
+    recipe = recipe_of(tmp_path, policy=impossible, gates=None, model=None)
+    searched = ("--optimize", "--accept", "worst >= 0.001")
+    refused = small_team("compose", recipe, *searched)
+    done = small_team.json("compose", recipe, *searched) if not refused.code else json.loads(refused.out or "{}")
+    assert refused.code == 0, refused.err
+    assert done["recipe"]["optimize"]["accept"] == "worst >= 0.001"
+    assert done["lock"]["optimized"]["accepted"].startswith("accepted (worst >= 0.001; it is ")
+    assert all(rule.endswith("accuracy keeps 0.001 of inputs") for rule in done["lock"]["gates"])
+    small_team.ok("pull", "acme/assistant:1.0.0", "-o", tmp_path / "assistant")
+    accepted = json.loads((tmp_path / "assistant" / "adaptory.json").read_text())["note"]["accepted"]
+    assert f"It was {accepted}." in (tmp_path / "assistant" / "README.md").read_text()
+    with resources_of(small_team.environment) as resources, single_user(resources) as http:
+        page = unescape(http.get(f"/compositions/{done['id']}").text)
+    assert "What the search chose, as a recipe:" in page
+    assert f"method: {done['lock']['method']}" in page
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--accept", "worst >= 0.8"], "--accept has no effect without --optimize"),
+        (["--optimize", "--accept", "0.8"], "'0.8' is not an acceptance"),
+        (["--optimize", "--accept", "worst >= 2"], "Write worst >= 0.8"),
+    ],
+)
+def test_an_acceptance_needs_a_search_and_a_share(words: list[str], said: str, small_team: Cli, tmp_path: Path) -> None:
+    refused = small_team("compose", recipe_of(tmp_path), *words)
+    assert (refused.code, said in refused.err) == (2, True), refused.err
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -98,12 +98,14 @@ def front_matter(content: bytes) -> dict[str, Any]:
     return load_mapping(block, CARD_FILE) if block.strip() else {}
 
 
-def made_card(what: str, adapters: Sequence[str], method: str, kept: str, phrases: Mapping[str, str]) -> str:
-    """The card of a model or an adapter that was made of adapters; `kept` says in words what is left of them. `phrases`
-    are those that select a task, by its suite."""
+def made_card(what: str, adapters: Sequence[str], method: str, kept: str, note: Mapping[str, Any]) -> str:
+    """The card of a model or an adapter that was made of adapters; `kept` says in words what is left of them. Of the
+    note, `phrases` are those that select a task, by its suite, and `accepted` says which limit it breaks."""
+    phrases: Mapping[str, str] = note.get("phrases", {})
     lines = [
         f"# {what} made of {len(adapters)} adapter{'s' if len(adapters) > 1 else ''}",
         f"Made by Adaptory with the method `{method}`." + _kept(kept, has_phrases=bool(phrases)),
+        *([f"It was {note['accepted']}."] if note.get("accepted") else []),
         "`adaptory.json` has the adapters, their weights and all settings.",
         *_how_to_select(phrases),
     ]

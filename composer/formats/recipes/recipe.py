@@ -23,6 +23,7 @@ notes: one line
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Self, cast
@@ -122,6 +123,23 @@ def _method(value: object) -> str:
     return value
 
 
+_ACCEPTANCE = re.compile(r"worst *>= *(0?\.\d+|1(?:\.0*)?)")
+
+
+def accepted_share(text: str) -> float:
+    """The share in an acceptance, `worst >= 0.8`. Raises RefusedValues for another form."""
+    match = _ACCEPTANCE.fullmatch(text.strip())
+    if match is None or float(match[1]) == 0:
+        raise RefusedValues(f"{printable(text)} is not an acceptance", "Write worst >= 0.8, with a share up to 1.")
+    return float(match[1])
+
+
+def _acceptance(text: object) -> object:
+    if isinstance(text, str):
+        return f"worst >= {accepted_share(text):g}"
+    return text
+
+
 class Optimize(Document):
     """The search for method, settings and weights, on examples of the inputs' suites."""
 
@@ -142,10 +160,15 @@ class Optimize(Document):
         0, description="Weighted sums that an evolution strategy (CMA-ES) tries: for more than six inputs."
     )
     thorough: bool = Field(False, description="Try every candidate, also where plain regmean is confirmed at once.")
+    accept: Annotated[str, BeforeValidator(_acceptance)] | None = Field(
+        None,
+        description="`worst >= 0.8`: if nothing keeps the limits, take the best of which every input keeps this share "
+        "of its gain and of its answers, and no guard suffers.",
+    )
 
     def to_json(self) -> dict[str, Any]:
-        """The document; without `thorough` if it is false, since servers before 0.3 refuse the key."""
-        return self.model_dump(exclude=None if self.thorough else {"thorough"})
+        """The document; without what came later if it is not set, since servers before 0.3 refuse the keys."""
+        return self.model_dump(exclude={name for name in ("thorough", "accept") if not getattr(self, name)})
 
 
 class Recipe(Document):

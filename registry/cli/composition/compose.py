@@ -13,7 +13,7 @@ from registry import wire
 from registry.cli.composition import optimize as optimizing
 from registry.cli.console import complete, following, render
 from registry.cli.console.connect import connected, jobs_running
-from registry.cli.console.groups import root
+from registry.cli.console.groups import refuse_idle, root
 from registry.cli.console.interrupt import interrupts
 from registry.cli.console.options import MemoryOption, PriorityOption, StrictFlag, wishes
 from registry.cli.console.render import JsonFlag
@@ -23,7 +23,7 @@ from registry.sdk.connection import Connection
 
 if TYPE_CHECKING:
     from composer.findings import Verdict
-    from composer.formats.recipes.recipe import Recipe
+    from composer.formats.recipes.recipe import Optimize, Recipe
     from composer.formats.recipes.weights import Weight, WeightRule
 
 Settings = Annotated[
@@ -40,6 +40,15 @@ Rules = Annotated[
         "--rule",
         metavar="N:WHERE=WEIGHT",
         help="A different weight for the N-th adapter in some layers or modules: 2:0-9/mlp.*=0.3",
+    ),
+]
+Accept = Annotated[
+    str | None,
+    typer.Option(
+        "--accept",
+        metavar="'worst >= 0.8'",
+        help="With --optimize: if nothing keeps the limits, take the best of which every input keeps this share of its "
+        "gain and answers. The release says so.",
     ),
 ]
 Require = Annotated[
@@ -67,6 +76,7 @@ def compose(  # noqa: PLR0913
         typer.Option("--optimize", help="Find method, settings and weights on examples of the inputs' suites first."),
     ] = False,
     thorough: Thorough = False,
+    accept: Accept = None,
     follow: Annotated[
         bool, typer.Option("--follow", help="Wait until it ends; the embedded registry always does.")
     ] = False,
@@ -90,13 +100,26 @@ def compose(  # noqa: PLR0913
         wanted = wanted.model_copy(update={"policy": {**wanted.policy, "strict": True}})
     if optimize and wanted.optimize is None:
         wanted = wanted.model_copy(update={"optimize": Optimize.model_validate({})})
-    if thorough and wanted.optimize is None:
-        message = "--thorough has no effect without --optimize."
-        raise Usage("idle_option", message, subject="--thorough", next_step="Add --optimize, or leave it out.")
-    if thorough and wanted.optimize is not None:
-        searched = wanted.optimize.model_copy(update={"thorough": True})
-        wanted = wanted.model_copy(update={"optimize": searched})
+    if wanted.optimize is None:
+        refuse_idle({"--thorough": thorough, "--accept": accept}, "without --optimize", "Add it, or leave these out.")
+    else:
+        wanted = wanted.model_copy(update={"optimize": with_options(wanted.optimize, thorough=thorough, accept=accept)})
+        if plan:
+            render.say("The plan runs the search, which measures on the base; --follow shows its progress.")
     _run({"recipe": wanted.to_json(), "plan": plan, **wishes(priority, memory)}, follow=plan or follow, json=json)
+
+
+def with_options(searched: "Optimize", *, thorough: bool, accept: str | None) -> "Optimize":
+    """The search with what the options add. Raises Usage for a bad acceptance."""
+    from composer.formats.recipes.documents import RefusedValues
+    from composer.formats.recipes.recipe import accepted_share
+
+    if accept is not None:
+        try:
+            searched = searched.model_copy(update={"accept": f"worst >= {accepted_share(accept):g}"})
+        except RefusedValues as error:
+            raise Usage("bad_setting", f"--accept: {error}.", subject="--accept", next_step=error.next_step) from error
+    return searched.model_copy(update={"thorough": True}) if thorough else searched
 
 
 def _refuse_directories(path: Path, recipe: "Recipe") -> None:

@@ -159,7 +159,11 @@ class _Local:
             dtype=self.recipe.dtype,
             proof=proof_prompts([*filter(None, suites), *evaluated], named),
             strict=bool(self.recipe.policy.get("strict")),
-            note={"recipe": self.recipe.to_json(), **({"phrases": named} if named else {})},
+            note={
+                "recipe": self.recipe.to_json(),
+                **({"phrases": named} if named else {}),
+                **({"accepted": searched["accepted"]} if searched and "accepted" in searched else {}),
+            },
             searched=searched,
         )
 

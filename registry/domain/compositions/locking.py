@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from composer.formats.recipes.methods import AnySettings, Regmean, parse_settings
-from composer.formats.recipes.recipe import Lock, LockedInput, Recipe
+from composer.formats.recipes.recipe import Lock, LockedInput, Recipe, accepted_share
 from composer.formats.recipes.suite import CalibrationSet, guard_sets
 from composer.formats.recipes.suite import Suite as SuiteContent
 from registry.database.tables import Base, Release
@@ -200,9 +200,12 @@ def best_target_suite(session: Session, release: Release) -> str | None:
     return max(own, key=lambda name: (compared.get(name, 0.0) - own[name], name), default=None)
 
 
-def gates_against_inputs(own: Sequence[str | None]) -> list[str]:
-    """Gate rules that compare the candidate with each member on the member's own suite."""
+def gates_against_inputs(own: Sequence[str | None], accept: str | None = None) -> list[str]:
+    """Gate rules that compare the candidate with each member on the member's own suite. An acceptance replaces the
+    limits: its share of answers is to be left, and the search has measured the share of the gain."""
     names = list(dict.fromkeys(name for name in own if name))
+    if accept:
+        return [f"{name}.accuracy keeps {accepted_share(accept):g} of inputs" for name in names]
     return [
         rule for name in names for rule in (f"{name}.accuracy keeps 0.9 of inputs", f"{name}.nll within 0.1 of inputs")
     ]
@@ -215,7 +218,7 @@ def _gates_to_add(recipe: Recipe, own: Sequence[str | None]) -> tuple[str, ...]:
     if recipe.gates == () or any(gates.compared_with(rule) == "inputs" for rule in rules):
         return ()
     kept = [name for source, name in zip(recipe.inputs, own, strict=True) if source.weight > 0]
-    return tuple(gates_against_inputs(kept))
+    return tuple(gates_against_inputs(kept, recipe.optimize.accept if recipe.optimize else None))
 
 
 def _calibration(

@@ -163,11 +163,32 @@ def test_if_nothing_fits_there_is_no_choice_and_the_best_are_shown(problem: Sear
     assert {standing.verdict for standing in impossible.best} == {Verdict.WARN}
     assert "ties_svd x 0.7" in {trial.candidate.name for trial in impossible.tried}, "full space is the last resort"
     headline = str(document(impossible)["headline"])
-    assert re.match(r"nothing fits: no combination of \d+ keeps the limits; in .+, (red|blue) loses", headline)
+    best = max((one for one in impossible.best if not one.candidate.is_set), key=lambda one: one.worst)
+    nearest = f"the best is {re.escape(best.candidate.name)}, whose worst member keeps .+: (red|blue) loses"
+    assert re.match(rf"nothing fits: no combination of \d+ keeps the limits; {nearest}", headline)
     assert headline.endswith("nats a token, -100.00 allowed")
     offers = " ".join(cast("list[str]", document(impossible)["offers"]))
     assert "phrase: TEXT" in offers
     assert "A set" not in offers, "it breaks the limits too"
+
+
+def test_an_acceptance_takes_the_best_that_breaks_a_limit_and_the_report_says_which(
+    problem: SearchProblem, loaded: LoadedModel
+) -> None:
+    red, impossible = problem.members[0], Limits(loss=-100.0, answers=0.0)
+    twin = SearchMember(adapter=replace(red.adapter, name="twin"), suite=suite_of(loaded, red.adapter, "crimson"))
+    alike = replace(problem, members=[red, twin], guards=[], limits=impossible)
+    accepting = replace(EFFORT, accept="worst >= 0.9")
+    taken = optimize(replace(alike, effort=accepting))
+    best = max((one for one in taken.best if not one.candidate.is_set), key=lambda one: one.worst)
+    assert taken.choice == best.candidate
+    assert best.verdict is Verdict.WARN
+    assert re.fullmatch(r"accepted \(worst >= 0.9; it is 1.00\) although (red|twin) loses .+ allowed", taken.accepted)
+    assert document(taken)["accepted"] == taken.accepted
+    assert document(taken)["headline"] == f"one adapter: {best.candidate.name}, {taken.accepted}"
+    assert optimize(replace(alike, limits=problem.limits, effort=accepting)).accepted == "", "nothing is broken"
+    different = optimize(replace(problem, limits=impossible, effort=accepting))
+    assert (different.choice, different.accepted) == (None, "")
 
 
 def test_members_that_answer_the_same_prompts_differently_are_not_raced(problem: SearchProblem) -> None:
@@ -179,7 +200,7 @@ def test_members_that_answer_the_same_prompts_differently_are_not_raced(problem:
     assert (result.choice, result.tried) == (None, ())
     assert [one.candidate.name for one in result.best] == [PLAIN_FIT, f"{PLAIN_FIT}, with phrases", "mean", AS_SET]
     headline = str(document(result)["headline"])
-    assert headline.startswith("nothing fits: 16 of 16 shared prompts have other answers; in regmean")
+    assert headline.startswith("nothing fits: 16 of 16 shared prompts have other answers; the best is ")
     assert document(result)["offers"] == ["Serve them separately, and name the adapter in each request."]
 
 

@@ -15,7 +15,7 @@ from registry.api.pages.html.forms import FormOf
 from registry.api.pages.html.render import page, redirect
 from registry.api.pages.html.wire import PageCaller, PageContributor, PageRoute
 from registry.api.pages.jobs import report
-from registry.api.pages.jobs.recipe_form import as_yaml
+from registry.api.pages.jobs.recipe_form import as_yaml, has_choice, recipe_used
 from registry.api.routes.views import composition_view, job_page, job_view
 from registry.domain.compositions import compositions
 from registry.domain.jobs import queue
@@ -99,6 +99,7 @@ def show_composition(composition_id: RowId, request: Request, resources: Resourc
         gate_lines=gates.lines(judged),
         passed=gates.summary(judged),
         recipe=as_yaml(view.recipe),
+        used=as_yaml(recipe_used(view.recipe, view.lock)) if has_choice(view.lock) else None,
         json_address=f"/v1/compositions/{composition_id}",
     )
 

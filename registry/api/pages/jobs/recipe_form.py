@@ -153,6 +153,25 @@ def as_yaml(document: Mapping[str, Any]) -> str:
     return yaml.safe_dump(stated, sort_keys=False, allow_unicode=True)
 
 
+def has_choice(lock: Mapping[str, Any]) -> bool:
+    """Whether a search has chosen what is combined."""
+    searched: Mapping[str, Any] = lock.get("optimized") or {}
+    return searched.get("choice") is not None
+
+
+def recipe_used(recipe: Mapping[str, Any], lock: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe with what its search chose in place of the search: method, settings and weights."""
+    if lock.get("set"):
+        return {**recipe, "method": None, "settings": {}, "optimize": None, "adapter": None, "model": None}
+    inputs = [
+        {**stated, **{name: locked[name] for name in ("weight", "rules") if name in locked}}
+        for stated, locked in zip(recipe["inputs"], lock["inputs"], strict=True)
+    ]
+    choice: Mapping[str, Any] = lock["optimized"]["choice"]
+    settings: Mapping[str, Any] = choice.get("settings", {})
+    return {**recipe, "inputs": inputs, "method": lock["method"], "settings": settings, "optimize": None, "set": None}
+
+
 def _stated(document: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in document.items() if value not in (None, "", [], {})}
 
