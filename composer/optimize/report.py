@@ -224,8 +224,8 @@ def _with_share(effect: Effect) -> dict[str, object]:
 
 
 def accepted(best: Sequence[Confirmed], accept: str, limits: Limits) -> Confirmed | None:
-    """Of the candidates that break a limit, the best that the acceptance allows: one adapter of which every member
-    keeps the share, and that harms no guard. None without an acceptance."""
+    """Of the candidates that break a limit, the best that the acceptance allows: one adapter that leaves
+    every member the share, and harms no guard. None without an acceptance."""
     if not accept:
         return None
     share = accepted_share(accept)

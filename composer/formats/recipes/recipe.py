@@ -162,8 +162,8 @@ class Optimize(Document):
     thorough: bool = Field(False, description="Try every candidate, also where plain regmean is confirmed at once.")
     accept: Annotated[str, BeforeValidator(_acceptance)] | None = Field(
         None,
-        description="`worst >= 0.8`: if nothing keeps the limits, take the best of which every input keeps this share "
-        "of its gain and of its answers, and no guard suffers.",
+        description="`worst >= 0.8`: if nothing keeps the limits, take the best that leaves every input this share of "
+        "its gain and of its answers, and harms no guard.",
     )
 
     def to_json(self) -> dict[str, Any]:

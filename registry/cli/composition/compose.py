@@ -47,7 +47,7 @@ Accept = Annotated[
     typer.Option(
         "--accept",
         metavar="'worst >= 0.8'",
-        help="With --optimize: if nothing keeps the limits, take the best of which every input keeps this share of its "
+        help="With --optimize: if nothing keeps the limits, take the best that leaves every input this share of its "
         "gain and answers. The release says so.",
     ),
 ]
