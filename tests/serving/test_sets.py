@@ -72,8 +72,10 @@ def test_a_set_whose_member_is_gone_is_not_switched_to_and_says_why(site: Site, 
         mirrored(site, "--server", f"vllm={server}", channels=("acme/assistants@prod",)) as agent,
     ):
         agent.wait_for(SET, "acme/assistants@prod")
-        site.cli.ok("takedown", "acme/terraform:1.0.0", "--reason", "not ours")
+        agent.kill()
         site.cli.ok("promote", "acme/assistants:2.0.0", "--to", "prod")
+        site.cli.ok("takedown", "acme/terraform:1.0.0", "--reason", "not ours")
+        agent.start()
         agent.wait_for_problem("was taken down")
         assert agent.routed("acme/assistants@prod") == SET
         assert MirrorDirectory(agent.directory).routes().sets == {SET: {"sql": OLD}}
