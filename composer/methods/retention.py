@@ -67,14 +67,18 @@ class KeptAdapter:
 @dataclass(frozen=True, slots=True)
 class Retention:
     """What a combination keeps of the weighted sum of its adapters, and of each of them. `of_sum` is None where an
-    adapter has no factors, or where the result depends on the base or is too large to compute twice."""
+    adapter has no factors, or where the result depends on the base or is too large to compute twice. Of a `fitted`
+    method there are no words: RegMean kept all answers of two adapters and, as weights, 0 % of their sum."""
 
     of_sum: float | None
     members: tuple[KeptAdapter, ...]
+    fitted: bool = False
 
     @property
     def words(self) -> str:
-        """`keeps 43 % of the sum; sql 61 %, terraform 22 %`; empty if nothing is known."""
+        """`keeps 43 % of the sum; sql 61 %, terraform 22 %`; empty if the weights tell nothing."""
+        if self.fitted:
+            return ""
         known = ", ".join(member.words for member in self.members if member.retention is not None)
         if self.of_sum is None:
             return f"keeps {known}" if known else ""
@@ -94,7 +98,7 @@ class Retention:
             )
             findings.append(Finding("little_kept", Severity.WARNING, method, message, 1 - lost))
         for member in self.members:
-            if member.retention is None or not member.weight:
+            if self.fitted or member.retention is None or not member.weight:
                 continue
             share = member.retention / member.weight
             if share < LEAST_OF_MEMBER:
@@ -151,7 +155,8 @@ def retention_of(
     has_factors = not any(isinstance(delta, RowwiseDelta) for delta in chain.from_iterable(deltas))
     square, error = (sum(getattr(one, name) for _, one in sums) for name in ("square", "error"))
     of_sum = max(0.0, 1 - (max(0.0, error) / square) ** 0.5) if square > 0 and has_factors else None
-    return Retention(of_sum, tuple(_member(index, adapter.name, sums) for index, adapter in enumerate(adapters)))
+    members = tuple(_member(index, adapter.name, sums) for index, adapter in enumerate(adapters))
+    return Retention(of_sum, members, settings.pipeline.fitted)
 
 
 def unknown(adapters: Sequence[LoadedAdapter], weights: Sequence[Weight]) -> Retention:

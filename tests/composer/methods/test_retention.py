@@ -1,6 +1,7 @@
 """What a merge says that it keeps of its adapters, against the dense matrices."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from composer.formats.checkpoints.checkpoint import open_checkpoint
 from composer.formats.recipes.methods import parse_settings
 from composer.merge.plan import plan_merge
 from composer.merge.run import run_merge
-from composer.methods.combine import combine_parsed
+from composer.methods.combine import CombinedDeltas, combine_parsed
 from composer.methods.retention import retention_of
 from tests.composer.tiny import MakeAdapter
 from tests.device import DEVICE
@@ -142,3 +143,15 @@ def test_what_depends_on_the_base_is_not_known_and_a_negative_weight_is_no_loss(
     less = run_merge(plan_merge(open_checkpoint(base), [(plain, -0.5)]), tmp_path / "two", DEVICE)
     assert less.retention.words == "keeps 100 % of the sum; plain -50 % (weight -0.5)"
     assert less.findings == ()
+
+
+def test_of_a_fitted_method_no_words_are_said_since_answers_survive_what_the_weights_lose(
+    base: Path, adapters: list[Path]
+) -> None:
+    loaded = [load_deltas(path, open_checkpoint(base).architecture) for path in adapters]
+    opposite = [replace(delta, scale=-delta.scale) for delta in loaded[0].deltas if isinstance(delta, LowRank)]
+    made = CombinedDeltas([*opposite], [], [], "shared")
+    kept = retention_of(loaded, [1.0] * 3, parse_settings("regmean"), made)
+    assert (kept.of_sum, kept.words, kept.findings("regmean", 0.0)) == (0.0, "", [])
+    assert all(member.retention is not None for member in kept.members)
+    assert retention_of(loaded, [1.0] * 3, parse_settings("svd"), made).words.startswith("keeps 0 % of the sum")
