@@ -93,7 +93,7 @@ def _bounded(path: Path, most_bytes: int) -> bytes:
         raise _unreadable(path, str(error.strerror)) from error
     if len(content) > most_bytes:
         message = f"{path} is larger than the {most_bytes:,} bytes allowed."
-        raise InvalidFile("too_large", message, subject=str(path), next_step="Name a smaller file, or split it.")
+        raise InvalidFile("too_large", message, subject=str(path))
     return content
 
 

@@ -165,7 +165,7 @@ class MirrorDirectory:
             try:
                 self._sets[commit] = read_set(self.path(commit) / SET_FILE)
             except InvalidFile as error:
-                raise Invalid("bad_set", error.message, subject=commit) from error
+                raise Invalid("bad_set", error.message, subject=commit, next_step=error.next_step) from error
         return self._sets[commit]
 
     def touch(self, commits: Iterable[str]) -> None:

@@ -243,6 +243,7 @@ class _Pull:
                 "disk_full",
                 f"The disk is full: {self._name} needs another {lacking_bytes / 1e6:,.0f} MB.",
                 subject=self._name,
+                next_step=f"Free some space on the disk of {self._staging}.",
             )
         for file in files:
             file.prepare()

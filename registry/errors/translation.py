@@ -14,7 +14,7 @@ PREFIXES = ("layout_", "part_", "variant_")
 """Refused codes that end in a name from a file: a layout, a part or a variant of an adapter."""
 _OF_COMPOSER: dict[type[RegistryError], str] = {
     Refused: """
-        adapter_type architecture_differs bias_delta changed_base_layer conflict_members diffusers_variant
+        adapter_type architecture_differs base_changed bias_delta changed_base_layer conflict_members diffusers_variant
         dora empty_completion empty_prompt example_too_long experts fp8_scale gguf_model gguf_module
         harness_differs layout_peft
         loha_rank lokr_factors lokr_layer mixed_types mlx_full module_class needs_base no_chat_template
@@ -38,14 +38,15 @@ _OF_COMPOSER: dict[type[RegistryError], str] = {
     """,
     Invalid: """
         a_checkpoint a_set another_layout bad_alpha bad_index bad_json bad_mergekit bad_note bad_policy bad_prompts
-        bad_quantization bad_recipe bad_safetensors bad_set chat_template_endless chat_template_failed cut_off
-        empty_adapter harness_task_unusable missing missing_index missing_note missing_pair missing_shard
+        bad_provenance bad_quantization bad_recipe bad_safetensors bad_set chat_template_endless chat_template_failed
+        cut_off empty_adapter harness_task_unusable link_outside missing missing_config missing_directory
+        missing_index missing_note missing_pair missing_shard missing_weights
         model_not_loadable not_finite rank_mismatch scorer_settings shape_mismatch suite_example suite_field
-        suite_json suite_yaml two_checkpoints ungathered unknown_keys unknown_layout unmatched_tensor
+        suite_json suite_yaml too_large two_checkpoints ungathered unknown_keys unknown_layout unmatched_tensor
         unreadable
     """,
     Unavailable: """
-        busy not_writable verification
+        busy disk_full inputs_changed not_writable verification
     """,
 }
 """The codes of the composer, by family. Their next steps are in composer/next_steps.py."""

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from sqlalchemy.orm import Session
 
 from composer.checks.check import NEW_EMBEDDINGS, check_one
-from composer.errors import ComposerError
+from composer.errors import ComposerError, InvalidFile
 from composer.findings import Finding, Severity
 from composer.formats.adapters.facts import CONFIG_FILE, WEIGHTS_FILE
 from composer.formats.adapters.inspection import inspect
@@ -334,10 +334,11 @@ def set_not_composed(name: RepositoryName) -> Refused:
 
 
 def read_set(resources: Resources, files: Sequence[ManifestFile]) -> AdapterSet:
-    """The set that is stored among the files. Raises Invalid if there is none, or if it is too large."""
+    """The set that is stored among the files. Raises InvalidFile if there is none, or if it is too large."""
     file = next((file for file in files if file.path == SET_FILE and file.size_bytes <= MAX_SET_BYTES), None)
     if file is None:
-        raise Invalid("bad_set", f"{SET_FILE} is missing or has more than {MAX_SET_BYTES:,} bytes.", subject=SET_FILE)
+        message = f"{SET_FILE} is missing or has more than {MAX_SET_BYTES:,} bytes."
+        raise InvalidFile("bad_set", message, subject=SET_FILE)
     with resources.store.open(file.sha256) as source:
         return parse_set(source.read())
 

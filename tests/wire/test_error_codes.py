@@ -25,12 +25,15 @@ This page is made from the codes of `registry/errors/`, and from `composer/next_
 """
 
 
+def trees() -> dict[Path, ast.Module]:
+    files = [path for folder in ("registry", "composer") for path in sorted((ROOT / folder).rglob("*.py"))]
+    return {path: ast.parse(path.read_text(encoding="utf-8")) for path in files}
+
+
 def calls() -> Iterator[tuple[str, str, str]]:
     """(where, callee, code) of each call that names a code."""
-    files = [path for folder in ("registry", "composer") for path in sorted((ROOT / folder).rglob("*.py"))]
-    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in files}
     positions = dict.fromkeys((*OF_REGISTRY, *OF_COMPOSER), 0) | TAKES_A_CODE
-    for path, tree in trees.items():
+    for path, tree in trees().items():
         for node in ast.walk(tree):
             if isinstance(node, ast.Call):
                 callee = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
@@ -53,6 +56,35 @@ def test_every_code_that_is_raised_is_registered_with_its_family() -> None:
             wrong.append(f"{where}: {code} is {family.__name__}, not {callee}")
     assert wrong == []
     assert len(raised) > 250
+
+
+def test_no_error_repeats_the_text_of_its_code() -> None:
+    steps = {code: step for codes in CODES.values() for code, step in codes.items()}
+    repeated: list[str] = []
+    for path, tree in trees().items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+                given = [keyword.value for keyword in node.keywords if keyword.arg == "next_step"]
+                texts = [value.value for value in given if isinstance(value, ast.Constant)]
+                if steps.get(str(node.args[0].value)) in texts:
+                    repeated.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert repeated == []
+
+
+def test_every_error_states_what_to_do() -> None:
+    """An error of the registry with a code of the composer has no text of its own."""
+    silent = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path, tree in trees().items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and (family := OF_REGISTRY.get(getattr(node.func, "id", "")))
+        and node.args
+        and isinstance(node.args[0], ast.Constant)
+        and node.args[0].value not in family.codes
+        and all(keyword.arg not in ("next_step", None) for keyword in node.keywords)
+    ]
+    assert silent == []
 
 
 def test_no_code_is_registered_that_nothing_raises() -> None:

@@ -104,9 +104,7 @@ def read_adapter(path: Path) -> Adapter:
         raise another_layout(path.name, seen.layout)
     if not (path / CONFIG_FILE).is_file():
         message = f"{path.name} has no {CONFIG_FILE}."
-        raise InvalidFile(
-            "missing_config", message, subject=CONFIG_FILE, next_step="Save the adapter with PEFT's save_pretrained."
-        )
+        raise InvalidFile("missing_config", message, subject=CONFIG_FILE)
     header = seen.header
     if header is None or not (path / WEIGHTS_FILE).is_file():  # if its only weights have another name
         raise missing_weights(path, WEIGHTS_FILE)

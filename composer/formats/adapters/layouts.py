@@ -57,9 +57,7 @@ def recognise(path: Path) -> Recognised:
     if path.is_file():
         return _of_file(path)
     if not path.is_dir():
-        raise InvalidFile(
-            "missing_directory", f"{path} does not exist.", subject=str(path), next_step="Name an existing directory."
-        )
+        raise InvalidFile("missing_directory", f"{path} does not exist.", subject=str(path))
     if (path / MLX_FILE).is_file():
         return Recognised(MLX)
     file = weights_in(path)

@@ -309,6 +309,4 @@ def _warn(subject: str, message: str) -> Finding:
 
 
 def _bad(subject: str, why: str) -> InvalidFile:
-    return InvalidFile(
-        "bad_provenance", f"{subject}: {why}.", subject=subject, next_step="Correct it, or leave it out."
-    )
+    return InvalidFile("bad_provenance", f"{subject}: {why}.", subject=subject)

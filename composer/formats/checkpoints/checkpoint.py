@@ -223,7 +223,6 @@ def missing_weights(path: Path, expected: str) -> InvalidFile:
         "missing_weights",
         f"{path.name} has no {expected}.",
         subject=expected,
-        next_step="Name a directory that has its weights as safetensors.",
     )
 
 
@@ -259,9 +258,7 @@ def contained(directory: Path, name: str) -> Path:
     home = directory.resolve()
     homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
     if Path(name).name != name or not any(real.is_relative_to(allowed) for allowed in homes):
-        raise InvalidFile(
-            "link_outside", f"{name} leads out of {directory.name}.", subject=name, next_step="Copy the file there."
-        )
+        raise InvalidFile("link_outside", f"{name} leads out of {directory.name}.", subject=name)
     return directory / name
 
 

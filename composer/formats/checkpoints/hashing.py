@@ -50,7 +50,6 @@ def refuse_changed(inputs: Mapping[Path, Identity]) -> None:
             "inputs_changed",
             f"{' and '.join(map(str, changed))} changed since this began.",
             subject=str(changed[0]),
-            next_step="Run it again when no process is writing to the inputs.",
         )
 
 
@@ -96,7 +95,6 @@ def verify_checkpoint(checkpoint: Checkpoint, expected: str, progress: Progress 
             "base_changed",
             f"{checkpoint.path} does not hold the weights of the base {expected[:12]}.",
             subject=str(checkpoint.path),
-            next_step="Name the right directory with --base-dir, or register its current content as another base.",
         )
 
 

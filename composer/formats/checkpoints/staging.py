@@ -158,6 +158,4 @@ def _no_room(why: int, out_dir: Path, size_bytes: int) -> RefusedOutput:
         f", and {free / 1e6:.0f} MB are free" if why == errno.ENOSPC else ""
     )  # a quota is not visible in the disk's free space
     message = f"{DISK_FULL_ERRNOS[why]}: {out_dir} needs about {size_bytes / 1e6:.0f} MB{there_is}."
-    return RefusedOutput(
-        "disk_full", message, subject=str(out_dir), next_step="Free some space or choose another disk."
-    )
+    return RefusedOutput("disk_full", message, subject=str(out_dir))
