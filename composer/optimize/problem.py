@@ -17,7 +17,7 @@ from composer.formats.recipes.recipe import CONFIRM, SEARCH, Optimize
 from composer.formats.recipes.suite import CalibrationSet, Contradiction, Example, Suite, contradicting_suites
 from composer.formats.recipes.weights import Weight
 from composer.formats.recipes.wordings import reworded
-from composer.formats.sets.separability import SEPARABLE, separability_of
+from composer.formats.sets.router import SEPARABLE, separability_of
 from composer.optimize.evolution import require_cmaes
 
 CONFIRM_GROWTH = 8

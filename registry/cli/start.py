@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import typer
 
 MODULES = {
-    "composition": ("compose", "conflicts", "local", "recipe"),
+    "composition": ("compose", "conflicts", "local", "recipe_file"),
     "evaluation": ("evaluation", "quality"),
     "operations": (
         "access", "backup", "doctor", "jobs", "maintenance", "operations", "profiles", "publisher", "webhook",

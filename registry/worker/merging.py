@@ -3,6 +3,7 @@
 plan    lists the shards, from the base's headers and the adapters
 shard   streams one shard from the base to a blob; reads every tensor of the base's file and returns their hashes
 texts   writes the small files beside the weights, once all shards are stored
+proof   loads the merged model as users do, and compares its answers
 
 Together the hashes prove which base was merged, before anything is published. A quantized base is decoded from files on
 one host, so a single unit merges it on disk.
@@ -10,6 +11,7 @@ one host, so a single unit merges it on disk.
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from time import monotonic
@@ -20,6 +22,7 @@ from composer.formats.checkpoints.checkpoint import Checkpoint, local_directory
 from composer.formats.checkpoints.files import StoredFile
 from composer.formats.checkpoints.hashing import weights_digest
 from composer.formats.recipes.rounding import parse_rounding
+from composer.formats.recipes.suite import Suite
 from composer.formats.recipes.weights import parse_weight
 from registry.formats.manifest import ManifestFile
 from registry.formats.references import Digest
@@ -31,7 +34,14 @@ from registry.worker.engine.protocol import Needs
 from registry.worker.engine.stores import UnitWriter
 from registry.worker.engine.units import Count, Node, Result, Task, Unit, always_intact
 from registry.worker.node_files import Row, are_stored, fetched, from_rows, store_directory, to_rows
-from registry.worker.node_models import PROCESS_BYTES, base_checkpoint, base_hints, everywhere, opened_checkpoint
+from registry.worker.node_models import (
+    PROCESS_BYTES,
+    base_checkpoint,
+    base_hints,
+    everywhere,
+    needs_of_model,
+    opened_checkpoint,
+)
 from registry.worker.runner import JobRun
 
 if TYPE_CHECKING:
@@ -259,7 +269,43 @@ def _files_are_stored(node: Node, result: Result) -> bool:
     return are_stored(node, from_rows(result["files"]))
 
 
+def proved_model(held: JobRun, work: CompositionRun, model: StoredModel, suites: Sequence[Suite]) -> StoredModel:
+    """The model with the proof in its note, its card and its report. Raises RefusedOutput with `proof_failed`."""
+    from composer.merge.proof import proof_prompts
+
+    hints = base_hints(work.locations, work.base_bytes)
+    content = {
+        **merge_content(held, work),
+        "files": to_rows(model.files),
+        "prompts": [asdict(prompt) for prompt in proof_prompts(suites, work.phrases)],
+    }
+    unit = Unit(name="proof", content=content, hints=hints)
+    ((_, made),) = held.engine.map(PROOF, [unit], needs_of_model(work.lock.base, hints), held.check)
+    changed = {file.path: file for file in from_rows(made["files"])}
+    held.made.update(file.sha256 for file in changed.values())
+    files = [changed.get(file.path, file) for file in model.files]
+    return StoredModel(files=files, report={**model.report, "proof": made["proof"]})
+
+
+def _prove(node: Node, unit: Unit, _count: Count) -> Result:
+    from composer.formats.checkpoints.card import CARD_FILE
+    from composer.formats.checkpoints.staging import NOTE_FILE
+    from composer.merge.proof import ProofPrompt, prove, record_proof
+
+    plan = plan_of(node, unit.content, base_checkpoint(node, unit.content["base"], unit.hints))
+    merged = fetched(node, unit.content["files"])
+    node.kept("model", "", lambda: None)  # there may not be room for it and the two of the proof
+    proof = prove(plan, merged, [ProofPrompt(**row) for row in unit.content["prompts"]])
+    proof.refuse_failed()
+    with node.scratch() as directory:
+        for name in (NOTE_FILE, CARD_FILE):
+            shutil.copyfile(merged / name, directory / name)
+        record_proof(directory, proof)
+        return {"files": to_rows(store_directory(node, directory)), "proof": proof.to_json()}
+
+
 PLAN = Task(name="merge plan", version=2, run=_plan, intact=always_intact)
 SHARD = Task(name="merge shard", version=1, run=_stream, intact=_shard_is_stored)
 TEXTS = Task(name="merge texts", version=2, run=_texts, intact=_files_are_stored)
 MERGE = Task(name="merge on a disk", version=2, run=_merge, intact=_files_are_stored)
+PROOF = Task(name="proof", version=1, run=_prove, intact=_files_are_stored)

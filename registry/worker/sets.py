@@ -7,8 +7,7 @@ from tempfile import TemporaryDirectory
 
 from composer.formats.checkpoints.card import CARD_FILE
 from composer.formats.recipes.suite import CalibrationSet
-from composer.formats.sets.adapter_set import SET_FILE, AdapterSet, SetMember
-from composer.formats.sets.card import set_card
+from composer.formats.sets.adapter_set import SET_FILE, AdapterSet, SetMember, set_card
 from composer.formats.sets.router import BASE, Router, fit
 from registry.database.tables import Release
 from registry.domain.catalog import lineage

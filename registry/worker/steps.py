@@ -56,12 +56,11 @@ from registry.worker.composition import (
 )
 from registry.worker.evaluation_units import Examined, examine
 from registry.worker.judging import Examination, JudgedInput, Subject, judge, with_inputs, with_rewordings
-from registry.worker.merging import merged_model
+from registry.worker.merging import merged_model, proved_model
 from registry.worker.node_files import Row, share_architecture
 from registry.worker.node_models import base_hints
 from registry.worker.optimizing import optimize
 from registry.worker.pass_units import probe_passes
-from registry.worker.proving import proved_model
 from registry.worker.report_units import conflict_report
 from registry.worker.runner import JobKind, JobRun
 from registry.worker.sets import made_set, set_files

@@ -90,3 +90,18 @@ def parse_set(content: bytes, subject: str = SET_FILE) -> AdapterSet:
 
 def _bad(where: str, why: str) -> InvalidFile:
     return InvalidFile("bad_set", f"{where}: {why}.", subject=where)
+
+
+def set_card(made: AdapterSet) -> str:
+    """The README.md of a set."""
+    rows = [f"| `{name}` | {member.repository} | {member.version} |" for name, member in sorted(made.members.items())]
+    lines = [
+        "---\nlibrary_name: adaptory\n---",
+        f"# A set of {len(made.members)} adapters",
+        "No weights are combined: a router sends each prompt to the adapter whose fitting prompts it resembles most, "
+        "or to the base.",
+        "| prompts of | adapter | version |\n|---|---|---|\n" + "\n".join(rows),
+        f"`{SET_FILE}` has the members by commit and the router. `adaptory mirror` loads the members of a set that a "
+        "channel serves, and `adaptory route` chooses one of them for each request.",
+    ]
+    return "\n\n".join(lines) + "\n"

@@ -7,7 +7,7 @@ import typer
 
 from composer.formats.recipes.policy import THRESHOLDS
 from composer.formats.recipes.suite import guard_cost
-from composer.formats.sets.separability import SEPARABLE
+from composer.formats.sets.router import SEPARABLE
 from composer.formats.untrusted import cut
 from registry.cli.console import render
 from registry.errors import Usage

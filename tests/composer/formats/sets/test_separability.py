@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from composer.formats.recipes.phrases import MAX_PHRASE_CHARS, phrase_of, phrased_suite, problem_of_phrase
 from composer.formats.recipes.suite import NAME, CalibrationSet, Example, Suite
-from composer.formats.sets.separability import SEPARABLE, separability_of
+from composer.formats.sets.router import SEPARABLE, separability_of
 
 DATES = [f"Write the date {day} May {year}." for day in range(10, 14) for year in (2019, 2023, 2026)]
 REVIEWS = [
