@@ -19,9 +19,9 @@ from registry.database.tables import Release
 from registry.domain.access import namespaces
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import Role, permit
-from registry.domain.catalog import deprecations, lineage, releases, repositories, signatures
+from registry.domain.catalog import deprecations, lineage, releases, repositories, set_members, signatures
 from registry.domain.catalog.repositories import RepositoryFilter
-from registry.domain.channels import members, withdrawals
+from registry.domain.channels import withdrawals
 from registry.domain.channels.serving import ServedChange
 from registry.domain.rollouts import fleet
 from registry.formats.manifest import ManifestFile
@@ -260,7 +260,7 @@ def _withdraw(
             **dict(release_view(session, actor, release)),
             channels=changes,
             loaded_on=_loaded_on(session, actor, release),
-            sets=[ServingSetOut.of(row) for row in members.sets_with(session, actor, release)],
+            sets=[ServingSetOut.of(row) for row in set_members.sets_with(session, actor, release)],
         )
 
 
@@ -277,7 +277,7 @@ def take_down(named: RepositoryOf, version: str, body: WithdrawIn, resources: Re
         act = partial(withdrawals.take_down, session, actor, release, body.reason)
         taken = withdrawals.preview(session, act) if body.dry_run else act()
         loaded = _loaded_on(session, actor, release)
-        sets = [ServingSetOut.of(row) for row in members.sets_with(session, actor, release, same_files=True)]
+        sets = [ServingSetOut.of(row) for row in set_members.sets_with(session, actor, release, same_files=True)]
     from registry.transfer.collect import remove_marked  # which loads more than all other routes here need
 
     if not body.dry_run:

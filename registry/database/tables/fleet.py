@@ -58,6 +58,10 @@ class FleetRelease(Row):
     release_id: Mapped[int] = mapped_column(ForeignKey("releases.id"), primary_key=True, index=True)
 
 
+RUNNING = "running"
+"""The state of a canary that gets requests."""
+
+
 class Canary(Row):
     """A release that gets `weight` per cent of a channel's requests, beside the one that the channel serves. It ends
     when the channel serves another one. `watch` is the policy's at the beginning, None for none; `totals` has the

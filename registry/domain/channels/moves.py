@@ -13,10 +13,10 @@ from registry.database.tables import Canary, Channel, Gate, Move, Namespace, Pro
 from registry.domain.access import audit, namespaces
 from registry.domain.access.audit import Act, Actor
 from registry.domain.access.roles import Role, permit
-from registry.domain.catalog import releases, repositories, signatures
+from registry.domain.catalog import releases, repositories, set_members, signatures
 from registry.domain.catalog.releases import SignaturePolicy, full_name
 from registry.domain.catalog.repositories import Kind
-from registry.domain.channels import members, pending, policies
+from registry.domain.channels import pending, policies
 from registry.domain.channels.policies import (
     SERVES_NOTHING,
     Expected,
@@ -194,7 +194,7 @@ def attempt(
     current = cast(_State, session.execute(_STATE, values).one())
     policies.refuse_unpromotable(current.yank_reason, wanted)
     if release.kind == Kind.SET:
-        members.refuse_withdrawn(session, release.id, wanted.release)
+        set_members.refuse_withdrawn(session, release.id, wanted.release)
     check_expected(current.move_id, current.served_version, wanted.expected, wanted.subject)
     # A request that waited here may be older than the last move.
     actor = replace(actor, at=max(actor.at, current.at or actor.at))

@@ -6,6 +6,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from registry.database.tables import Canary, Channel, Job, Promotion, Release, Repository
+from registry.database.tables.fleet import RUNNING
 from registry.domain.access import audit
 from registry.domain.access.audit import Act, Actor
 from registry.domain.catalog import repositories
@@ -155,7 +156,7 @@ def end_replaced(session: Session, actor: Actor, promotion: Promotion, version: 
     end(session, actor, promotion, "replaced", error)
 
 
-RUNNING, ROLLED_BACK = "running", "rolled_back"
+ROLLED_BACK = "rolled_back"
 
 
 def running_canary(session: Session, channel_id: int) -> Canary | None:

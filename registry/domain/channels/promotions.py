@@ -12,9 +12,9 @@ from registry.database.tables import Approval, Channel, Move, Namespace, Promoti
 from registry.domain.access import audit, tokens
 from registry.domain.access.audit import Act, Actor
 from registry.domain.access.roles import Role, holds, permit
-from registry.domain.catalog import releases, repositories
+from registry.domain.catalog import releases, repositories, set_members
 from registry.domain.catalog.repositories import Kind
-from registry.domain.channels import members, moves, pending, policies
+from registry.domain.channels import moves, pending, policies
 from registry.domain.channels.moves import Waiting
 from registry.domain.channels.pending import PENDING
 from registry.domain.channels.policies import Expected, PolicyReport, PromotionRequest, PromotionVerdict
@@ -347,7 +347,7 @@ def _refusal(session: Session, release: Release, wanted: PromotionRequest) -> Re
         moves.refuse_unsigned(session, release.id, releases.SignaturePolicy.of(namespace), named, wanted)
         policies.refuse_unpromotable(release.yank_reason if release.yanked else None, wanted)
         if wanted.kind is Kind.SET:
-            members.refuse_withdrawn(session, release.id, wanted.release)
+            set_members.refuse_withdrawn(session, release.id, wanted.release)
     except Refused as error:
         return error
     return None

@@ -8,10 +8,9 @@ from sqlalchemy.orm import Session
 
 from registry.database.prepared import Prepared
 from registry.database.tables import Channel, Move, Release, Repository, Revision
-from registry.domain.catalog import releases, repositories
+from registry.domain.catalog import releases, repositories, set_members
 from registry.domain.catalog.release_rows import COLUMNS, NAMED
 from registry.domain.catalog.repositories import Kind
-from registry.domain.channels import members
 from registry.domain.channels.serving import find_channel, serving_move
 from registry.errors import NotFound, Usage
 from registry.formats.references import Reference, RepositoryName, parse_version
@@ -116,7 +115,7 @@ def _with_members(session: Session, resolved: ResolvedRow) -> ResolvedRow:
     if resolved.row.kind != Kind.SET:
         return resolved
     return replace(
-        resolved, remark=" ".join(filter(None, (resolved.remark, *members.warnings(session, resolved.row.id))))
+        resolved, remark=" ".join(filter(None, (resolved.remark, *set_members.warnings(session, resolved.row.id))))
     )
 
 

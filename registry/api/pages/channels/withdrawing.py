@@ -17,8 +17,8 @@ from registry.api.pages.html.wire import ERRORS, PageReleaser, PageRoute, Reposi
 from registry.database.engine import Session
 from registry.database.tables import Release
 from registry.domain.access.audit import Actor
-from registry.domain.catalog import deprecations, releases
-from registry.domain.channels import members, withdrawals
+from registry.domain.catalog import deprecations, releases, set_members
+from registry.domain.channels import withdrawals
 from registry.domain.channels.serving import ServedChange
 from registry.domain.rollouts import fleet
 from registry.errors import RegistryError, Unavailable
@@ -125,6 +125,6 @@ def _page(asked: Withdrawal, template: str, error: RegistryError | None = None) 
             "successor": row.successor,
             "changes": changes,
             "loaded_on": fleet.loaded_on(session, row, asked.actor.at),
-            "sets": members.sets_with(session, asked.actor, row),
+            "sets": set_members.sets_with(session, asked.actor, row),
         }
     return page_about(asked.request, template, asked.named, error=error, version=str(asked.version), **values)

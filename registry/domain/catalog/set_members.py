@@ -7,11 +7,11 @@ from sqlalchemy import or_, select
 from sqlalchemy.orm import Session, aliased
 
 from registry.database.tables import Canary, Channel, Release, ReleaseInput, Repository
+from registry.database.tables.fleet import RUNNING
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import readable
 from registry.domain.catalog.releases import full_name
 from registry.domain.catalog.repositories import Kind
-from registry.domain.channels.pending import RUNNING
 from registry.errors import Refused
 
 
