@@ -43,7 +43,7 @@ from composer.merge.chunks import TensorPlan
 from composer.merge.grown import grown_vocabulary, refuse_uneven, with_new_rows
 from composer.merge.quantized.dequantized import Dequantized, dequantized
 from composer.merge.quantized.gap import quantized_bases
-from composer.merge.reference import Reference, reference_of
+from composer.merge.reference import MergeReference, reference_of
 from composer.merge.shards import ShardPlan
 from composer.merge.side_files import SideFiles, planned_side_files
 from composer.methods.combine import combine_parsed
@@ -72,7 +72,7 @@ class MergePlan:
     inputs: Mapping[Path, Identity]
     side_files: SideFiles
     retention: Callable[[], Retention]
-    reference: Callable[[], Reference]
+    reference: Callable[[], MergeReference]
     compressions: tuple[Compression, ...] = ()
     rounding: Rounding = field(default_factory=Rounding)
     strict: bool = False

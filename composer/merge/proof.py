@@ -37,7 +37,7 @@ from composer.formats.checkpoints.staging import NOTE_FILE, write_json
 from composer.formats.recipes.phrases import with_phrase
 from composer.formats.recipes.suite import Example, Suite
 from composer.merge.plan import MergePlan
-from composer.merge.reference import Reference
+from composer.merge.reference import MergeReference
 from composer.merge.side_files import SideFiles
 
 MAX_PROMPTS = 16
@@ -135,7 +135,7 @@ class Proof:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Expected:
+class _ExpectedAnswers:
     """What the result should answer: the prompts' token ids as text and, where there is a chat template, as a chat; the
     rows to compare, and their logits (P x V) from the reference and from the base alone."""
 
@@ -174,7 +174,9 @@ def record_proof(directory: Path, proof: Proof) -> None:
         card.write(f"\n{proof.words}\n")
 
 
-def _expected(plan: MergePlan, reference: Reference, prompts: Sequence[ProofPrompt], device: str) -> _Expected:
+def _expected(
+    plan: MergePlan, reference: MergeReference, prompts: Sequence[ProofPrompt], device: str
+) -> _ExpectedAnswers:
     """Raises NotSupported, Mismatch or InvalidFile for a base that cannot be loaded or does not take the deltas, and
     for prompts that it cannot read."""
     loaded = load_model(plan.checkpoint.path, device, exact=True)
@@ -187,7 +189,7 @@ def _expected(plan: MergePlan, reference: Reference, prompts: Sequence[ProofProm
     rows = _bounded([prompt.encoded(loaded) for prompt in prompts])
     base_PV, logits_PV = _logits(loaded, rows), _logits(loaded, rows, reference.deltas)
     ids = [_ids(loaded, prompt.prompt, chat=loaded.tokenizer.chat_template is not None) for prompt in prompts]
-    return _Expected(ids=ids, rows=rows, logits=logits_PV, base_logits=base_PV, dtype=loaded.model.dtype)
+    return _ExpectedAnswers(ids=ids, rows=rows, logits=logits_PV, base_logits=base_PV, dtype=loaded.model.dtype)
 
 
 def _expected_tokenizer(base: Path, side_files: SideFiles, loaded: LoadedModel) -> Any:
@@ -256,7 +258,7 @@ def _other_tokens(
     return ""
 
 
-def _compared(own_PV: torch.Tensor, expected: _Expected, dtype: torch.dtype, reference: str) -> Proof:
+def _compared(own_PV: torch.Tensor, expected: _ExpectedAnswers, dtype: torch.dtype, reference: str) -> Proof:
     if own_PV.shape != expected.logits.shape:
         why = f"its logits have the shape {list(own_PV.shape)} instead of {list(expected.logits.shape)}."
         return Proof(state="failed", reference=reference, why=why)

@@ -15,7 +15,7 @@ from composer.methods.structural import for_head, heads_alike
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Reference:
+class MergeReference:
     """`deltas` on the base, whose vocabulary grows to `vocabulary_rows` (0: it does not grow). Of a sum they are the
     adapters' own, times their weights, so that the combination is checked too; otherwise those of the combination.
     `impossible` says why no deltas describe the result; empty if they do."""
@@ -32,13 +32,13 @@ def reference_of(
     settings: AnySettings,
     combined: CombinedDeltas,
     vocabulary_rows: int,
-) -> Reference:
+) -> MergeReference:
     """The reference of a merge of `combined`, which the method made of the adapters."""
     words = "the base with its adapters" if len(adapters) > 1 else "the base with the adapter"
     shared = [finding for finding in combined.findings if finding.code == "tied_shared"]
     if shared:
         why = "with tied=shared a change of one side of the tied tensor acts on both, which no adapter in memory does"
-        return Reference(words=words, deltas=(), impossible=f"{why}.")
+        return MergeReference(words=words, deltas=(), impossible=f"{why}.")
     if is_sum(settings) and not settings.in_order:
         own = effective_weights(weights, settings)
         members = participating(adapters, own, settings)
@@ -47,13 +47,13 @@ def reference_of(
             for member, weight in zip(members, own, strict=True)
             for delta in member.deltas
         ]
-        return Reference(words=words, deltas=deltas, vocabulary_rows=vocabulary_rows)
+        return MergeReference(words=words, deltas=deltas, vocabulary_rows=vocabulary_rows)
     heads = heads_alike(adapters) if combined.tied == "shared" else {}
     twins = [
         for_head(delta, heads[delta.weight])
         for delta in combined.deltas
         if delta.weight in heads and not is_head(delta.module)
     ]
-    return Reference(
+    return MergeReference(
         words="the base with the combined adapter", deltas=[*combined.deltas, *twins], vocabulary_rows=vocabulary_rows
     )

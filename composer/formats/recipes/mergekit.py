@@ -58,7 +58,7 @@ _PARAMETERS = {"weight", "density", "gamma", "epsilon", "normalize", "rescale", 
 
 
 @dataclass(frozen=True, slots=True)
-class Imported:
+class ImportedRecipe:
     """A recipe without outputs, and what was left out or differs, in sentences."""
 
     recipe: dict[str, Any]
@@ -75,7 +75,7 @@ class _Model:
     parameters: Mapping[str, object]
 
 
-def recipe_of_mergekit(text: str, subject: str) -> Imported:
+def recipe_of_mergekit(text: str, subject: str) -> ImportedRecipe:
     """Parses a configuration. Raises InvalidFile for what is not one, and NotSupported naming what has no counterpart
     and changes the result."""
     document = load_yaml(text, subject, lambda place, problem: _bad(place, f"it is not YAML: {problem}"))
@@ -92,7 +92,7 @@ def recipe_of_mergekit(text: str, subject: str) -> Imported:
     shared = _mapping(config.get("parameters") or {}, "parameters")
     models = list(_models(config, shared))
     base = _base(models, config)
-    return Imported(
+    return ImportedRecipe(
         {"base": base, "inputs": _inputs(models, method, shared), "method": method.name}
         | _settings(models, method, shared)
         | _dtype(config),

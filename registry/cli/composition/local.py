@@ -21,7 +21,7 @@ from registry.cli.composition.calibration import (
     refuse_uneven,
 )
 from registry.cli.composition.compose import Rules, Settings, settings_of, with_rules
-from registry.cli.composition.recipe_file import Combination, Optimized, RecipeFile, RecipeOptions, combination_of
+from registry.cli.composition.recipe_file import LocalCombination, Optimized, RecipeFile, RecipeOptions, combination_of
 from registry.cli.console import complete, render
 from registry.cli.console.connect import connected, release_directory, resolved
 from registry.cli.console.groups import refuse_idle, root
@@ -121,7 +121,9 @@ def merge(  # noqa: PLR0913
     _merge(how, open_checkpoint(how.base or Path(), dequantize), output, device, strict=strict, json=json)
 
 
-def _merge(how: Combination, checkpoint: "Checkpoint", output: Path, device: str, *, strict: bool, json: bool) -> None:
+def _merge(
+    how: LocalCombination, checkpoint: "Checkpoint", output: Path, device: str, *, strict: bool, json: bool
+) -> None:
     from composer.formats.recipes.weights import Weight
     from composer.merge.plan import plan_merge
     from composer.merge.run import run_merge
@@ -174,14 +176,14 @@ def _given(  # noqa: PLR0913
     base: Path | None,
     files: ExampleFiles,
     device: str,
-) -> Combination:
+) -> LocalCombination:
     """The combination that options state."""
     adapters, method = _weighted(adapter or [], rule), method or "stack"
     proof = prompts_of_proof(files, base) if base else []
     calibration = local_calibration(method, settings, base, files, device)
     refuse_uneven(calibration, adapters)
     rounding = _rounding(None, None)
-    return Combination(base, adapters, method, settings, calibration, rounding, proof=proof)
+    return LocalCombination(base, adapters, method, settings, calibration, rounding, proof=proof)
 
 
 def _rows_of(report: "MergeReport", document: Mapping[str, Any]) -> list[tuple[str, Any]]:
@@ -234,7 +236,7 @@ def combine(  # noqa: PLR0913
     _combine(how, output, device, strict=strict or how.strict, json=json)
 
 
-def _combine(how: Combination, output: Path, device: str, *, strict: bool, json: bool) -> None:
+def _combine(how: LocalCombination, output: Path, device: str, *, strict: bool, json: bool) -> None:
     from composer.checks.bases import names_of
     from composer.export.combine import combine as combine_adapters
     from composer.formats.checkpoints.checkpoint import open_checkpoint

@@ -56,7 +56,7 @@ class RecipeOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class Combination:
+class LocalCombination:
     """What is combined or merged, as a recipe or options state it. `calibration` has the examples of a fitted method;
     `proof` are prompts to compare a merged model on. `searched` is the report of the search that chose the method."""
 
@@ -78,7 +78,7 @@ class Combination:
         return {"optimized": self.searched} if self.searched else {}
 
 
-def combination_of(path: Path, options: RecipeOptions) -> Combination:
+def combination_of(path: Path, options: RecipeOptions) -> LocalCombination:
     """Reads the recipe, finds its inputs and suites, and searches if that is asked for. Prints why and exits 1 if
     nothing fits. Raises InvalidFile for a bad recipe, Usage for one that publishes only a set, and what the registry
     raises for a release or a suite that is not on this machine."""
@@ -130,7 +130,7 @@ class _Local:
     files: Mapping[str, str]
     options: RecipeOptions
 
-    def combination(self) -> Combination:
+    def combination(self) -> LocalCombination:
         from composer.formats.recipes.methods import parse_settings
         from composer.formats.recipes.weights import Weight
         from composer.merge.proof import proof_prompts
@@ -151,7 +151,7 @@ class _Local:
         parsed = parse_settings(method, settings)
         sets = self._sets(suites, phrases, count or getattr(parsed, "examples", 0)) if parsed.pipeline.fitted else []
         named = {suite.name: phrase for suite, phrase in zip(suites, phrases, strict=True) if suite and phrase}
-        return Combination(
+        return LocalCombination(
             base=self.group.directory,
             adapters=list(zip(self.group.directories, weights, strict=True)),
             method=method,

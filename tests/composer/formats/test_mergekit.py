@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from composer.errors import InvalidFile, NotSupported
-from composer.formats.recipes.mergekit import Imported, recipe_of_mergekit
+from composer.formats.recipes.mergekit import ImportedRecipe, recipe_of_mergekit
 from composer.formats.recipes.recipe import parse_recipe
 
 FILTERS = [{"filter": "self_attn", "value": 0.2}, {"filter": "layers.1", "value": 0.9}, {"value": 0.5}]
@@ -20,12 +20,12 @@ def model(adapter: str, **parameters: object) -> dict[str, object]:
     return {"model": name, **({"parameters": parameters} if parameters else {})}
 
 
-def imported(method: str, *models: dict[str, object], **config: object) -> Imported:
+def imported(method: str, *models: dict[str, object], **config: object) -> ImportedRecipe:
     stated = {"merge_method": method, "base_model": "acme/base", "models": list(models), **config}
     return recipe_of_mergekit(yaml.safe_dump({key: value for key, value in stated.items() if value is not None}), "m")
 
 
-def weights(made: Imported) -> dict[str, float]:
+def weights(made: ImportedRecipe) -> dict[str, float]:
     parse_recipe(made.recipe)  # a recipe
     return {source["adapter"]: source["weight"] for source in made.recipe["inputs"]}
 
