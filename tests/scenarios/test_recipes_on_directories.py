@@ -114,6 +114,7 @@ def test_a_search_by_a_recipe_chooses_what_is_combined_and_is_in_the_result(
     [
         ({}, ["--method", "ties"], "--method has no effect with a recipe, which states it"),
         ({}, ["--adapter", "x"], "--adapter names 3 directories for the 2 inputs"),
+        ({"inputs": ["sql", "terraform", "support"]}, ["--adapter", "x=0.5"], "x=0.5 in --adapter is not a directory"),
         ({"method": "regmean", "inputs": [{"adapter": "sql"}, {"adapter": "terraform"}]}, [], "no suite of"),
         ({"set": "acme/all:1.0.0", "method": None, "adapter": None, "model": None,
           "inputs": ["acme/sql", "acme/terraform"]}, [], "publishes a set, which combines nothing"),
@@ -154,3 +155,11 @@ def test_a_configuration_of_mergekit_is_imported_as_a_recipe_that_merges_directo
     assert_same(tmp_path / "merged", tmp_path / "own")
     again = on_disk("recipe", "import", tmp_path / "mergekit.yaml", "-o", tmp_path / "imported.yaml")
     assert (again.code, "exists" in again.err) == (4, True)
+
+
+def test_a_recipe_of_directories_without_a_base_says_that_it_needs_one(
+    on_disk: Cli, world: World, tmp_path: Path
+) -> None:
+    options = [word for name in NAMES for word in ("--adapter", world.adapters[name])]
+    refused = on_disk("merge", written(tmp_path, base=None), *options, "-o", tmp_path / "out")
+    assert (refused.code, "names no base, and its inputs are directories" in refused.err) == (2, True), refused.err

@@ -13,6 +13,7 @@ from typing import Any, cast
 from composer.errors import InvalidFile, NotSupported
 from composer.formats.recipes.documents import load_yaml
 from composer.formats.recipes.recipe import DTYPES
+from composer.formats.recipes.weights import LARGEST
 from composer.formats.untrusted import printable
 
 _REFUSED_KEYS = {
@@ -106,20 +107,42 @@ def _models(config: Mapping[str, object], shared: Mapping[str, object]) -> Itera
         raise _bad("models", "it is not a list of models")
     for index, row in enumerate(cast("list[object]", listed)):
         stated = _mapping(row, f"models[{index}]")
-        name = stated.get("model")
-        if not isinstance(name, str) or not name.strip("+ "):
-            raise _bad(f"models[{index}].model", "it is not a text such as BASE+ADAPTER")
+        name = _reference(stated.get("model"), f"models[{index}].model")
         own = _mapping(stated.get("parameters") or {}, f"models[{index}].parameters")
+        if other := sorted(set(stated) - {"model", "parameters"}):
+            raise _no_counterpart(f"models[{index}].{other[0]}", "it is not known here")
         if unknown := sorted((set(own) | set(shared)) - _PARAMETERS):
             raise _no_counterpart(f"the parameter {unknown[0]}", "it is not known here")
         model, _, adapter = name.partition("+")
         yield _Model(name, model.strip(), adapter.strip(), own)
 
 
+def _reference(value: object, place: str) -> str:
+    """BASE+ADAPTER, also from the mapping of both that mergekit writes."""
+    if isinstance(value, dict):
+        parts = _mapping(cast("object", value), place)
+        if unknown := sorted(set(parts) - {"model", "lora", "override_architecture"}):
+            raise _no_counterpart(f"{place}.{unknown[0]}", "it is not known here")
+        paths = [_path(parts.get("model"), f"{place}.model")]
+        return "+".join(paths + ([_path(parts["lora"], f"{place}.lora")] if parts.get("lora") else []))
+    if not isinstance(value, str) or not value.strip("+ "):
+        raise _bad(place, "it is not a text such as BASE+ADAPTER")
+    return value
+
+
+def _path(value: object, place: str) -> str:
+    """PATH, or PATH@REVISION, of a text or a mapping."""
+    stated = {"path": value} if isinstance(value, str) else _mapping(value, place)
+    parts = [stated.get("path"), *filter(None, [stated.get("revision")])]
+    if not all(isinstance(part, str) and part for part in parts):
+        raise _bad(place, "it has no path")
+    return "@".join(map(str, parts))
+
+
 def _base(models: list[_Model], config: Mapping[str, object]) -> str:
     """The base of all models. Raises NotSupported for full fine-tunes, and for adapters of several bases."""
     stated = config.get("base_model")
-    base = stated if isinstance(stated, str) else models[0].base
+    base = models[0].base if stated is None else _reference(stated, "base_model")
     if "+" in base:
         raise _no_counterpart("base_model", f"{base} is a base with an adapter, and the deltas are taken from it")
     for model in models:
@@ -146,7 +169,7 @@ def _inputs(models: list[_Model], method: _Method, shared: Mapping[str, object])
         divisor = 1.0
     elif ruled:
         raise _no_counterpart("weight", "weights by filter are divided by another sum in each module")
-    elif not counted:
+    elif isclose(counted, 0, abs_tol=1e-9):
         raise _bad("weight", "the weights add up to 0")
     else:
         divisor = counted
@@ -167,11 +190,18 @@ def _weight(model: _Model, shared: Mapping[str, object]) -> tuple[float, list[di
             own, wanted = _number(row.get("value"), f"weight of {model.name}"), row.get("filter")
             if wanted is None or wanted == "*":
                 return own, rules
-            rules.append({"modules": f"*{wanted}*", "weight": own})
+            rules.append({"modules": f"*{_part_of_name(wanted, model.name)}*", "weight": own})
         raise _no_counterpart(f"weight of {model.name}", "no row without a filter says what holds elsewhere")
     if value is None and not model.adapter:
         return 0.0, []
     return _number(cast("object", value), f"weight of {model.name}"), []
+
+
+def _part_of_name(wanted: object, model: str) -> str:
+    """A filter is a part of a tensor's name; rules are for modules."""
+    if not isinstance(wanted, str) or set(wanted) & set("*?[]"):
+        raise _no_counterpart(f"the filter {printable(wanted)} of {model}", "it is not plain text of a tensor name")
+    return wanted.removesuffix(".weight")
 
 
 def _settings(models: list[_Model], method: _Method, shared: Mapping[str, object]) -> dict[str, Any]:
@@ -196,9 +226,9 @@ def _settings(models: list[_Model], method: _Method, shared: Mapping[str, object
 
 def _flag(name: str, default: bool, shared: Mapping[str, object]) -> bool:
     value = shared.get(name, default)
-    if not isinstance(value, bool):
+    if value not in (True, False):  # also 1 and 0
         raise _bad(name, f"{printable(value)} is neither true nor false")
-    return value
+    return bool(value)
 
 
 def _dtype(config: Mapping[str, object]) -> dict[str, str]:
@@ -236,6 +266,8 @@ def _number(value: object, place: str) -> float:
             value = float(value)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise _bad(place, f"{printable(value)} is not a number")
+    if not -LARGEST <= value <= LARGEST:
+        raise _bad(place, f"it is not a number of at most {LARGEST:g} in magnitude")
     return float(value)
 
 

@@ -93,9 +93,12 @@ def combination_of(path: Path, options: RecipeOptions) -> LocalCombination:
     if recipe.gates or recipe.evaluate:
         render.say("evaluations and gates of the recipe are for `adaptory compose`: nothing is evaluated here")
     with ExitStack() as stack:
-        names, base = _names(recipe, path, options.adapters), options.base or path.parent / (recipe.base or "")
-        known = str(base) if options.base or (recipe.base and base.is_dir()) else recipe.base
+        names, beside = _names(recipe, path, options.adapters), path.parent / (recipe.base or "")
+        known = str(options.base) if options.base else str(beside) if recipe.base and beside.is_dir() else recipe.base
         group = AdapterGroup(lambda: stack.enter_context(connected()), names, known, None, render, least=1)
+        if group.base is None and group.base_directory is None:
+            message, step = f"{path} names no base, and its inputs are directories.", "Name its directory with --base."
+            raise Usage("base_missing", message, subject=str(path), next_step=step)
         return _Local(recipe, group, _files(path, options.suites), options).combination()
 
 
@@ -105,6 +108,10 @@ def _names(recipe: "Recipe", path: Path, given: Sequence[str]) -> list[str]:
     if given and len(given) != len(recipe.inputs):
         message = f"--adapter names {len(given)} directories for the {len(recipe.inputs)} inputs of {path}."
         raise Usage("inputs_uneven", message, subject="--adapter")
+    for name in given:
+        if not Path(name).is_dir():
+            message, step = f"{name} in --adapter is not a directory.", "Name a directory; the recipe states the weight."
+            raise Usage("no_adapter", message, subject=name, next_step=step)
     beside = [path.parent / source.adapter for source in recipe.inputs]
     stated = [
         str(directory) if directory.is_dir() else source.adapter

@@ -132,7 +132,7 @@ def test_an_average_that_would_scale_the_base_is_refused() -> None:
         ("{merge_method: ties, models: [{model: b+a, parameters: {weight: x}}]}", "weight of b+a"),
         ("{merge_method: ties, models: [{model: b+a}]}", "weight of b+a"),
         (
-            "{merge_method: ties, models: [{model: b+a, parameters: {weight: 1}}], parameters: {normalize: 1}}",
+            "{merge_method: ties, models: [{model: b+a, parameters: {weight: 1}}], parameters: {normalize: 2}}",
             "normalize",
         ),
     ],
@@ -141,3 +141,42 @@ def test_what_is_no_configuration_is_refused_with_its_place(text: str, named: st
     with pytest.raises(InvalidFile) as refused:
         recipe_of_mergekit(text, "m.yaml")
     assert (refused.value.code, named in refused.value.message) == ("bad_mergekit", True), refused.value.message
+
+
+@pytest.mark.parametrize("lora", ["red@r1", {"path": "red", "revision": "r1"}])
+def test_mappings_that_mergekit_writes_are_read_as_its_texts(lora: object) -> None:
+    row = {"model": {"model": {"path": "acme/base", "revision": None}, "lora": lora}, "parameters": {"weight": 1}}
+    base = {"model": {"path": "acme/base"}}
+    made = imported("ties", row, base_model=base, parameters={"normalize": 1})
+    assert made.recipe["base"] == "acme/base"
+    assert weights(made) == {"red@r1": 1.0}
+    assert made.recipe["settings"]["divide"] == "weights"
+
+
+@pytest.mark.parametrize(
+    ("models", "config", "said"),
+    [
+        ([model("red", weight=10**400)], {}, "weight of acme/base.red"),
+        ([model("red", weight=float("nan"))], {}, "weight of acme/base.red"),
+        ([model("red", weight=1e308), model("green", weight=1e308)], {}, "weight of acme/base.red"),
+        ([model("red", weight=1), model("green", weight=-0.99999999999999)], {"normalize": True}, "add up to 0"),
+        ([model("red", weight=1)], {"base_model": 5}, "base_model"),
+        ([model("red", weight=1)], {"base_model": {"model": {"path": "acme/other"}}}, "acme/other"),
+        ([{**model("red", weight=1), "layer_range": [0, 4]}], {}, "layer_range"),
+        ([model("red", weight=[{"filter": "a*[b", "value": 1}, {"value": 2}])], {}, "filter"),
+        ([model("red", weight=[{"filter": ["q"], "value": 1}, {"value": 2}])], {}, "filter"),
+    ],
+)
+def test_values_that_no_recipe_could_have_are_refused_by_name(
+    models: list[dict[str, object]], config: dict[str, Any], said: str
+) -> None:
+    parameters = {key: value for key, value in config.items() if key == "normalize"}
+    others = {key: value for key, value in config.items() if key != "normalize"}
+    with pytest.raises((InvalidFile, NotSupported), match=said):
+        imported("task_arithmetic", *models, parameters=parameters, **others)
+
+
+def test_a_filter_by_a_tensors_full_name_is_a_rule_for_its_module() -> None:
+    rows = [{"filter": "q_proj.weight", "value": 0.2}, {"value": 0.5}]
+    rules = imported("task_arithmetic", model("red", weight=rows)).recipe["inputs"][0]["rules"]
+    assert rules == [{"modules": "*q_proj*", "weight": 0.2}]

@@ -229,3 +229,33 @@ def test_of_a_base_that_transformers_cannot_load_the_proof_says_that_nothing_was
     proof = merged_and_proved(planned(bare, members), tmp_path / "out")
     assert proof.state == "impossible"
     assert "could not be compared" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_prompts_beyond_the_context_are_left_out_of_a_proof_also_if_only_their_chat_is(
+    plan: MergePlan, tmp_path: Path
+) -> None:
+    asked = [ProofPrompt("a" * 500, "b"), ProofPrompt("a" * 110, "b"), ProofPrompt("which letter?", "a")]
+    proof = merged_and_proved(plan, tmp_path / "out", asked)
+    assert (proof.state, proof.prompts) == ("proved", 1)
+    assert "fits into the context" in merged_and_proved(plan, tmp_path / "none", asked[:2]).why
+
+
+def test_a_template_that_writes_the_time_does_not_fail_the_proof(
+    base: Path, members: list[Path], tmp_path: Path
+) -> None:
+    shutil.copytree(base, tmp_path / "base")
+    template = tmp_path / "base" / "chat_template.jinja"
+    template.write_text("{{ strftime_now('%f') }}" + template.read_text())
+    timed = planned(tmp_path / "base", members)
+    proof = merged_and_proved(timed, tmp_path / "out", [ProofPrompt("which letter?", "a")])
+    assert proof.state == "proved", proof
+    (tmp_path / "out" / "chat_template.jinja").unlink()
+    assert proof_of(timed, tmp_path / "out").state == "failed"
+
+
+def test_a_tokenizer_that_makes_no_tokens_fails_the_proof(plan: MergePlan, merged: Path) -> None:
+    tokenizer = json.loads((merged / "tokenizer.json").read_text())
+    tokenizer["model"] |= {"vocab": {}, "unk_token": "none"}
+    tokenizer["normalizer"] = {"type": "Replace", "pattern": {"Regex": "[\\s\\S]"}, "content": ""}
+    (merged / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert proof_of(plan, merged).state == "failed"
