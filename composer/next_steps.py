@@ -86,8 +86,8 @@ NEXT_STEPS = {
     "padded": "Give one prompt, or measure on a machine where the base fits in memory.",
     "probe_members": "Give each member its own name.",
     "proof_failed": (
-        "Merge with --dtype float32, to see whether rounding is the cause; else on another disk. If it fails again, load "
-        "the base itself with transformers: its own files may be damaged."
+        "Merge with --dtype float32, to see whether rounding is the cause; else on another disk. If it fails again, "
+        "load the base itself with transformers: its own files may be damaged."
     ),
     "protect_idle": "Leave it out of protect, or give it a weight.",
     "protect_unknown": "Inputs are counted from 1.",

@@ -122,7 +122,9 @@ class Proof:
             f"of {self.prompts} prompts; its logits differ by {self.distance:g} at most (limit for {self.dtype}: "
             f"{self.limit:g}), those of the base alone by {self.base_distance:.1g} in the median."
         )
-        unclear = " The base alone is mostly within the limit too, so these prompts do not show what the adapters change."
+        unclear = (
+            " The base alone is mostly within the limit too, so these prompts do not show what the adapters change."
+        )
         return measured + (unclear if self.state == "undecided" else "")
 
     def to_json(self) -> dict[str, Any]:

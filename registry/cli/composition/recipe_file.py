@@ -110,7 +110,10 @@ def _names(recipe: "Recipe", path: Path, given: Sequence[str]) -> list[str]:
         raise Usage("inputs_uneven", message, subject="--adapter")
     for name in given:
         if not Path(name).is_dir():
-            message, step = f"{name} in --adapter is not a directory.", "Name a directory; the recipe states the weight."
+            message, step = (
+                f"{name} in --adapter is not a directory.",
+                "Name a directory; the recipe states the weight.",
+            )
             raise Usage("no_adapter", message, subject=name, next_step=step)
     beside = [path.parent / source.adapter for source in recipe.inputs]
     stated = [
