@@ -29,6 +29,7 @@ def page(cli: Cli, path: str) -> str:
         return http.get(path).text
 
 
+@pytest.mark.on("PostgreSQL")
 def test_before_a_member_is_withdrawn_the_sets_that_serve_it_are_named(with_set: Cli) -> None:
     assert (
         f"{SET}, served by prod, has it as a member"

@@ -27,18 +27,19 @@ def sets_with(session: Session, actor: Actor, release: Release, *, same_files: b
     """The sets with the release as a member that are not yanked and that the actor may read; with `same_files`, also
     those with another version of its files."""
     member = aliased(Release)
+    having = (
+        select(ReleaseInput.release_id)
+        .join(member, member.id == ReleaseInput.input_id)
+        .where(member.revision_id == release.revision_id if same_files else member.id == release.id)
+    )
     query = (
         select(Release)
         .join(Repository, Repository.id == Release.repository_id)
-        .join(ReleaseInput, ReleaseInput.release_id == Release.id)
-        .join(member, member.id == ReleaseInput.input_id)
-        .where(Repository.kind == Kind.SET, ~Release.yanked, readable(actor, Repository.namespace))
-        .where(member.revision_id == release.revision_id if same_files else member.id == release.id)
+        .where(Release.id.in_(having), Repository.kind == Kind.SET, ~Release.yanked)
+        .where(readable(actor, Repository.namespace))
+        .order_by(Release.id)
     )
-    return [
-        ServingSet(full_name(row), tuple(_channels(session, row)))
-        for row in session.scalars(query.distinct().order_by(Release.id))
-    ]
+    return [ServingSet(full_name(row), tuple(_channels(session, row))) for row in session.scalars(query)]
 
 
 def warnings(session: Session, set_id: int) -> list[str]:

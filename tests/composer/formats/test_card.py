@@ -110,7 +110,7 @@ def test_a_hostile_card_is_one_warning_and_costs_little(kind: str) -> None:
 
 def test_a_card_shows_any_phrase_as_it_is_and_no_share_of_the_sum_beside_phrases() -> None:
     phrases = {"a": "As `SQL` | or not:", "b": "In short."}
-    made = made_card("Adapter", ["x", "y"], "regmean", "keeps 0 % of the sum; x 51 %, y 59 %", phrases)
+    made = made_card("Adapter", ["x", "y"], "regmean", "keeps 0 % of the sum; x 51 %, y 59 %", {"phrases": phrases})
     assert "| a | `` As `SQL` \\| or not: `` |" in made
     assert "| b | `In short.` |" in made
     assert "of the sum" not in made, "a release with all answers left keeps 0 % of it"
