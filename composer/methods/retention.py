@@ -67,8 +67,8 @@ class KeptAdapter:
 @dataclass(frozen=True, slots=True)
 class Retention:
     """What a combination keeps of the weighted sum of its adapters, and of each of them. `of_sum` is None where an
-    adapter has no factors, or where the result depends on the base or is too large to compute twice. Of a `fitted`
-    method there are no words: RegMean kept all answers of two adapters and, as weights, 0 % of their sum."""
+    adapter has no factors, or where the result depends on the base or is too large to compute twice. A `fitted`
+    method gets no words, since its weights do not tell: RegMean kept nearly all answers and 0 % of the sum."""
 
     of_sum: float | None
     members: tuple[KeptAdapter, ...]
