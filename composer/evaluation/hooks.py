@@ -20,14 +20,14 @@ Deltas = Iterable[Delta]
 
 
 @contextmanager
-def deltas_applied(model: nn.Module, deltas: Deltas) -> Iterator[None]:
+def deltas_applied(model: nn.Module, deltas: Deltas, *, in_weights: bool = False) -> Iterator[None]:
     """Activates `deltas` on the model inside the block; several on one module add up. The model's weights do not
     change.
 
     A low-rank delta adds scale * (x A^T) B^T to its module's output, in float32 with one rounding to the output's
     dtype. Deltas of experts, convolutions or packed parameters, and computed ones, replace the parameter by a changed
-    copy. A replacement takes the parameter's place. Each acts on the module that it names, so on a tied weight only on
-    that side.
+    copy, and so do all of them with `in_weights`. A replacement takes the parameter's place. Each acts on the module
+    that it names, so on a tied weight only on that side.
 
     Raises Mismatch naming a module that is missing or has another shape, and NotSupported naming one of a class that
     deltas cannot be applied to.
@@ -38,7 +38,7 @@ def deltas_applied(model: nn.Module, deltas: Deltas) -> Iterator[None]:
         for delta in deltas:
             if isinstance(delta, Replacement):
                 undo.enter_context(_replaced(module_of(model, delta.module), delta))
-            elif isinstance(delta, LowRank) and _is_called(model, delta):
+            elif isinstance(delta, LowRank) and not in_weights and _is_called(model, delta):
                 hooked[delta.module].append(delta)
             else:
                 path, begin = _path(delta), delta.stacked.begin if delta.stacked else 0
@@ -57,11 +57,13 @@ def _path(delta: Additive) -> str:
 
 
 def _is_called(model: nn.Module, delta: LowRank) -> bool:
-    """Whether the delta belongs to a module whose own forward uses its weight. An attention's packed projections are
-    used by the attention itself."""
+    """Whether the delta belongs to a module whose own forward returns the product with its weight. An attention's
+    packed projections are used by the attention itself, and a router of experts returns scores."""
     if delta.stacked or delta.kernel or not delta.weight.endswith(".weight"):
         return False
-    return type(module_of(model, delta.module)).__name__ != "NonDynamicallyQuantizableLinear"
+    module = module_of(model, delta.module)
+    scores = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
+    return not scores and type(module).__name__ != "NonDynamicallyQuantizableLinear"
 
 
 def module_of(model: nn.Module, path: str) -> nn.Module:

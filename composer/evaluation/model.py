@@ -3,7 +3,7 @@
 import os
 import threading
 from collections import Counter
-from collections.abc import Generator
+from collections.abc import Collection, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -27,6 +27,8 @@ BATCH_TOKENS = {"cpu": 512, "cuda": 16384}
 _STREAMED_TOKENS = 8192
 _WEIGHTS_SHARE = 0.8  # of the free memory; the rest is for activations, logits and other processes
 _KEPT_SHARE = 0.5  # of it, when weights are streamed through the other half
+_SAID = 300
+"""Characters that are shown of an error of transformers."""
 # Explicitly off: otherwise transformers asks on the terminal whether to run it.
 _GIVEN: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
@@ -73,7 +75,7 @@ def load_model(
     `device` auto is CUDA if there is one. `dtype` None is the checkpoint's own, or float32 if the device has no
     arithmetic in it, or for `exact` arithmetic, and the larger weights fit. Weights that need more than `memory` bytes
     of the device are streamed (None: most of what is free there now). Raises composer's errors for a checkpoint that
-    cannot be read, and InvalidFile if transformers refuses the model or its tokenizer.
+    cannot be read, and InvalidFile if transformers refuses the model or its tokenizer, or would make up weights.
     """
     # An import from `transformers` itself makes Pyright read its 400 models, which takes a third of its time.
     from transformers.models.auto.modeling_auto import AutoModelForCausalLM
@@ -93,9 +95,12 @@ def load_model(
     # It draws a bar for reading weights even if stderr is not a terminal.
     logging.disable_progress_bar()
     tokenizer = load_tokenizer(checkpoint.path)
-    model: Any
     with _loading(checkpoint.path), modules_bounded(checkpoint):
-        model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=dtype or "auto", **_GIVEN, **device_map)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            checkpoint.path, dtype=dtype or "auto", output_loading_info=True, **_GIVEN, **device_map
+        )
+    model, loading = loaded
+    _refuse_random(checkpoint.path, loading["missing_keys"])
     return LoadedModel(
         model.eval() if streamed else model.eval().to(chosen), tokenizer, checkpoint.architecture, streamed
     )
@@ -118,9 +123,27 @@ def _loading(directory: Path) -> Generator[None]:
     except (MemoryError, torch.OutOfMemoryError, InvalidFile):
         raise  # the first two are not the checkpoint's fault
     except Exception as error:  # tokenizers raises a plain Exception for a damaged file
-        raise InvalidFile(
-            "model_not_loadable", f"{directory}: transformers cannot load it: {error}", subject=str(directory)
-        ) from error
+        raise _not_loadable(directory, f"transformers cannot load it: {_first_line(error, directory)}") from error
+
+
+def _first_line(error: Exception, directory: Path) -> str:
+    """What transformers says, without the list of all its models, and without the path, which pages would show."""
+    if "trust_remote_code" in str(error):
+        return "it has code of its own, which is not executed (trust_remote_code)"
+    line = (str(error).splitlines() or [type(error).__name__])[0].replace(str(directory), directory.name)
+    return line if len(line) <= _SAID else f"{line[:_SAID]}…"
+
+
+def _not_loadable(directory: Path, why: str) -> InvalidFile:
+    return InvalidFile("model_not_loadable", f"{directory}: {why}", subject=str(directory))
+
+
+def _refuse_random(directory: Path, missing: Collection[str]) -> None:
+    """Raises InvalidFile for weights that the checkpoint lacks: transformers draws them at random, so that the same
+    model answers differently whenever it is loaded."""
+    if missing:
+        others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise _not_loadable(directory, f"as a causal language model it lacks {min(missing)}{others}.")
 
 
 def _refuse_adapter_beside(directory: Path) -> None:

@@ -161,7 +161,9 @@ def plan_merge(  # noqa: PLR0913
         inputs=inputs,
         side_files=beside,
         retention=cache(partial(retention_of, loaded, weights, parsed, combined)),
-        reference=partial(reference_of, loaded, weights, parsed, combined, vocabulary.rows),
+        reference=partial(
+            reference_of, loaded, weights, parsed, combined, vocabulary.rows, dequantized=bool(source.tensors)
+        ),
         compressions=tuple(combined.compressions),
         rounding=rounding or Rounding(),
         strict=strict,

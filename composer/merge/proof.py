@@ -9,8 +9,9 @@ Shapes: P positions, V vocabulary.
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from math import ceil, floor, isfinite, log10
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,7 +21,7 @@ import torch
 
 from composer.deltas.tensors import TORCH_DTYPES
 from composer.errors import InvalidFile, Mismatch, NotSupported, RefusedOutput
-from composer.evaluation.hooks import Deltas
+from composer.evaluation.hooks import Deltas, deltas_applied
 from composer.evaluation.measure import (
     Encoded,
     encode,
@@ -35,6 +36,7 @@ from composer.evaluation.prefix import Prefix
 from composer.formats.checkpoints.card import CARD_FILE
 from composer.formats.checkpoints.staging import NOTE_FILE, write_json
 from composer.formats.recipes.phrases import with_phrase
+from composer.formats.recipes.rounding import Mode
 from composer.formats.recipes.suite import Example, Suite
 from composer.merge.plan import MergePlan
 from composer.merge.reference import MergeReference
@@ -53,6 +55,7 @@ experts; a wrong tensor moves nearly all positions."""
 LIMITS = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 0.1}
 """The distance that rounding the weights to a dtype may cause. For two adapters on SmolLM2-135M it was at most 1e-5 in
 float32, 0.002 in float16 and 0.036 in bfloat16; the base without them was at 0.9."""
+Load = Callable[[Path], LoadedModel]
 _ROUNDED_ACTIVATIONS = 4.0
 """Times the limit where float32 does not fit in memory: on that model, the distances were 0.025 and 0.19."""
 
@@ -90,10 +93,12 @@ class Proof:
     """How a merged checkpoint answers, compared with a `reference`: its base with deltas active. `equal` positions of
     all have the same likeliest next token. A distance is |a - b| / |b| of two positions' logits, each minus their mean:
     `distance` is the largest, rounded up; `base_distance` is the median of the base alone. `within` positions are
-    within `limit`, that of the weights' `dtype`. `computed_in` is the dtype of the arithmetic.
+    within `limit`, that of `dtype`: the weights' own, or that of the arithmetic where it is coarser. `computed_in` is
+    the dtype of the reference's arithmetic.
 
     `failed`: the first thing that differs. `undecided`: the base alone is within the limit on most positions too, so
-    that the prompts do not show whether the deltas were added. `impossible`: why nothing could be compared.
+    that the prompts do not show whether the deltas were added; or the result is beyond the limit, and so is what
+    rounding alone makes of the reference. `impossible`: why nothing could be compared.
     """
 
     state: Literal["proved", "failed", "undecided", "impossible"]
@@ -117,15 +122,13 @@ class Proof:
             return f"Whether it answers as {self.reference} could not be compared: {self.why}"
         if self.state == "failed":
             return f"It does not answer as {self.reference}: {self.why}"
+        kept = f", kept on {self.within}" if self.within < self.positions else ""
         measured = (
             f"Loaded with transformers, it answers as {self.reference} on {self.equal} of {self.positions} positions "
             f"of {self.prompts} prompts; its logits differ by {self.distance:g} at most (limit for {self.dtype}: "
-            f"{self.limit:g}), those of the base alone by {self.base_distance:.1g} in the median."
+            f"{self.limit:g}{kept}), those of the base alone by {self.base_distance:.1g} in the median."
         )
-        unclear = (
-            " The base alone is mostly within the limit too, so these prompts do not show what the adapters change."
-        )
-        return measured + (unclear if self.state == "undecided" else "")
+        return f"{measured} {self.why}".rstrip()
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "words": self.words}
@@ -150,24 +153,43 @@ class _ExpectedAnswers:
     dtype: torch.dtype
 
 
-def prove(plan: MergePlan, directory: Path, prompts: Sequence[ProofPrompt], device: str = "auto") -> Proof:
+def prove(
+    plan: MergePlan,
+    directory: Path,
+    prompts: Sequence[ProofPrompt],
+    device: str = "auto",
+    memory: int | None = None,
+) -> Proof:
     """Compares the merged checkpoint in `directory` with the plan's reference. Loads one model after the other, in
-    float32 where that fits; one that does not fit in memory is streamed from the disk."""
+    float32 where that fits; one that does not fit in memory, or in `memory` bytes, is streamed from the disk."""
     reference = plan.reference()
     if reference.impossible:
         return Proof(state="impossible", reference=reference.words, why=reference.impossible)
+    load = partial(load_model, device=device, memory=memory, exact=True)
     try:
-        expected = _expected(plan, reference, prompts, device)
+        expected = _expected(plan, reference, prompts, load)
     except (InvalidFile, Mismatch, NotSupported) as error:  # of the base or the prompts, not of the result
-        return Proof(state="impossible", reference=reference.words, why=error.message)
+        why = _without_path(error, plan.checkpoint.path)
+        return Proof(state="impossible", reference=reference.words, why=why)
     try:
-        loaded = load_model(directory, device, exact=True)
+        loaded = load(directory)
         if why := _other_tokens(loaded, expected):
             return Proof(state="failed", reference=reference.words, why=why)
-        return _compared(_logits(loaded, expected.rows), expected, _dtype_of(plan), reference.words)
+        logits, computed = _logits(loaded, expected.rows), loaded.model.dtype
     except (InvalidFile, Mismatch) as error:
-        why = error.message.removeprefix(f"{directory}: ")
+        return Proof(state="failed", reference=reference.words, why=_without_path(error, directory))
+    if logits.shape != expected.logits.shape:
+        why = f"its logits have the shape {list(logits.shape)} instead of {list(expected.logits.shape)}."
         return Proof(state="failed", reference=reference.words, why=why)
+    del loaded
+    proof = _compared(logits, expected, (_dtype_of(plan), expected.dtype, computed), reference.words)
+    if proof.state == "failed" and plan.rounding.mode is Mode.NEAREST:
+        return _judged_by_rounding(proof, logits, _rounded_logits(plan, reference, expected.rows, load))
+    return proof
+
+
+def _without_path(error: InvalidFile | Mismatch | NotSupported, directory: Path) -> str:
+    return error.message.removeprefix(f"{directory}: ")
 
 
 def record_proof(directory: Path, proof: Proof) -> None:
@@ -179,16 +201,11 @@ def record_proof(directory: Path, proof: Proof) -> None:
 
 
 def _expected(
-    plan: MergePlan, reference: MergeReference, prompts: Sequence[ProofPrompt], device: str
+    plan: MergePlan, reference: MergeReference, prompts: Sequence[ProofPrompt], load: Load
 ) -> _ExpectedAnswers:
     """Raises NotSupported, Mismatch or InvalidFile for a base that cannot be loaded or does not take the deltas, and
     for prompts that it cannot read."""
-    loaded = load_model(plan.checkpoint.path, device, exact=True)
-    if reference.vocabulary_rows:
-        if loaded.streamed:
-            message = "The vocabulary grows, and the base does not fit in memory."
-            raise NotSupported("streamed", message, subject=plan.checkpoint.path.name)
-        loaded.model.resize_token_embeddings(reference.vocabulary_rows, mean_resizing=False)
+    loaded = _base(plan, reference, load)
     loaded = replace(loaded, tokenizer=_expected_tokenizer(plan.checkpoint.path, plan.side_files, loaded))
     ids: dict[str, list[list[int]]] = {}
     encoded: list[Encoded] = []
@@ -210,6 +227,35 @@ def _expected(
         base_logits=_logits(loaded, rows),
         dtype=loaded.model.dtype,
     )
+
+
+def _base(plan: MergePlan, reference: MergeReference, load: Load) -> LoadedModel:
+    """The base, with the vocabulary of the result. Raises what `_expected` raises."""
+    loaded = load(plan.checkpoint.path)
+    if reference.vocabulary_rows:
+        if loaded.streamed:
+            message = "The vocabulary grows, and the base does not fit in memory."
+            raise NotSupported("streamed", message, subject=plan.checkpoint.path.name)
+        loaded.model.resize_token_embeddings(reference.vocabulary_rows, mean_resizing=False)
+    return loaded
+
+
+@torch.no_grad()
+def _rounded_logits(
+    plan: MergePlan, reference: MergeReference, rows: Sequence[Encoded], load: Load
+) -> torch.Tensor | None:
+    """P x V: the logits of the base whose weights have the deltas added and are rounded as the result's are. None where
+    they do not fit in memory."""
+    base = _base(plan, reference, load)
+    own = set(map(id, base.model.parameters()))
+    try:
+        with deltas_applied(base.model, reference.deltas, in_weights=True):
+            for parameter in base.model.parameters():
+                if plan.dtype is not None or id(parameter) not in own:
+                    parameter.copy_(parameter.to(_dtype_of(plan)))
+            return _logits(base, rows)
+    except NotSupported:
+        return None
 
 
 def _expected_tokenizer(base: Path, side_files: SideFiles, loaded: LoadedModel) -> Any:
@@ -279,18 +325,20 @@ def _other_tokens(loaded: LoadedModel, expected: _ExpectedAnswers) -> str:
     return ""
 
 
-def _compared(own_PV: torch.Tensor, expected: _ExpectedAnswers, dtype: torch.dtype, reference: str) -> Proof:
-    if own_PV.shape != expected.logits.shape:
-        why = f"its logits have the shape {list(own_PV.shape)} instead of {list(expected.logits.shape)}."
-        return Proof(state="failed", reference=reference, why=why)
-    limit = LIMITS.get(dtype, LIMITS[torch.bfloat16]) * (
-        1.0 if expected.dtype == torch.float32 else _ROUNDED_ACTIVATIONS
-    )
+def _compared(
+    own_PV: torch.Tensor,
+    expected: _ExpectedAnswers,
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
+    reference: str,
+) -> Proof:
+    """Compares the result's logits. `dtypes` are those of its weights, of the reference's arithmetic and of its own."""
+    coarsest = max(dtypes, key=_limit)
+    limit = _limit(coarsest) * (1.0 if {torch.float32} == set(dtypes[1:]) else _ROUNDED_ACTIVATIONS)
     own_P, base_P = _distances(own_PV, expected.logits), _distances(expected.base_logits, expected.logits)
     wanted_P = expected.logits.argmax(dim=1)
     within, positions = int((own_P <= limit).sum()), len(wanted_P)
     measured = Proof(
-        state="proved" if float(base_P.median()) > limit else "undecided",
+        state="proved",
         reference=reference,
         prompts=len(expected.rows),
         positions=positions,
@@ -298,18 +346,35 @@ def _compared(own_PV: torch.Tensor, expected: _ExpectedAnswers, dtype: torch.dty
         within=within,
         distance=_rounded_up(float(own_P.max()), limit),
         limit=limit,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=str(coarsest).removeprefix("torch."),
         computed_in=str(expected.dtype).removeprefix("torch."),
         base_equal=int((expected.base_logits.argmax(dim=1) == wanted_P).sum()),
         base_distance=float(f"{float(base_P.median()):.1g}"),
     )
-    if within >= LEAST_WITHIN * positions and isfinite(measured.distance):
-        return measured
-    why = (
-        f"the logits of {positions - within} of {positions} positions differ by more than {limit:g}, by "
-        f"{float(own_P.median()):.2g} in the median; the next token is another on {positions - measured.equal}."
-    )
-    return replace(measured, state="failed", why=why)
+    if within < LEAST_WITHIN * positions or not isfinite(measured.distance):
+        why = (
+            f"the logits of {positions - within} of {positions} positions differ by more than {limit:g}, by "
+            f"{float(own_P.median()):.2g} in the median; the next token is another on {positions - measured.equal}."
+        )
+        return replace(measured, state="failed", why=why)
+    if float(base_P.median()) <= limit:
+        why = "The base alone is mostly within the limit too, so these prompts do not show what the adapters change."
+        return replace(measured, state="undecided", why=why)
+    return measured
+
+
+def _judged_by_rounding(failed: Proof, own_PV: torch.Tensor, rounded_PV: torch.Tensor | None) -> Proof:
+    """Undecided if the result answers as the reference does once its weights are rounded. A mixture of experts sends
+    many tokens to other experts then."""
+    alike = 0 if rounded_PV is None else int((_distances(own_PV, rounded_PV) <= failed.limit).sum())
+    if alike < LEAST_WITHIN * failed.positions:
+        return failed
+    why = f"Rounding to {failed.dtype} alone does that: so rounded, the reference is within the limit on {alike}."
+    return replace(failed, state="undecided", why=why)
+
+
+def _limit(dtype: torch.dtype) -> float:
+    return LIMITS.get(dtype, LIMITS[torch.bfloat16])
 
 
 def _distances(own_PV: torch.Tensor, wanted_PV: torch.Tensor) -> torch.Tensor:

@@ -32,9 +32,14 @@ def reference_of(
     settings: AnySettings,
     combined: CombinedDeltas,
     vocabulary_rows: int,
+    *,
+    dequantized: bool,
 ) -> MergeReference:
-    """The reference of a merge of `combined`, which the method made of the adapters."""
+    """The reference of a merge of `combined`, which the method made of the adapters. `dequantized`: into a base whose
+    weights the merge decodes."""
     words = "the base with its adapters" if len(adapters) > 1 else "the base with the adapter"
+    if dequantized:
+        return MergeReference(words=words, deltas=(), impossible="the base is quantized, and the merge decodes it.")
     shared = [finding for finding in combined.findings if finding.code == "tied_shared"]
     if shared:
         why = "with tied=shared a change of one side of the tied tensor acts on both, which no adapter in memory does"
