@@ -1,12 +1,14 @@
 """The routes of a mirror as the configuration of a gateway or controller, which then needs no front of ours.
 
-Each form follows the documentation of its project; none of the projects is run by the tests.
+Each form follows the documentation and source of its project; none of the projects is run by the tests.
 """
 
 import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,15 @@ from registry.errors import Usage
 Document = Mapping[str, Any]
 
 
-def litellm(routes: Routes, _pool: str) -> Document:
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What the files name: the pool, backend or service, and the gateway of Envoy's routes, [NAMESPACE/]NAME."""
+
+    pool: str
+    gateway: str = ""
+
+
+def litellm(routes: Routes, _target: Target) -> Document:
     """LiteLLM's `model_list`: a deployment for each version and server of a channel. The servers of a version share its
     weight."""
     by_version = {name: _addresses(servers) for name, servers in routes.servers.items()}
@@ -56,8 +66,13 @@ def _loaded(routes: Routes) -> list[tuple[str, str]]:
     return [row for row in sorted(routes.commits.items()) if row[0] not in routes.sets]
 
 
-def llm_d(routes: Routes, pool: str) -> Document:
-    """InferenceModelRewrite of llm-d: the channel in a request becomes a version, by weights."""
+def _name(text: str, tail: str) -> str:
+    """A name of at most 63 characters for Kubernetes; the tail keeps two of them apart."""
+    return f"{re.sub('[^a-z0-9]+', '-', text.lower())[: 62 - len(tail)]}-{tail}"
+
+
+def llm_d(routes: Routes, target: Target) -> Document:
+    """InferenceModelRewrite of llm-d's router, since 0.9: the channel in a request becomes a version, by weights."""
     rules = [
         {
             "matches": [{"model": {"type": "Exact", "value": channel}}],
@@ -65,56 +80,66 @@ def llm_d(routes: Routes, pool: str) -> Document:
         }
         for channel, weights in _channels(routes)
     ]
-    reference = {"group": "inference.networking.k8s.io", "kind": "InferencePool", "name": pool}
+    reference = {"group": "inference.networking.k8s.io", "kind": "InferencePool", "name": target.pool}
     return {
-        "apiVersion": "inference.networking.x-k8s.io/v1alpha2",
+        "apiVersion": "llm-d.ai/v1alpha2",
         "kind": "InferenceModelRewrite",
-        "metadata": {"name": f"{pool}-channels"},
+        "metadata": {"name": f"{target.pool}-channels"},
         "spec": {"poolRef": reference, "rules": rules},
     }
 
 
-def envoy(routes: Routes, pool: str) -> Document:
-    """AIGatewayRoute of Envoy AI Gateway: the backend gets the version's name instead of the channel's."""
-    rules = [
+def envoy(routes: Routes, target: Target) -> Document:
+    """An AIGatewayRoute of Envoy AI Gateway for each channel: the backend gets the version's name instead of the
+    channel's. A route may have 15 rules at most, and one without a parent belongs to no gateway."""
+    namespace, _, gateway = target.gateway.rpartition("/")
+    parent = {"group": "gateway.networking.k8s.io", "kind": "Gateway", "name": gateway}
+    parents = [{**parent, "namespace": namespace} if namespace else parent]
+    items = [
         {
-            "matches": [{"headers": [{"type": "Exact", "name": "x-ai-eg-model", "value": channel}]}],
-            "backendRefs": [
-                {"name": pool, "modelNameOverride": name, "weight": weight} for name, weight in weights.items()
-            ],
+            "apiVersion": "aigateway.envoyproxy.io/v1beta1",
+            "kind": "AIGatewayRoute",
+            "metadata": {"name": _name(f"{target.pool}-{channel}", sha256(channel.encode()).hexdigest()[:8])},
+            "spec": {
+                "parentRefs": parents,
+                "rules": [
+                    {
+                        "matches": [{"headers": [{"type": "Exact", "name": "x-ai-eg-model", "value": channel}]}],
+                        "backendRefs": [
+                            {"name": target.pool, "modelNameOverride": name, "weight": weight}
+                            for name, weight in weights.items()
+                        ],
+                    }
+                ],
+            },
         }
         for channel, weights in _channels(routes)
     ]
-    return {
-        "apiVersion": "aigateway.envoyproxy.io/v1alpha1",
-        "kind": "AIGatewayRoute",
-        "metadata": {"name": f"{pool}-channels"},
-        "spec": {"rules": rules},
-    }
+    return {"apiVersion": "v1", "kind": "List", "items": items}
 
 
-def kserve(routes: Routes, pool: str) -> Document:
-    """A patch of KServe's LLMInferenceService: its adapters, from the registry's hub API (HF_ENDPOINT)."""
+def kserve(routes: Routes, target: Target) -> Document:
+    """A patch of KServe's LLMInferenceService, since 0.17: its adapters, from the registry's hub API (HF_ENDPOINT)."""
     adapters = [{"name": name, "uri": f"hf://{name.replace('@', ':')}"} for name, _ in _loaded(routes)]
     return {
-        "apiVersion": "serving.kserve.io/v1alpha1",
+        "apiVersion": "serving.kserve.io/v1alpha2",
         "kind": "LLMInferenceService",
-        "metadata": {"name": pool},
+        "metadata": {"name": target.pool},
         "spec": {"model": {"lora": {"adapters": adapters}}},
     }
 
 
-def aibrix(routes: Routes, pool: str) -> Document:
+def aibrix(routes: Routes, target: Target) -> Document:
     """A ModelAdapter of AIBrix for each version, from the registry's hub API (HF_ENDPOINT). It gives its name to a
     service, so that the name has no dots and at most 63 characters; the commit keeps two of them apart."""
     items = [
         {
             "apiVersion": "model.aibrix.ai/v1alpha1",
             "kind": "ModelAdapter",
-            "metadata": {"name": f"lora-{re.sub('[^a-z0-9]+', '-', name.lower())[:49]}-{commit[:8]}"},
+            "metadata": {"name": _name(f"lora-{name}", commit[:8])},
             "spec": {
-                "baseModel": pool,
-                "podSelector": {"matchLabels": {"model.aibrix.ai/name": pool}},
+                "baseModel": target.pool,
+                "podSelector": {"matchLabels": {"model.aibrix.ai/name": target.pool}},
                 "artifactURL": f"huggingface://{name.replace('@', '.')}",
             },
         }
@@ -123,7 +148,7 @@ def aibrix(routes: Routes, pool: str) -> Document:
     return {"apiVersion": "v1", "kind": "List", "items": items}
 
 
-FORMS: Mapping[str, Callable[[Routes, str], Document]] = {
+FORMS: Mapping[str, Callable[[Routes, Target], Document]] = {
     "aibrix": aibrix, "envoy": envoy, "kserve": kserve, "litellm": litellm, "llm-d": llm_d,
 }  # fmt: skip
 _WEIGHTED = frozenset({"envoy", "litellm", "llm-d"})
@@ -133,8 +158,8 @@ _WEIGHTED = frozenset({"envoy", "litellm", "llm-d"})
 class GatewayFile:
     """A file of one form, replaced in one step when the routes change."""
 
-    def __init__(self, text: str, pool: str) -> None:
-        """Reads FORM=FILE. Raises Usage for an unknown form."""
+    def __init__(self, text: str, target: Target) -> None:
+        """Reads FORM=FILE. Raises Usage for an unknown form, and for Envoy's without a gateway."""
         form, _, path = text.partition("=")
         if form not in FORMS or not path:
             raise Usage(
@@ -143,12 +168,19 @@ class GatewayFile:
                 subject=text,
                 next_step=f"Write FORM=FILE; the forms are {', '.join(FORMS)}.",
             )
-        self._render, self._path, self._pool = FORMS[form], Path(path), pool
+        if form == "envoy" and not re.fullmatch("([a-z0-9.-]+/)?[a-z0-9.-]+", target.gateway):
+            raise Usage(
+                "bad_server",
+                "--write envoy needs the gateway of its routes: one without belongs to no gateway.",
+                subject=text,
+                next_step="Add --gateway NAME or NAMESPACE/NAME, as of the Gateway that takes the requests.",
+            )
+        self._render, self._path, self._target = FORMS[form], Path(path), target
         self.splits = form in _WEIGHTED
         self._written = ""
 
     def write(self, routes: Routes) -> None:
-        text = yaml.safe_dump(json.loads(json.dumps(self._render(routes, self._pool))), sort_keys=False)
+        text = yaml.safe_dump(json.loads(json.dumps(self._render(routes, self._target))), sort_keys=False)
         if text != self._written:
             write_text(self._path, text)
             self._written = text

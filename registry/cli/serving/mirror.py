@@ -70,6 +70,12 @@ Write = Annotated[
     ),
 ]
 Pool = Annotated[str, typer.Option(help="The pool, backend or service that --write names.")]
+Gateway = Annotated[
+    str,
+    typer.Option(
+        metavar="[NAMESPACE/]NAME", show_default=False, help="The Gateway of the routes that --write envoy=FILE writes."
+    ),
+]
 
 
 @root.command()
@@ -89,6 +95,7 @@ def mirror(  # noqa: PLR0913
     max_unavailable: MaxUnavailable = None,
     write: Write = None,
     pool: Pool = "vllm",
+    gateway: Gateway = "",
 ) -> None:
     """Keep servers on this host in step with what channels serve, until interrupted.
 
@@ -98,7 +105,7 @@ def mirror(  # noqa: PLR0913
     """
     from registry.agent import health, loop
     from registry.agent.directory import MirrorDirectory
-    from registry.agent.gateways import GatewayFile, write_all
+    from registry.agent.gateways import GatewayFile, Target, write_all
     from registry.agent.mirror import Duties, Mirror, Options
     from registry.agent.servers.protocol import HttpServer
     from registry.agent.switching import KeptServer
@@ -109,7 +116,7 @@ def mirror(  # noqa: PLR0913
     if on_empty not in ("keep", "unload"):
         raise Usage("bad_server", f"--on-empty {on_empty} is unknown.", subject=on_empty, next_step="keep or unload.")
     named = _node(group, node, max_unavailable)
-    files = [GatewayFile(text, pool) for text in write or ()]
+    files = [GatewayFile(text, Target(pool, gateway)) for text in write or ()]
     splits = bool(front) or any(file.splits for file in files)
     options = Options(keep, parse_duration(grace), on_empty == "unload", splits=splits)
     kept_in, state = MirrorDirectory(directory), health.Health()
