@@ -112,6 +112,8 @@ class MirrorDirectory:
 
     def commit_of(self, path: str) -> str | None:
         """The commit of a path that a server has loaded; None for one outside this directory."""
+        if "by-" not in path:
+            return None  # a server may list a great many others, and a Path is slow
         loaded, commit = Path(path), None
         if loaded.parent == self._by_commit:
             commit = loaded.name

@@ -108,7 +108,7 @@ class ForgottenOut(Wire):
 
 class NodeOut(Wire):
     """A node of a group with its channels, and the names that its servers have loaded, of one namespace. It is `silent`
-    if its last report, of `seen_at`, no longer counts; `switch_until` is set if it got the permission to switch."""
+    if its last report, of `seen_at`, no longer counts; `switch_until` is set while it has the permission to switch."""
 
     namespace: str
     group: str

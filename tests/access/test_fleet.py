@@ -174,6 +174,17 @@ def test_what_was_recorded_before_the_registrys_clock_was_set_back_does_not_coun
     assert states(house) == {"gpu-1": "silent", "gpu-2": "following"}
 
 
+def test_the_list_of_nodes_shows_a_permission_to_switch_while_it_counts(house: House, clock: Clock) -> None:
+    def until() -> str | None:
+        (node,) = house.ask("reader", "GET", "/v1/fleet").json()["items"]
+        return node["switch_until"]
+
+    assert reported(house, "gpu-1", live(), switch={"max_unavailable": 1})
+    assert until() is not None
+    clock.passes(61)
+    assert until() is None
+
+
 def test_a_report_that_repeats_the_last_one_is_recorded_after_a_while_and_says_how_long_it_counts(
     house: House, clock: Clock
 ) -> None:

@@ -16,12 +16,16 @@ SET = "acme/assistants:1.0.0"
 @pytest.fixture
 def with_set(small_team: Cli, tmp_path: Path) -> Cli:
     """A team with a set of acme/sql and acme/support, served by prod."""
-    rows = [{"adapter": f"acme/{name}", "prompts": [f"{name} {n}" for n in range(5)]} for name in ("sql", "support")]
-    recipe = tmp_path / "set.yaml"
-    recipe.write_text(yaml.safe_dump({"inputs": rows, "set": SET, "gates": []}))
-    small_team.ok("compose", recipe, "--follow")
+    publish(small_team, SET, tmp_path)
     small_team.ok("promote", SET, "--to", "prod", "--new-channel")
     return small_team
+
+
+def publish(cli: Cli, name: str, directory: Path) -> None:
+    rows = [{"adapter": f"acme/{name}", "prompts": [f"{name} {n}" for n in range(5)]} for name in ("sql", "support")]
+    recipe = directory / "set.yaml"
+    recipe.write_text(yaml.safe_dump({"inputs": rows, "set": name, "gates": []}))
+    cli.ok("compose", recipe, "--follow")
 
 
 def page(cli: Cli, path: str) -> str:
@@ -59,6 +63,21 @@ def test_a_set_says_everywhere_that_a_member_is_withdrawn_and_is_promoted_no_mor
     assert "acme/sql:1.0.0 was taken down" in with_set.ok("show", SET).out
     assert "It serves acme/sql:1.0.0, which was taken down." in with_set.ok("pull", SET).err
     assert "which it serves, was taken down" in page(with_set, "/acme/assistants/1.0.0")
+
+
+def test_a_rollback_returns_to_no_set_with_a_withdrawn_member(with_set: Cli, tmp_path: Path) -> None:
+    """As to no yanked release."""
+    publish(with_set, "acme/assistants:1.1.0", tmp_path)
+    with_set.ok("promote", "acme/assistants:1.1.0", "--to", "prod")
+    with_set.ok("yank", "acme/sql:1.0.0", "--reason", "wrong")
+    refused = with_set("rollback", "acme/assistants@prod", "--to", "1.0.0")
+    assert refused.code == 1
+    assert f"{SET} cannot be served again. It serves acme/sql:1.0.0, which is yanked." in refused.err
+    refused = with_set("rollback", "acme/assistants@prod")
+    assert (refused.code, "has no earlier release to return to" in refused.err) == (1, True)
+    with_set.ok("unyank", "acme/sql:1.0.0", "--reason", "right")
+    with_set.ok("rollback", "acme/assistants@prod")
+    assert json.loads(with_set.ok("show", "acme/assistants@prod", "--json").out)["version"] == "1.0.0"
 
 
 def test_a_set_is_refused_as_an_input_with_its_kind_and_is_not_exported(with_set: Cli, tmp_path: Path) -> None:

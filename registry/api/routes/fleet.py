@@ -120,7 +120,8 @@ def _node(row: FleetNode, channels: list[FleetChannel], actor: Actor) -> NodeOut
         NodeChannel.of(channel, channel=f"{row.namespace}/{channel.repository}@{channel.channel}")
         for channel in channels
     ]
-    return NodeOut.of(row, silent=fleet.is_silent(row.seen_at, actor.at), channels=named)
+    silent, switch_until = fleet.is_silent(row.seen_at, actor.at), fleet.switch_until(row, actor.at)
+    return NodeOut.of(row, silent=silent, switch_until=switch_until, channels=named)
 
 
 @repository_routes.get("/{namespace}/{name}/channels/{channel}/rollout")

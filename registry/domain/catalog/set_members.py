@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import or_, select
+from sqlalchemy import ColumnElement, or_, select
 from sqlalchemy.orm import Session, aliased
 
 from registry.database.tables import Canary, Channel, Release, ReleaseInput, Repository
@@ -50,10 +50,18 @@ def warnings(session: Session, set_id: int) -> list[str]:
     return [f"It serves {full_name(row)}, which {_state(row)}." for row in session.scalars(members)]
 
 
-def refuse_withdrawn(session: Session, set_id: int, subject: str) -> None:
-    """Raises Refused for a set with a member that is yanked or taken down."""
+def lacks_member() -> ColumnElement[bool]:
+    """Whether a release is a set with a member that is yanked or taken down."""
+    member = aliased(Release)
+    withdrawn = select(ReleaseInput.release_id).join(member, member.id == ReleaseInput.input_id)
+    sets = select(Repository.id).where(Repository.id == Release.repository_id, Repository.kind == Kind.SET).exists()
+    return withdrawn.where(ReleaseInput.release_id == Release.id, member.yanked).exists() & sets
+
+
+def refuse_withdrawn(session: Session, set_id: int, subject: str, what: str = "promoted") -> None:
+    """Raises Refused for a set with a member that is yanked or taken down; `what` cannot be done with it."""
     if withdrawn := warnings(session, set_id):
-        message = f"{subject} cannot be promoted. {' '.join(withdrawn)}"
+        message = f"{subject} cannot be {what}. {' '.join(withdrawn)}"
         raise Refused("member_withdrawn", message, subject=subject)
 
 

@@ -267,8 +267,8 @@ def roll_back(  # noqa: PLR0913
     reason: str = "",
     expected: Expected | None = None,
 ) -> ChannelMove:
-    """Returns to the release served before the current one was promoted; skips yanked releases, and those that a
-    rollback has left since. `to` names an earlier version."""
+    """Returns to the release served before the current one was promoted; skips yanked releases, sets with a yanked
+    member, and those that a rollback has left since. `to` names an earlier version."""
     session.scalar(locked_channel(repository, channel_name))
     channel = find_channel(session, repository, channel_name)
     subject = f"{repositories.name_of(repository)}@{channel_name}"
@@ -333,6 +333,8 @@ def _served_before(session: Session, channel: Channel, current: Move, to: Versio
         )
     if release.yanked:
         raise Refused("release_yanked", f"{full_name(release)} is yanked: {release.yank_reason}.", subject=subject)
+    if release.repository.kind == Kind.SET:
+        set_members.refuse_withdrawn(session, release.id, full_name(release), "served again")
     if release.id == current.to_release_id:
         raise Refused("already_served", f"{subject} already serves {to}.", subject=subject)
     back = way_back(current).subquery()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, TypedDict
 
-from sqlalchemy import Select, bindparam, func, literal_column, or_, select
+from sqlalchemy import ColumnElement, Select, bindparam, func, literal_column, or_, select
 from sqlalchemy.orm import Session, joinedload
 
 from registry.database.dialects import in_list, padded
@@ -15,7 +15,7 @@ from registry.database.tables import Approval, Canary, Channel, Gate, Move, Rele
 from registry.domain.access import audit
 from registry.domain.access.audit import Act, Actor
 from registry.domain.access.roles import readable_names
-from registry.domain.catalog import repositories
+from registry.domain.catalog import repositories, set_members
 from registry.domain.channels import pending
 from registry.formats.references import RepositoryName
 
@@ -172,14 +172,19 @@ def move_before(session: Session, current: Move) -> Move | None:
     rollbacks have left them all since."""
     back = way_back(current).subquery()
     query = select(Move).join(back, back.c.id == Move.id).join(Release, Release.id == Move.to_release_id)
-    return session.scalars(query.where(~Release.yanked).order_by(Move.id.desc()).limit(1)).first()
+    return session.scalars(query.where(_returns()).order_by(Move.id.desc()).limit(1)).first()
 
 
 def earlier_versions(session: Session, move: Move, *, limit: int) -> Sequence[str]:
     """The versions that a channel whose current move is `move` can be rolled back to, last served first."""
     back = way_back(move).subquery()
-    query = select(Release.version).join(back, back.c.to_release_id == Release.id).where(~Release.yanked)
+    query = select(Release.version).join(back, back.c.to_release_id == Release.id).where(_returns())
     return session.scalars(query.group_by(Release.id).order_by(func.max(back.c.id).desc()).limit(limit)).all()
+
+
+def _returns() -> ColumnElement[bool]:
+    """Whether a rollback may return to a release: not to a yanked one, nor to a set with a yanked member."""
+    return ~Release.yanked & ~set_members.lacks_member()
 
 
 def way_back(current: Move) -> Select[Any, Any]:

@@ -140,6 +140,12 @@ def is_silent(seen_at: datetime, now: datetime) -> bool:
     return not now - LEASE < seen_at <= now + LEASE
 
 
+def switch_until(node: FleetNode, now: datetime) -> datetime | None:
+    """Until when the node may switch; None without a permission that counts now, as in `_switching`."""
+    until = node.switch_until
+    return until if until is not None and now < until <= now + 2 * LEASE else None
+
+
 def _silent(now: datetime) -> ColumnElement[bool]:
     return or_(FleetNode.seen_at <= now - LEASE, FleetNode.seen_at > now + LEASE)
 
