@@ -43,7 +43,7 @@ from composer.optimize.combiner import Combiner, FitOn
 from composer.optimize.evolution import Evolution
 from composer.optimize.objective import LEAST_GAIN, CandidateResults, best_first, race, simplest_of_the_best
 from composer.optimize.problem import CONFIRM_GROWTH, SearchProblem, Split
-from composer.optimize.report import Confirmed, OptimizeReport, Tried, accepted, broken_limit, choose
+from composer.optimize.report import Confirmed, OptimizeReport, Tried, accepted, broken_limit, choose, cut_share
 from composer.optimize.routing import SetRouting
 from composer.optimize.surface import Point, proposed
 
@@ -96,9 +96,10 @@ def optimize(
     best, tried = search.run(given)
     best += search.as_set()
     choice, why = choose(best, may_be_set=problem.may_be_set), ""
-    if choice is None and (taken := accepted(best, problem.effort.accept, problem.limits)):
+    if taken := accepted(best, choice, problem.effort.accept, problem.limits):
         choice = taken.candidate
-        why = f"accepted ({problem.effort.accept}; it is {taken.worst:.2f}) although {taken.broken or 'it is harmful'}"
+        although = broken_limit(taken.outcome, problem.limits, of_suite=True) or "a limit may be broken"
+        why = f"accepted ({problem.effort.accept}; it is {cut_share(taken.worst)}) although {although}"
     return OptimizeReport(
         members=tuple(member.name for member in problem.members),
         choice=choice,

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from math import isfinite
+from math import floor, isfinite
 from typing import Any, NotRequired, TypedDict
 
 from composer.conflicts.documents import EffectDocument, GuardDocument
@@ -164,13 +164,13 @@ class Tried:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizeReport:
     """`choice` is the best candidate that breaks no limit on unseen examples; None if there is none. `accepted` says
-    which limit it breaks, and why it was taken nevertheless; empty if it breaks none. `reworded` are its effects on
-    members with chat suites, on unseen prompts in other words; `without_phrases` those of a choice with phrases on
-    prompts without them. `best` are the best of the search and the mean, confirmed. `left_out` has candidates that
-    cannot be made, and why. Nothing is raced if `contradictions` show that the members answer the same prompts
-    differently. `separability` is how far prompts tell members apart, and `routed` how well a set's router does it.
-    `searched` names the search examples of each suite by digest. `passes` examples were measured, `run` of them by this
-    process, in `search_s` and `confirm_s` seconds."""
+    which limit it breaks, sure or not, and why it was taken nevertheless; empty if it breaks none. `reworded` are its
+    effects on members with chat suites, on unseen prompts in other words; `without_phrases` those of a choice with
+    phrases on prompts without them. `best` are the best of the search and the mean, confirmed. `left_out` has
+    candidates that cannot be made, and why. Nothing is raced if `contradictions` show that the members answer the same
+    prompts differently. `separability` is how far prompts tell members apart, and `routed` how well a set's router does
+    it. `searched` names the search examples of each suite by digest. `passes` examples were measured, `run` of them by
+    this process, in `search_s` and `confirm_s` seconds."""
 
     members: tuple[str, ...]
     choice: Candidate | None
@@ -223,9 +223,10 @@ def _with_share(effect: Effect) -> dict[str, object]:
     return {**effect.to_json(), "kept_share": kept_share(effect)}
 
 
-def accepted(best: Sequence[Confirmed], accept: str, limits: Limits) -> Confirmed | None:
-    """Of the candidates that break a limit, the best that the acceptance allows: one adapter that leaves
-    every member the share, and harms no guard. None without an acceptance."""
+def accepted(best: Sequence[Confirmed], choice: Candidate | None, accept: str, limits: Limits) -> Confirmed | None:
+    """The candidate that the acceptance is needed for: the `choice` if it breaks a limit as measured, sure or not; if
+    there is none, of all the best that is one adapter, leaves every member the share, and harms no guard. None without
+    an acceptance."""
     if not accept:
         return None
     share = accepted_share(accept)
@@ -233,10 +234,17 @@ def accepted(best: Sequence[Confirmed], accept: str, limits: Limits) -> Confirme
         confirmed
         for confirmed in best
         if not confirmed.candidate.is_set
+        and choice in (None, confirmed.candidate)
+        and (confirmed.excess > 0 or confirmed.broken)
         and confirmed.worst >= share
         and all(guard.verdict(limits) is not Verdict.WARN for guard in confirmed.outcome.guards)
     ]
     return max(allowed, key=lambda confirmed: confirmed.worst, default=None)
+
+
+def cut_share(share: float) -> str:
+    """A share in hundredths, never more than it is: an acceptance of it holds."""
+    return f"{floor(share * 100 + 1e-9) / 100:.2f}"
 
 
 def choose(best: Sequence[Confirmed], *, may_be_set: bool = False) -> Candidate | None:
@@ -270,18 +278,20 @@ def _steps(candidate: Candidate) -> int:
     return settings.steps if isinstance(settings, Regmean) else 0
 
 
-def broken_limit(outcome: Outcome, limits: Limits) -> str:
-    """Names the member or guard that surely breaks a limit, with its value and the limit; empty if none does."""
-    return next(iter(_broken(outcome, limits)), "")
+def broken_limit(outcome: Outcome, limits: Limits, *, of_suite: bool = False) -> str:
+    """Names the member or guard that surely breaks a limit, with its value and the limit; empty if none does. With
+    `of_suite` a member is named by its suite: readers of a release need not be allowed to read its inputs."""
+    return next(iter(_broken(outcome, limits, of_suite=of_suite)), "")
 
 
-def _broken(outcome: Outcome, limits: Limits) -> Iterable[str]:
+def _broken(outcome: Outcome, limits: Limits, *, of_suite: bool) -> Iterable[str]:
     victim = outcome.victim(limits)
+    name = f"the input of {victim.suite}" if of_suite else victim.member
     if victim.of_answers(limits) is Verdict.WARN:
         left = f"{victim.still_answered} of {victim.answered} exact matches"
-        yield f"{victim.member} keeps {left}, {limits.answers:.0%} required"
+        yield f"{name} keeps {left}, {limits.answers:.0%} required"
     if victim.of_loss(limits) is Verdict.WARN:
-        yield f"{victim.member} loses {victim.loss:.2f} nats a token, {victim.limit(limits):.2f} allowed"
+        yield f"{name} loses {victim.loss:.2f} nats a token, {victim.limit(limits):.2f} allowed"
     for guard in outcome.guards:
         if guard.verdict(limits) is Verdict.WARN:
             yield f"{guard.suite} rises {guard.rise:.2f} nats a token, {limits.guard:.2f} allowed"
@@ -315,7 +325,7 @@ def _nearest(best: Sequence[Confirmed]) -> str:
     if not broken:
         return ""
     first = max(broken, key=lambda confirmed: confirmed.worst)
-    return f"; the best is {first.candidate.name}, whose worst member keeps {first.worst:.0%}: {first.broken}"
+    return f"; the best is {first.candidate.name}, whose worst member keeps {cut_share(first.worst)}: {first.broken}"
 
 
 def headline(report: OptimizeReport) -> str:

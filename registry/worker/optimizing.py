@@ -72,6 +72,8 @@ def _searched(held: JobRun, work: CompositionRun, asked: Optimize) -> Lock:
     if choice.is_set:
         router = [problem.splits[suite.digest].to_json() for suite in (*suites, *problem.other_guards)]
         return locking.with_set(lock, router, evidence)
+    if report.accepted:
+        lock = replace(lock, gates=locking.gates_to_add(work.recipe, work.member_suites, asked.accept))
     fitted_on = (*suites, *problem.other_guards) if choice.is_fitted else ()
     phrases = dict(zip((suite.digest for suite in suites), choice.phrases, strict=bool(choice.phrases)))
     return locking.with_choice(

@@ -1,6 +1,8 @@
 """A composition whose method, settings and weights are found by a search, and the search without a registry."""
 
 import json
+import re
+from hashlib import sha256
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,10 @@ def recipe_of(directory: Path, **changes: Any) -> Path:
     return write_recipe(
         directory, **{"inputs": INPUTS, "evaluate": ["sql-exact", "guard-exact"], "policy": LOOSE, "probe": 0} | changes
     )
+
+
+def sha256_of(directory: Path) -> str:
+    return sha256((directory / "adapter_model.safetensors").read_bytes()).hexdigest()
 
 
 def test_a_searched_composition_is_published_with_its_evidence_and_judged_on_other_examples(
@@ -90,8 +96,24 @@ def test_what_is_accepted_although_it_breaks_a_limit_says_so_in_lock_release_and
     assert f"It was {accepted}." in (tmp_path / "assistant" / "README.md").read_text()
     with resources_of(small_team.environment) as resources, single_user(resources) as http:
         page = unescape(http.get(f"/compositions/{done['id']}").text)
-    assert "What the search chose, as a recipe:" in page
-    assert f"method: {done['lock']['method']}" in page
+    assert "acme/s" not in accepted, "readers of a release need not be allowed to read its inputs"
+    used = page.partition("What the search chose, as a recipe:")[2].partition("<pre")[2].partition("</pre>")[0]
+    again = tmp_path / "again.yaml"
+    again.write_text(re.sub(r"<[^>]+>", "", used.partition(">")[2]).replace("assistant:1.0.0", "again:1.0.0"))
+    repeated = small_team.json("compose", again)
+    assert [gate["rule"] for gate in repeated["gates"]] == [gate["rule"] for gate in done["gates"]]
+    small_team.ok("pull", "acme/again:1.0.0", "-o", tmp_path / "again")
+    assert sha256_of(tmp_path / "again") == sha256_of(tmp_path / "assistant"), "the recipe makes the same adapter"
+
+
+def test_a_search_with_an_acceptance_that_it_does_not_need_keeps_the_usual_gates(
+    small_team: Cli, tmp_path: Path
+) -> None:
+    plan = small_team.json(
+        "compose", recipe_of(tmp_path, gates=None), "--plan", "--optimize", "--accept", "worst >= .5"
+    )
+    assert "accepted" not in plan["lock"]["optimized"]
+    assert "sql-exact.accuracy keeps 0.9 of inputs" in plan["lock"]["gates"]
 
 
 @pytest.mark.parametrize(
@@ -100,6 +122,8 @@ def test_what_is_accepted_although_it_breaks_a_limit_says_so_in_lock_release_and
         (["--accept", "worst >= 0.8"], "--accept has no effect without --optimize"),
         (["--optimize", "--accept", "0.8"], "'0.8' is not an acceptance"),
         (["--optimize", "--accept", "worst >= 2"], "Write worst >= 0.8"),
+        (["--optimize", "--accept", "worst >= 0.0000001"], "four decimals"),
+        (["--optimize", "--accept", "worst >= nan"], "Write worst >= 0.8"),
     ],
 )
 def test_an_acceptance_needs_a_search_and_a_share(words: list[str], said: str, small_team: Cli, tmp_path: Path) -> None:

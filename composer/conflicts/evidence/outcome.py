@@ -6,7 +6,7 @@ Losses are judged by their intervals, and so is the share of answers that is lef
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from math import inf
+from math import inf, isfinite
 
 from composer.conflicts.evidence.interval import Interval, interval, share_interval
 from composer.evaluation.measure import Measured, ratio
@@ -115,7 +115,7 @@ class Effect:
     def of_loss(self, limits: Limits) -> Verdict:
         """The verdict on the loss, by its interval."""
         limit = self.limit(limits)
-        if self.loss_interval.low > limit:
+        if self.loss_interval.low > limit or not isfinite(self.loss):
             return Verdict.WARN
         return Verdict.UNDECIDED if self.loss_interval.holds(limit) else Verdict.OK
 
@@ -165,7 +165,7 @@ class SideEffect:
 
     def verdict(self, limits: Limits) -> Verdict:
         """The verdict by the interval; undecided below LEAST_EXAMPLES."""
-        if self.rise_interval.low > limits.guard:
+        if self.rise_interval.low > limits.guard or not isfinite(self.rise):
             return Verdict.WARN
         few = self.examples < LEAST_EXAMPLES and limits.guard < inf
         return Verdict.UNDECIDED if few or self.rise_interval.holds(limits.guard) else Verdict.OK

@@ -123,14 +123,18 @@ def _method(value: object) -> str:
     return value
 
 
-_ACCEPTANCE = re.compile(r"worst *>= *(0?\.\d+|1(?:\.0*)?)")
+_ACCEPTANCE = re.compile(r"worst *>= *(0?\.[0-9]{1,4}|1(?:\.0*)?)")
+"""With few enough digits that the recipe, the lock and a gate state the same number."""
 
 
 def accepted_share(text: str) -> float:
     """The share in an acceptance, `worst >= 0.8`. Raises RefusedValues for another form."""
     match = _ACCEPTANCE.fullmatch(text.strip())
     if match is None or float(match[1]) == 0:
-        raise RefusedValues(f"{printable(text)} is not an acceptance", "Write worst >= 0.8, with a share up to 1.")
+        raise RefusedValues(
+            f"{printable(text)} is not an acceptance",
+            "Write worst >= 0.8, with a share up to 1 and four decimals at most.",
+        )
     return float(match[1])
 
 

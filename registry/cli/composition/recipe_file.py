@@ -166,7 +166,7 @@ class _Local:
             adapters=list(zip(self.group.directories, weights, strict=True)),
             method=method,
             settings=settings,
-            calibration=self._calibration(parsed, sets, guards) if sets else None,
+            calibration=self._calibration(parsed, sets, guards, searched) if sets else None,
             rounding=self.recipe.rounding,
             dtype=self.recipe.dtype,
             proof=proof_prompts([*filter(None, suites), *evaluated], named),
@@ -242,12 +242,24 @@ class _Local:
                 raise Usage("suite_missing", message, subject=name)
         return sets
 
-    def _calibration(self, settings: Any, sets: "Sequence[CalibrationSet]", guards: "Sequence[Suite]") -> "Calibration":
+    def _calibration(
+        self,
+        settings: Any,
+        sets: "Sequence[CalibrationSet]",
+        guards: "Sequence[Suite]",
+        searched: "OptimizeDocument | None",
+    ) -> "Calibration":
+        """What to fit on: after a search, the same examples of the guards as the combination that it confirmed."""
         from composer.evaluation.calibration import Calibration
         from composer.formats.recipes.suite import guard_sets
 
         digest = self.group.base.digest if self.group.base else digest_of_base(self.group.directory)
-        return Calibration(cache(self._load), sets, settings, base=digest, guards=guard_sets(guards))
+        counts = None
+        if searched:
+            own = {examples.suite.digest for examples in sets if examples.suite}
+            rows = [row for row in searched["searched"] if row["suite_digest"] not in own]
+            counts = {row["suite_digest"]: len(row["examples"]) for row in rows}
+        return Calibration(cache(self._load), sets, settings, base=digest, guards=guard_sets(guards, counts))
 
 
 # Recipes from other tools.

@@ -41,7 +41,7 @@ def lock_of(session: Session, recipe: Recipe) -> Lock:
         calibration=()
         if recipe.optimize
         else _calibration(session, recipe, parse_settings(recipe.method, recipe.settings), own),
-        gates=_gates_to_add(recipe, own),
+        gates=gates_to_add(recipe, own),
         is_set=recipe.makes_only_a_set,
     )
 
@@ -201,8 +201,8 @@ def best_target_suite(session: Session, release: Release) -> str | None:
 
 
 def gates_against_inputs(own: Sequence[str | None], accept: str | None = None) -> list[str]:
-    """Gate rules that compare the candidate with each member on the member's own suite. An acceptance replaces the
-    limits: its share of answers is to be left, and the search has measured the share of the gain."""
+    """Gate rules that compare the candidate with each member on the member's own suite. An acceptance that a search has
+    used replaces the limits: its share of answers is to be left, and the search has measured the share of the gain."""
     names = list(dict.fromkeys(name for name in own if name))
     if accept:
         return [f"{name}.accuracy keeps {accepted_share(accept):g} of inputs" for name in names]
@@ -211,14 +211,14 @@ def gates_against_inputs(own: Sequence[str | None], accept: str | None = None) -
     ]
 
 
-def _gates_to_add(recipe: Recipe, own: Sequence[str | None]) -> tuple[str, ...]:
+def gates_to_add(recipe: Recipe, own: Sequence[str | None], accept: str | None = None) -> tuple[str, ...]:
     """The gates against the inputs to add; none if the recipe has `gates: []` or has such a gate itself. Inputs of zero
-    or negative weight need not be kept."""
+    or negative weight need not be kept. `accept` is the acceptance that a search has used."""
     rules = gates.parse_rules(recipe.gates or ())
     if recipe.gates == () or any(gates.compared_with(rule) == "inputs" for rule in rules):
         return ()
     kept = [name for source, name in zip(recipe.inputs, own, strict=True) if source.weight > 0]
-    return tuple(gates_against_inputs(kept, recipe.optimize.accept if recipe.optimize else None))
+    return tuple(gates_against_inputs(kept, accept))
 
 
 def _calibration(

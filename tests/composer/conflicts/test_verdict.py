@@ -1,11 +1,12 @@
 """The outcome of a probe: verdict, messages and advice."""
 
 from dataclasses import replace
+from math import inf, nan
 
 import pytest
 
 from composer.conflicts.evidence.interval import interval
-from composer.conflicts.evidence.outcome import Effect, Outcome, SideEffect
+from composer.conflicts.evidence.outcome import Effect, Limits, Outcome, SideEffect
 from composer.conflicts.evidence.probe import ProbeResult
 from composer.conflicts.render import text
 from composer.conflicts.report import conflicts
@@ -96,6 +97,13 @@ def test_a_probe_decides_the_verdict_and_warns_of_damage_that_it_is_sure_of(
     assert pair.risk_stderr == result.overall.worst.loss_stderr
     assert pair.interval == result.overall.risk
     assert pair.interval.low <= pair.risk <= pair.interval.high
+
+
+@pytest.mark.parametrize(
+    "measured", [outcome(nan, nan, -1.0, 0.1), outcome(inf, 0.0, -1.0, nan), outcome(0.0, 1.0, nan, nan)]
+)
+def test_nats_that_are_not_finite_are_harmful(measured: ProbeResult) -> None:
+    assert measured.overall.verdict(Limits()) is Verdict.WARN
 
 
 def test_a_pair_that_warns_by_a_guard_alone_gets_advice(red: LoadedAdapter, green: LoadedAdapter) -> None:

@@ -14,6 +14,7 @@ from composer.formats.recipes.suite import (
     Example,
     Suite,
     contradicting_suites,
+    guard_sets,
     parse_suite,
 )
 
@@ -186,3 +187,11 @@ def test_suites_that_ask_the_same_and_want_something_else_contradict_each_other(
     assert contradicting_suites({"up": upper, "low": of_examples(("a", "a")), "either": either}) == [
         Contradiction("up", "low", 1, 1, 1.0)
     ]
+
+
+def test_after_a_search_a_fit_takes_the_guards_examples_that_the_search_fitted_on() -> None:
+    examples = tuple(Example(f"question {number}", "answer") for number in range(12))
+    guard = Suite(name="general", kind="guard", chat=False, examples=examples)
+    assert [used.count for used in guard_sets([guard])] == [6]
+    assert [used.count for used in guard_sets([guard], {guard.digest: 2})] == [2]
+    assert guard_sets([guard], {}) == [], "it is a member's suite"

@@ -9,7 +9,7 @@ import pytest
 
 from composer.formats.recipes.methods import PIPELINES, parse_settings
 from composer.formats.recipes.recipe import parse_recipe
-from registry.api.pages.jobs.recipe_form import SETTING, RecipeForm
+from registry.api.pages.jobs.recipe_form import SETTING, RecipeForm, recipe_used
 from tests.access.browser import Browser
 from tests.access.house import PRIVATE, PUBLIC, House
 
@@ -56,6 +56,23 @@ def test_a_recipe_becomes_the_form_and_the_form_the_recipe(given: dict[str, Any]
     again = form.parse()
     assert settings_of(again) == settings_of(recipe)
     assert again.model_copy(update={"settings": {}}) == recipe.model_copy(update={"settings": {}})
+
+
+def test_what_a_search_chose_is_a_recipe_of_the_same_releases_phrases_and_gates() -> None:
+    stated = {"adapter": "acme/sql@prod", "weight": 1, "phrase": "given"}
+    recipe = {"inputs": [stated, stated], "evaluate": ["general"], "gates": None, "optimize": {}}
+    inputs = [{"repository": "acme/sql", "version": f"1.0.{number}", "weight": 0.5} for number in range(2)]
+    choice = {"settings": {"steps": 1}}
+    gates = ["sql.accuracy keeps 0.8 of inputs"]
+    lock: dict[str, Any] = {"inputs": inputs, "method": "regmean", "gates": gates, "optimized": {"choice": choice}}
+    used = recipe_used(recipe, lock)
+    assert [row["adapter"] for row in used["inputs"]] == ["acme/sql:1.0.0", "acme/sql:1.0.1"]
+    assert [row["phrase"] for row in used["inputs"]] == [None, None], "the choice has none, though some were given"
+    assert used["gates"] is None
+    accepted = {"choice": {**choice, "phrases": ["a", "b"]}, "accepted": "accepted"}
+    used = recipe_used(recipe, {**lock, "optimized": accepted})
+    assert [row["phrase"] for row in used["inputs"]] == ["a", "b"]
+    assert (used["gates"], used["evaluate"]) == (gates, ["general", "sql"])
 
 
 @pytest.mark.parametrize("method", [*PIPELINES])

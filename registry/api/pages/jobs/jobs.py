@@ -100,6 +100,7 @@ def show_composition(composition_id: RowId, request: Request, resources: Resourc
         passed=gates.summary(judged),
         recipe=as_yaml(view.recipe),
         used=as_yaml(recipe_used(view.recipe, view.lock)) if has_choice(view.lock) else None,
+        refits=len(view.lock.get("calibration", ())) > len(view.lock["inputs"]),
         json_address=f"/v1/compositions/{composition_id}",
     )
 

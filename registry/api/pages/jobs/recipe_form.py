@@ -11,6 +11,7 @@ import yaml
 from composer.formats.recipes.methods import PIPELINES, settings_of
 from composer.formats.recipes.recipe import Recipe, load_recipe, parse_recipe
 from registry.api.pages.jobs.chosen import Fields, values_of
+from registry.domain.channels.gates import parse_rules
 
 SETTING = "setting."
 """The prefix of the fields for a method's settings."""
@@ -160,16 +161,27 @@ def has_choice(lock: Mapping[str, Any]) -> bool:
 
 
 def recipe_used(recipe: Mapping[str, Any], lock: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe with what its search chose in place of the search: method, settings and weights."""
+    """The recipe with what its search chose in place of the search: releases, method, settings, weights, phrases, and
+    the gates that an acceptance loosened."""
     if lock.get("set"):
         return {**recipe, "method": None, "settings": {}, "optimize": None, "adapter": None, "model": None}
-    inputs = [
-        {**stated, **{name: locked[name] for name in ("weight", "rules") if name in locked}}
-        for stated, locked in zip(recipe["inputs"], lock["inputs"], strict=True)
-    ]
     choice: Mapping[str, Any] = lock["optimized"]["choice"]
-    settings: Mapping[str, Any] = choice.get("settings", {})
-    return {**recipe, "inputs": inputs, "method": lock["method"], "settings": settings, "optimize": None, "set": None}
+    phrases: Sequence[str | None] = choice.get("phrases", [None] * len(lock["inputs"]))
+    inputs = [
+        {
+            **stated,
+            **{name: locked[name] for name in ("weight", "rules") if name in locked},
+            "adapter": f"{locked['repository']}:{locked['version']}",
+            "phrase": phrase,
+        }
+        for stated, locked, phrase in zip(recipe["inputs"], lock["inputs"], phrases, strict=True)
+    ]
+    used: dict[str, Any] = {"inputs": inputs, "method": lock["method"], "settings": choice.get("settings", {})}
+    if "accepted" in lock["optimized"] and recipe.get("gates") != []:
+        judged = [rule.suite for rule in parse_rules(lock["gates"])]
+        used["gates"] = [*(recipe.get("gates") or ()), *lock["gates"]]
+        used["evaluate"] = list(dict.fromkeys([*(recipe.get("evaluate") or ()), *judged]))
+    return {**recipe, **used, "optimize": None, "set": None}
 
 
 def _stated(document: Mapping[str, Any]) -> dict[str, Any]:
