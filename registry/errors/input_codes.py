@@ -67,6 +67,7 @@ USAGE = {
     "prompt_not_text": "Send messages or a prompt as text.",
     "task_unknown": "Request one of its tasks, or the version without one.",
     "phrase_suite": "Name another suite for one of the inputs, or leave the phrases out.",
+    "several_tasks": "Name the suite to keep in the recipe or with --suite; answers on the others may be lost.",
     "kinds_differ": "Compare two of the same kind.",
     "length_missing": "Send the size of the body.",
     "limit_missing": "Give a limit, or state that there is none.",

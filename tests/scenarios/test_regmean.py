@@ -227,3 +227,11 @@ def test_a_tamed_adapter_is_fitted_to_change_nothing_on_half_of_the_guard(team: 
         refused = team(*asked, "--guard", name)
         assert (refused.code, f"{name} cannot guard the fit: {why}." in refused.err) == (1, True)
     assert [row["repository"] for row in team.json("show", "acme/sql-tame")["inputs"]] == ["acme/sql"]
+
+
+def test_a_release_with_scores_on_two_tasks_is_tamed_only_for_one_that_is_named(team: Cli, tmp_path: Path) -> None:
+    team.ok("suite", "add", write_suite(tmp_path, "general", kind="guard", chat=False))
+    team.ok("eval", "acme/sql", "--suite", "sql-exact", "--suite", "support-exact")
+    refused = team("tame", "acme/sql", "--as", "acme/sql-tame:1.0.0", "--guard", "general")
+    assert (refused.code, "has scores on sql-exact, support-exact" in " ".join(refused.err.split())) == (2, True)
+    assert "with --suite" in refused.err

@@ -34,6 +34,7 @@ def lock_of(session: Session, recipe: Recipe) -> Lock:
     if recipe.optimize:
         _refuse_unsearchable(recipe, own)
     _refuse_shared_suite(recipe, own)
+    _refuse_several_tasks(session, recipe, inputs)
     return replace(
         plain,
         dtype=recipe.dtype,
@@ -119,6 +120,18 @@ def _refuse_shared_suite(recipe: Recipe, own: Sequence[str | None]) -> None:
             raise Usage("phrase_suite", message, subject=source.adapter)
 
 
+def _refuse_several_tasks(session: Session, recipe: Recipe, inputs: Sequence[Release]) -> None:
+    """Raises Usage for one adapter that is fitted anew without a stated suite, if it has scores on several target
+    suites: the fit would keep the answers on one of them. Of two tasks, one kept 24 of 24 and the other 1 of 32."""
+    if len(inputs) > 1 or recipe.method != "regmean" or recipe.inputs[0].suite or recipe.inputs[0].prompts:
+        return
+    names = sorted(_target_scores(session, inputs[0]))
+    if len(names) > 1:
+        adapter = recipe.inputs[0].adapter
+        message = f"{adapter} has scores on {', '.join(names)}, and the fit keeps its answers on one suite."
+        raise Usage("several_tasks", message, subject=adapter)
+
+
 def _without_suite(adapter: str, why: str, missing: str) -> Usage:
     return Usage(
         "needs_examples",
@@ -189,15 +202,20 @@ def best_target_suite(session: Session, release: Release) -> str | None:
     """The target suite on which the release gained most over its base, in nats per token. If the base lacks a score on
     one of them, gains cannot be compared, and it is the suite on which the release is best."""
     base = gates.scores(session, release.base)
-    own = {
+    own = _target_scores(session, release)
+    before = {name: base[name, "nll"].value for name in own if (name, "nll") in base}
+    compared = before if len(before) == len(own) else {}
+    return max(own, key=lambda name: (compared.get(name, 0.0) - own[name], name), default=None)
+
+
+def _target_scores(session: Session, release: Release) -> dict[str, float]:
+    """The release's nats per token, by target suite."""
+    return {
         score.suite.name: score.value
         for score in suites.scores_of(session, release)
         if not score.reported and score.suite.task not in suites.ELSEWHERE
         if score.metric == "nll" and score.suite.kind == "target"
     }
-    before = {name: base[name, "nll"].value for name in own if (name, "nll") in base}
-    compared = before if len(before) == len(own) else {}
-    return max(own, key=lambda name: (compared.get(name, 0.0) - own[name], name), default=None)
 
 
 def gates_against_inputs(own: Sequence[str | None], accept: str | None = None) -> list[str]:
