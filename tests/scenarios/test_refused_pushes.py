@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from peft import LNTuningConfig, get_peft_model
+from peft import PromptTuningConfig, get_peft_model
 from safetensors.numpy import load_file, save_file
 from transformers import LlamaForCausalLM
 
@@ -257,10 +257,12 @@ def test_a_type_that_is_no_delta_of_weights_is_refused_by_name(
     stocked_embedded: Cli, world: World, tmp_path: Path
 ) -> None:
     model = LlamaForCausalLM.from_pretrained(world.base)
-    get_peft_model(model, LNTuningConfig(target_modules=["input_layernorm"])).save_pretrained(tmp_path / "norms")
-    refused = stocked_embedded("push", tmp_path / "norms", "acme/norms:1.0.0", "--base", "tiny")
+    adapter = tmp_path / "prompt"
+    config = PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")
+    get_peft_model(model, config).save_pretrained(adapter)
+    refused = stocked_embedded("push", adapter, "acme/prompt:1.0.0", "--base", "tiny")
     assert refused.code == 1, "a known format that is not supported is refused; it is not damaged"
-    assert "LN_TUNING" in refused.err
+    assert "PROMPT_TUNING" in refused.err
     assert traces(stocked_embedded) == Traces(frozenset(), frozenset(), ())
-    merged = stocked_embedded("merge", "--base", world.base, "--adapter", tmp_path / "norms", "-o", tmp_path / "merged")
-    assert (merged.code, "LN_TUNING" in merged.err) == (1, True)
+    merged = stocked_embedded("merge", "--base", world.base, "--adapter", adapter, "-o", tmp_path / "merged")
+    assert (merged.code, "PROMPT_TUNING" in merged.err) == (1, True)

@@ -1,4 +1,4 @@
-"""Deltas that scale or replace parts of the base: DoRA, KaSA, (IA)3, HiRA, DEFT; and BEFT.
+"""Deltas that scale or replace parts of the base: DoRA, KaSA, (IA)3, HiRA, DEFT, GLoRA; and BEFT.
 
 W_OI are rows of the weight as the module uses it.
 """
@@ -93,10 +93,33 @@ def beft(module: ModuleParts) -> list[Delta]:
     return [module.computed(rows, reads_base=False)]
 
 
+def glora(module: ModuleParts) -> list[Delta]:
+    """W * A + B; a bias gets b * D + E (arXiv 2306.07967, as PEFT implements it). W C, which a bias would get too,
+    is refused when the adapter is placed. Each adapter acts on the base's own W, so that several have no order."""
+    paths = "DE" if module.placed.kind == "bias" else "AB"
+
+    def rows(W_OI: torch.Tensor, begin: int) -> torch.Tensor:
+        scale, shift = (_glora_rows(module, f"glora_{path}", W_OI, begin) for path in paths)
+        return W_OI * scale + shift
+
+    return [module.computed(rows, rescales=False)]
+
+
+def _glora_rows(module: ModuleParts, path: str, W_OI: torch.Tensor, begin: int) -> torch.Tensor:
+    """The path's rows for those of W: 1 x 1 for a constant."""
+    own = slice(begin, begin + len(W_OI))
+    if f"{path}.Xd" in module:
+        return module[f"{path}.Xd"][own].to(W_OI) @ module[f"{path}.Xu"].to(W_OI)
+    value = module[f"{path}.X" if f"{path}.X" in module else f"{path}.zeros"].to(W_OI)
+    value_OI = value if value.ndim == 2 else value[:, None]
+    return value_OI if len(value_OI) == 1 else value_OI[own]
+
+
 READERS: dict[str, Read] = {
     "BEFT": beft,
     "DEFT": deft,
     "IA3": ia3,
+    "GLORA": glora,
     "HIRA": hira,
 }
 """The adapter types of this family."""

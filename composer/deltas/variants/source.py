@@ -86,11 +86,12 @@ class ModuleParts:
         *,
         rows_on: RowsOn | None = None,
         reads_base: bool = True,
+        rescales: bool = True,
         alone: bool = False,
         all_rows: bool = False,
     ) -> RowwiseDelta:
         """A computed delta. `rows` and `rows_on` map rows of O x I to rows of O x I; a weight stored transposed passes
-        all at once."""
+        all at once. `rescales` only holds for one that reads the base."""
         placed, straight = self.placed, self.layout is Layout.LINEAR
 
         def turned(W_MN: torch.Tensor, begin: int) -> torch.Tensor:
@@ -101,7 +102,7 @@ class ModuleParts:
 
         return RowwiseDelta(
             module=placed.module, weight=placed.weight, stored_shape=self.stored_shape,
-            rows=rows if straight else turned, reads_base=reads_base, rescales=reads_base, alone=alone,
+            rows=rows if straight else turned, reads_base=reads_base, rescales=reads_base and rescales, alone=alone,
             all_rows=all_rows or not straight, tied=placed.tied, layout=self.layout, kernel=placed.shape[2:],
             twin=placed.twin, rows_on=rows_on if straight or rows_on is None else turned_on,
         )  # fmt: skip

@@ -11,10 +11,11 @@ from safetensors import SafetensorError, safe_open
 from composer.errors import InvalidFile
 from composer.findings import Finding, Severity, zero_deltas
 from composer.formats.adapters.config.config import CONFIG_BYTES, AdapterConfig, parse_config
+from composer.formats.adapters.config.types import TYPES
 from composer.formats.adapters.layouts import CONFIG_FILE, PEFT, WEIGHTS_FILE, another_layout, recognise
 from composer.formats.adapters.placement.naming import split_key
 from composer.formats.adapters.placement.pairs import FACTOR_PARTS
-from composer.formats.adapters.placement.result import PlacementResult
+from composer.formats.adapters.placement.result import PlacedModule, PlacementResult
 from composer.formats.checkpoints.checkpoint import contained, missing_weights
 from composer.formats.checkpoints.files import LocalFile
 from composer.formats.checkpoints.header import Header, TensorEntry
@@ -133,7 +134,7 @@ def _refuse_unopened(path: Path) -> None:
 
 def facts(config: AdapterConfig, header: Header, placed: PlacementResult) -> AdapterFacts:
     """Summarizes an adapter from its config, its header and its placement."""
-    adapted = placed.adapted
+    adapted = _adapted(config, placed)
     # Super-Tuning may have a plain pair beside its values, with an alpha of 2 r where it has none.
     rank = int(config.options.get("r", 0))
     side_rank, side_alpha = rank, (float(config.options["lora_alpha"]) or 2.0 * rank) if rank else 0.0
@@ -157,6 +158,14 @@ def facts(config: AdapterConfig, header: Header, placed: PlacementResult) -> Ada
         base_model_name_or_path=config.base_model_name_or_path,
         peft_version=config.peft_version,
     )
+
+
+def _adapted(config: AdapterConfig, placed: PlacementResult) -> list[PlacedModule]:
+    """The modules that the adapter's type changes. A type that replaces tensors has a weight of each in the file."""
+    kind = TYPES.get(config.peft_type)
+    if kind is None or not kind.replaces:
+        return placed.adapted
+    return [module for module in placed.modules if kind.parts[0] in module.parts]
 
 
 def health(path: Path, header: Header) -> list[Finding]:

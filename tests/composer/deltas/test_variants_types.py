@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from composer.deltas.delta import LowRank, RowwiseDelta
+from composer.deltas.delta import Replacement, RowwiseDelta
 from composer.deltas.variants import rescaled
 from composer.deltas.variants.load import READERS, load_deltas
 from composer.errors import ComposerError, InvalidFile, Mismatch, NotSupported
@@ -21,6 +21,8 @@ from composer.formats.adapters.config.types import TYPES
 from composer.formats.adapters.facts import read_adapter
 from composer.formats.adapters.inspection import inspect
 from composer.formats.checkpoints.checkpoint import open_checkpoint
+from composer.merge.plan import plan_merge
+from composer.merge.run import run_merge
 from tests.composer.adapted import (
     assert_all_close,
     assert_merged_like_peft,
@@ -48,6 +50,10 @@ LLAMA_CASES: dict[str, peft.PeftConfig] = {
     "LoKr of small factors": peft.LoKrConfig(r=1, decompose_both=True, decompose_factor=4, **BOTH),
     "LoKr whole": peft.LoKrConfig(r=64, **BOTH),
     "(IA)3": peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "GLoRA": peft.GloraConfig(r=4, **BOTH),
+    "GLoRA of one vector for each output": peft.GloraConfig(config_A_B="vector", **BOTH),
+    "GLoRA that is off": peft.GloraConfig(config_A_B="none", **BOTH),
+    "LN tuning": peft.LNTuningConfig(target_modules=["input_layernorm", "norm"]),
     "VeRA": peft.VeraConfig(r=4, **BOTH),
     "PVeRA": peft.PveraConfig(r=4, **BOTH),
     "RandLoRA": peft.RandLoraConfig(r=4, randlora_alpha=2, **BOTH),
@@ -110,7 +116,7 @@ GPT2_CASES: dict[str, peft.PeftConfig] = {
 
 def test_every_type_that_is_read_has_a_case_and_a_function() -> None:
     assert {config.peft_type.value for config in (*LLAMA_CASES.values(), *BIASED.values())} - {"LORA"} == set(TYPES)
-    assert set(READERS) == set(TYPES) - {"TRAINABLE_TOKENS"}  # their rows are read like LoRA's
+    assert set(READERS) == set(TYPES) - {"TRAINABLE_TOKENS", "LN_TUNING"}  # rows and replacements, as in a LoRA
 
 
 def test_a_reader_that_makes_two_deltas_of_one_weight_is_an_error(
@@ -138,6 +144,11 @@ def test_a_merge_into_gpt2_equals_pefts_own(case: str, tmp_path: Path, make_mode
 
 
 BIASED: dict[str, peft.PeftConfig] = {
+    "GLoRA with constants": peft.GloraConfig(target_modules=["q_proj"], config_A_B="constant", config_C="none"),
+    "GLoRA with vectors": peft.GloraConfig(
+        target_modules=["q_proj", "v_proj"], config_A_B="vector", config_C="none", config_D_E="vector"
+    ),
+    "LN tuning of a biased model": peft.LNTuningConfig(target_modules=["input_layernorm", "v_proj"]),
     "(IA)3": peft.IA3Config(target_modules=["q_proj", "v_proj", "o_proj"], feedforward_modules=["o_proj"]),
     "RoAd": peft.RoadConfig(group_size=4, target_modules=["q_proj", "v_proj"]),
     "BEFT": peft.BeftConfig(target_modules=["q_proj", "v_proj"]),
@@ -159,6 +170,29 @@ def test_biases_and_whole_modules_come_along(case: str, tmp_path: Path) -> None:
     model.save_pretrained(base)
     adapter = save_adapted(base, BIASED[case], tmp_path / "adapter")
     assert_merged_like_peft(base, adapter, tmp_path / "merged")
+
+
+def test_glora_whose_bias_gets_a_product_with_the_weight_is_refused_by_name(tmp_path: Path) -> None:
+    config = build_config("llama", tied=False)
+    config.attention_bias = True
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    adapter = save_adapted(tmp_path / "base", peft.GloraConfig(target_modules=["q_proj"]), tmp_path / "adapter")
+    with pytest.raises(Mismatch, match=r"q_proj has a bias, to which glora_C\.Xd adds a product") as caught:
+        merge(tmp_path / "base", adapter, tmp_path / "merged")
+    assert caught.value.code == "unsupported_layer"
+
+
+def test_two_gloras_of_one_weight_add_up_as_in_peft(tmp_path: Path, make_model: MakeModel) -> None:
+    base = make_model(shard="1GB")
+    kinds = {"one": peft.GloraConfig(r=4, **BOTH), "two": peft.GloraConfig(r=2, config_A_B="vector", **BOTH)}
+    adapters = [save_adapted(base, config, tmp_path / name) for name, config in kinds.items()]
+    model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapters[0], "one")
+    model.load_adapter(adapters[1], "two")
+    expected = model.base_model.merge_and_unload(adapter_names=["one", "two"]).state_dict()
+    plan = plan_merge(open_checkpoint(base), [(adapter, 1.0) for adapter in adapters])
+    run_merge(plan, tmp_path / "merged", device="cpu")
+    merged = tensors_in(tmp_path / "merged")
+    assert_all_close(merged, {name: expected[name] for name in merged}, 1e-6)
 
 
 class Convolution(nn.Module):
@@ -308,7 +342,9 @@ def test_a_damaged_part_is_an_error_and_never_another_delta(case: str, tmp_path:
                 refused.append(error)
                 continue
             for delta in deltas:
-                assert isinstance(delta, LowRank | RowwiseDelta)
+                if isinstance(delta, Replacement):
+                    assert delta.tensor.shape == W[delta.weight].shape
+                    continue
                 W_MN = W[delta.weight].reshape(delta.stored_shape)
                 added = (
                     delta.rows(W_MN, 0) if isinstance(delta, RowwiseDelta) else torch.matmul(*delta.stored_factors())
@@ -390,7 +426,13 @@ def test_a_bf16_merge_rounds_once(case: str, tmp_path: Path, make_model: MakeMod
         assert bool((error <= expected[name].double().abs() * 2**-8 * 1.001 + 1e-6).all()), name
 
 
-MODULES = {"(IA)3": 6, "(IA)3 with a flag for another model": 3, "trained tokens": 1, "HiRA on the embedding": 4}
+MODULES = {
+    "(IA)3": 6,
+    "(IA)3 with a flag for another model": 3,
+    "HiRA on the embedding": 4,
+    "LN tuning": 4,
+    "trained tokens": 1,
+}
 
 
 @pytest.mark.parametrize("case", ONE_OF_EACH_TYPE)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from composer.errors import ComposerError, InvalidFile, NotSupported
 from composer.findings import Finding, Severity
 from composer.formats.adapters.config.config import parse_config
-from composer.formats.adapters.config.types import MERGED_BY_PEFT, REFUSED, TYPES
+from composer.formats.adapters.config.types import REFUSED, TYPES
 from composer.formats.adapters.facts import AdapterFacts, facts, health, read_adapter
 from composer.formats.adapters.inspection import inspect
 from composer.formats.adapters.placement.placement import place
@@ -313,8 +313,6 @@ def test_unknown_settings_that_are_off_do_not_matter(make_model: MakeModel, make
         ("PROMPT_TUNING", "a prompt, not a change of weights"),
         ("XLORA", "chooses by input"),
         ("OSF", "decomposition of the base"),
-        ("GLORA", "changes a bias by a product with them"),
-        ("LN_TUNING", "not read yet"),
         ("TOMORROW", "does not know"),
     ],
 )
@@ -337,7 +335,6 @@ def health_of(adapter: Path) -> list[Finding]:
 def test_every_type_that_peft_knows_is_read_or_refused_with_a_reason() -> None:
     assert {kind.value for kind in PeftType} - {"LORA"} <= set(TYPES) | set(REFUSED)
     assert not set(TYPES) & set(REFUSED)
-    assert set(REFUSED) >= MERGED_BY_PEFT
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])

@@ -10,7 +10,7 @@ from composer.errors import InvalidFile, NotSupported
 from composer.formats.adapters.config.by_path import ByPath, is_plain
 from composer.formats.adapters.config.parts import Options
 from composer.formats.adapters.config.patterns import compiled
-from composer.formats.adapters.config.types import MERGE_NEXT, MERGED_BY_PEFT, REFUSED, TYPES, AdapterType
+from composer.formats.adapters.config.types import MERGE_NEXT, REFUSED, TYPES, AdapterType
 from composer.formats.untrusted import LONE_SURROGATE, DuplicateKey, has_more_values, printable, reject_duplicate_keys
 
 _CONFIG_FILE = "adapter_config.json"
@@ -233,8 +233,7 @@ def _other_type(raw: dict[str, Any], peft_type: str, subject: str) -> AdapterCon
 def _refused_type(config: AdapterConfig) -> RefusedType | None:
     if config.peft_type not in TYPES:
         why = REFUSED.get(config.peft_type, "this version does not know it")
-        done = "Merge it into its base" if config.peft_type in MERGED_BY_PEFT else "Serve it"
-        return RefusedType(f"{printable(config.peft_type)}: {why}", f"{done} with PEFT itself, or train a LoRA.")
+        return RefusedType(f"{printable(config.peft_type)}: {why}", "Serve it with PEFT itself, or train a LoRA.")
     option, why = TYPES[config.peft_type].needs
     if not option or config.options[option]:
         return None

@@ -102,6 +102,25 @@ def beft(shapes: Shapes, options: Options, base: Size) -> Size:
     return outputs, base[1]
 
 
+def glora(shapes: Shapes, options: Options, base: Size) -> Size:
+    """A, B: (O, I), (O, 1) or (1); C: (I, 1); D, E: (O) or (1)."""
+    A, B, C, D, E = (_glora_path(shapes, f"glora_{path}") for path in "ABCDE")
+    inputs, outputs = C[0], next((shape[0] for shape in (A, B, D, E) if shape != (1,)), base[0])
+    weight, bias = ((1,), (outputs, 1), (outputs, inputs)), ((1,), (outputs,))
+    for path, shape, fits in zip("ABCDE", (A, B, C, D, E), (weight, weight, ((inputs, 1),), bias, bias), strict=True):
+        _require(shape in fits, shapes, *(name for name in shapes if name.startswith(f"glora_{path}.")))
+    return outputs, inputs
+
+
+def _glora_path(shapes: Shapes, path: str) -> Shape:
+    """The shape of Xd @ Xu, or of X, or of the zeros that PEFT saves for a path that is off."""
+    if f"{path}.Xd" not in shapes:
+        return shapes[f"{path}.zeros"] if f"{path}.zeros" in shapes else shapes[f"{path}.X"]
+    (rows, rank), (height, columns) = _dims(shapes, f"{path}.Xd", 2), _dims(shapes, f"{path}.Xu", 2)
+    _require(rank == height, shapes, f"{path}.Xd", f"{path}.Xu")
+    return rows, columns
+
+
 def ia3(shapes: Shapes, options: Options, base: Size) -> Size:
     """l (O, 1) scales outputs; (1, I) of a feed-forward module scales inputs."""
     rows, columns = _dims(shapes, "ia3_l", 2)

@@ -22,8 +22,9 @@ class AdapterType:
     `rank` and `alpha` are the names and defaults of those settings. `submodules` are parts whose keys end in `.weight`.
     `options` maps the settings that change the result to PEFT's defaults, which have their type; those `by_module` have
     a pattern too. `ignored` settings only matter in training, or are visible in the tensors. `acts_on_bias`: the type
-    changes a bias like the outputs; `only_bias`: it adds to the bias alone. `needs`: an option that must be on, and
-    why.
+    changes a bias like the outputs; `only_bias`: it adds to the bias alone; `bias_product`: parts that add a product
+    with the weight to the bias. `replaces`: the parts are tensors that replace the base's. `needs`: an option that must
+    be on, and why.
     """
 
     parts: tuple[str, ...]
@@ -40,6 +41,8 @@ class AdapterType:
     convolutions: bool = False
     acts_on_bias: bool = False
     only_bias: bool = False
+    bias_product: tuple[str, ...] = ()
+    replaces: bool = False
     needs: tuple[str, str] = ("", "")
 
 
@@ -201,6 +204,16 @@ TYPES: dict[str, AdapterType] = {
         ignored=("r", "init_scale", "deft_dropout"),
     ),
     "BEFT": AdapterType(("beft_bias",), parts.beft, only_bias=True),
+    "GLORA": AdapterType(
+        tuple(f"glora_{path}.{part}" for path in "ABCDE" for part in ("Xd", "Xu", "X", "zeros")),
+        parts.glora,
+        ignored=("r", "config_A_B", "config_C", "config_D_E"),
+        acts_on_bias=True,
+        bias_product=("glora_C.Xd", "glora_C.X"),
+    ),
+    "LN_TUNING": AdapterType(
+        ("ln_tuning_layers.weight", "ln_tuning_layers.bias"), lambda shapes, options, base: base, replaces=True
+    ),
     "TRAINABLE_TOKENS": AdapterType((), lambda shapes, options, base: base, ignored=("token_indices",)),
 }  # fmt: skip
 """The supported types. LORA is placed by placement/placement.py; TRAINABLE_TOKENS has only the tokens' rows."""
@@ -236,11 +249,7 @@ REFUSED: dict[str, str] = {
     ),
     **dict.fromkeys(("XLORA", "POLY", "LILY", "SHADOW", "MIXED", "ARROW"), _ROUTED),
     **dict.fromkeys(("OSF", "PSOFT", "ADAMSS", "TINYLORA", "FROD", "PEANUT"), _DECOMPOSED),
-    "LN_TUNING": "it trains norms themselves, which is not read yet",
     "WAVEFT": "the places of its coefficients are drawn from a seed and not saved",
-    "GLORA": "it scales the base's weights, and changes a bias by a product with them, which is not read yet",
     "BONE": "it was replaced by MiSS; PEFT converts it",
 }
 """Type -> why it cannot be merged exactly."""
-MERGED_BY_PEFT = frozenset({"LN_TUNING", "GLORA"})
-"""Types that change weights, but are not supported."""

@@ -26,6 +26,8 @@ _PARTS = (
     (re.compile(r"\.lora_(A|B)(?:\.default)?\.bias$"), r"lora_\1_bias"),
     (re.compile(r"\.lora_magnitude_vector(?:\.default)?(?:\.weight)?$"), "magnitude"),
     (re.compile(rf"\.({_SUBMODULES})(?:\.default)?\.weight$"), r"\1"),
+    (re.compile(r"\.(glora_[A-E])(?:\.default)?\.(X[du]?|zeros)$"), r"\1.\2"),
+    (re.compile(r"\.ln_tuning_layers(?:\.default)?\.(weight|bias)$"), r"ln_tuning_layers.\1"),
     (re.compile(r"(?:\.token_adapter)?\.trainable_tokens_delta(?:\.default)?$"), TOKENS),
     (re.compile(r"(?:\.token_adapter)?\.base_layer\.(weight|bias)$"), r"base_layer.\1"),
     (re.compile(r"\.modules_to_save(?:\.default)?\.([^.]+)$"), r"\1"),

@@ -117,6 +117,10 @@ def _place_other(placement: Placement, module: str, parts: Mapping[str, str], sh
     """Places a module of a type other than LoRA; composer.formats.adapters.config.parts defines what its parts fit."""
     kind = TYPES[placement.config.peft_type]
     own = {part: key for part, key in parts.items() if part in kind.parts}
+    if kind.replaces:
+        for part, key in own.items():
+            _place_replacement(placement, module, part, key)
+        return
     parameter = "bias" if kind.only_bias else "weight"
     target = placement.find(module, parameter, next(iter(own.values()))) if own else None
     if target is None:
@@ -175,7 +179,16 @@ def _add_other(placement: Placement, placed: PlacedModule, size: Size, made_for:
     if placement.architecture is None or not _acts_on_bias(placement, TYPES[placement.config.peft_type], placed):
         return
     bias = find_weight(placed.module, "bias", placement.architecture)
-    if isinstance(bias, Target) and placement.fits(f"{placed.module}.bias", bias, size[:1]):
+    if not isinstance(bias, Target):
+        return
+    product = [part for part in TYPES[placement.config.peft_type].bias_product if part in placed.parts]
+    if product:
+        message = (
+            f"{placed.module} has a bias, to which {product[0]} adds a product with the base's weight. That is not "
+            "read: merge it with PEFT, or train it without."
+        )
+        placement.error("unsupported_layer", placed.module, message)
+    elif placement.fits(f"{placed.module}.bias", bias, size[:1]):
         placement.modules.append(replace(placed, **bias_of(bias, size[0])))
 
 
@@ -202,23 +215,21 @@ def _place_full_tensors(placement: Placement, module: str, parts: Mapping[str, s
             message = f"{key} is not a known part of a {placement.config.peft_type} adapter."
             placement.error("unmatched_tensor", module or key, message)
             continue
-        parameter = part.removeprefix("base_layer.")
-        target = placement.find(module, parameter, key)
-        shape = placement.shape(key)
-        if target is None or not placement.fits(f"{module}.{parameter}", target, shape):
-            continue
-        kind = "base_copy" if part == "base_layer.weight" else "replacement"
-        placement.modules.append(
-            PlacedModule(
-                module=module,
-                weight=target.weight,
-                kind=kind,
-                tied=target.tied,
-                shape=shape,
-                parts={part: key},
-                rule=target.rule,
-            )
-        )
+        _place_replacement(placement, module, part, key)
+
+
+def _place_replacement(placement: Placement, module: str, part: str, key: str) -> None:
+    """Places a tensor that replaces the base's, or PEFT's copy of a base weight."""
+    parameter = part.rpartition(".")[2]
+    target, shape = placement.find(module, parameter, key), placement.shape(key)
+    if target is None or not placement.fits(f"{module}.{parameter}", target, shape):
+        return
+    kind = "base_copy" if part == "base_layer.weight" else "replacement"
+    placed = PlacedModule(
+        module=module, weight=target.weight, kind=kind, tied=target.tied, shape=shape, parts={part: key},
+        rule=target.rule,
+    )  # fmt: skip
+    placement.modules.append(placed)
 
 
 def _check_prefix(placement: Placement, modules: list[str], subject: str) -> None:
