@@ -89,6 +89,15 @@ def test_a_broken_rule_ends_the_canary_and_the_audit_has_the_figures(splitting: 
     assert row["detail"]["figures"][0]["candidate"] == pytest.approx(0.15)
 
 
+def test_one_failure_in_eight_against_one_in_fifty_is_seen_after_two_minutes_of_five_requests_a_second(
+    splitting: House,
+) -> None:
+    house = splitting
+    assert begun(house, weight=50).status_code == 200
+    reported(house, figures(0), figures(0))
+    assert reported(house, figures(300, 36), figures(300, 6))["state"] == "rolled_back"
+
+
 def test_a_slow_candidate_and_a_worse_metric_break_their_rules(splitting: House) -> None:
     house = splitting
     watch = POLICY["watch"] | {"rules": ["p95_seconds <= 1.2 x served", "sql-live.accuracy >= served - 2 se"]}  # pyright: ignore[reportOperatorIssue]

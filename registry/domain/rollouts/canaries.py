@@ -18,7 +18,7 @@ from registry.domain.channels import moves, pending, policies, promotions
 from registry.domain.channels.policies import PromotionRequest, PromotionVerdict
 from registry.domain.channels.serving import ChannelMove, ChannelName, find_channel, locked_channel, served_version
 from registry.domain.rollouts import fleet
-from registry.domain.rollouts.sequential import Sample, above_limit, above_other
+from registry.domain.rollouts.sequential import ANY, RARE, Sample, above_limit, above_other
 from registry.errors import Conflict, Invalid, NotAllowed, Refused, RegistryError
 from registry.formats.references import parse_version
 from registry.formats.watch import ERRORS, Watch, WatchRule
@@ -120,10 +120,11 @@ def _standing(
         own, other = candidate.sample(rule.name), served.sample(rule.name)
         shown = own.mean if own.n else None, other.mean if other.n else None
         worse = (own.inverted, other.inverted) if rule.at_least else (own, other)
+        prior = RARE if rule.name == ERRORS else ANY
         if rule.limit is not None:
-            evidence = above_limit(worse[0], 1 - rule.limit if rule.at_least else rule.limit)
+            evidence = above_limit(worse[0], 1 - rule.limit if rule.at_least else rule.limit, prior)
         else:
-            evidence = above_other(*worse, rule.margin * (_error(*worse) if rule.in_errors else 1))
+            evidence = above_other(*worse, rule.margin * (_error(*worse) if rule.in_errors else 1), prior)
     finite = [None if value is None or value == inf else round(value, 6) for value in shown]
     return Standing(rule.text, finite[0], finite[1], decides and evidence >= needed)
 
