@@ -11,7 +11,7 @@ from pathlib import Path
 
 from composer.conflicts.evidence.outcome import effect_of
 from composer.deltas.variants.load import load_deltas
-from composer.evaluation.measure import Measured, encode, measure
+from composer.evaluation.measure import ExampleScore, encode, measure
 from composer.evaluation.model import LoadedModel, load_model
 from composer.formats.recipes.suite import Suite, parse_suite
 from composer.optimize.objective import kept_share
@@ -19,7 +19,7 @@ from composer.optimize.objective import kept_share
 FITTED, MEASURED = 4, 16
 
 
-def run(loaded: LoadedModel, suite: Suite, deltas: Sequence[object] = ()) -> list[Measured]:
+def run(loaded: LoadedModel, suite: Suite, deltas: Sequence[object] = ()) -> list[ExampleScore]:
     unseen = suite.sample(MEASURED, frozenset(suite.sample(FITTED)))
     encoded = [encode(loaded, example, suite.chat, suite.ends) for example in unseen]
     return measure(loaded, encoded, deltas)  # pyright: ignore[reportArgumentType]

@@ -69,7 +69,7 @@ def fill(database: Database, checkpoint: Path, releases: int) -> None:
             {"target_set_id": number, "target": target} for number, targets in TARGETS.items() for target in targets
         ),
         tables.Traits: (_traits(facts, number) for facts, number in traits.items()),
-        tables.Suite: _suites(),
+        tables.SuiteVersion: _suites(),
         tables.Namespace: _namespaces(repositories),
         tables.Repository: _repositories(repositories),
         tables.Blob: _blobs(numbers),

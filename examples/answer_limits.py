@@ -20,7 +20,7 @@ from typing import Any
 from composer.conflicts.evidence.interval import share_interval
 from composer.conflicts.evidence.outcome import LEAST_ANSWERED, Effect, Limits, Outcome, effect_of
 from composer.conflicts.evidence.probe import Effort, grown
-from composer.evaluation.measure import Measured
+from composer.evaluation.measure import ExampleScore
 from composer.findings import Verdict
 from composer.formats.recipes.recipe import CONFIRM
 
@@ -73,8 +73,8 @@ def resampled(draw: random.Random, row: Row, method: str, alone: Mapping[str, Ro
     return outcome
 
 
-def measured(run: Row, index: int) -> Measured:
-    return Measured(run["nats"][index], run["tokens"][index], run["exact"][index] == "1")
+def measured(run: Row, index: int) -> ExampleScore:
+    return ExampleScore(run["nats"][index], run["tokens"][index], run["exact"][index] == "1")
 
 
 def keeps_limits(outcome: Outcome) -> bool:

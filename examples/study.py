@@ -25,7 +25,7 @@ from composer.conflicts.evidence.activations import activation_interference
 from composer.conflicts.report import conflicts
 from composer.deltas.lowrank import PairSums
 from composer.deltas.variants.load import LoadedAdapter, load_deltas
-from composer.evaluation.measure import Encoded, Measured, encode, measure, ratio
+from composer.evaluation.measure import Encoded, ExampleScore, encode, measure, ratio
 from composer.evaluation.model import LoadedModel, load_model
 from composer.formats.recipes.suite import Example, Suite
 from composer.formats.recipes.weights import weights_of
@@ -139,7 +139,7 @@ def _rows(path: Path) -> dict[Key, Any]:
     return {(row["member"],) if "member" in row else (row["a"], row["b"]): row for row in rows}
 
 
-def _kept(measured: Sequence[Measured]) -> dict[str, Any]:
+def _kept(measured: Sequence[ExampleScore]) -> dict[str, Any]:
     """Nats and tokens of each example, and a 1 for each that is answered word for word."""
     return {
         "nats": [result.nats for result in measured],

@@ -17,7 +17,7 @@ from typing import Any
 
 from composer.conflicts.evidence.outcome import Effect, Limits, Outcome, effect_of, side_effect_of
 from composer.conflicts.evidence.probe import USUAL_K, USUAL_MOST, Effort, grown
-from composer.evaluation.measure import Measured
+from composer.evaluation.measure import ExampleScore
 from composer.findings import Verdict
 
 Row = Mapping[str, Any]
@@ -30,9 +30,9 @@ COVERED = (4, 8, 16, 24)
 class Suite:
     """The same examples under the base, each member alone, and the combination, in the order of one split."""
 
-    base: list[Measured]
-    alone: dict[str, list[Measured]]
-    combined: list[Measured]
+    base: list[ExampleScore]
+    alone: dict[str, list[ExampleScore]]
+    combined: list[ExampleScore]
 
     def effect(self, member: str, part: slice) -> Effect:
         return effect_of((member, member), self.base[part], self.alone[member][part], self.combined[part], 2)
@@ -117,8 +117,8 @@ def _shuffled(draw: random.Random, count: int) -> list[int]:
     return draw.sample(range(count), count)
 
 
-def _measured(kept: Row, order: Sequence[int]) -> list[Measured]:
-    return [Measured(kept["nats"][i], kept["tokens"][i], kept["exact"][i] == "1") for i in order]
+def _measured(kept: Row, order: Sequence[int]) -> list[ExampleScore]:
+    return [ExampleScore(kept["nats"][i], kept["tokens"][i], kept["exact"][i] == "1") for i in order]
 
 
 def _verdicts(pairs: Sequence[Pair], most: int, guarded: bool) -> list[str]:

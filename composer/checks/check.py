@@ -25,7 +25,7 @@ NEW_EMBEDDINGS = ("new_embeddings.safetensors", "new_embeddings.bin")
 """Rows for new tokens in the form that vLLM once read. PEFT has them in the adapter's own file."""
 
 
-class Member(Protocol):
+class CheckedAdapter(Protocol):
     """An adapter in a check: its name for messages, its directory, its config, and its placement on the base."""
 
     @property
@@ -38,7 +38,7 @@ class Member(Protocol):
     def placed(self) -> PlacementResult: ...
 
 
-def check(members: Sequence[Member], base_names: Sequence[str] = ()) -> list[Finding]:
+def check(members: Sequence[CheckedAdapter], base_names: Sequence[str] = ()) -> list[Finding]:
     """The findings on these adapters together, and on a base of these names.
 
     contradicting_bases  they state different bases, or another one than this

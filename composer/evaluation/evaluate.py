@@ -11,7 +11,7 @@ from composer.evaluation.generation import encode_for_generation, generate_batch
 from composer.evaluation.hooks import Deltas
 from composer.evaluation.measure import (
     Encoded,
-    Measured,
+    ExampleScore,
     batches_of,
     encode,
     measure_batch,
@@ -198,7 +198,7 @@ def _choices(
     return spread_batches(loaded, longest), run
 
 
-def _likeliest(example: Example, measured: Sequence[Measured], per: str) -> Result:
+def _likeliest(example: Example, measured: Sequence[ExampleScore], per: str) -> Result:
     """Of equally likely choices, the first one is chosen."""
     lengths = {
         "choice": [1.0] * len(measured),
@@ -211,9 +211,9 @@ def _likeliest(example: Example, measured: Sequence[Measured], per: str) -> Resu
     return Result(right.nats, right.tokens, float(chosen == example.completion), chosen)
 
 
-def _measured(loaded: LoadedModel, encoded: Sequence[Encoded]) -> list[Measured]:
+def _measured(loaded: LoadedModel, encoded: Sequence[Encoded]) -> list[ExampleScore]:
     """As `measure`, in this thread."""
-    results: dict[int, Measured] = {}
+    results: dict[int, ExampleScore] = {}
     for batch in batches_of(encoded, loaded.batch_tokens):
         results.update(zip(batch, measure_batch(Prefix(loaded, ()), [encoded[index] for index in batch]), strict=True))
     return [results[index] for index in range(len(encoded))]

@@ -42,7 +42,7 @@ class Encoded:
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class ExampleScore:
     """One example under one model: nats over the whole completion, its tokens, and whether greedy decoding reproduces
     it."""
 
@@ -119,7 +119,7 @@ def measure(
     deltas: Deltas = (),
     batch_tokens: int | None = None,
     progress: Callable[[int], None] | None = None,
-) -> list[Measured]:
+) -> list[ExampleScore]:
     """One teacher-forced pass over every example, in order, with `deltas` active.
 
     Greedy decoding reproduces a completion exactly if, given the completion up to there, every argmax is the reference
@@ -129,12 +129,12 @@ def measure(
     cores. `progress` gets the number of examples just finished; an exception from it ends the pass.
     """
     prefix, rest = split_prefix(loaded, encoded)
-    results: dict[int, Measured] = {}
+    results: dict[int, ExampleScore] = {}
 
-    def run(batch: Sequence[int]) -> list[Measured]:
+    def run(batch: Sequence[int]) -> list[ExampleScore]:
         return measure_batch(prefix, [rest[index] for index in batch])
 
-    def done(batch: Sequence[int], measured: list[Measured]) -> None:
+    def done(batch: Sequence[int], measured: list[ExampleScore]) -> None:
         results.update(zip(batch, measured, strict=True))
         if progress:
             progress(len(batch))
@@ -192,19 +192,19 @@ def batches_of(encoded: Sequence[Encoded], limit: int) -> Iterator[list[int]]:
 
 
 @torch.inference_mode()
-def measure_batch(prefix: Prefix, batch: Sequence[Encoded]) -> list[Measured]:
+def measure_batch(prefix: Prefix, batch: Sequence[Encoded]) -> list[ExampleScore]:
     """One teacher-forced forward pass over what follows the prefix in the batch's examples."""
     ids_BT = padded(batch).to(prefix.loaded.device)
     first = min(example.prompt_tokens for example in batch) - 1
     logits_BTV = logits_from(prefix, ids_BT, first)
-    measured: list[Measured] = []
+    measured: list[ExampleScore] = []
     for row, example in enumerate(batch):
         start = example.prompt_tokens - 1 - first
         logits_TV = logits_BTV[row, start : start + example.completion_tokens].float()
         target_T = ids_BT[row, example.prompt_tokens : len(example.ids)]
         nats = nn.functional.cross_entropy(logits_TV, target_T, reduction="sum").item()
         exact = bool((logits_TV.argmax(dim=-1) == target_T).all())
-        measured.append(Measured(nats, example.completion_tokens, exact))
+        measured.append(ExampleScore(nats, example.completion_tokens, exact))
     return measured
 
 

@@ -213,7 +213,7 @@ def _common(chunk: Chunk, begin: int, rows: int) -> tuple[slice, slice] | None:
 
 
 @dataclass(slots=True)
-class Measured:
+class RewriteStats:
     """What rewriting did to values, counted over all of them, from any number of threads. `changed` is True once one
     differs from the base's in the output's dtype; `flushed` counts by tensor those that float16 made zero."""
 
@@ -235,7 +235,7 @@ class Measured:
             with self._lock:
                 self.flushed[chunk.work.plan.target.name] += lost
 
-    def add(self, other: "Measured") -> None:
+    def add(self, other: "RewriteStats") -> None:
         """Adds what was measured elsewhere."""
         with self._lock:
             self.changed = self.changed or other.changed
@@ -248,7 +248,7 @@ class Measured:
             return {"changed": self.changed, "flushed": counts}
 
     @classmethod
-    def from_json(cls, row: Mapping[str, Any]) -> "Measured":
+    def from_json(cls, row: Mapping[str, Any]) -> "RewriteStats":
         """Parses `of`. Results of before 0.3 have nothing: they count as changed."""
         return cls(bool(row.get("changed", True)), Counter({str(k): int(v) for k, v in row.get("flushed", {}).items()}))
 
@@ -263,7 +263,7 @@ class Rewriter:
     def __init__(self, device: torch.device, rounding: Rounding) -> None:
         self.device = device
         self.rounding = rounding
-        self.measured = Measured()
+        self.measured = RewriteStats()
         self._local = threading.local()
 
     @torch.inference_mode()

@@ -20,7 +20,7 @@ from types import TracebackType
 from composer.deltas.tensors import tensor_bytes, torch_threads
 from composer.formats.checkpoints.files import OpenFile, StoredFile, local_file
 from composer.formats.checkpoints.header import read_header
-from composer.merge.chunks import Chunk, Measured, Rewriter, TensorPlan, TensorWork, chunks_of, prepare
+from composer.merge.chunks import Chunk, Rewriter, RewriteStats, TensorPlan, TensorWork, chunks_of, prepare
 from composer.merge.copying import CopiedRange, clone_file, copied_ranges, copy_range, equal, pieces
 from composer.merge.io.journal import ShardJournal
 from composer.merge.io.output_file import OutputFile
@@ -113,7 +113,7 @@ class Written:
     resumed_bytes: int
     verified_rows: int
     survivals: dict[str, RoundingLoss]
-    measured: Measured
+    measured: RewriteStats
 
 
 class _Countdown:
@@ -143,7 +143,7 @@ def write_shards(
     survivals: dict[str, RoundingLoss] = {}
     for shard in shards:
         if journal.holds(shard.file):
-            rewriter.measured.add(Measured.from_json(journal.measured(shard.file)))
+            rewriter.measured.add(RewriteStats.from_json(journal.measured(shard.file)))
     resumed = sum(shard.size_bytes for shard in shards if journal.holds(shard.file))
     with ExitStack() as stack:
         # Closed after the stages have ended: a closed descriptor may be reused while a job still writes to it.

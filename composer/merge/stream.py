@@ -59,7 +59,7 @@ class Sink(Protocol):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamedShard:
     """A shard that a sink has received completely. `survivals` are by tensor; `tensor_hashes` has the sha256 of each of
-    the base's tensors that were read with it. `measured` is what `Measured` counted, as JSON."""
+    the base's tensors that were read with it. `measured` is what `RewriteStats` counted, as JSON."""
 
     file: str
     sha256: str

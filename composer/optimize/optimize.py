@@ -25,7 +25,7 @@ from composer.conflicts.evidence.outcome import LEAST_EXAMPLES, Effect, Outcome
 from composer.conflicts.evidence.probe import Effort, grown
 from composer.errors import Mismatch, NotSupported
 from composer.evaluation.journal import JournalFile
-from composer.evaluation.measure import Measured
+from composer.evaluation.measure import ExampleScore
 from composer.findings import Verdict
 from composer.formats.recipes.suite import Example
 from composer.formats.recipes.weights import Weight
@@ -60,9 +60,9 @@ class SearchJournal(Record):
         self._file = JournalFile(path, {"problem": problem})
         for row in self._file.rows:
             for who, suite, example, nats, tokens, exact in row:
-                self.known[who, suite, example] = Measured(nats, tokens, exact)
+                self.known[who, suite, example] = ExampleScore(nats, tokens, exact)
 
-    def add(self, measured: Iterable[tuple[Key, Measured]]) -> None:
+    def add(self, measured: Iterable[tuple[Key, ExampleScore]]) -> None:
         """Records the results of a pass, in the file before the call returns."""
         rows = dict(measured)
         super().add(rows.items())
@@ -429,7 +429,7 @@ class _Search:
             digests = {suite.digest: asked.digest for (suite, _), (asked, _) in zip(references.rows, rows, strict=True)}
             return {suite: results[asked] for suite, asked in digests.items()}
         asked, half = references.asked, self.problem.searched // 2
-        results = {digest: list[Measured]() for digest in asked}
+        results = {digest: list[ExampleScore]() for digest in asked}
         parts: tuple[tuple[slice, FitOn], ...] = ((slice(half), "second half"), (slice(half, None), "first half"))
         for scored, fit_on in parts:
             rows = [row for rows in asked.values() for row in rows[scored]]

@@ -21,14 +21,14 @@ Document = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class GatewayTarget:
     """What the files name: the pool, backend or service, and the gateway of Envoy's routes, [NAMESPACE/]NAME."""
 
     pool: str
     gateway: str = ""
 
 
-def litellm(routes: Routes, _target: Target) -> Document:
+def litellm(routes: Routes, _target: GatewayTarget) -> Document:
     """LiteLLM's `model_list`: a deployment for each version and server of a channel. The servers of a version share its
     weight."""
     by_version = {name: _addresses(servers) for name, servers in routes.servers.items()}
@@ -71,7 +71,7 @@ def _name(text: str, tail: str) -> str:
     return f"{re.sub('[^a-z0-9]+', '-', text.lower())[: 62 - len(tail)]}-{tail}"
 
 
-def llm_d(routes: Routes, target: Target) -> Document:
+def llm_d(routes: Routes, target: GatewayTarget) -> Document:
     """InferenceModelRewrite of llm-d's router, since 0.9: the channel in a request becomes a version, by weights."""
     rules = [
         {
@@ -89,7 +89,7 @@ def llm_d(routes: Routes, target: Target) -> Document:
     }
 
 
-def envoy(routes: Routes, target: Target) -> Document:
+def envoy(routes: Routes, target: GatewayTarget) -> Document:
     """An AIGatewayRoute of Envoy AI Gateway for each channel: the backend gets the version's name instead of the
     channel's. A route may have 15 rules at most, and one without a parent belongs to no gateway."""
     namespace, _, gateway = target.gateway.rpartition("/")
@@ -118,7 +118,7 @@ def envoy(routes: Routes, target: Target) -> Document:
     return {"apiVersion": "v1", "kind": "List", "items": items}
 
 
-def kserve(routes: Routes, target: Target) -> Document:
+def kserve(routes: Routes, target: GatewayTarget) -> Document:
     """A patch of KServe's LLMInferenceService, since 0.17: its adapters, from the registry's hub API (HF_ENDPOINT)."""
     adapters = [{"name": name, "uri": f"hf://{name.replace('@', ':')}"} for name, _ in _loaded(routes)]
     return {
@@ -129,7 +129,7 @@ def kserve(routes: Routes, target: Target) -> Document:
     }
 
 
-def aibrix(routes: Routes, target: Target) -> Document:
+def aibrix(routes: Routes, target: GatewayTarget) -> Document:
     """A ModelAdapter of AIBrix for each version, from the registry's hub API (HF_ENDPOINT). It gives its name to a
     service, so that the name has no dots and at most 63 characters; the commit keeps two of them apart."""
     items = [
@@ -148,7 +148,7 @@ def aibrix(routes: Routes, target: Target) -> Document:
     return {"apiVersion": "v1", "kind": "List", "items": items}
 
 
-FORMS: Mapping[str, Callable[[Routes, Target], Document]] = {
+FORMS: Mapping[str, Callable[[Routes, GatewayTarget], Document]] = {
     "aibrix": aibrix, "envoy": envoy, "kserve": kserve, "litellm": litellm, "llm-d": llm_d,
 }  # fmt: skip
 _WEIGHTED = frozenset({"envoy", "litellm", "llm-d"})
@@ -158,7 +158,7 @@ _WEIGHTED = frozenset({"envoy", "litellm", "llm-d"})
 class GatewayFile:
     """A file of one form, replaced in one step when the routes change."""
 
-    def __init__(self, text: str, target: Target) -> None:
+    def __init__(self, text: str, target: GatewayTarget) -> None:
         """Reads FORM=FILE. Raises Usage for an unknown form, and for Envoy's without a gateway."""
         form, _, path = text.partition("=")
         if form not in FORMS or not path:

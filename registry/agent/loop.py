@@ -28,7 +28,7 @@ Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Node:
+class GroupNode:
     """The name under which an agent reports, and how many nodes of its group may switch at a time; None for all."""
 
     group: str
@@ -68,7 +68,7 @@ class Reporter:
     """Reports to the registry, from a thread of its own. An error is shown in the agent's health, and the next report
     is sent all the same."""
 
-    def __init__(self, api: Api, node: Node, health: Health) -> None:
+    def __init__(self, api: Api, node: GroupNode, health: Health) -> None:
         self._api, self._node, self._health = api, node, health
         self._path = f"/v1/fleet/{quote(node.group)}/{quote(node.name)}"
         self._report: NodeReportIn | None = None

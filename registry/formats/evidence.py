@@ -18,20 +18,20 @@ _FARTHEST = 1e4
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class Tolerance:
     """What proves a release: the least `share`, and the most that one token may be off, in nats."""
 
     share: float = 0.9
     worst: float = 0.3
 
     @classmethod
-    def within(cls, nats: float) -> "Limits":
+    def within(cls, nats: float) -> "Tolerance":
         """For servers that differ by that much, as their operator states, such as those of quantized bases.
         The base, and an adapter that is nearer to it than to the release, still are not proved."""
         return cls(0.75, nats)
 
 
-USUAL = Limits()
+USUAL = Tolerance()
 """For servers that compute as the worker did."""
 
 
@@ -53,7 +53,7 @@ class Served:
 
     share: float
     worst: float
-    limits: Limits = USUAL
+    limits: Tolerance = USUAL
 
     def verdict(self, *, loosely: bool = False) -> Literal["proved", "unproved", "failed"]:
         """Proved within the limits; failed if a token is off or the server is as near to the base as to the release;
@@ -87,7 +87,7 @@ def evidence_of(statement: Statement) -> tuple[EvidenceExample, ...]:
 
 
 def decide(
-    examples: Sequence[EvidenceExample], answered: Sequence[Sequence[float | None]], limits: Limits = USUAL
+    examples: Sequence[EvidenceExample], answered: Sequence[Sequence[float | None]], limits: Tolerance = USUAL
 ) -> Served:
     """Compares a server's log-probabilities of each example's completion tokens with the evidence, for as many of the
     first tokens as it answered; at least one. None stands for a token that the server does not report.

@@ -11,8 +11,7 @@ from sqlalchemy.orm import Session
 from composer.formats.checkpoints.checkpoint import Architecture
 from composer.formats.recipes.methods import AnySettings, parse_settings
 from composer.formats.recipes.recipe import Lock, Recipe, parse_recipe
-from composer.formats.recipes.suite import CalibrationSet
-from composer.formats.recipes.suite import Suite as SuiteContent
+from composer.formats.recipes.suite import CalibrationSet, Suite
 from registry.database.tables import Base
 from registry.domain.access.audit import Actor
 from registry.domain.catalog import bases, suites
@@ -177,10 +176,10 @@ def creator(held: JobRun, session: Session) -> Actor:
     return compositions.creator(session, compositions.find_by_job(session, held.job_id), held.resources.clock())
 
 
-def suites_named(held: JobRun, names: Sequence[str]) -> list[SuiteContent]:
+def suites_named(held: JobRun, names: Sequence[str]) -> list[Suite]:
     """Reads the current contents of the suites."""
     with held.resources.read() as session:
-        return [SuiteContent.from_json(suites.find(session, name).content) for name in names]
+        return [Suite.from_json(suites.find(session, name).content) for name in names]
 
 
 def store(held: JobRun, work: CompositionRun, **columns: Any) -> None:

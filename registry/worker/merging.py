@@ -244,12 +244,12 @@ def _merge(node: Node, unit: Unit, count: Count) -> Result:
 
 
 def _written(shards: Sequence["StreamedShard"]) -> "Written":
-    from composer.merge.chunks import Measured
+    from composer.merge.chunks import RewriteStats
     from composer.merge.shards import Written
 
-    measured = Measured()
+    measured = RewriteStats()
     for shard in shards:
-        measured.add(Measured.from_json(shard.measured))
+        measured.add(RewriteStats.from_json(shard.measured))
     survivals = {name: loss for shard in shards for name, loss in shard.survivals.items()}
     return Written(
         copied_bytes=sum(shard.copied_bytes for shard in shards),

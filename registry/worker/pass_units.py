@@ -18,7 +18,7 @@ from registry.worker.runner import JobRun
 
 if TYPE_CHECKING:
     from composer.conflicts.evidence.bench import Pass, PassRunner
-    from composer.evaluation.measure import Measured
+    from composer.evaluation.measure import ExampleScore
     from composer.evaluation.model import LoadedModel
     from composer.optimize.problem import SearchMember, SearchProblem
 
@@ -80,11 +80,11 @@ class Passes:
         self._held, self._base, self._hints, self._progress = held, document["base"], hints, progress
         self._document = held.engine.node.share(json.dumps(document, sort_keys=True).encode())
 
-    def measure(self, wanted: "Pass") -> "Sequence[Measured]":
+    def measure(self, wanted: "Pass") -> "Sequence[ExampleScore]":
         ((_, result),) = self.run([named(wanted)])
         return measured_of(result)
 
-    def spread(self, passes: "Sequence[Pass]") -> "Iterator[tuple[Pass, Sequence[Measured]]]":
+    def spread(self, passes: "Sequence[Pass]") -> "Iterator[tuple[Pass, Sequence[ExampleScore]]]":
         by_row = {json.dumps(named(wanted)): wanted for wanted in passes}
         for row, result in self.run([named(wanted) for wanted in passes]):
             if "cannot" not in result:
@@ -112,15 +112,15 @@ def named(wanted: "Pass") -> Named:
     return wanted.who, [[suite, example] for _, suite, example in wanted.keys]
 
 
-def measured_of(result: Result) -> "list[Measured]":
+def measured_of(result: Result) -> "list[ExampleScore]":
     """Returns the per-example results of a pass. Raises the error if its combination cannot be made."""
     from composer.errors import Mismatch, NotSupported
-    from composer.evaluation.measure import Measured
+    from composer.evaluation.measure import ExampleScore
 
     if "cannot" in result:
         kinds, row = {"Mismatch": Mismatch, "NotSupported": NotSupported}, dict(result["cannot"])
         raise kinds[row.pop("kind")](**row)
-    return [Measured(nats, tokens, exact) for nats, tokens, exact in result["measured"]]
+    return [ExampleScore(nats, tokens, exact) for nats, tokens, exact in result["measured"]]
 
 
 def _run(node: Node, unit: Unit, _count: Count) -> Result:

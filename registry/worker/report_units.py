@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from composer.conflicts.evidence.bench import Pass
     from composer.conflicts.examine import Evidence
     from composer.deltas.variants.load import LoadedAdapter
-    from composer.evaluation.measure import Measured
+    from composer.evaluation.measure import ExampleScore
 
 
 def conflict_report(
@@ -65,10 +65,10 @@ class _KnownPasses:
     def __init__(self, rows: Sequence[tuple[Sequence[Any], Result]]) -> None:
         self._results = {json.dumps(list(wanted)): result for wanted, result in rows}
 
-    def measure(self, wanted: "Pass") -> "Sequence[Measured]":
+    def measure(self, wanted: "Pass") -> "Sequence[ExampleScore]":
         return measured_of(self._result(wanted, [wanted]))
 
-    def spread(self, passes: "Sequence[Pass]") -> "Iterator[tuple[Pass, Sequence[Measured]]]":
+    def spread(self, passes: "Sequence[Pass]") -> "Iterator[tuple[Pass, Sequence[ExampleScore]]]":
         missing = [wanted for wanted in passes if self._key(wanted) not in self._results]
         results = [(wanted, self._result(wanted, missing)) for wanted in passes]
         yield from ((wanted, measured_of(result)) for wanted, result in results if "cannot" not in result)

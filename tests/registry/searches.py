@@ -9,7 +9,16 @@ from sqlalchemy import ColumnElement, ScalarSelect, and_, func, select
 from sqlalchemy.orm import Session, aliased
 
 from composer.formats.adapters.serving import PROFILES, parse_profile
-from registry.database.tables import Base, Channel, Release, ReleaseWord, Repository, Score, Suite, TargetSetMember
+from registry.database.tables import (
+    Base,
+    Channel,
+    Release,
+    ReleaseWord,
+    Repository,
+    Score,
+    SuiteVersion,
+    TargetSetMember,
+)
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import readable
 from registry.domain.catalog import bases
@@ -132,7 +141,7 @@ def plain_search(session: Session, actor: Actor, query: Query, order: str, bette
 
 
 def _measures(suite: str, metric: str) -> ColumnElement[bool]:
-    current = select(Suite.id).where(Suite.name == suite, Suite.current).scalar_subquery()
+    current = select(SuiteVersion.id).where(SuiteVersion.name == suite, SuiteVersion.current).scalar_subquery()
     return and_(Score.suite_id == current, Score.metric == metric)
 
 

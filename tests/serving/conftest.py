@@ -16,7 +16,7 @@ from composer.formats.gguf import open_gguf_base
 from registry.agent.directory import MirrorDirectory
 from registry.agent.servers.llamacpp import LlamaServer
 from registry.agent.versions import ServedVersion
-from registry.formats.evidence import USUAL, Limits
+from registry.formats.evidence import USUAL, Tolerance
 from tests import services
 from tests.eventually import eventually
 from tests.forked import start_command
@@ -67,7 +67,7 @@ def converted(directory: MirrorDirectory, version: ServedVersion, base: Path) ->
 
 
 @contextmanager
-def llama_processes(text: str, directory: MirrorDirectory, limits: Limits = USUAL) -> Generator[LlamaServer]:
+def llama_processes(text: str, directory: MirrorDirectory, limits: Tolerance = USUAL) -> Generator[LlamaServer]:
     """A kept llama.cpp with that command. All its processes end with the block, also those that another agent of the
     directory started."""
     opened = LlamaServer(text, directory, limits)

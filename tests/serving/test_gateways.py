@@ -8,12 +8,12 @@ import pytest
 import yaml
 
 from registry.agent.directory import Routes
-from registry.agent.gateways import FORMS, GatewayFile, Target
+from registry.agent.gateways import FORMS, GatewayFile, GatewayTarget
 from registry.errors import Usage
 from tests.eventually import eventually
 from tests.serving.conftest import Site, mirrored
 
-TARGET = Target("vllm", "envoy/gate")
+TARGET = GatewayTarget("vllm", "envoy/gate")
 GOLDEN = Path(__file__).parent / "golden"
 ROUTES = Routes(
     channels={"acme/sql@prod": {"acme/sql@1.1.0": 90, "acme/sql@1.2.0": 10}, "acme/hr@prod": {"acme/hr@2.0.0": 100}},
@@ -59,7 +59,7 @@ def test_an_unknown_form_is_refused_with_the_known_ones() -> None:
 
 def test_a_route_of_envoy_without_a_gateway_is_refused() -> None:
     with pytest.raises(Usage) as refused:
-        GatewayFile("envoy=routes.yaml", Target("vllm"))
+        GatewayFile("envoy=routes.yaml", GatewayTarget("vllm"))
     assert "--gateway NAME" in refused.value.next_step
 
 

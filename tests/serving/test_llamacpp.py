@@ -26,7 +26,7 @@ from registry.agent.servers.llamacpp import LlamaServer
 from registry.agent.switching import KeptServer
 from registry.agent.versions import ServedVersion
 from registry.errors import Refused, Usage
-from registry.formats.evidence import USUAL, EvidenceExample, Limits
+from registry.formats.evidence import USUAL, EvidenceExample, Tolerance
 from tests import services
 from tests.eventually import eventually
 from tests.scenarios.world import Cli, World
@@ -189,7 +189,7 @@ def test_a_quantized_base_proves_only_what_is_near_enough(
     directory, version = MirrorDirectory(tmp_path / "served"), ServedVersion("acme/sql", "1.0.0", "ab" * 20)
     shutil.copytree(world.adapters["sql"], directory.path(version.commit))
     converted(directory, version, base)
-    limits = USUAL if tolerance is None else Limits.within(tolerance)
+    limits = USUAL if tolerance is None else Tolerance.within(tolerance)
     with llama_processes(command(base, port_range()), directory, limits) as server:
         server.load(version, directory.path(version.commit))
         result = server.check(version.name, evidence(world, "sql"))

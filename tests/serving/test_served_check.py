@@ -16,7 +16,7 @@ from registry.domain.catalog import releases, suites
 from registry.domain.catalog.attestations import About
 from registry.errors import Invalid
 from registry.formats.attestations import EVIDENCE, Statement
-from registry.formats.evidence import USUAL, EvidenceExample, Limits, decide, evidence_of
+from registry.formats.evidence import USUAL, EvidenceExample, Tolerance, decide, evidence_of
 from registry.formats.references import parse_repository, parse_version
 from registry.worker.attesting import attested
 from tests.eventually import eventually
@@ -45,7 +45,7 @@ def examples(weights: str, lengths: Sequence[int]) -> list[EvidenceExample]:
 
 
 def checks(
-    kinds: Sequence[str], lengths: Sequence[Sequence[int]], adapter: Path, root: Path, limits: Limits = USUAL
+    kinds: Sequence[str], lengths: Sequence[Sequence[int]], adapter: Path, root: Path, limits: Tolerance = USUAL
 ) -> Iterator[Check]:
     """The check of servers that apply the adapter, or what a kind of mistake makes of it."""
     weights, directory = weights_hash(adapter), one_release(root, adapter).path(COMMIT)
@@ -73,7 +73,7 @@ def test_no_wrong_thing_is_proved(
 
 
 def test_a_stated_tolerance_proves_a_quantised_server_and_nothing_else(world: World, tmp_path: Path) -> None:
-    limits = Limits.within(0.6)
+    limits = Tolerance.within(0.6)
     for wrong, result in checks(WRONG, LENGTHS[1:2], world.adapters["sql"], tmp_path / "served", limits):
         assert result.verdict == ("proved" if wrong == "quantised" else "failed"), (wrong, result)
         assert wrong != "quantised" or (result.served and result.served.worst > USUAL.worst)
@@ -83,7 +83,9 @@ def test_a_weak_adapter_is_proved_only_where_the_evidence_tells_it_from_its_base
     weak = [EvidenceExample((1, 2, 3), 1, (-1.0, -1.0), (-1.1, -0.9))]
     for off, verdict in ((0.0, "proved"), (0.03, "unproved"), (0.06, "failed"), (0.1, "failed")):
         assert decide(weak, [[-1.0 - off, -1.0 + off]]).verdict() == verdict, "tokens up and down do not cancel"
-    assert decide(weak, [[-1.06, -1.06]], Limits.within(1.0)).verdict() == "failed", "however much a token may be off"
+    assert decide(weak, [[-1.06, -1.06]], Tolerance.within(1.0)).verdict() == "failed", (
+        "however much a token may be off"
+    )
 
 
 @pytest.mark.parametrize("said", ["NaN", "Infinity", "-Infinity", "1e999"])

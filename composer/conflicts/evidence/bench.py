@@ -8,7 +8,7 @@ from typing import Protocol
 from composer.conflicts.evidence.outcome import Outcome, effect_of, side_effect_of
 from composer.deltas.delta import Delta, names_of
 from composer.evaluation.hooks import Deltas
-from composer.evaluation.measure import Encoded, Measured, encode, measure
+from composer.evaluation.measure import Encoded, ExampleScore, encode, measure
 from composer.evaluation.model import LoadedModel
 from composer.formats.recipes.suite import Example, Suite, example_digest
 from composer.formats.recipes.weights import Weight, parse_weight
@@ -17,7 +17,7 @@ from composer.methods.join import times
 Asked = tuple[Suite, Example]
 Key = tuple[str, str, str]
 """Which deltas, the suite's digest, the example's digest."""
-Results = Mapping[str, Sequence[Measured]]
+Results = Mapping[str, Sequence[ExampleScore]]
 """By the suite's digest, in the order of the examples."""
 BASE, ALONE, WEIGHTED = "base", "alone: ", "weighted: "
 """The names of reference passes: the base, and members by their names."""
@@ -57,18 +57,18 @@ class Pass:
         return [(self.who, suite.digest, example_digest(example)) for suite, example in self.asked]
 
 
-Measure = Callable[[Pass], Sequence[Measured]]
+Measure = Callable[[Pass], Sequence[ExampleScore]]
 """A pass -> the results of its examples, in order."""
 
 
 class Elsewhere(Protocol):
     """Runs passes in other processes, with the same results."""
 
-    def measure(self, wanted: Pass) -> Sequence[Measured]:
+    def measure(self, wanted: Pass) -> Sequence[ExampleScore]:
         """The results of one pass. Raises the error of deltas that cannot be made."""
         ...
 
-    def spread(self, passes: Sequence[Pass]) -> Iterable[tuple[Pass, Sequence[Measured]]]:
+    def spread(self, passes: Sequence[Pass]) -> Iterable[tuple[Pass, Sequence[ExampleScore]]]:
         """Runs passes side by side, and yields each with its results as it ends. One that cannot be run is left
         out."""
         ...
@@ -82,7 +82,7 @@ class Runner:
         self._load, self._progress = load, progress
         self._encoded: dict[tuple[str, Example], Encoded] = {}
 
-    def __call__(self, wanted: Pass) -> list[Measured]:
+    def __call__(self, wanted: Pass) -> list[ExampleScore]:
         loaded = self._load()
         for suite, example in wanted.asked:
             if (suite.digest, example) not in self._encoded:
@@ -91,18 +91,18 @@ class Runner:
         return measure(loaded, encoded, wanted.deltas(), progress=self._progress)
 
 
-def not_run(wanted: Pass) -> list[Measured]:
+def not_run(wanted: Pass) -> list[ExampleScore]:
     """Replaces a Runner to count the passes: runs nothing and returns the same result for every example."""
-    return [Measured(1.0, 1, exact=False) for _ in wanted.asked]
+    return [ExampleScore(1.0, 1, exact=False) for _ in wanted.asked]
 
 
 class Record:
     """The results so far."""
 
     def __init__(self) -> None:
-        self.known: dict[Key, Measured] = {}
+        self.known: dict[Key, ExampleScore] = {}
 
-    def add(self, measured: Iterable[tuple[Key, Measured]]) -> None:
+    def add(self, measured: Iterable[tuple[Key, ExampleScore]]) -> None:
         self.known |= dict(measured)
 
 
@@ -116,7 +116,7 @@ class Bench:
         self._elsewhere, self._record = elsewhere, record or Record()
         self._asked: set[Key] = set()
         self._planned: list[Pass] | None = None
-        self._assumed: dict[Key, Measured] = {}
+        self._assumed: dict[Key, ExampleScore] = {}
         self.run_now = 0
 
     @property
@@ -136,7 +136,7 @@ class Bench:
             self._asked.update(keys)
             if missing.asked:
                 self._add(missing, self._measure(missing))
-        results: dict[str, list[Measured]] = {suite.digest: [] for suite, _ in asked}
+        results: dict[str, list[ExampleScore]] = {suite.digest: [] for suite, _ in asked}
         for key in keys:
             results[key[1]].append(known[key])
         return results
@@ -154,7 +154,7 @@ class Bench:
         for planned_pass, results in self._elsewhere.spread(planned):
             self._add(planned_pass, results)
 
-    def _add(self, measured: Pass, results: Sequence[Measured]) -> None:
+    def _add(self, measured: Pass, results: Sequence[ExampleScore]) -> None:
         self.run_now += len(results)
         self._record.add(zip(measured.keys, results, strict=True))
 
@@ -245,7 +245,7 @@ class PassRunner:
         self._members = {member.name: member for member in members}
         self._asked = {(suite.digest, example_digest(example)): (suite, example) for suite, example in asked}
 
-    def __call__(self, who: str, asked: Sequence[tuple[str, str]]) -> list[Measured]:
+    def __call__(self, who: str, asked: Sequence[tuple[str, str]]) -> list[ExampleScore]:
         """The results of the examples, in order. Raises what `Runner` and `combined` raise, and KeyError for an example
         that this runner does not have."""
         return self._run(Pass(who, lambda: self._deltas(who), [self._asked[key] for key in asked]))

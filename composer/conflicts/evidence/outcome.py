@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from math import inf, isfinite
 
 from composer.conflicts.evidence.interval import Interval, interval, share_interval
-from composer.evaluation.measure import Measured, ratio
+from composer.evaluation.measure import ExampleScore, ratio
 from composer.findings import Verdict
 from composer.formats.recipes.policy import THRESHOLDS, Policy
 
@@ -239,11 +239,11 @@ class Outcome:
 
 def effect_of(
     names: tuple[str, str],
-    base: Sequence[Measured],
-    alone: Sequence[Measured],
-    combined: Sequence[Measured],
+    base: Sequence[ExampleScore],
+    alone: Sequence[ExampleScore],
+    combined: Sequence[ExampleScore],
     members: int,
-    as_weighted: Sequence[Measured] | None = None,
+    as_weighted: Sequence[ExampleScore] | None = None,
 ) -> Effect:
     """The effect on a member, from the same examples of its suite under each condition. The interval holds together
     with those of all `members` and is never narrower than NOTICEABLE_NATS on either side."""
@@ -270,9 +270,9 @@ def effect_of(
 
 def side_effect_of(
     suite: str,
-    base: Sequence[Measured],
-    alone: Mapping[str, Sequence[Measured]],
-    combined: Sequence[Measured],
+    base: Sequence[ExampleScore],
+    alone: Mapping[str, Sequence[ExampleScore]],
+    combined: Sequence[ExampleScore],
     claims: int = 1,
 ) -> SideEffect:
     """The effect on a guard, from the same examples under the base, each member alone, and the combination. `claims`
@@ -297,11 +297,11 @@ def _or_none(limit: float) -> float | None:
     return limit if limit < inf else None
 
 
-def _nll(measured: Sequence[Measured]) -> float:
+def _nll(measured: Sequence[ExampleScore]) -> float:
     return ratio([result.nats for result in measured], [result.tokens for result in measured])[0]
 
 
-def _difference(after: Sequence[Measured], before: Sequence[Measured]) -> tuple[float, float | None]:
+def _difference(after: Sequence[ExampleScore], before: Sequence[ExampleScore]) -> tuple[float, float | None]:
     """The paired difference in nats per token and its standard error. Examples differ far more than their losses do."""
     nats = [result.nats - other.nats for result, other in zip(after, before, strict=True)]
     return ratio(nats, [result.tokens for result in after])

@@ -59,7 +59,7 @@ LEAST_COST = 0.005
 """In nats a token: a smaller rise of a guard's loss is not called a cost."""
 
 
-class Measured(Protocol):
+class ScoreLike(Protocol):
     """A score: its value and the number of its examples, 0 if that is not stated."""
 
     @property
@@ -68,7 +68,7 @@ class Measured(Protocol):
     def n(self) -> int: ...
 
 
-def score_cost(score: Measured, base: Measured) -> str:
+def score_cost(score: ScoreLike, base: ScoreLike) -> str:
     """`guard_cost` of two scores on the same content. A model that was fitted on some of a guard's examples is measured
     on the others, on which the base's score says nothing."""
     if score.n and base.n and score.n != base.n:

@@ -23,7 +23,7 @@ from registry.agent.directory import MirrorDirectory, write_json
 from registry.agent.servers.protocol import CHECK_S, CheckResult, Endpoint, HttpServer, compared, words_of
 from registry.agent.versions import ServedVersion
 from registry.errors import Refused, RegistryError, Unavailable, Usage
-from registry.formats.evidence import USUAL, EvidenceExample, Limits, decide, log_probability
+from registry.formats.evidence import USUAL, EvidenceExample, Tolerance, decide, log_probability
 
 START_S, END_S, CONVERT_S = 600.0, 10.0, 600.0
 """The time for a process to load the base, for one to end before it is killed, and for a conversion."""
@@ -47,7 +47,7 @@ class LlamaServer:
 
     kind = "llamacpp"
 
-    def __init__(self, command: str, directory: MirrorDirectory, limits: Limits = USUAL) -> None:
+    def __init__(self, command: str, directory: MirrorDirectory, limits: Tolerance = USUAL) -> None:
         self._words, self._directory, self._limits = words_of(command), directory, limits
         if any(word.startswith("--lora") for word in self._words):
             raise _unusable(command, "has --lora, which the agent adds itself")

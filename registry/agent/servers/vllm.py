@@ -12,7 +12,7 @@ from typing import Any
 from registry.agent.servers.protocol import CHECK_S, CheckResult, HttpServer, compared
 from registry.agent.versions import ServedVersion
 from registry.errors import RegistryError, Unavailable
-from registry.formats.evidence import USUAL, EvidenceExample, Limits, decide, log_probability
+from registry.formats.evidence import USUAL, EvidenceExample, Tolerance, decide, log_probability
 
 _METRIC = "vllm:lora_requests_info"
 _REQUESTS = re.compile(rf"^{_METRIC}\{{(.*)\}} ([0-9.eE+-]+)\s*$", re.MULTILINE)
@@ -26,7 +26,7 @@ class VllmServer(HttpServer):
 
     kind = "vllm"
 
-    def __init__(self, address: str, limits: Limits = USUAL) -> None:
+    def __init__(self, address: str, limits: Tolerance = USUAL) -> None:
         super().__init__(address)
         self._limits = limits
 

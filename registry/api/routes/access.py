@@ -12,7 +12,7 @@ from registry.database.tables import Namespace
 from registry.domain.access import namespaces, people, quotas, tokens, users
 from registry.domain.access.namespaces import NamespaceChange
 from registry.domain.access.people import Person
-from registry.domain.access.quotas import Quota, Retention
+from registry.domain.access.quotas import Quota, RetentionPolicy
 from registry.domain.access.roles import EVERYWHERE, Role, permit, permit_everywhere, refuse_anonymous
 from registry.domain.access.tokens import NewToken
 from registry.errors import Refused
@@ -124,7 +124,7 @@ def set_retention(namespace: str, body: RetentionIn, resources: ResourcesOf, act
     """Set the days after which `gc` takes down yanked releases and pre-releases."""
     with resources.write() as session:
         row = namespaces.find(session, namespace)
-        quotas.set_limits(session, actor, row, Retention(body.keep_yanked_days, body.keep_prerelease_days))
+        quotas.set_limits(session, actor, row, RetentionPolicy(body.keep_yanked_days, body.keep_prerelease_days))
         return _namespace_view(row)
 
 

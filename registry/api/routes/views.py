@@ -15,7 +15,7 @@ from registry.database.tables import (
     Promotion,
     Repository,
     Score,
-    Suite,
+    SuiteVersion,
     WebhookDelivery,
 )
 from registry.domain.access.audit import Actor
@@ -88,7 +88,7 @@ def repository_page(session: Session, rows: Sequence[Repository]) -> list[Reposi
     ]
 
 
-def suite_page(session: Session, rows: Sequence[Suite]) -> list[SuiteOut]:
+def suite_page(session: Session, rows: Sequence[SuiteVersion]) -> list[SuiteOut]:
     """Renders suites, without their examples, with one query for all their metrics."""
     stated = metrics.stated(session, rows)
     return [
@@ -101,7 +101,7 @@ def suite_page(session: Session, rows: Sequence[Suite]) -> list[SuiteOut]:
     ]
 
 
-def suite_view(session: Session, row: Suite) -> SuiteOut:
+def suite_view(session: Session, row: SuiteVersion) -> SuiteOut:
     """A suite with its examples."""
     [view] = suite_page(session, [row])
     return view.model_copy(update={"content": row.content})

@@ -19,7 +19,7 @@ from registry.formats.watch import parse_duration
 
 if TYPE_CHECKING:
     from registry.agent.directory import Check, MirrorDirectory
-    from registry.agent.loop import Node
+    from registry.agent.loop import GroupNode
     from registry.agent.servers.protocol import Server
     from registry.agent.versions import ServedVersion
     from registry.client.api import Api
@@ -105,7 +105,7 @@ def mirror(  # noqa: PLR0913
     """
     from registry.agent import health, loop
     from registry.agent.directory import MirrorDirectory
-    from registry.agent.gateways import GatewayFile, Target, write_all
+    from registry.agent.gateways import GatewayFile, GatewayTarget, write_all
     from registry.agent.mirror import Duties, Mirror, Options
     from registry.agent.servers.protocol import HttpServer
     from registry.agent.switching import KeptServer
@@ -116,7 +116,7 @@ def mirror(  # noqa: PLR0913
     if on_empty not in ("keep", "unload"):
         raise Usage("bad_server", f"--on-empty {on_empty} is unknown.", subject=on_empty, next_step="keep or unload.")
     named = _node(group, node, max_unavailable)
-    files = [GatewayFile(text, Target(pool, gateway)) for text in write or ()]
+    files = [GatewayFile(text, GatewayTarget(pool, gateway)) for text in write or ()]
     splits = bool(front) or any(file.splits for file in files)
     options = Options(keep, parse_duration(grace), on_empty == "unload", splits=splits)
     kept_in, state = MirrorDirectory(directory), health.Health()
@@ -138,19 +138,19 @@ def mirror(  # noqa: PLR0913
         loop.run(mirrored, followed, reporter, watcher, state)
 
 
-def _node(group: str | None, node: str | None, max_unavailable: int | None) -> "Node | None":
+def _node(group: str | None, node: str | None, max_unavailable: int | None) -> "GroupNode | None":
     """The node that reports; None without a group."""
-    from registry.agent.loop import Node
+    from registry.agent.loop import GroupNode
 
     if group is not None:
         name = parse_node_name(node or socket.gethostname().lower(), "node")
-        return Node(parse_node_name(group, "group"), name, max_unavailable)
+        return GroupNode(parse_node_name(group, "group"), name, max_unavailable)
     if max_unavailable is not None:
         raise Usage("idle_option", "--max-unavailable counts the nodes of a --group.", subject="--max-unavailable")
     return None
 
 
-def _source(node: "Node | None") -> str:
+def _source(node: "GroupNode | None") -> str:
     """The name under which a front's figures are reported."""
     return f"{node.group}/{node.name}" if node else socket.gethostname().lower()
 
@@ -166,11 +166,11 @@ def _servers(texts: Sequence[str] | None, directory: "MirrorDirectory", toleranc
     from registry.agent.servers.llamacpp import LlamaServer
     from registry.agent.servers.sglang import SglangServer
     from registry.agent.servers.vllm import VllmServer
-    from registry.formats.evidence import USUAL, Limits
+    from registry.formats.evidence import USUAL, Tolerance
     from registry.wire.fleet import MAX_SERVERS
 
     opened: list[Server] = []
-    limits = USUAL if tolerance is None else Limits.within(tolerance)
+    limits = USUAL if tolerance is None else Tolerance.within(tolerance)
     if len(texts or ()) > MAX_SERVERS:
         raise Usage("bad_server", f"More than {MAX_SERVERS} servers are named.", subject="--server")
     for text in texts or ["directory"]:

@@ -38,8 +38,8 @@ from registry.database.tables.quality import (
     Move,
     Promotion,
     Score,
-    Suite,
     SuiteMetric,
+    SuiteVersion,
     WorkerKey,
 )
 from registry.database.tables.webhooks import FleetDrift, Webhook, WebhookDelivery, WebhookSecret
@@ -93,8 +93,8 @@ __all__ = [
     "Score",
     "Signature",
     "StoreFactsRow",
-    "Suite",
     "SuiteMetric",
+    "SuiteVersion",
     "TargetSet",
     "TargetSetMember",
     "Token",

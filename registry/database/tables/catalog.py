@@ -32,7 +32,7 @@ def new_stamp() -> int:
     return randbits(62)
 
 
-_ASKED = ("yanked", "stable", "size_bytes", "repository_id")
+_COVERED = ("yanked", "stable", "size_bytes", "repository_id")
 """Columns of a release that a search may filter by besides its traits."""
 
 
@@ -284,10 +284,10 @@ class Release(Row):
         Index("ix_releases_repository_order", "repository_id", "sort_key", "stable", "yanked"),
         # In the order of each sort, for releases with the same traits and for all (`id` is in order of publication).
         # They cover the other filters of a search, so that only the page's rows are read completely.
-        Index("ix_releases_traits_newest", "traits_id", "id", *_ASKED, "sort_key"),
-        Index("ix_releases_traits_version", "traits_id", "sort_key", "id", *_ASKED),
-        Index("ix_releases_newest", "id", "traits_id", *_ASKED, "sort_key"),
-        Index("ix_releases_version", "sort_key", "id", "traits_id", *_ASKED),
+        Index("ix_releases_traits_newest", "traits_id", "id", *_COVERED, "sort_key"),
+        Index("ix_releases_traits_version", "traits_id", "sort_key", "id", *_COVERED),
+        Index("ix_releases_newest", "id", "traits_id", *_COVERED, "sort_key"),
+        Index("ix_releases_version", "sort_key", "id", "traits_id", *_COVERED),
         Index("ix_releases_size", "size_bytes", "traits_id"),
     )
 

@@ -42,7 +42,7 @@ class Attestation(Row):
     key: Mapped[WorkerKey] = relationship(lazy="joined", innerjoin=True)
 
 
-class Suite(Row):
+class SuiteVersion(Row):
     """One content of a suite: a changed example results in another digest under the same name. The last one added is
     current. A `version` labels one content of its name."""
 
@@ -118,7 +118,7 @@ class Score(Row):
     measured_at: Mapped[datetime] = mapped_column(UtcDateTime)
     measured_by: Mapped[str] = mapped_column(String(128))
     attestation_id: Mapped[int | None] = mapped_column(Id)
-    suite: Mapped[Suite] = relationship(lazy="joined", innerjoin=True)
+    suite: Mapped[SuiteVersion] = relationship(lazy="joined", innerjoin=True)
     attestation: Mapped[Attestation | None] = relationship(
         lazy="joined", primaryjoin="foreign(Score.attestation_id) == Attestation.id"
     )

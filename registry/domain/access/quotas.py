@@ -21,7 +21,7 @@ class Quota:
 
 
 @dataclass(frozen=True, slots=True)
-class Retention:
+class RetentionPolicy:
     """Days after which `gc` takes down yanked releases and pre-releases that no channel serves; None keeps them."""
 
     keep_yanked_days: int | None = None
@@ -42,7 +42,7 @@ def measure(session: Session, namespace: str, now: datetime) -> Holdings:
     return Holdings(_held_bytes(session, namespace, now), _count_releases(session, namespace))
 
 
-def set_limits(session: Session, actor: Actor, row: Namespace, wanted: Quota | Retention) -> None:
+def set_limits(session: Session, actor: Actor, row: Namespace, wanted: Quota | RetentionPolicy) -> None:
     """Sets the columns named like its fields. Existing contents stay."""
     after = asdict(wanted)
     before = {name: getattr(row, name) for name in after}

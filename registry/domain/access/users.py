@@ -27,8 +27,8 @@ from registry.database.tables import (
     Release,
     Score,
     Signature,
-    Suite,
     SuiteMetric,
+    SuiteVersion,
     Token,
     TrustedPublisher,
     Upload,
@@ -44,7 +44,7 @@ PSEUDONYM = "removed-user-"
 _UNTRACKED = {"synchronize_session": False}
 RENAMED: tuple[tuple[type[Row], str], ...] = (
     (AuditRow, "actor"), (Base, "created_by"), (Job, "created_by"), (Namespace, "created_by"), (SuiteMetric, "by"),
-    (Suite, "created_by"), (Token, "user"), (Token, "created_by"), (TrustedPublisher, "created_by"),
+    (SuiteVersion, "created_by"), (Token, "user"), (Token, "created_by"), (TrustedPublisher, "created_by"),
     (Upload, "created_by"), (XetUpload, "created_by"), (Commit, "author"), (Release, "created_by"),
     (Approval, "user"), (Move, "actor"), (Score, "measured_by"), (Signature, "created_by"), (Promotion, "actor"),
     (Webhook, "created_by"),

@@ -8,7 +8,7 @@ from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
 from composer.formats.adapters.layouts import SET_FILE
-from registry.database.tables import Attestation, Base, Release, Suite, WorkerKey
+from registry.database.tables import Attestation, Base, Release, SuiteVersion, WorkerKey
 from registry.domain.access.audit import Actor
 from registry.domain.catalog.releases import full_name
 from registry.errors import NotFound, Refused
@@ -27,7 +27,7 @@ class About:
     releases that a composition was made of."""
 
     subject: Release | Base
-    suite: Suite | None = None
+    suite: SuiteVersion | None = None
     inputs: Sequence[Release] = field(default=())
 
     @property

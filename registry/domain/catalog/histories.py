@@ -6,7 +6,7 @@ from datetime import datetime
 from sqlalchemy import exists, select
 from sqlalchemy.orm import Session
 
-from registry.database.tables import Release, Repository, Score, Suite
+from registry.database.tables import Release, Repository, Score, SuiteVersion
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +37,14 @@ def of_release(session: Session, release: Release, *, limit: int) -> list[Value]
     newest = select(Release.id).where(Release.repository_id == release.repository_id, ~Release.yanked)
     shown = {release.id, *session.scalars(newest.order_by(Release.sort_key.desc()).limit(limit))}
     own = select(Score.suite_id).where(Score.release_id == release.id)
-    columns = (Release.version, Suite.name, Score.metric, Score.value, Score.stderr, Score.n)
-    query = select(*columns).join(Release, Score.release_id == Release.id).join(Suite, Score.suite_id == Suite.id)
-    wanted = query.where(Score.release_id.in_(shown), Score.suite_id.in_(own), Suite.current)
-    ordered = wanted.order_by(Suite.kind == "guard", Suite.name, Score.metric, Release.sort_key)
+    columns = (Release.version, SuiteVersion.name, Score.metric, Score.value, Score.stderr, Score.n)
+    query = (
+        select(*columns)
+        .join(Release, Score.release_id == Release.id)
+        .join(SuiteVersion, Score.suite_id == SuiteVersion.id)
+    )
+    wanted = query.where(Score.release_id.in_(shown), Score.suite_id.in_(own), SuiteVersion.current)
+    ordered = wanted.order_by(SuiteVersion.kind == "guard", SuiteVersion.name, Score.metric, Release.sort_key)
     return [Value(*row) for row in session.execute(ordered)]
 
 

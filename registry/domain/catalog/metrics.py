@@ -10,10 +10,10 @@ from math import inf
 from sqlalchemy import ColumnElement, select, update
 from sqlalchemy.orm import Session
 
-from composer.formats.recipes.suite import Suite as SuiteContent
+from composer.formats.recipes.suite import Suite
 from composer.formats.recipes.tasks import ANSWER_SCORERS
 from registry.database.engine import insert_if_absent
-from registry.database.tables import Release, Repository, Score, Suite, SuiteMetric
+from registry.database.tables import Release, Repository, Score, SuiteMetric, SuiteVersion
 from registry.database.tables.catalog import new_stamp
 from registry.domain.access import audit
 from registry.domain.access.audit import Act, Actor
@@ -67,14 +67,16 @@ def _set(session: Session, actor: Actor, suite: str, metric: str, better: bool) 
 
 def _align(session: Session, suite: str, metric: str, better: bool) -> None:
     """Updates the direction of existing scores, and the stamps of their releases."""
-    of_suite = Score.suite_id.in_(select(Suite.id).where(Suite.name == suite))
+    of_suite = Score.suite_id.in_(select(SuiteVersion.id).where(SuiteVersion.name == suite))
     wrong = of_suite & (Score.metric == metric) & (Score.higher_is_better != better)
     of_releases = Release.id.in_(select(Score.release_id).where(wrong))
     session.execute(update(Release).where(of_releases).values(stamp=new_stamp()))
     session.execute(update(Score).where(wrong).values(higher_is_better=better))
 
 
-def check(session: Session, actor: Actor, suite: Suite, metric: str, better: bool, *, fixes: bool = True) -> None:
+def check(
+    session: Session, actor: Actor, suite: SuiteVersion, metric: str, better: bool, *, fixes: bool = True
+) -> None:
     """Checks a score's direction. The author's first score of a metric fixes it if `fixes`; a reported one never does.
 
     Raises Invalid for a different direction, and for a metric whose direction is unknown as far as the actor may see.
@@ -137,16 +139,16 @@ def known(session: Session, actor: Actor, suite: str) -> list[str]:
 
 def is_measured(session: Session, actor: Actor, suite: str, metric: str) -> bool:
     """Whether there is a score of a base, which every member may read, or of a release that the actor may read."""
-    return _readable(session, actor, (Suite.name == suite) & (Score.metric == metric))
+    return _readable(session, actor, (SuiteVersion.name == suite) & (Score.metric == metric))
 
 
-def has_readable_score(session: Session, actor: Actor, suite: Suite) -> bool:
+def has_readable_score(session: Session, actor: Actor, suite: SuiteVersion) -> bool:
     """As `is_measured`, of any metric, on this content."""
     return _readable(session, actor, Score.suite_id == suite.id)
 
 
 def _readable(session: Session, actor: Actor, condition: ColumnElement[bool]) -> bool:
-    scores = select(Score.id).join(Suite).where(condition)
+    scores = select(Score.id).join(SuiteVersion).where(condition)
     if (readable := readable_names(actor)) is not None:
         scores = scores.outerjoin(Release, Release.id == Score.release_id)
         scores = scores.outerjoin(Repository, Repository.id == Release.repository_id)
@@ -156,7 +158,7 @@ def _readable(session: Session, actor: Actor, condition: ColumnElement[bool]) ->
 
 def is_author(session: Session, actor: Actor, suite: str) -> bool:
     """Whether the actor made the suite's current version, or is a registry admin."""
-    made_by = select(Suite.created_by).where(Suite.name == suite, Suite.current)
+    made_by = select(SuiteVersion.created_by).where(SuiteVersion.name == suite, SuiteVersion.current)
     return holds(actor, Role.ADMIN) or session.scalar(made_by) == actor.name
 
 
@@ -165,12 +167,12 @@ def is_higher_better(session: Session, suite: str, metric: str) -> bool:
     if metric in HIGHER_IS_BETTER:
         return HIGHER_IS_BETTER[metric]
     stated = select(SuiteMetric.higher_is_better).where(SuiteMetric.suite == suite, SuiteMetric.metric == metric)
-    first = select(Score.higher_is_better).join(Suite).where(Suite.name == suite, Score.metric == metric)
+    first = select(Score.higher_is_better).join(SuiteVersion).where(SuiteVersion.name == suite, Score.metric == metric)
     declared = session.scalar(stated)
     return bool(session.scalar(first.order_by(Score.id).limit(1)) if declared is None else declared)
 
 
-def stated(session: Session, suites: Sequence[Suite]) -> dict[str, dict[str, bool]]:
+def stated(session: Session, suites: Sequence[SuiteVersion]) -> dict[str, dict[str, bool]]:
     """The stated metrics of each suite, by its name: metric -> whether higher is better."""
     directions: dict[str, dict[str, bool]] = {suite.name: {} for suite in suites}
     query = (
@@ -184,7 +186,7 @@ def stated(session: Session, suites: Sequence[Suite]) -> dict[str, dict[str, boo
 # Python scorers of suites: workers run the ones that the operator has enabled.
 
 
-def refuse_disabled(suite: Suite, enabled: Collection[str]) -> None:
+def refuse_disabled(suite: SuiteVersion, enabled: Collection[str]) -> None:
     """Raises Refused for a suite with a Python scorer that is not enabled."""
     if name := disabled(suite, enabled):
         raise Refused(
@@ -196,10 +198,10 @@ def refuse_disabled(suite: Suite, enabled: Collection[str]) -> None:
         )
 
 
-def disabled(suite: Suite, enabled: Collection[str]) -> str | None:
+def disabled(suite: SuiteVersion, enabled: Collection[str]) -> str | None:
     """The Python scorer of the suite's answers, if it has one that is not enabled."""
     if suite.task != "generation":
         return None
-    chosen = SuiteContent.from_json(suite.content).scoring
+    chosen = Suite.from_json(suite.content).scoring
     name = chosen.name if chosen else "match"
     return None if name in ANSWER_SCORERS or name in enabled else name

@@ -21,7 +21,7 @@ from registry.database.tables import (
     Repository,
     Revision,
     Score,
-    Suite,
+    SuiteVersion,
     WorkerKey,
 )
 
@@ -29,7 +29,7 @@ BATCH_SIZE = 50
 """Releases per statement: with manifests of thousands of files each, they still fit in memory."""
 
 _base, _input, _release, _repository, _revision, _score, _suite = (
-    table.__table__.c for table in (Base, ReleaseInput, Release, Repository, Revision, Score, Suite)
+    table.__table__.c for table in (Base, ReleaseInput, Release, Repository, Revision, Score, SuiteVersion)
 )
 _attestation, _key = Attestation.__table__.c, WorkerKey.__table__.c
 
@@ -134,7 +134,7 @@ _SCORES = (
         )
     )
     .select_from(
-        Score.__table__.join(Suite.__table__, _suite.id == _score.suite_id + 0)
+        Score.__table__.join(SuiteVersion.__table__, _suite.id == _score.suite_id + 0)
         .outerjoin(Attestation.__table__, _attestation.id == _score.attestation_id)
         .outerjoin(WorkerKey.__table__, (_key.id == _attestation.key_id) & _key.revoked_at.is_(None))
     )

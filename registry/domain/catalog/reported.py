@@ -15,7 +15,7 @@ from composer.findings import Finding
 from composer.formats.checkpoints.reported import ReportedScore, doubt
 from composer.formats.recipes.elsewhere import ReportedBenchmark
 from composer.formats.recipes.suite import NAME
-from registry.database.tables import Release, Score, Suite
+from registry.database.tables import Release, Score, SuiteVersion
 from registry.domain.access.audit import Actor
 from registry.domain.catalog import suites
 from registry.domain.catalog.suites import Measurement
@@ -41,7 +41,7 @@ def record(
     return rows, doubts
 
 
-def _suite(session: Session, actor: Actor, reported: ReportedScore) -> Suite:
+def _suite(session: Session, actor: Actor, reported: ReportedScore) -> SuiteVersion:
     """The suite of the score. Raises Conflict for another revision of a suite of this registry."""
     if own := _own_suite(session, reported.dataset):
         if reported.revision not in (None, own.version, own.digest):
@@ -55,19 +55,23 @@ def _suite(session: Session, actor: Actor, reported: ReportedScore) -> Suite:
     return suites.add_reported(session, actor, benchmark)
 
 
-def _own_suite(session: Session, dataset: str) -> Suite | None:
+def _own_suite(session: Session, dataset: str) -> SuiteVersion | None:
     """The current suite of exactly that name; None for one that was made for reported scores."""
     if not NAME.fullmatch(dataset):
         return None
-    return session.scalar(select(Suite).where(Suite.name == dataset, Suite.current, Suite.task != suites.REPORTED))
+    return session.scalar(
+        select(SuiteVersion).where(
+            SuiteVersion.name == dataset, SuiteVersion.current, SuiteVersion.task != suites.REPORTED
+        )
+    )
 
 
-def _is_measured(session: Session, release: Release, suite: Suite, metric: str) -> bool:
+def _is_measured(session: Session, release: Release, suite: SuiteVersion, metric: str) -> bool:
     of_metric = (Score.release_id == release.id, Score.suite_id == suite.id, Score.metric == metric)
     return session.scalar(select(Score.id).where(*of_metric, ~Score.reported)) is not None
 
 
-def _measurement(suite: Suite, reported: ReportedScore) -> Measurement:
+def _measurement(suite: SuiteVersion, reported: ReportedScore) -> Measurement:
     revision = f", revision {reported.revision}" if reported.revision else ""
     return Measurement(
         suite_digest=suite.digest,

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 from composer.formats.recipes.elsewhere import ReportedBenchmark, SuiteContent
 from composer.formats.recipes.weights import real
 from registry.database.engine import insert_if_absent
-from registry.database.tables import Attestation, Base, Release, Score, Suite
+from registry.database.tables import Attestation, Base, Release, Score, SuiteVersion
 from registry.database.tables.catalog import new_stamp
 from registry.domain.access import audit
 from registry.domain.access.audit import Act, Actor
@@ -92,7 +92,7 @@ def parse_condition(text: str) -> Condition:
     raise Usage("bad_condition", f"The condition {text[:120]!r} cannot be read.", subject=text[:120])
 
 
-def add(session: Session, actor: Actor, content: SuiteContent) -> tuple[Suite, bool]:
+def add(session: Session, actor: Actor, content: SuiteContent) -> tuple[SuiteVersion, bool]:
     """Adds a suite. Returns it and whether it is new. The content added last, even if known, becomes current. Its
     statements about metrics hold for all contents of its name.
 
@@ -101,7 +101,7 @@ def add(session: Session, actor: Actor, content: SuiteContent) -> tuple[Suite, b
     """
     parse_name(content.name, "suite name")
     _refuse_reserved(content.name)
-    known = session.scalar(select(Suite).where(Suite.digest == content.digest))
+    known = session.scalar(select(SuiteVersion).where(SuiteVersion.digest == content.digest))
     _refuse_other_label(session, content, known)
     _refuse_other_origin(session, content)
     if known is not None and content.version and known.version is None:
@@ -112,10 +112,10 @@ def add(session: Session, actor: Actor, content: SuiteContent) -> tuple[Suite, b
             refuse_other_owner(actor, f"suite/{content.name}", known.created_by)
             metrics.state(session, actor, content.name, content.higher_is_better)
         return known, False
-    replaced = session.scalar(select(Suite).where(Suite.name == content.name, Suite.current))
+    replaced = session.scalar(select(SuiteVersion).where(SuiteVersion.name == content.name, SuiteVersion.current))
     refuse_other_owner(actor, f"suite/{content.name}", replaced.created_by if replaced else None)
-    session.execute(update(Suite).where(Suite.name == content.name).values(current=False))
-    suite = known or Suite(
+    session.execute(update(SuiteVersion).where(SuiteVersion.name == content.name).values(current=False))
+    suite = known or SuiteVersion(
         name=content.name,
         digest=content.digest,
         version=content.version,
@@ -142,7 +142,7 @@ def add(session: Session, actor: Actor, content: SuiteContent) -> tuple[Suite, b
     return suite, known is None
 
 
-def _labels(suite: Suite) -> dict[str, str]:
+def _labels(suite: SuiteVersion) -> dict[str, str]:
     return {"digest": suite.digest, **({"version": suite.version} if suite.version else {})}
 
 
@@ -156,10 +156,10 @@ def _refuse_reserved(name: str) -> None:
         )
 
 
-def _refuse_other_label(session: Session, content: SuiteContent, known: Suite | None) -> None:
+def _refuse_other_label(session: Session, content: SuiteContent, known: SuiteVersion | None) -> None:
     if content.version is None:
         return
-    query = select(Suite).where(Suite.name == content.name, Suite.version == content.version)
+    query = select(SuiteVersion).where(SuiteVersion.name == content.name, SuiteVersion.version == content.version)
     labelled = session.scalar(query)
     if labelled is not None and labelled.digest != content.digest:
         raise Conflict(
@@ -178,7 +178,7 @@ def _refuse_other_label(session: Session, content: SuiteContent, known: Suite | 
 
 def _refuse_other_origin(session: Session, content: SuiteContent) -> None:
     """Refuses to replace a suite by a harness task of the same name, since gates would lose its scores."""
-    replaced = session.scalar(select(Suite).where(Suite.name == content.name, Suite.current))
+    replaced = session.scalar(select(SuiteVersion).where(SuiteVersion.name == content.name, SuiteVersion.current))
     if replaced is None or ELSEWHERE.get(replaced.task) == ELSEWHERE.get(content.task):
         return
     raise Conflict(
@@ -189,7 +189,7 @@ def _refuse_other_origin(session: Session, content: SuiteContent) -> None:
     )
 
 
-def with_examples(suite: Suite) -> Suite:
+def with_examples(suite: SuiteVersion) -> SuiteVersion:
     """The suite, if the registry has its examples. Raises Usage for a task of a harness and for a benchmark of reported
     scores, which workers cannot run."""
     if suite.task in ELSEWHERE:
@@ -199,11 +199,11 @@ def with_examples(suite: Suite) -> Suite:
     return suite
 
 
-def add_reported(session: Session, actor: Actor, benchmark: ReportedBenchmark) -> Suite:
+def add_reported(session: Session, actor: Actor, benchmark: ReportedBenchmark) -> SuiteVersion:
     """The suite for the reported scores of a benchmark; it has no owner. Raises Conflict if its name is taken."""
     added = insert_if_absent(
         session,
-        Suite,
+        SuiteVersion,
         name=benchmark.name,
         digest=benchmark.digest,
         kind="target",
@@ -228,7 +228,7 @@ def add_reported(session: Session, actor: Actor, benchmark: ReportedBenchmark) -
     return suite
 
 
-def find(session: Session, text: str, reader: Actor | None = None) -> Suite:
+def find(session: Session, text: str, reader: Actor | None = None) -> SuiteVersion:
     """Finds a suite by digest, by `NAME@VERSION`, or the current one by name. Its content is loaded lazily.
 
     Benchmarks with only reported scores are named in files of private releases, so they are found only for a `reader`
@@ -246,18 +246,20 @@ def find(session: Session, text: str, reader: Actor | None = None) -> Suite:
     return suite
 
 
-def find_any(session: Session, text: str) -> Suite | None:
+def find_any(session: Session, text: str) -> SuiteVersion | None:
     """As `find`, benchmarks of reported scores included; None if there is none."""
     name, at, version = text.partition("@")
     if _DIGEST.fullmatch(text):
-        named = Suite.digest == text
+        named = SuiteVersion.digest == text
     else:
-        named = (Suite.name == name) & (Suite.version == version if at else Suite.current)
-    return session.scalar(select(Suite).where(named))
+        named = (SuiteVersion.name == name) & (SuiteVersion.version == version if at else SuiteVersion.current)
+    return session.scalar(select(SuiteVersion).where(named))
 
 
 def _names(session: Session) -> list[str]:
-    listed = select(Suite.name).where(Suite.current, Suite.task != REPORTED).order_by(Suite.name)
+    listed = (
+        select(SuiteVersion.name).where(SuiteVersion.current, SuiteVersion.task != REPORTED).order_by(SuiteVersion.name)
+    )
     return list(session.scalars(listed.limit(MAX_NEAR)))
 
 
@@ -274,10 +276,10 @@ def refuse_unknown_metric(session: Session, actor: Actor, suite: str, metric: st
         )
 
 
-def list_page(session: Session, *, after: int, limit: int) -> list[Suite]:
+def list_page(session: Session, *, after: int, limit: int) -> list[SuiteVersion]:
     """A page of current suites by id, from the first one after `after` on, without benchmarks of reported scores."""
-    listed = select(Suite).where(Suite.id > after, Suite.current, Suite.task != REPORTED)
-    return list(session.scalars(listed.order_by(Suite.id).limit(limit)))
+    listed = select(SuiteVersion).where(SuiteVersion.id > after, SuiteVersion.current, SuiteVersion.task != REPORTED)
+    return list(session.scalars(listed.order_by(SuiteVersion.id).limit(limit)))
 
 
 def record(
@@ -337,7 +339,7 @@ def record(
     return rows
 
 
-def _of_measurement(session: Session, measurement: Measurement) -> Suite:
+def _of_measurement(session: Session, measurement: Measurement) -> SuiteVersion:
     """The suite of the measurement. Only scores read from a release's own files, which have no `n`, belong to
     benchmarks that `find` hides."""
     of_file = measurement.reported and measurement.n == 0
@@ -345,7 +347,7 @@ def _of_measurement(session: Session, measurement: Measurement) -> Suite:
     return suite or find(session, measurement.suite_digest)
 
 
-def _check_measurement(measurement: Measurement, suite: Suite) -> None:
+def _check_measurement(measurement: Measurement, suite: SuiteVersion) -> None:
     """Raises Invalid for a score that cannot come from the suite. Reported values are in the units of their source."""
     open_range = (-math.inf, math.inf)
     least, most = open_range if suite.task == REPORTED else metrics.RANGES.get(measurement.metric, open_range)
@@ -420,14 +422,16 @@ def results_of(session: Session, subject: Release | Base, named: str) -> str:
     return sha256
 
 
-def other_scores(session: Session, subject: Release | Base, used: Collection[Suite]) -> dict[tuple[str, str], Score]:
+def other_scores(
+    session: Session, subject: Release | Base, used: Collection[SuiteVersion]
+) -> dict[tuple[str, str], Score]:
     """The subject's newest score on a content of these suites other than this one, by suite and metric."""
-    other = Suite.name.in_({suite.name for suite in used}) & Suite.id.not_in({suite.id for suite in used})
-    query = select(Score).join(Suite).where(_of(subject), other).order_by(Suite.id)
+    other = SuiteVersion.name.in_({suite.name for suite in used}) & SuiteVersion.id.not_in({suite.id for suite in used})
+    query = select(Score).join(SuiteVersion).where(_of(subject), other).order_by(SuiteVersion.id)
     return {(score.suite.name, score.metric): score for score in session.scalars(query)}
 
 
-def label(suite: Suite) -> str:
+def label(suite: SuiteVersion) -> str:
     """The label of a content in messages: its version, or else its digest."""
     return suite.version or suite.digest[:12]
 
@@ -435,17 +439,18 @@ def label(suite: Suite) -> str:
 def current_labels(session: Session, names: Collection[str]) -> dict[str, str]:
     """The label of each suite's current content, by name."""
     return {
-        suite.name: label(suite) for suite in session.scalars(select(Suite).where(Suite.name.in_(names), Suite.current))
+        suite.name: label(suite)
+        for suite in session.scalars(select(SuiteVersion).where(SuiteVersion.name.in_(names), SuiteVersion.current))
     }
 
 
 def scores_of(session: Session, subject: Release | Base) -> list[Score]:
     """The scores on current suites, by suite and metric."""
-    query = select(Score).join(Suite).where(_of(subject), Suite.current)
-    return list(session.scalars(query.order_by(Suite.name, Score.metric)))
+    query = select(Score).join(SuiteVersion).where(_of(subject), SuiteVersion.current)
+    return list(session.scalars(query.order_by(SuiteVersion.name, Score.metric)))
 
 
-def scores_on(session: Session, subject: Release | Base, used: Collection[Suite]) -> list[Score]:
+def scores_on(session: Session, subject: Release | Base, used: Collection[SuiteVersion]) -> list[Score]:
     """The scores on these contents of suites."""
     query = select(Score).where(_of(subject), Score.suite_id.in_({suite.id for suite in used}))
     return list(session.scalars(query))
@@ -453,14 +458,18 @@ def scores_on(session: Session, subject: Release | Base, used: Collection[Suite]
 
 def with_ids(session: Session, ids: Sequence[int]) -> list[Score]:
     """The scores with these ids that still exist, by suite and metric."""
-    return list(session.scalars(select(Score).join(Suite).where(Score.id.in_(ids)).order_by(Suite.name, Score.metric)))
+    return list(
+        session.scalars(
+            select(Score).join(SuiteVersion).where(Score.id.in_(ids)).order_by(SuiteVersion.name, Score.metric)
+        )
+    )
 
 
 def scores_of_bases(session: Session, *listed: Base) -> dict[str, list[Score]]:
     """As `scores_of`, by base digest, with one query for a page of bases."""
     by_base: dict[str, list[Score]] = {base.digest: [] for base in listed}
-    query = select(Score).join(Suite).where(Score.base_digest.in_(by_base), Suite.current)
-    for score in session.scalars(query.order_by(Suite.name, Score.metric)):
+    query = select(Score).join(SuiteVersion).where(Score.base_digest.in_(by_base), SuiteVersion.current)
+    for score in session.scalars(query.order_by(SuiteVersion.name, Score.metric)):
         by_base[score.base_digest or ""].append(score)
     return by_base
 

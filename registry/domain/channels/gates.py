@@ -22,7 +22,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from composer.formats.recipes.suite import score_cost
-from registry.database.tables import Base, Release, ReleaseInput, Score, Suite
+from registry.database.tables import Base, Release, ReleaseInput, Score, SuiteVersion
 from registry.domain.access import namespaces
 from registry.domain.access.audit import Actor
 from registry.domain.catalog import metrics, suites
@@ -214,7 +214,7 @@ Others = Mapping[tuple[str, str], str]
 class Contents:
     """The basis for judging rules: one content of each suite, by its name, and the pinned direction of metrics."""
 
-    suites: Mapping[str, Suite]
+    suites: Mapping[str, SuiteVersion]
     directions: Mapping[tuple[str, str], bool]
 
     def named(self, suite: str) -> str:
@@ -406,7 +406,7 @@ def refuse_unknown(session: Session, actor: Actor, rule: Rule) -> None:
     refuse_keeping_losses(session, rule)
 
 
-def refuse_impossible(rule: Rule, suite: Suite, needs: "ScoreConditions") -> None:
+def refuse_impossible(rule: Rule, suite: SuiteVersion, needs: "ScoreConditions") -> None:
     """Raises Usage for a rule that no score on this content of its suite can pass."""
     if suite.task == suites.REPORTED:
         if needs.measured or needs.min_n > 1:

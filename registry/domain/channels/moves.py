@@ -53,7 +53,7 @@ _canary, _channel, _gate, _move, _namespace, _promotion, _release, _repository, 
 )
 
 # A promotion is these five statements on columns; with mapped objects it took twice as long.
-_ASKED = (
+_PROMOTED = (
     select(
         _release.id,
         _release.sort_key,
@@ -84,8 +84,8 @@ _ASKED = (
 each other here instead of failing, unless they state the move that they expect."""
 
 
-class _Asked(Protocol):
-    """The columns of `_ASKED`."""
+class _PromotedRelease(Protocol):
+    """The columns of `_PROMOTED`."""
 
     id: int
     sort_key: str
@@ -222,7 +222,7 @@ def _record_promotion(  # noqa: PLR0913
     session: Session,
     actor: Actor,
     wanted: PromotionRequest,
-    release: _Asked,
+    release: _PromotedRelease,
     current: _State,
     report: PolicyReport,
     completing: int | None,
@@ -353,7 +353,7 @@ def _promoting(channel: Channel, to: Version, subject: str) -> str:
     return f"`adaptory promote {subject.rpartition('@')[0]}:{to} --to {channel.name}`"
 
 
-def _load_release_and_policy(session: Session, wanted: PromotionRequest) -> _Asked:
+def _load_release_and_policy(session: Session, wanted: PromotionRequest) -> _PromotedRelease:
     """Loads the release and policy, and creates the channel if needed. Raises NotFound if anything else is missing."""
     name = wanted.repository
     values = {
@@ -362,12 +362,12 @@ def _load_release_and_policy(session: Session, wanted: PromotionRequest) -> _Ask
         "named": str(wanted.version),
         "onto": parse_name(wanted.channel, "channel"),
     }
-    row = session.execute(_ASKED, values).first()
+    row = session.execute(_PROMOTED, values).first()
     if row is None or (wanted.kind is not None and row.kind != wanted.kind):
         release = releases.find(session, name, wanted.version, wanted.kind)
         _create(session, release.repository_id, name, wanted.channel)
-        row = session.execute(_ASKED, values).one()
-    return cast(_Asked, row)
+        row = session.execute(_PROMOTED, values).one()
+    return cast(_PromotedRelease, row)
 
 
 def _create(session: Session, repository_id: int, name: RepositoryName, channel: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from registry.database.tables import Base, Channel, Gate, Release, Repository, Suite
+from registry.database.tables import Base, Channel, Gate, Release, Repository, SuiteVersion
 from registry.domain.access import audit
 from registry.domain.access.audit import Act, Actor
 from registry.domain.access.roles import Role, holds
@@ -58,10 +58,13 @@ def pinned_contents(session: Session, rules: Sequence[Rule], pins: Pins) -> Cont
     """The content and directions that the rules are judged on: pinned ones, or else the current ones."""
     names = {rule.suite for rule in rules}
     current = {
-        suite.name: suite for suite in session.scalars(select(Suite).where(Suite.name.in_(names), Suite.current))
+        suite.name: suite
+        for suite in session.scalars(select(SuiteVersion).where(SuiteVersion.name.in_(names), SuiteVersion.current))
     }
     digests = [pin["digest"] for name, pin in pins.items() if name in names]
-    pinned = {suite.name: suite for suite in session.scalars(select(Suite).where(Suite.digest.in_(digests)))}
+    pinned = {
+        suite.name: suite for suite in session.scalars(select(SuiteVersion).where(SuiteVersion.digest.in_(digests)))
+    }
     directions = {(name, metric): better for name, pin in pins.items() for metric, better in _directions(pin)}
     return Contents({**current, **pinned}, directions)
 
@@ -70,7 +73,9 @@ def changes_since(session: Session, pins: Pins) -> dict[str, str]:
     """Describes the changes since the rules were pinned, by suite."""
     now = suites.current_labels(session, pins)
     digests = [pin["digest"] for pin in pins.values()]
-    pinned = {suite.name: suite for suite in session.scalars(select(Suite).where(Suite.digest.in_(digests)))}
+    pinned = {
+        suite.name: suite for suite in session.scalars(select(SuiteVersion).where(SuiteVersion.digest.in_(digests)))
+    }
     changed: dict[str, str] = {}
     for name, pin in pins.items():
         notes: list[str] = []

@@ -9,8 +9,7 @@ from sqlalchemy.orm import Session
 
 from composer.formats.recipes.methods import AnySettings, Regmean, parse_settings
 from composer.formats.recipes.recipe import Lock, LockedInput, Recipe, accepted_share
-from composer.formats.recipes.suite import CalibrationSet, guard_sets
-from composer.formats.recipes.suite import Suite as SuiteContent
+from composer.formats.recipes.suite import CalibrationSet, Suite, guard_sets
 from registry.database.tables import Base, Release
 from registry.domain.catalog import bases, releases, suites
 from registry.domain.catalog.releases import full_name
@@ -270,7 +269,7 @@ def _calibration(
                 subject=name,
                 next_step="Add examples to the suite, or set fewer (settings: {examples: N}).",
             )
-        sets.append(CalibrationSet(SuiteContent.from_json(suite.content), count, phrase=source.phrase or ""))
+        sets.append(CalibrationSet(Suite.from_json(suite.content), count, phrase=source.phrase or ""))
     named = [suites.find(session, name) for name in recipe.evaluate]
-    guards = [SuiteContent.from_json(suite.content) for suite in named if suite.kind == "guard"]
+    guards = [Suite.from_json(suite.content) for suite in named if suite.kind == "guard"]
     return tuple(examples.to_json() for examples in (*sets, *guard_sets(guards)))

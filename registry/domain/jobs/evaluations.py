@@ -8,9 +8,9 @@ from typing import Self
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from composer.formats.recipes.suite import Suite as SuiteContent
+from composer.formats.recipes.suite import Suite
 from composer.formats.recipes.tasks import ANSWER_SCORERS
-from registry.database.tables import Base, Evaluation, Job, Release, Repository, Suite
+from registry.database.tables import Base, Evaluation, Job, Release, Repository, SuiteVersion
 from registry.database.tables.work import StoredPair, StoredResult, StoredUpgrade
 from registry.domain.access import tokens
 from registry.domain.access.audit import Actor
@@ -63,7 +63,7 @@ def create(
 def needs_of(session: Session, wanted: Sequence[WantedScore]) -> WorkerNeeds:
     """The needs of this measurement: the largest base in memory, each base but for models, which are loaded from
     their own files, and what the suites are measured with."""
-    suites = session.scalars(select(Suite).where(Suite.digest.in_({subject.suite for subject in wanted})))
+    suites = session.scalars(select(SuiteVersion).where(SuiteVersion.digest.in_({subject.suite for subject in wanted})))
     names = {name for suite in suites for name in suite_needs(suite)}
     releases = {subject.release for subject in wanted if subject.release is not None}
     query = select(Release.id).join(Repository, Repository.id == Release.repository_id)
@@ -73,13 +73,13 @@ def needs_of(session: Session, wanted: Sequence[WantedScore]) -> WorkerNeeds:
     return WorkerNeeds(frozenset(names), memory_bytes=max(session.scalars(sizes), default=0))
 
 
-def suite_needs(suite: Suite) -> set[str]:
+def suite_needs(suite: SuiteVersion) -> set[str]:
     """The needs of the suite, besides a model."""
     if suite.task == "harness":
         return {HARNESS}
     if suite.task != "generation":
         return set()
-    chosen = SuiteContent.from_json(suite.content).scoring
+    chosen = Suite.from_json(suite.content).scoring
     name = chosen.name if chosen else "match"
     return set() if name in ANSWER_SCORERS else {scorer_need(name)}
 

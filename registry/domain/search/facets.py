@@ -9,7 +9,7 @@ from sqlalchemy import Select, select
 from sqlalchemy.orm import Session
 
 from composer.formats.adapters.serving import SERVERS, parse_profile
-from registry.database.tables import Base, Channel, Namespace, Suite, SuiteMetric, Traits
+from registry.database.tables import Base, Channel, Namespace, SuiteMetric, SuiteVersion, Traits
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import readable_names
 from registry.domain.catalog.metrics import HIGHER_IS_BETTER
@@ -64,7 +64,7 @@ def _namespaces(session: Session, actor: Actor) -> Iterable[str]:
 
 
 def _measured(session: Session, _actor: Actor) -> set[str]:
-    suites = session.scalars(select(Suite.name).where(Suite.current)).all()
+    suites = session.scalars(select(SuiteVersion.name).where(SuiteVersion.current)).all()
     others = [
         (metric.suite, metric.metric) for metric in session.scalars(select(SuiteMetric)) if metric.suite in suites
     ]

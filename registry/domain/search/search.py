@@ -30,11 +30,11 @@ def search(session: Session, actor: Actor, query: Query, order: Order) -> Search
     """Searches what the actor may read, in order. Raises NotFound for an unknown base or suite if the actor may list
     those; others get no results."""
     try:
-        asked = _bind(session, actor, query, order)
-        hits = _page(session, asked) if asked.possible else []
+        bound = _bind(session, actor, query, order)
+        hits = _page(session, bound) if bound.possible else []
         if query.base_name and not hits:
             bases.identify(session, query.base_name)  # no matches: raises if the base is unknown
-        return SearchResult(hits, asked.base, asked.relations)
+        return SearchResult(hits, bound.base, bound.relations)
     except NotFound:
         if actor.grants:
             raise
@@ -44,15 +44,15 @@ def search(session: Session, actor: Actor, query: Query, order: Order) -> Search
 def count(session: Session, actor: Actor, query: Query, order: Order) -> int:
     """The number of hits that `search` returns; 0 for an unknown base or suite."""
     try:
-        asked = _bind(session, actor, query, order)
+        bound = _bind(session, actor, query, order)
     except NotFound:
         return 0
-    if not asked.possible:
+    if not bound.possible:
         return 0
-    return statement.count(asked.names, asked.by, asked.first).column(session, asked.values)[0]
+    return statement.count(bound.names, bound.by, bound.first).column(session, bound.values)[0]
 
 
-class _Asked(NamedTuple):
+class _BoundQuery(NamedTuple):
     """A bound query and order. `possible` is false if no release can match; `first` is the condition to look up
     first."""
 
@@ -65,19 +65,19 @@ class _Asked(NamedTuple):
     relations: Mapping[str, str]
 
 
-def _bind(session: Session, actor: Actor, query: Query, order: Order) -> _Asked:
+def _bind(session: Session, actor: Actor, query: Query, order: Order) -> _BoundQuery:
     base = bases.identify(session, query.base) if query.base and not query.base_name else None
     relations = bases.related(session, base[0]) if base and RELATED in query.include else {base[0]: ""} if base else {}
     scored = [suites.find(session, condition.suite, actor).id for condition in query.score]
     names, values = bind(actor, query, list(relations), scored)
     by = sort_key(session, actor, order, values)
     first, number = (None, 0) if values.get("namespaces") == [] else statement.rarest(session, names, values)
-    return _Asked(names, values, by, number > 0, first, base, relations)
+    return _BoundQuery(names, values, by, number > 0, first, base, relations)
 
 
-def _page(session: Session, asked: _Asked) -> list[Hit]:
-    column = asked.by.column
-    [(text, suites)] = statement.page(asked.names, asked.by, asked.first).rows(session, asked.values)
+def _page(session: Session, bound: _BoundQuery) -> list[Hit]:
+    column = bound.by.column
+    [(text, suites)] = statement.page(bound.names, bound.by, bound.first).rows(session, bound.values)
     return [
         Hit(None if column == "id" else float(key) if column == "value" else key, release_id, (stamp, suites))
         for key, release_id, stamp in orjson.loads(text or "[]")

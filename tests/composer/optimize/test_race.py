@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from composer.conflicts.evidence.outcome import Limits, Outcome, effect_of
 from composer.errors import Mismatch
-from composer.evaluation.measure import Measured
+from composer.evaluation.measure import ExampleScore
 from composer.findings import Verdict
 from composer.formats.recipes.suite import Example, Suite
 from composer.optimize.candidates import Candidate, fitted, low_rank, weighted_sum
@@ -32,8 +32,8 @@ def suite(count: int, name: str = "asked") -> Suite:
 def standing(candidate: Candidate, nats: list[float], alone: float = 0.1, base: float = 3.0) -> CandidateResults:
     """A candidate with these nats per token on its only member's examples."""
 
-    def measured(values: list[float]) -> list[Measured]:
-        return [Measured(value, 1, exact=False) for value in values]
+    def measured(values: list[float]) -> list[ExampleScore]:
+        return [ExampleScore(value, 1, exact=False) for value in values]
 
     run = measured([base] * len(nats)), measured([alone] * len(nats)), measured(nats)
     return CandidateResults(candidate, Outcome(len(nats), (effect_of(("member", "asked"), *run, 1),), ()))
@@ -181,7 +181,7 @@ def test_too_few_points_or_points_on_a_line_give_no_surface() -> None:
 
 def test_a_journal_is_read_again_after_a_torn_last_line_and_begins_anew_for_another_problem(tmp_path: Path) -> None:
     path = tmp_path / "search.jsonl"
-    key, measured = ("mean", "suite", "example"), Measured(0.1 + 0.2, 3, exact=True)
+    key, measured = ("mean", "suite", "example"), ExampleScore(0.1 + 0.2, 3, exact=True)
     SearchJournal(path, "one").add([(key, measured)])
     with path.open("a") as file:
         file.write('["mean", "suite", "oth')

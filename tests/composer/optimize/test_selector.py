@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from composer.conflicts.evidence.bench import Pass
 from composer.conflicts.evidence.outcome import Limits
 from composer.deltas.variants.load import LoadedAdapter, load_deltas
-from composer.evaluation.measure import Measured
+from composer.evaluation.measure import ExampleScore
 from composer.evaluation.model import load_model
 from composer.findings import Verdict
 from composer.formats.checkpoints.checkpoint import open_checkpoint
@@ -150,10 +150,10 @@ def test_a_search_elsewhere_makes_the_same_choice(problem: SearchProblem, report
     runner = pass_runner(problem)
 
     class Elsewhere:
-        def measure(self, wanted: Pass) -> Sequence[Measured]:
+        def measure(self, wanted: Pass) -> Sequence[ExampleScore]:
             return runner(wanted.who, [(suite, example) for _, suite, example in wanted.keys])
 
-        def spread(self, passes: Sequence[Pass]) -> Sequence[tuple[Pass, Sequence[Measured]]]:
+        def spread(self, passes: Sequence[Pass]) -> Sequence[tuple[Pass, Sequence[ExampleScore]]]:
             return [(wanted, self.measure(wanted)) for wanted in passes]
 
     again = optimize(problem, elsewhere=Elsewhere())
