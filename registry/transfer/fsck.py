@@ -35,7 +35,8 @@ from registry.database.tables import (
 from registry.domain.access import audit
 from registry.domain.access.audit import Act
 from registry.domain.catalog.releases import full_name
-from registry.domain.channels.serving import ACTS, CHANGES, DELETION, serving_move
+from registry.domain.catalog.repositories import Kind
+from registry.domain.channels.serving import ACTS, CHANGES, DELETION, due_move
 from registry.errors import RegistryError
 from registry.formats.manifest import ManifestFile, canonical_manifest, commit_id
 from registry.formats.references import ABSENT, RESERVED_NAMESPACES, Digest, parse_version
@@ -246,8 +247,9 @@ def _check_moves(subject: str, channel: Channel, moves: Sequence[Move]) -> Itera
 
 
 def _check_served(session: Session, subject: str, channel: Channel) -> Iterator[Finding]:
-    """Checks that a search finds the release that the channel serves."""
-    move = serving_move(session, channel)
+    """Checks that the channel serves the release that it should."""
+    of_sets = session.get_one(Repository, channel.repository_id).kind == Kind.SET  # others may withdraw members
+    move = due_move(session, channel, again=not of_sets)
     served = (move.to_release_id, move.to_release.sort_key) if move else (None, None)
     if (channel.served_id, channel.served_key) != served:
         yield _error("channel_adrift", subject, f"Search does not find the release that {subject} serves.")

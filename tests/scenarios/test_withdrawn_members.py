@@ -21,8 +21,11 @@ def with_set(small_team: Cli, tmp_path: Path) -> Cli:
     return small_team
 
 
-def publish(cli: Cli, name: str, directory: Path) -> None:
-    rows = [{"adapter": f"acme/{name}", "prompts": [f"{name} {n}" for n in range(5)]} for name in ("sql", "support")]
+def publish(cli: Cli, name: str, directory: Path, *members: str) -> None:
+    rows = [
+        {"adapter": f"acme/{member}", "prompts": [f"{member} {n}" for n in range(5)]}
+        for member in members or ("sql", "support")
+    ]
     recipe = directory / "set.yaml"
     recipe.write_text(yaml.safe_dump({"inputs": rows, "set": name, "gates": []}))
     cli.ok("compose", recipe, "--follow")
@@ -78,6 +81,34 @@ def test_a_rollback_returns_to_no_set_with_a_withdrawn_member(with_set: Cli, tmp
     with_set.ok("unyank", "acme/sql:1.0.0", "--reason", "right")
     with_set.ok("rollback", "acme/assistants@prod")
     assert json.loads(with_set.ok("show", "acme/assistants@prod", "--json").out)["version"] == "1.0.0"
+
+
+def served(cli: Cli) -> str | None:
+    """The version that prod serves: as its followers see it, as it resolves, and as fsck computes it again."""
+    name = "acme/assistants@prod"
+    version = json.loads(page(cli, f"/v1/follow?channels={name}"))["channels"][name]["version"]
+    resolved = cli("show", name, "--json")
+    assert version == (json.loads(resolved.out)["version"] if resolved.code == 0 else None)
+    cli.ok("fsck")
+    return version
+
+
+def test_a_yank_falls_back_to_no_set_with_a_withdrawn_member(with_set: Cli, tmp_path: Path) -> None:
+    """But a set that a channel has fallen back to stays: withdrawn members change no channel."""
+    for version, members in (("2.0.0", ("terraform", "support")), ("3.0.0", ())):
+        publish(with_set, f"acme/assistants:{version}", tmp_path, *members)
+        with_set.ok("promote", f"acme/assistants:{version}", "--to", "prod")
+    with_set.ok("yank", "acme/assistants:3.0.0", "--reason", "wrong")
+    for member in ("terraform", "sql"):
+        with_set.ok("yank", f"acme/{member}:1.0.0", "--reason", "wrong")
+        assert served(with_set) == "2.0.0"
+    with_set.ok("yank", "acme/assistants:2.0.0", "--reason", "wrong")
+    assert served(with_set) is None
+    with_set.ok("unyank", "acme/sql:1.0.0", "--reason", "right")
+    with_set.ok("yank", "acme/assistants:2.0.0", "--reason", "still wrong")
+    assert served(with_set) is None
+    with_set.ok("unyank", "acme/assistants:2.0.0", "--reason", "right")
+    assert served(with_set) == "1.0.0"
 
 
 def test_a_set_is_refused_as_an_input_with_its_kind_and_is_not_exported(with_set: Cli, tmp_path: Path) -> None:

@@ -71,13 +71,26 @@ def served_version(session: Session, channel: Channel) -> str | None:
 
 
 def serving_move(session: Session, channel: Channel) -> Move | None:
-    """The move whose release the channel serves: the current one or, if its release is yanked and the channel's policy
-    does not keep it, the one that a rollback returns to. A yank never leads to a release that a rollback has left. None
-    before the first move."""
+    """The move whose release the channel serves: the current one, or the one before it that the channel has fallen back
+    to (`due_move`). None before the first move, and for a channel that serves nothing."""
+    current = session.get(Move, channel.move_id) if channel.move_id else None
+    if current is None or current.to_release_id == channel.served_id:
+        return current
+    return _last_before(session, current, Release.id == channel.served_id)
+
+
+def due_move(session: Session, channel: Channel, *, again: bool = True) -> Move | None:
+    """The move whose release the channel is to serve: the current one or, if its release is yanked and the channel's
+    policy does not keep it, the one that a rollback returns to. A yank never leads to a release that a rollback has
+    left. A set goes on being served when a member is withdrawn. Without `again`, a channel that has fallen back stays
+    where it is while that release is not yanked, whatever has become of the members of others."""
     current = session.get(Move, channel.move_id) if channel.move_id else None
     if current is None or not current.to_release.yanked or keeps_yanked(session, channel, current.to_release):
         return current
-    return move_before(session, current)
+    served = serving_move(session, channel)
+    if not again and (served is None or not served.to_release.yanked):
+        return served
+    return _last_before(session, current, _returns() | (~Release.yanked & (Release.id == channel.served_id)))
 
 
 def keeps_yanked(session: Session, channel: Channel, release: Release) -> bool:
@@ -105,7 +118,7 @@ def refresh_served(
     query = select(Channel).where(Channel.repository_id == repository.id).order_by(Channel.id)
     changes: list[ServedChange] = []
     for channel in session.scalars(query.with_for_update().execution_options(populate_existing=True)).all():
-        serving, served = serving_move(session, channel), channel.served_id
+        serving, served = due_move(session, channel, again=kind == UNYANK), channel.served_id
         if channel.move_id is None or (serving.to_release_id if serving else None) == served:
             continue
         left = session.get_one(Release, served) if served else None
@@ -170,9 +183,13 @@ def _served(move_id: int, release: Release | None) -> dict[str, Any]:
 def move_before(session: Session, current: Move) -> Move | None:
     """The move that a rollback from the current one returns to; None if no release before it can be served, or
     rollbacks have left them all since."""
+    return _last_before(session, current, _returns())
+
+
+def _last_before(session: Session, current: Move, which: ColumnElement[bool]) -> Move | None:
     back = way_back(current).subquery()
     query = select(Move).join(back, back.c.id == Move.id).join(Release, Release.id == Move.to_release_id)
-    return session.scalars(query.where(_returns()).order_by(Move.id.desc()).limit(1)).first()
+    return session.scalars(query.where(which).order_by(Move.id.desc()).limit(1)).first()
 
 
 def earlier_versions(session: Session, move: Move, *, limit: int) -> Sequence[str]:
