@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from composer.conflicts.documents import (
-    EffectDocument,
     FindingDocument,
-    GuardDocument,
+    IntervalDocument,
     MemberDocument,
     PairDocument,
     ProbeDocument,
@@ -70,18 +69,25 @@ DEFAULT_MEASURE = "input_excess"
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossLine:
     """The loss of a member on its own suite, or of a guard, in nats per token: `verdict` judges it against `tolerated`.
-    `low` and `high` are None without an interval. `cost` compares a guard with the base, in words."""
+    `cost` compares a guard with the base, in words."""
 
     name: str
     suite: str
     verdict: str
     loss: float
-    low: float | None
-    high: float | None
+    interval: IntervalDocument | None
     tolerated: float | None
-    answers: str
-    kept: float | None
-    cost: str
+    answers: str = ""
+    kept: float | None = None
+    cost: str = ""
+
+    @property
+    def low(self) -> float | None:
+        return self.interval["low"] if self.interval else None
+
+    @property
+    def high(self) -> float | None:
+        return self.interval["high"] if self.interval else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,40 +272,33 @@ def _pair(pair: PairDocument, note: str) -> PairRow:
 
 
 def _combination(name: str, probe: ProbeDocument) -> Losses:
-    lines = [*map(_line, probe["effects"]), *map(_guard_line, probe["guards"])]
+    members = [
+        LossLine(
+            name=row["member"],
+            suite=row["suite"],
+            verdict=row.get("verdict", ""),
+            loss=row["loss"],
+            interval=row["loss_interval"],
+            tolerated=row.get("tolerated"),
+            answers=f"{row['still_answered']} of {row['answered']}" if row["answered"] else "",
+            kept=row["kept"],
+        )
+        for row in probe["effects"]
+    ]
+    guards = [
+        LossLine(
+            name="guard",
+            suite=row["suite"],
+            verdict=row.get("verdict", ""),
+            loss=row["rise"],
+            interval=row["rise_interval"],
+            tolerated=row.get("tolerated"),
+            cost=guard_cost(row["combined"], row["base"]),
+        )
+        for row in probe["guards"]
+    ]
+    lines = [*members, *guards]
     return Losses(name, probe["k"], max((line.verdict for line in lines), key=_rank), lines)
-
-
-def _line(row: EffectDocument) -> LossLine:
-    sure = row["loss_interval"]
-    return LossLine(
-        name=row["member"],
-        suite=row["suite"],
-        verdict=row.get("verdict", ""),
-        loss=row["loss"],
-        low=sure["low"] if sure else None,
-        high=sure["high"] if sure else None,
-        tolerated=row.get("tolerated"),
-        answers=f"{row['still_answered']} of {row['answered']}" if row["answered"] else "",
-        kept=row["kept"],
-        cost="",
-    )
-
-
-def _guard_line(row: GuardDocument) -> LossLine:
-    sure = row["rise_interval"]
-    return LossLine(
-        name="guard",
-        suite=row["suite"],
-        verdict=row.get("verdict", ""),
-        loss=row["rise"],
-        low=sure["low"] if sure else None,
-        high=sure["high"] if sure else None,
-        tolerated=row.get("tolerated"),
-        answers="",
-        kept=None,
-        cost=guard_cost(row["combined"], row["base"]),
-    )
 
 
 def _axis(lines: Sequence[LossLine]) -> tuple[float, float]:
