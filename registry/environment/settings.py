@@ -4,7 +4,7 @@ import getpass
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Literal, LiteralString, cast
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, SecretStr, Tag
@@ -61,10 +61,6 @@ def _token(token: SecretStr) -> SecretStr:
         return SecretStr(stripped_token(token.get_secret_value()))
     except ValueError as error:
         raise PydanticCustomError("token", "{why}", {"why": str(error)}) from error
-
-
-def _profile(text: str) -> str | None:
-    return text or None
 
 
 def _database_url(text: str) -> str:
@@ -130,14 +126,15 @@ def _files_url(text: str) -> str:
     return text
 
 
-def _hosts(text: str) -> str:
-    """Empty means any."""
-    for part in text.split(",") if text else ():
-        if not re.fullmatch(r"[A-Za-z0-9._-]+|\[?[0-9A-Fa-f]*:[0-9A-Fa-f:.]+\]?", part.strip()):
-            raise PydanticCustomError(
-                "hosts", "it must be a list of host names without ports, such as adapters.example,10.0.0.7"
-            )
-    return text
+def _list_of(part: str, kind: LiteralString, description: LiteralString) -> AfterValidator:
+    """Annotates a text of comma-separated parts, each of which matches the pattern `part`. Empty means none, or any."""
+
+    def read(text: str) -> str:
+        if text and not all(re.fullmatch(part, given.strip()) for given in text.split(",")):
+            raise PydanticCustomError(kind, description)
+        return text
+
+    return AfterValidator(read)
 
 
 def _issuers(text: str) -> str:
@@ -161,32 +158,6 @@ def _issuer(text: str) -> str:
     if not text or "," in text or text.startswith(("github:", "gitlab:")):
         raise PydanticCustomError("issuer", "it must be one issuer with https, such as https://login.example")
     return text.strip()
-
-
-def _group_roles(text: str) -> str:
-    """Empty means none."""
-    for part in map(str.strip, text.split(",")) if text else ():
-        if not re.fullmatch(
-            r"[^,]+=(\*|[a-z0-9][a-z0-9._-]*):(reader|agent|(publisher|releaser|admin)(\+agent)?)", part
-        ):
-            raise PydanticCustomError("roles", "it must be a list such as ml-team=acme:publisher,platform=*:admin")
-    return text
-
-
-def _scorers(text: str) -> str:
-    """Empty means none."""
-    for name in text.split(",") if text else ():
-        if not re.fullmatch(r"[a-z][a-z0-9_]{0,63}", name.strip()):
-            raise PydanticCustomError("scorers", "it must be a list of scorers, such as sql_results,unit_tests")
-    return text
-
-
-def _organisations(text: str) -> str:
-    """Empty means none."""
-    for name in text.split(",") if text else ():
-        if not re.fullmatch(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?", name.strip()):
-            raise PydanticCustomError("organisations", "it must be a list of organisations on a hub, such as acme,beta")
-    return text
 
 
 def _prefix(text: str) -> str:
@@ -279,7 +250,14 @@ class SignInSettings(BaseModel):
     """The claim with the user's groups, a list or a string."""
     scopes: str = "openid profile email"
     """The requested scopes; some providers need `groups` too."""
-    roles: Annotated[str, AfterValidator(_group_roles)] = ""
+    roles: Annotated[
+        str,
+        _list_of(
+            r"[^,]+=(\*|[a-z0-9][a-z0-9._-]*):(reader|agent|(publisher|releaser|admin)(\+agent)?)",
+            "roles",
+            "it must be a list such as ml-team=acme:publisher,platform=*:admin",
+        ),
+    ] = ""
     """Comma-separated `GROUP=NAMESPACE:ROLE`, such as `ml-team=acme:publisher,platform=*:admin`: the roles of a group's
     members while they are signed in."""
 
@@ -315,7 +293,7 @@ class Settings(BaseSettings):
     url: Annotated[str, AfterValidator(_http_url)] | None = None
     """The registry that the command line talks to. Without it, and without an active profile, the registry in `home` is
     opened in this process."""
-    profile: Annotated[str, AfterValidator(_profile)] | None = None
+    profile: Annotated[str, AfterValidator(lambda text: text or None)] | None = None
     """A profile saved by `adaptory login`, or `local` for the embedded registry; like the option `--profile`.
     Wins over `ADAPTORY_URL`."""
     max_file_bytes: int = Field(default=64 * 2**30, gt=0)
@@ -366,7 +344,14 @@ class Settings(BaseSettings):
     files_secret: Annotated[SecretStr, Field(min_length=32)] | None = None
     """The secret that signs the addresses of files: the same for all servers, at least 32 characters; needed with
     `ADAPTORY_FILES_URL`."""
-    hosts: Annotated[str, AfterValidator(_hosts)] = ""
+    hosts: Annotated[
+        str,
+        _list_of(
+            r"[A-Za-z0-9._-]+|\[?[0-9A-Fa-f]*:[0-9A-Fa-f:.]+\]?",
+            "hosts",
+            "it must be a list of host names without ports, such as adapters.example,10.0.0.7",
+        ),
+    ] = ""
     """Comma-separated host names, without ports, that a server with tokens answers to, others with 421; empty for any.
     `/healthz`, `/readyz` and `/metrics` answer to any."""
     oidc_audience: Annotated[str, AfterValidator(_http_url)] = ""
@@ -383,12 +368,22 @@ class Settings(BaseSettings):
     max_header_bytes: int = Field(default=32 * 1024, gt=0)
     """Maximum total size of a request's headers; beyond it 431. A head of half a MiB, or one that takes longer
     than 30 s, also ends the connection."""
-    scorers: Annotated[str, AfterValidator(_scorers)] = ""
+    scorers: Annotated[
+        str,
+        _list_of(r"[a-z][a-z0-9_]{0,63}", "scorers", "it must be a list of scorers, such as sql_results,unit_tests"),
+    ] = ""
     """Comma-separated names of Python scorers (entry points `adaptory.scorers`) that evaluations on this machine
     may run; the same for servers and workers. Enable only code that you trust."""
     scorer_timeout_s: float = Field(default=30.0, gt=0, le=24 * 3600)
     """How long a Python scorer may take for one example; its process is then killed."""
-    hub_token_orgs: Annotated[str, AfterValidator(_organisations)] = ""
+    hub_token_orgs: Annotated[
+        str,
+        _list_of(
+            r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?",
+            "organisations",
+            "it must be a list of organisations on a hub, such as acme,beta",
+        ),
+    ] = ""
     """Comma-separated organisations on the hub for whose bases this machine sends its hub token (`HF_TOKEN`) when a
     job needs one; none by default. Any publisher may register a base by its address there."""
     harness_path: Path | None = None

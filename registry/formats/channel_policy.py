@@ -30,7 +30,16 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, mo
 from composer.errors import NotSupported
 from composer.findings import Verdict
 from composer.formats.adapters.serving import parse_profile
-from composer.formats.recipes.documents import LISTED, Document, ParsedBy, RefusedValues, load_yaml, one_of, problem_of
+from composer.formats.recipes.documents import (
+    LISTED,
+    Document,
+    ParsedBy,
+    RefusedValues,
+    load_yaml,
+    one_of,
+    problem_of,
+    shorthand,
+)
 from registry.errors import Invalid
 from registry.formats.watch import Watch
 
@@ -130,10 +139,6 @@ class Licenses(Document):
     ] = Field((), description="Licences that are refused for any part, and combinations of parts.")
 
 
-def _with_conditions(value: object) -> object:
-    return {"rule": value} if isinstance(value, str) else value
-
-
 def _server(value: str) -> str:
     try:
         return str(parse_profile(value))
@@ -146,7 +151,7 @@ class ChannelPolicy(Document):
 
     version: Annotated[int, ParsedBy(_version, {"const": VERSION})] = Field(description="Version of this format.")
     rules: Annotated[
-        tuple[Annotated[ScoreRule, BeforeValidator(_with_conditions, json_schema_input_type=ScoreRule | Rule)], ...],
+        tuple[Annotated[ScoreRule, shorthand("rule", ScoreRule | Rule)], ...],
         Field(max_length=MAX_RULES),
         LISTED,
     ] = Field((), description="Gate rules.")

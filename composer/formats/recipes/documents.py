@@ -127,6 +127,16 @@ class ParsedBy:
         return dict(self.schema)  # pydantic adds the default of the field to it
 
 
+def shorthand(field: str, form: Any) -> BeforeValidator:
+    """Annotates a mapping for which a text may stand, the value of its `field`: `scorer: json` for `scorer: {name:
+    json}`. `form` is what an editor suggests."""
+
+    def read(value: object) -> object:
+        return {field: value} if isinstance(value, str) else value
+
+    return BeforeValidator(read, json_schema_input_type=form)
+
+
 def one_of(*words: str | None) -> ParsedBy:
     """Annotates a field for a text that is one of these words; None stands for the default."""
     known = [None if word is None else str(word) for word in words]

@@ -31,7 +31,16 @@ from typing import Annotated, Any, Self, cast
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, ValidationInfo, model_validator
 
 from composer.errors import InvalidFile
-from composer.formats.recipes.documents import LISTED, Document, ParsedBy, RefusedValues, load_yaml, one_of, problem_of
+from composer.formats.recipes.documents import (
+    LISTED,
+    Document,
+    ParsedBy,
+    RefusedValues,
+    load_yaml,
+    one_of,
+    problem_of,
+    shorthand,
+)
 from composer.formats.recipes.methods import METHOD_NAMES, PIPELINES, settings_of
 from composer.formats.recipes.phrases import MAX_PHRASE_CHARS, problem_of_phrase
 from composer.formats.recipes.policy import PolicyDocument
@@ -62,10 +71,6 @@ def _refuse_bad_phrase(phrase: str) -> str:
     if why := problem_of_phrase(phrase):
         raise RefusedValues(why, f"Write a few words on one line, at most {MAX_PHRASE_CHARS} characters.")
     return phrase
-
-
-def _by_name(value: object) -> object:
-    return {"adapter": value} if isinstance(value, str) else value
 
 
 class RecipeInput(Document):
@@ -177,7 +182,7 @@ class Optimize(Document):
 
 class Recipe(Document):
     inputs: Annotated[
-        tuple[Annotated[RecipeInput, BeforeValidator(_by_name, json_schema_input_type=RecipeInput | str)], ...],
+        tuple[Annotated[RecipeInput, shorthand("adapter", RecipeInput | str)], ...],
         Field(min_length=1, max_length=MAX_INPUTS),
         LISTED,
     ]

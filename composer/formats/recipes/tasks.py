@@ -9,9 +9,9 @@ import json
 import re
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
-from composer.formats.recipes.documents import LISTED, Document, ParsedBy, RefusedValues
+from composer.formats.recipes.documents import LISTED, Document, ParsedBy, RefusedValues, shorthand
 
 Task = Literal["teacher_forced", "generation", "multiple_choice"]
 TEACHER_FORCED: Task = "teacher_forced"
@@ -68,11 +68,6 @@ _OF_CHOICES: dict[str, type[Document]] = {"likelihood": LikelihoodSettings}
 _DEFAULTS: dict[Task, str] = {"generation": "match", "multiple_choice": "likelihood"}
 
 
-def _named(value: object) -> object:
-    """`scorer: json` stands for `scorer: {name: json}`."""
-    return {"name": value} if isinstance(value, str) else value
-
-
 def _read_name(value: object) -> str:
     if not isinstance(value, str) or not SCORER_NAME.fullmatch(value):
         raise ValueError("a name of lower-case letters, digits and _, at most 64")
@@ -100,7 +95,7 @@ class ScorerChoice(Document):
     settings: JsonMapping = Field(default_factory=dict[str, Any])
 
 
-ScorerField = Annotated[ScorerChoice, BeforeValidator(_named, json_schema_input_type=str | ScorerChoice)]
+ScorerField = Annotated[ScorerChoice, shorthand("name", str | ScorerChoice)]
 
 
 def scorer_of(task: Task, chosen: ScorerChoice | None) -> ScorerChoice | None:
