@@ -103,12 +103,8 @@ def new_embeddings(adapters: Sequence[tuple[str, Path]]) -> Iterator[Finding]:
         for file in NEW_EMBEDDINGS:
             if not (directory / file).is_file():
                 continue
-            message = f"{file} of {name} is ignored{_shapes(directory / file)}: PEFT has no such file."
+            tensors = read_header(directory / file).tensors if file.endswith(".safetensors") else {}
+            shapes = [f"{key} {list(entry.shape)}" for key, entry in tensors.items()][:2]
+            shown = f" ({', '.join(shapes)})" if shapes else ""
+            message = f"{file} of {name} is ignored{shown}: PEFT has no such file."
             yield Finding("new_embeddings", Severity.WARNING, name, message)
-
-
-def _shapes(path: Path) -> str:
-    if path.suffix != ".safetensors":
-        return ""
-    shapes = [f"{key} {list(entry.shape)}" for key, entry in read_header(path).tensors.items()]
-    return f" ({', '.join(shapes[:2])})" if shapes else ""

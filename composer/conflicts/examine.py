@@ -61,8 +61,10 @@ def examine(  # noqa: PLR0913
     what `conflicts`, `probe` and `activations` do.
     """
     how, rules, measured = method or parse_settings("stack"), policy or Policy(), None
-    if evidence is not None and len(adapters) > 1 and not _blocked(adapters, weights, how):
-        measured = _measured(adapters, weights, how, evidence, rules)
+    if evidence is not None and len(adapters) > 1:
+        parts = participating(adapters, weights_of(weights), how)
+        if not any(finding.severity is Severity.ERROR for finding in structural(parts, how)):
+            measured = _measured(adapters, weights, how, evidence, rules)
     names = [adapter.name for adapter in adapters]
     suites = dict(zip(names, evidence.suites, strict=False)) if evidence is not None else {}
     contradictions = contradicting_suites({name: suite for name, suite in suites.items() if suite is not None})
@@ -89,11 +91,6 @@ def parse_prompts(text: str, subject: str = "prompts") -> list[str]:
         message = f"{subject} has a prompt of {longest:,} characters; at most {MAX_TEXT_CHARS:,} are allowed."
         raise InvalidFile("bad_prompts", message, subject=subject, next_step="Write shorter prompts, one per line.")
     return prompts
-
-
-def _blocked(adapters: Sequence[LoadedAdapter], weights: Sequence[Weight | float], settings: AnySettings) -> bool:
-    parts = participating(adapters, weights_of(weights), settings)
-    return any(finding.severity is Severity.ERROR for finding in structural(parts, settings))
 
 
 def _measured(

@@ -257,8 +257,10 @@ class _Numbers:
                 for finding in of_pair((pair.a, pair.b), pair.numbers, pair.outcome, rules)
             ),
             *of_retention({member.name: member.retention for member in self.members}, rules),
-            *(_of_set(names, self.total, self.evidence, rules) if len(names) > 2 else []),
         ]
+        if len(names) > 2:
+            findings += of_cancelling(names, self.total.interference(), sum(self.total.shares()), rules)
+            findings += of_outcome(self.evidence.overall, rules) if isinstance(self.evidence, ProbeResult) else []
         measured = [_of_evidence(self.evidence, rules, outcome) for outcome in (None, *(p.outcome for p in self.pairs))]
         return rules.judged(findings), rules.verdict(findings, Verdict.worst(measured))
 
@@ -310,13 +312,6 @@ def _of_evidence(evidence: ProbeResult | Activations | None, policy: Policy, pai
         return Verdict.UNMEASURED
     outcome = pair or evidence.overall
     return Verdict.UNDECIDED if outcome.is_open(Limits.of(policy)) else Verdict.OK
-
-
-def _of_set(
-    names: Sequence[str], total: PairSums, evidence: ProbeResult | Activations | None, policy: Policy
-) -> list[Finding]:
-    findings = of_cancelling(names, total.interference(), sum(total.shares()), policy)
-    return [*findings, *(of_outcome(evidence.overall, policy) if isinstance(evidence, ProbeResult) else [])]
 
 
 def _together(compared: PairSums, *rounded: Rounded) -> SetMetrics:

@@ -120,17 +120,16 @@ def _changed(module: nn.Module, name: str, deltas: Sequence[tuple[Additive, int]
     changed_MN = W_MN.clone()
     for delta, begin in deltas:
         own = slice(begin, begin + delta.stored_shape[0])
-        changed_MN[own] += delta.rows(W_MN[own], 0) if isinstance(delta, RowwiseDelta) else _product(delta, W_MN.device)
+        if isinstance(delta, RowwiseDelta):
+            changed_MN[own] += delta.rows(W_MN[own], 0)
+        else:
+            left, right = delta.to(W_MN.device).stored_factors()
+            changed_MN[own] += left @ right
     module._parameters[name] = nn.Parameter(changed_MN.reshape(old.shape).to(old), requires_grad=False)
     try:
         yield
     finally:
         module._parameters[name] = old
-
-
-def _product(delta: LowRank, device: torch.device) -> torch.Tensor:
-    left, right = delta.to(device).stored_factors()
-    return left @ right
 
 
 def _add(module: nn.Module, parts: Sequence[LowRank], device: torch.device) -> RemovableHandle:

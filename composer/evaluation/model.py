@@ -3,7 +3,7 @@
 import os
 import threading
 from collections import Counter
-from collections.abc import Collection, Generator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -100,7 +100,9 @@ def load_model(
             checkpoint.path, dtype=dtype or "auto", output_loading_info=True, **_GIVEN, **device_map
         )
     model, loading = loaded
-    _refuse_random(checkpoint.path, loading["missing_keys"])
+    if missing := loading["missing_keys"]:  # drawn at random: the same model would answer differently each time
+        others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise _not_loadable(checkpoint.path, f"as a causal language model it lacks {min(missing)}{others}.")
     return LoadedModel(
         model.eval() if streamed else model.eval().to(chosen), tokenizer, checkpoint.architecture, streamed
     )
@@ -136,14 +138,6 @@ def _first_line(error: Exception, directory: Path) -> str:
 
 def _not_loadable(directory: Path, why: str) -> InvalidFile:
     return InvalidFile("model_not_loadable", f"{directory}: {why}", subject=str(directory))
-
-
-def _refuse_random(directory: Path, missing: Collection[str]) -> None:
-    """Raises InvalidFile for weights that the checkpoint lacks: transformers draws them at random, so that the same
-    model answers differently whenever it is loaded."""
-    if missing:
-        others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise _not_loadable(directory, f"as a causal language model it lacks {min(missing)}{others}.")
 
 
 def _refuse_adapter_beside(directory: Path) -> None:

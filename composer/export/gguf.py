@@ -46,10 +46,10 @@ def convert_to_gguf(path: Path, out_dir: Path, base: GgufBase) -> ConvertReport:
         if not bool(B_OR.isfinite().all()):
             message = f"{pair.module} would have an infinite value once B is scaled by {pair.scale:g}."
             raise RefusedOutput("not_finite", message, subject=pair.module, next_step="Lower alpha.")
-        # llama.cpp reorders the rows of these two, of Llama alone.
+        # llama.cpp reorders the rows of these two, of Llama alone: the halves of a head's rotary pairs alternate.
         heads = {"attn_q": base.heads, "attn_k": base.kv_heads}.get(name.split(".")[2], 0)
         if architecture == "llama" and heads:
-            B_OR = _interleaved(B_OR, heads)
+            B_OR = B_OR.reshape(heads, 2, len(B_OR) // heads // 2, -1).transpose(1, 2).reshape(B_OR.shape)
         tensors[f"{name}.lora_a"] = pair.A_RI.to(torch.float32, copy=True).contiguous()
         tensors[f"{name}.lora_b"] = B_OR.contiguous()
         rank = max(rank, pair.rank)
@@ -72,11 +72,6 @@ def _pair_and_name(delta: Delta) -> tuple[LowRank, str]:
         message = f"{delta.module} has no name in a GGUF adapter here: only {', '.join(PROJECTIONS)} of the layers do."
         raise NotSupported("gguf_module", message, subject=delta.module)
     return delta, f"blk.{match[1]}.{PROJECTIONS[match[2]]}.weight"
-
-
-def _interleaved(B_OR: torch.Tensor, heads: int) -> torch.Tensor:
-    """The rows in llama.cpp's order for Llama: the two halves of each head's rotary pairs alternate."""
-    return B_OR.reshape(heads, 2, len(B_OR) // heads // 2, -1).transpose(1, 2).reshape(B_OR.shape)
 
 
 def _write(file: BinaryIO, architecture: str, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -322,14 +322,10 @@ def _sets_tokens(delta: Delta) -> TypeGuard[RowwiseDelta]:
 
 
 def _refuse_changed_bases(checkpoint: Checkpoint, adapters: Sequence[LoadedAdapter]) -> None:
-    for adapter in adapters:
-        _refuse_changed_base(checkpoint, adapter)
-
-
-def _refuse_changed_base(checkpoint: Checkpoint, adapter: LoadedAdapter) -> None:
-    """Refuses an adapter whose copy of a base weight, which PEFT saves with an adapted embedding, differs from this
+    """Refuses adapters whose copy of a base weight, which PEFT saves with an adapted embedding, differs from this
     base's."""
-    for weight, copy in adapter.base_copies.items():
+    copies = ((adapter, *copied) for adapter in adapters for copied in adapter.base_copies.items())
+    for adapter, weight, copy in copies:
         base = stored_tensor(*checkpoint.locate(weight))
         known = copy[: len(base)]  # with a grown vocabulary, the copy includes the new tokens' rows
         same = all(torch.equal(a.float(), b.float()) for a, b in zip(base.split(4096), known.split(4096), strict=True))

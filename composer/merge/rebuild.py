@@ -6,7 +6,7 @@ differ in their last bit before rounding. So elements off by one step are counte
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -156,7 +156,6 @@ def rebuild(plan: MergePlan, merged: Path, device: str = "auto", progress: Progr
     from several threads with the bytes just done, `plan.size_bytes` in total. Raises what a merge raises.
     """
     differences = [
-        *_texts(plan, merged),
         *_side_files(plan, merged),
         *_more_weights(plan, merged),
         *_weights(plan, merged, Rewriter(torch_device(device), plan.rounding), progress or (lambda count: None)),
@@ -166,40 +165,27 @@ def rebuild(plan: MergePlan, merged: Path, device: str = "auto", progress: Progr
         for difference in differences
         if not difference.neighbours and not difference.others and not difference.why
     )
-    return Rebuilt(
-        same, tuple(difference for difference in differences if difference.file not in same), _earlier(plan, merged)
-    )
-
-
-def _earlier(plan: MergePlan, merged: Path) -> str:
-    """The method and version of an older note, else empty. Notes without a version are of the first."""
+    # A note without a version is of the first.
     made: object = read_json(merged / NOTE_FILE, "missing_note", "Make the merge again.").get("method_version", 1)
-    now = parse_settings(plan.method, plan.settings).version
-    return f"{plan.method} {made}" if isinstance(made, int) and made < now else ""
+    is_earlier = isinstance(made, int) and made < parse_settings(plan.method, plan.settings).version
+    different = tuple(difference for difference in differences if difference.file not in same)
+    return Rebuilt(same, different, f"{plan.method} {made}" if is_earlier else "")
 
 
-def _texts(plan: MergePlan, merged: Path) -> list[FileDifference]:
+def _side_files(plan: MergePlan, merged: Path) -> Iterator[FileDifference]:
+    """Compares config and index, and the side files that a merge copies; files that a release adds (a card) are
+    ignored."""
     texts = {"config.json": plan.config} | ({} if plan.checkpoint.index is None else {INDEX_FILE: index_of(plan)})
-    return [FileDifference(name, 0, 0, _other_json(merged / name, value)) for name, value in texts.items()]
-
-
-def _other_json(path: Path, expected: Mapping[str, Any]) -> str:
-    if not path.is_file():
-        return "is missing"
-    same = read_json(path, "missing", "Make the merge again.") == json.loads(json.dumps(expected))
-    return "" if same else "has different contents"
-
-
-def _side_files(plan: MergePlan, merged: Path) -> list[FileDifference]:
-    """Compares the side files that a merge copies; files that a release adds (a card) are ignored."""
-    files = plan.side_files.files
-    return [FileDifference(name, 0, 0, _other_copy(merged / name, file)) for name, file in files.items()]
-
-
-def _other_copy(path: Path, original: Path) -> str:
-    if not path.is_file():
-        return "is missing"
-    return "" if hash_file(path) == hash_file(original) else "is another"
+    for name in (*texts, *plan.side_files.files):
+        path = merged / name
+        if not path.is_file():
+            why = "is missing"
+        elif name in texts:
+            same = read_json(path, "missing", "Make the merge again.") == json.loads(json.dumps(texts[name]))
+            why = "" if same else "has different contents"
+        else:
+            why = "" if hash_file(path) == hash_file(plan.side_files.files[name]) else "is another"
+        yield FileDifference(name, 0, 0, why)
 
 
 def _more_weights(plan: MergePlan, merged: Path) -> list[FileDifference]:

@@ -127,9 +127,11 @@ def one_after_the_other(steps: Sequence[Sequence[tuple[Additive, float]]], *, ac
     DoraLinearVariant). Raises NotSupported for other deltas that read W.
     """
     deltas = [delta for step in steps for delta, _ in step]
-    if active:
-        _refuse_other_readers(deltas)
     first, computed = deltas[0], [delta for delta in deltas if isinstance(delta, RowwiseDelta)]
+    for delta in computed if active else ():
+        if delta.reads_base and delta.rows_on is None:
+            message = f"sequential=active is known for DoRA only, and an adapter of another type reads {delta.weight}."
+            raise NotSupported("no_active_order", message, subject=delta.module)
 
     def rows(W_MN: torch.Tensor, begin: int) -> torch.Tensor:
         added_MN = torch.zeros_like(W_MN)
@@ -147,13 +149,6 @@ def one_after_the_other(steps: Sequence[Sequence[tuple[Additive, float]]], *, ac
         begin=first.begin, layout=first.layout, kernel=first.kernel, stacked=first.stacked,
         sets_rows=frozenset[int]().union(*(delta.sets_rows for delta in computed)),
     )  # fmt: skip
-
-
-def _refuse_other_readers(deltas: Sequence[Additive]) -> None:
-    for delta in deltas:
-        if isinstance(delta, RowwiseDelta) and delta.reads_base and delta.rows_on is None:
-            message = f"sequential=active is known for DoRA only, and an adapter of another type reads {delta.weight}."
-            raise NotSupported("no_active_order", message, subject=delta.module)
 
 
 def _rows(delta: Additive, W_MN: torch.Tensor, begin: int) -> torch.Tensor:

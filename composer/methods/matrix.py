@@ -84,14 +84,8 @@ class Largest:
         row = self.cut[0] - begin
         if 0 <= row < X_MN.shape[0]:
             return torch.where(self.mask(X_MN, begin), X_MN, 0.0)
-        return _shrunk(X_MN, self.threshold if row < 0 else self.threshold - 1)
-
-
-def _shrunk(X_MN: torch.Tensor, bits: int) -> torch.Tensor:
-    """The entries with the magnitudes up to `bits` set to zero."""
-    if bits < 0:
-        return X_MN
-    return torch.nn.functional.hardshrink(X_MN, float(np.int32(bits).view(np.float32)))
+        bits = self.threshold if row < 0 else self.threshold - 1
+        return X_MN if bits < 0 else torch.nn.functional.hardshrink(X_MN, float(np.int32(bits).view(np.float32)))
 
 
 def largest(matrices: Sequence[Matrix], k: int) -> list[Largest]:

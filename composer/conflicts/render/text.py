@@ -253,7 +253,11 @@ def name(pair: Pair) -> str:
 def probe_table(probe: ProbeResult) -> TextTable:
     """Every suite under every combination."""
     outcomes = [*probe.pairs, *([probe.overall] if len(probe.pairs) > 1 else [])]
-    rows = [row for outcome in outcomes for row in _outcome_rows(outcome)]
+    rows = [
+        (" + ".join(outcome.members), *_line(line))
+        for outcome in outcomes
+        for line in (*outcome.effects, *outcome.guards)
+    ]
     columns = (
         "combination",
         "suite",
@@ -320,12 +324,6 @@ def _cells(numbers: PairMetrics) -> tuple[str, ...]:
 def _worst_modules(pair: Pair, count: int) -> list[tuple[str, ...]]:
     modules = [module for module in pair.explanation.shares if module in pair.modules][:count]
     return [(module, *_cells(pair.modules[module])) for module in modules]
-
-
-def _outcome_rows(outcome: Outcome) -> list[tuple[str, ...]]:
-    together = " + ".join(outcome.members)
-    lines: list[Effect | SideEffect] = [*outcome.effects, *outcome.guards]
-    return [(together, *_line(line)) for line in lines]
 
 
 def _line(line: Effect | SideEffect) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from composer.formats.adapters.config.types import TYPES
 from composer.formats.adapters.layouts import CONFIG_FILE, PEFT, WEIGHTS_FILE, another_layout, recognise
 from composer.formats.adapters.placement.naming import split_key
 from composer.formats.adapters.placement.pairs import FACTOR_PARTS
-from composer.formats.adapters.placement.result import PlacedModule, PlacementResult
+from composer.formats.adapters.placement.result import PlacementResult
 from composer.formats.checkpoints.checkpoint import contained, missing_weights
 from composer.formats.checkpoints.files import LocalFile
 from composer.formats.checkpoints.header import Header, TensorEntry
@@ -113,7 +113,8 @@ def read_adapter(path: Path) -> Adapter:
     if not header.tensors:
         raise InvalidFile("empty_adapter", f"{WEIGHTS_FILE} has no tensors.", subject=WEIGHTS_FILE)
     for name, entry in header.tensors.items():
-        if config.peft_type == "LORA" and split_key(name).part in FACTOR_PARTS and _is_ungathered(entry):
+        is_factor = config.peft_type == "LORA" and split_key(name).part in FACTOR_PARTS
+        if is_factor and (len(entry.shape) < 2 or 0 in entry.shape):
             message = f"{name} has the shape {list(entry.shape)}: it is a shard that was saved without gathering."
             raise InvalidFile("ungathered", message, subject=name)
     adapter = Adapter(path, config, header)
@@ -134,7 +135,9 @@ def _refuse_unopened(path: Path) -> None:
 
 def facts(config: AdapterConfig, header: Header, placed: PlacementResult) -> AdapterFacts:
     """Summarizes an adapter from its config, its header and its placement."""
-    adapted = _adapted(config, placed)
+    kind, adapted = TYPES.get(config.peft_type), placed.adapted
+    if kind is not None and kind.replaces:  # it has a weight of each module that it replaces
+        adapted = [module for module in placed.modules if kind.parts[0] in module.parts]
     # Super-Tuning may have a plain pair beside its values, with an alpha of 2 r where it has none.
     rank = int(config.options.get("r", 0))
     side_rank, side_alpha = rank, (float(config.options["lora_alpha"]) or 2.0 * rank) if rank else 0.0
@@ -160,14 +163,6 @@ def facts(config: AdapterConfig, header: Header, placed: PlacementResult) -> Ada
     )
 
 
-def _adapted(config: AdapterConfig, placed: PlacementResult) -> list[PlacedModule]:
-    """The modules that the adapter's type changes. A type that replaces tensors has a weight of each in the file."""
-    kind = TYPES.get(config.peft_type)
-    if kind is None or not kind.replaces:
-        return placed.adapted
-    return [module for module in placed.modules if kind.parts[0] in module.parts]
-
-
 def health(path: Path, header: Header) -> list[Finding]:
     """Finds NaN or Inf in a tensor (error `not_finite`), and an adapter that does nothing (warning `zero_delta`). Reads
     the weights file at `path` in chunks of 4 MiB and compares bit patterns, so that every float format costs the same.
@@ -186,10 +181,6 @@ def health(path: Path, header: Header) -> list[Finding]:
     if zero_parts and all(zero_parts.values()):
         findings += zero_deltas("The adapter", zero_parts, len(zero_parts))
     return findings
-
-
-def _is_ungathered(entry: TensorEntry) -> bool:
-    return len(entry.shape) < 2 or 0 in entry.shape
 
 
 def _scan(path: Path, entry: TensorEntry) -> tuple[bool, bool]:

@@ -3,7 +3,7 @@
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isfinite, sqrt
 from pathlib import Path
@@ -262,7 +262,7 @@ def foreign_facts(foreign: Foreign) -> AdapterFacts:
         type=kind,
         variant="dora" if "magnitude" in parts else kind,
         rank_max=max(ranks.values(), default=0),
-        alpha=_most_common(alphas.values()),
+        alpha=Counter(alphas.values()).most_common(1)[0][0] if alphas else 0.0,
         targets=tuple(sorted({_target(module.module) for module in foreign.modules})),
         modules=len(foreign.modules),
         parameters=sum(entry.spec.elements for entry in entries),
@@ -303,11 +303,6 @@ def _number(path: Path, entry: TensorEntry) -> float | None:
         return None
     stored = np.frombuffer(read_range(LocalFile(path), entry.begin, entry.end), dtype=NUMPY_DTYPES[entry.dtype])
     return float(as_float64(stored, entry.dtype)[0])
-
-
-def _most_common(numbers: Iterable[float]) -> float:
-    counts = Counter(numbers)
-    return counts.most_common(1)[0][0] if counts else 0.0
 
 
 def _target(name: str) -> str:

@@ -84,8 +84,10 @@ def judge(
     other = [] if config.peft_type == "LORA" else _other_type(config)
     unknown, bare, raw = [*_unknown(placed), *_elsewhere(placed)], _bare(config, placed), _raw(config, placed)
     common = (other or _common(config, facts, placed)) + unknown + raw
+    most = VLLM_RANKS[-1]
+    too_large = f"rank {facts.rank_max} is above {most}, the highest max_lora_rank there is"
     problems = {
-        "vllm": common + _beyond_vllm(facts),
+        "vllm": common + ([(too_large, _TRUNCATE)] if facts.rank_max > most else []),
         "sglang": common,
         "lorax": common + bare,
         "llamacpp": (other or _llamacpp(config, facts, placed)) + unknown + raw,
@@ -166,13 +168,6 @@ def _renamed(config: AdapterConfig) -> str:
     if config.unsupported():
         return ""
     return _RENAME if config.peft_type == "LORA" and not config.flags else _MERGE
-
-
-def _beyond_vllm(facts: AdapterFacts) -> list[tuple[str, str]]:
-    most = VLLM_RANKS[-1]
-    if facts.rank_max <= most:
-        return []
-    return [(f"rank {facts.rank_max} is above {most}, the highest max_lora_rank there is", _TRUNCATE)]
 
 
 def _common(config: AdapterConfig, facts: AdapterFacts, placed: PlacementResult) -> list[tuple[str, str]]:

@@ -73,12 +73,14 @@ class Policy:
 
     def judged(self, findings: Iterable[Finding]) -> list[Finding]:
         """The findings with the severities of this policy, without ignored ones."""
-        severities = [(finding, self._severity(finding)) for finding in findings]
-        return [replace(finding, severity=severity) for finding, severity in severities if severity is not None]
-
-    def _severity(self, finding: Finding) -> Severity | None:
-        severity = self.overrides.get(finding.code, finding.severity)
-        return Severity.ERROR if self.strict and severity is Severity.WARNING else severity
+        judged: list[Finding] = []
+        for finding in findings:
+            severity = self.overrides.get(finding.code, finding.severity)
+            if self.strict and severity is Severity.WARNING:
+                severity = Severity.ERROR
+            if severity is not None:
+                judged.append(replace(finding, severity=severity))
+        return judged
 
     def ignores(self, code: str) -> bool:
         """Whether the policy drops findings of this code."""

@@ -87,7 +87,8 @@ class _Parser:
 
     def _part(self) -> _Step | None:
         if match := self._take(_BOUNDARY):
-            return _boundary(re.compile(match.group()))
+            boundary = re.compile(match.group())
+            return lambda text, starts, back: {at for at in starts if boundary.match(text, at)}
         if match := self._take(_CHARACTER):
             return self._repeated(_character(re.compile(match.group())))
         opened = self._take(_OPEN)
@@ -144,10 +145,6 @@ def _character(form: re.Pattern[str]) -> _Step:
         return {at + 1 for at in starts if form.match(text, at)}
 
     return step
-
-
-def _boundary(form: re.Pattern[str]) -> _Step:
-    return lambda text, starts, back: {at for at in starts if form.match(text, at)}
 
 
 def _around(inner: _Step, *, ahead: bool, wanted: bool) -> _Step:

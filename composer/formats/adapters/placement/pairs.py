@@ -39,7 +39,8 @@ def place_pair(placement: Placement, module: str, parts: Mapping[str, str]) -> N
 
 def _is_sound(placement: Placement, module: str, a_shape: tuple[int, ...], b_shape: tuple[int, ...]) -> bool:
     """Whether the factors' shapes make a pair of the config's rank."""
-    if not _make_a_pair(a_shape, b_shape):
+    # Two matrices, or a convolution and one with a kernel of a single element.
+    if not (2 <= len(a_shape) == len(b_shape) <= 5 and set(b_shape[2:]) <= {1}):
         message = f"{module} has factors of shape {shape_text(a_shape)} and {shape_text(b_shape)}, which make no pair."
         placement.error("unsupported_layer", module, message)
         return False
@@ -56,11 +57,6 @@ def _is_sound(placement: Placement, module: str, a_shape: tuple[int, ...], b_sha
         placement.error("rank_mismatch", module, message)
         return False
     return True
-
-
-def _make_a_pair(a_shape: tuple[int, ...], b_shape: tuple[int, ...]) -> bool:
-    """Whether they are two matrices, or a convolution and one with a kernel of a single element."""
-    return 2 <= len(a_shape) == len(b_shape) <= 5 and set(b_shape[2:]) <= {1}
 
 
 def _place_on(
