@@ -161,7 +161,11 @@ class _Attempt:
         with self._noted(upload):
             put = piece.put if piece.put is not None else self._put_of_part(upload, piece)
             self._api.send(put, _blocks(upload.file.source, piece, self._tell))
-            if self._was_last(upload):
+            with self._lock:
+                self.came_further = True
+                upload.unsent -= 1
+                was_last = not upload.unsent
+            if was_last:
                 self._api.post(f"/v1/uploads/{upload.upload_id}/complete")
 
     def _put_of_part(self, upload: _Upload, piece: _Piece) -> PutOut:
@@ -175,12 +179,6 @@ class _Attempt:
     def _complete(self, upload: _Upload) -> None:
         with self._noted(upload):
             self._api.post(f"/v1/uploads/{upload.upload_id}/complete")
-
-    def _was_last(self, upload: _Upload) -> bool:
-        with self._lock:
-            self.came_further = True
-            upload.unsent -= 1
-            return not upload.unsent
 
     @contextmanager
     def _noted(self, upload: _Upload) -> Generator[None]:

@@ -1,7 +1,7 @@
 """Locks between processes: for pushes and collections within a transaction, for collections and probes longer."""
 
 import fcntl
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import AbstractContextManager, contextmanager
 from hashlib import sha256
 from pathlib import Path
@@ -24,7 +24,8 @@ def exclusive_collection(database: Database) -> AbstractContextManager[None]:
     another is running. A second collection would treat the first one's marked blobs as leftovers of a dead one, and
     remove bytes that were sent again meanwhile. During a backup, it would remove blobs that are still to be copied.
     """
-    return _process_lock(database, "collecting", _COLLECTION_LOCK, _collecting)
+    running = Conflict("collecting", "Another collection or a backup is running.", next_step="Wait until it ends.")
+    return _process_lock(database, "collecting", _COLLECTION_LOCK, running)
 
 
 def exclusive_probe(database: Database) -> AbstractContextManager[None]:
@@ -33,7 +34,7 @@ def exclusive_probe(database: Database) -> AbstractContextManager[None]:
 
 
 @contextmanager
-def _process_lock(database: Database, name: str, key: int, refusal: Callable[[], Conflict] | None) -> Generator[None]:
+def _process_lock(database: Database, name: str, key: int, refusal: Conflict | None) -> Generator[None]:
     """A lock that ends with the process that holds it. Raises `refusal` if it is taken; waits if `refusal` is None."""
     if database.is_sqlite:
         with Path(f"{database.url.database}.{name}").open("w") as file:
@@ -42,7 +43,7 @@ def _process_lock(database: Database, name: str, key: int, refusal: Callable[[],
             except BlockingIOError:
                 if refusal is None:
                     raise
-                raise refusal() from None
+                raise refusal from None
             yield
         return
     with (
@@ -52,15 +53,11 @@ def _process_lock(database: Database, name: str, key: int, refusal: Callable[[],
         if refusal is None:
             connection.execute(text("SELECT pg_advisory_lock(:key)"), {"key": key})
         elif not connection.scalar(text("SELECT pg_try_advisory_lock(:key)"), {"key": key}):
-            raise refusal()
+            raise refusal
         try:
             yield
         finally:
             connection.execute(text("SELECT pg_advisory_unlock(:key)"), {"key": key})
-
-
-def _collecting() -> Conflict:
-    return Conflict("collecting", "Another collection or a backup is running.", next_step="Wait until it ends.")
 
 
 def lock_blobs_shared(session: Session) -> None:

@@ -66,7 +66,10 @@ def import_release(connection: Connection, wanted: Import, display: Display) -> 
         message = f"{wanted.source} is a set of adapters, which only a composition makes."
         raise Refused("set_not_composed", message, subject=str(wanted.source))
     kind = "model" if "config.json" in snapshot.files and not is_adapter else "adapter"
-    selection = _selected(snapshot, kind, connection.cache / "imports" / _folder(hub, snapshot))
+    # The same commit of two hubs need not be the same files.
+    source = hashlib.sha256(f"{hub.endpoint} {snapshot.address}".encode()).hexdigest()[:12]
+    folder = f"{snapshot.address.repository.rpartition('/')[2]}-{source}"
+    selection = _selected(snapshot, kind, connection.cache / "imports" / folder)
     with hub.exclusive(selection.directory):
         size_bytes = sum(snapshot.files[path].size_bytes for path in selection.paths)
         with display.progress(f"download {snapshot.address.repository}", size_bytes) as done:
@@ -87,12 +90,6 @@ def import_release(connection: Connection, wanted: Import, display: Display) -> 
         endpoint=hub.endpoint,
         left_out=selection.left_out,
     )
-
-
-def _folder(hub: Hub, snapshot: Snapshot) -> str:
-    """The same commit of two hubs need not be the same files."""
-    place = hashlib.sha256(f"{hub.endpoint} {snapshot.address}".encode()).hexdigest()[:12]
-    return f"{snapshot.address.repository.rpartition('/')[2]}-{place}"
 
 
 def _selected(snapshot: Snapshot, kind: str, directory: Path) -> Selection:

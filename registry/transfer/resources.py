@@ -84,16 +84,12 @@ def open_resources(settings: Settings, *, serving: str = "") -> Resources:
     close_directory(work)
     resources = Resources(settings, database, open_store(settings, database), work)
     if serving == "serve" and settings.access == "tokens":
-        _refuse_without_tokens(resources)
+        with resources.read() as session:
+            usable = tokens.exist(session)
+        if not usable:
+            resources.close()
+            raise NotAllowed("no_tokens", "No token exists, so nobody could use this server.")
     return resources
-
-
-def _refuse_without_tokens(resources: Resources) -> None:
-    with resources.read() as session:
-        if tokens.exist(session):
-            return
-    resources.close()
-    raise NotAllowed("no_tokens", "No token exists, so nobody could use this server.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -182,25 +182,12 @@ def _of_validation(error: RequestValidationError) -> Invalid:
             next_step="Send one, with `Content-Type: application/json`; see /openapi.json for its fields.",
         )
     where = ".".join(str(part) for part in first["loc"])
-    return Invalid(
-        "bad_request",
-        f"{where}: {_wrong(first)}.",
-        subject=where,
-        next_step=_right_way(first["type"], first.get("ctx", {})),
-    )
-
-
-def _wrong(error: Mapping[str, Any]) -> str:
-    """Describes the error; the next step lists the allowed values."""
-    return f"{str(error['input'])[:100]!r} is unknown" if error["type"] in _CHOICES else str(error["msg"])
-
-
-def _right_way(kind: str, context: Mapping[str, Any]) -> str:
-    if kind in _CHOICES:
-        return f"Use {context['expected']}."
-    if kind.startswith("datetime"):
-        return "Write a day or a moment, as in 2026-01-31 or 2026-01-31T12:00:00Z."
-    return "See /openapi.json for the fields of this request."
+    wrong, next_step = str(first["msg"]), "See /openapi.json for the fields of this request."
+    if first["type"] in _CHOICES:
+        wrong, next_step = f"{str(first['input'])[:100]!r} is unknown", f"Use {first['ctx']['expected']}."
+    elif first["type"].startswith("datetime"):
+        next_step = "Write a day or a moment, as in 2026-01-31 or 2026-01-31T12:00:00Z."
+    return Invalid("bad_request", f"{where}: {wrong}.", subject=where, next_step=next_step)
 
 
 def _http_error(request: Request, error: Exception) -> Response:

@@ -76,7 +76,9 @@ def _lower_names(request: Request) -> None:
 
 def refusal(request: Request, error: RegistryError) -> Response:
     """The problem document of an error, for the client."""
-    text = " ".join([error.detail, *_failed_rules(error), error.next_step]).replace("ADAPTORY_TOKEN", "HF_TOKEN")
+    # The client shows no findings: the gate rules that failed come with their numbers.
+    failed = [f"{rule['rule']}: {rule['detail']}." for rule in error.findings if rule.get("passed") is False]
+    text = " ".join([error.detail, *failed, error.next_step]).replace("ADAPTORY_TOKEN", "HF_TOKEN")
     if error.status == NotAllowed.status:
         text = text.removesuffix(".")  # the client adds one
     headers = {"X-Error-Message": header_text(text)}
@@ -89,11 +91,6 @@ def refusal(request: Request, error: RegistryError) -> Response:
     if commit := getattr(request.state, "commit", None):  # the client then remembers that the file is absent
         headers["X-Repo-Commit"] = commit
     return problem_response(error, headers=headers)
-
-
-def _failed_rules(error: RegistryError) -> list[str]:
-    """The gate rules behind a refusal, with their numbers: the client shows no findings."""
-    return [f"{finding['rule']}: {finding['detail']}." for finding in error.findings if finding.get("passed") is False]
 
 
 def revision_headers(request: Request, located: Located) -> dict[str, str]:

@@ -32,7 +32,6 @@ from registry.errors import Usage
 if TYPE_CHECKING:
     from composer.formats.checkpoints.checkpoint import Checkpoint
     from composer.formats.recipes.rounding import Rounding
-    from composer.formats.recipes.weights import Weight
     from composer.merge.run import MergeReport
     from composer.methods.retention import Retention
     from composer.methods.spectral import Compression
@@ -178,7 +177,9 @@ def _given(  # noqa: PLR0913
     device: str,
 ) -> LocalCombination:
     """The combination that options state."""
-    adapters, method = _weighted(adapter or [], rule), method or "stack"
+    given, method = _adapters(adapter or []), method or "stack"
+    weights = with_rules([weight for _, weight in given], rule)
+    adapters = [(path, weight) for (path, _), weight in zip(given, weights, strict=True)]
     proof = prompts_of_proof(files, base) if base else []
     calibration = local_calibration(method, settings, base, files, device)
     refuse_uneven(calibration, adapters)
@@ -380,13 +381,6 @@ def _ranks(modules: Mapping[int, int]) -> str | None:
     (rank, count), *others = sorted(modules.items(), key=lambda one: (-one[1], -one[0]))
     first = f"rank {rank} in {render.counted(count, 'module')}"
     return ", ".join([first, *(f"{rank} in {count}" for rank, count in others)])
-
-
-def _weighted(texts: list[str], rules: list[str] | None) -> "list[tuple[Path, Weight]]":
-    """The adapters, each with its weight and rules."""
-    adapters = _adapters(texts)
-    weights = with_rules([weight for _, weight in adapters], rules)
-    return [(path, weight) for (path, _), weight in zip(adapters, weights, strict=True)]
 
 
 def _adapters(texts: list[str]) -> list[tuple[Path, float]]:

@@ -47,6 +47,7 @@ def doctor(
     With ADAPTORY_URL or a profile it checks the way to that server instead.
     """
     from registry.cli.console.connect import own_settings
+    from registry.transfer.installation import check_installation
 
     if bundle is not None and bundle.exists():
         raise Conflict(
@@ -57,7 +58,10 @@ def doctor(
         own_settings()
     except Usage:
         remote = True
-    checks = [*(_check_server(settings) if remote else _check_here(settings, contents=contents))]
+    if remote:
+        checks = [*_check_server(settings)]
+    else:
+        checks = [*check_installation(settings, contents=contents, progress=lambda _count: None)]
     document = _document(checks)
 
     def show() -> None:
@@ -73,12 +77,6 @@ def doctor(
         render.say(f"wrote {bundle}: look through it before you send it")
     if not document["healthy"]:
         raise typer.Exit(1)
-
-
-def _check_here(settings: "Settings", *, contents: bool) -> "Iterator[Check]":
-    from registry.transfer.installation import check_installation
-
-    return check_installation(settings, contents=contents, progress=lambda _count: None)
 
 
 def _check_server(settings: "Settings") -> "Iterator[Check]":

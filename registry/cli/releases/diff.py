@@ -259,17 +259,14 @@ def _show_deltas(deltas: "AdapterComparison", *, everything: bool) -> None:
     for module in shown:
         energies = module.change.to_json() if module.change else nothing
         ranks = _ranks(module.rank_old, module.rank_new)
-        rows.append((module.module, _remark(module.status), ranks, *energies.values()))
+        remark = "" if module.status == "changed" else module.status
+        rows.append((module.module, remark, ranks, *energies.values()))
     overall = ("all deltas", "", "", *deltas.overall.to_json().values())
     _table("modules", ("module", "", "rank", "|D|", "|D'|", "cosine", "|D'-D|", "gained", "lost"), [overall, *rows])
     if len(modules) > len(shown):
         render.say(f"{len(modules) - len(shown)} more modules changed: --all shows them")
     for name in deltas.left_out:
         render.say(f"warning: {name} could not be compared")
-
-
-def _remark(status: str) -> str:
-    return "" if status == "changed" else status
 
 
 def _ranks(old: int | None, new: int | None) -> str:

@@ -388,16 +388,17 @@ def _adapter_lines(facts: "wire.catalog.AdapterFactsOut") -> list[tuple[str, Any
     ]
 
 
-def _set_lines(facts: "wire.catalog.SetFactsOut") -> dict[str, Any]:
-    return {"serves": facts.members, "rank": f"up to {facts.rank_max}", "targets": facts.targets}
-
-
 def _show_release(release: "wire.catalog.ReleaseOut", made: "Lineage | None", costs: list[tuple[str, str]]) -> None:
     from registry.client.diff import stated_provenance
 
     facts = release.own_facts
     own = dict(_adapter_lines(release.adapter)) if release.adapter else {}
-    own |= _set_lines(release.set) if release.set else {}
+    if release.set:
+        own |= {
+            "serves": release.set.members,
+            "rank": f"up to {release.set.rank_max}",
+            "targets": release.set.targets,
+        }
     pairs: list[tuple[str, Any]] = [
         ("commit", release.commit),
         ("base", f"{release.base.name} ({release.base.digest[:12]})"),

@@ -130,7 +130,7 @@ def mirror(  # noqa: PLR0913
         busy, evidence = _busy_in(front) if front else None, partial(_evidence, api)
         servers = [KeptServer(kept, kept_in, busy, options.grace_s, evidence) for kept in opened]
         reporter = loop.Reporter(api, named, state) if named else None
-        duties = Duties(check, reporter.may_switch if reporter else _always, partial(write_all, files))
+        duties = Duties(check, reporter.may_switch if reporter else lambda: True, partial(write_all, files))
         mirrored = Mirror(api, kept_in, servers, options, duties)
         stack.callback(mirrored.close)
         followed = loop.Followed(api, names, state, render.say)
@@ -153,10 +153,6 @@ def _node(group: str | None, node: str | None, max_unavailable: int | None) -> "
 def _source(node: "GroupNode | None") -> str:
     """The name under which a front's figures are reported."""
     return f"{node.group}/{node.name}" if node else socket.gethostname().lower()
-
-
-def _always() -> bool:
-    return True
 
 
 def _servers(texts: Sequence[str] | None, directory: "MirrorDirectory", tolerance: float | None) -> "Sequence[Server]":

@@ -148,16 +148,12 @@ def record(  # noqa: PLR0913
     return audit_id
 
 
-def _all(_namespace: object) -> ColumnElement[bool]:
-    return true()
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EventQuery:
     """`visible` is the condition for the rows of namespaces where the reader is an admin. A subject ending in `*` is a
     prefix."""
 
-    visible: Callable[[InstrumentedAttribute[Any]], ColumnElement[bool]] = _all
+    visible: Callable[[InstrumentedAttribute[Any]], ColumnElement[bool]] = lambda _namespace: true()
     namespace: str | None = None
     subject: str | None = None
     actor: str | None = None

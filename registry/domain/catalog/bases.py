@@ -233,13 +233,15 @@ def identify(session: Session, text: str) -> tuple[str, str]:
     """(digest, name) of the base that `find` finds."""
     matches = _matches(session, text)
     if not matches:
+        names = session.scalars(select(Base.name).order_by(Base.name).limit(MAX_NEAR))
+        aliases = session.scalars(select(BaseAlias.alias).order_by(BaseAlias.alias).limit(MAX_NEAR))
         raise NotFound(
             "base_unknown",
             f"The base {text!r} does not exist.",
             subject=text,
             next_step=nearest(
                 text,
-                _all_names(session),
+                [*names, *aliases],
                 "Register it with `adaptory base add DIR --name NAME`; `adaptory base list` shows the registered ones.",
             ),
         )
@@ -255,11 +257,6 @@ def _matches(session: Session, text: str) -> Sequence[tuple[str, str]]:
         return [(digest, name) for digest, name in _BY_NAME.rows(session, {"named": text})]
     wanted = _base.digest.between(text, text.ljust(64, "g"))
     return session.execute(select(_base.digest, _base.name).where(wanted).limit(2)).all()
-
-
-def _all_names(session: Session) -> list[str]:
-    names = session.scalars(select(Base.name).order_by(Base.name).limit(MAX_NEAR))
-    return [*names, *session.scalars(select(BaseAlias.alias).order_by(BaseAlias.alias).limit(MAX_NEAR))]
 
 
 def architecture(session: Session, digest: str) -> Architecture:

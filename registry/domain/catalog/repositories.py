@@ -87,7 +87,8 @@ def find_or_create(session: Session, actor: Actor, name: RepositoryName, kind: K
             after = {"kind": str(kind)}
             audit.record(session, actor, Act.REPOSITORY_CREATE, name, namespace=name.namespace, after=after)
         repository = find(session, name)
-    if repository.kind != kind and not _has_release(session, repository):
+    of_repository = select(Release.id).where(Release.repository_id == repository.id).limit(1)
+    if repository.kind != kind and session.scalar(of_repository) is None:
         repository.kind = kind  # created by a client of the Hugging Face Hub, before its first release
     _check_kind(repository, kind)
     return repository
@@ -118,11 +119,6 @@ def refuse_shadowed(session: Session, name: RepositoryName, revision: str) -> No
                 f"repository {longer}.",
                 subject=str(longer),
             )
-
-
-def _has_release(session: Session, repository: Repository) -> bool:
-    query = select(Release.id).where(Release.repository_id == repository.id).limit(1)
-    return session.scalar(query) is not None
 
 
 def has_channel(session: Session, repository: Repository, name: str) -> bool:

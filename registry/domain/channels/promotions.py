@@ -93,7 +93,8 @@ def settle(session: Session, promotion_id: int, now: datetime) -> Promotion:
     except RegistryError as error:
         if error.findings:
             promotion.gates = list(error.findings)
-        pending.end(session, actor, promotion, _ended_by(error), error)
+        ended = "expired" if error.code == "promotion_expired" else "refused"
+        pending.end(session, actor, promotion, "conflict" if isinstance(error, Stale) else ended, error)
         return promotion
     if isinstance(outcome, Waiting):
         _wait(session, actor, promotion, outcome)
@@ -207,12 +208,6 @@ def _namespaces(session: Session, promotion: Promotion, wanted: Sequence[WantedS
         promotion.release.repository.namespace,
         *(release.repository.namespace for release in session.scalars(measured)),
     }
-
-
-def _ended_by(error: RegistryError) -> str:
-    if isinstance(error, Stale):
-        return "conflict"
-    return "expired" if error.code == "promotion_expired" else "refused"
 
 
 def _rows(report: PolicyReport) -> list[dict[str, Any]]:

@@ -243,7 +243,11 @@ def _has_role(session: Session, approval: Approval, namespace: str, role: Role, 
 def _signature(session: Session, needed: str, release: Release) -> GateResult:
     namespace = session.get_one(Namespace, release.repository.namespace)
     if needed == SignedAs.PUBLISHER:
-        return _signature_of_publisher(session, namespace, release)
+        kinds = signatures.signers(session, release, namespace.signing_keys)
+        publishers = [signed_by for signed_by, kind in kinds.items() if kind == SignedAs.PUBLISHER]
+        detail = "only a worker has signed it" if kinds else f"no key of {namespace.name} has signed it"
+        detail = f"signed by {publishers[0][:16]}" if publishers else detail
+        return GateResult("signature of the release by a publisher", bool(publishers), detail)
     named = (release.signed_by, release.signature_covers)
     signed_by, covered = signatures.signer(session, release.id, namespace.signing_keys, named)
     rule = f"signature of the {needed}"
@@ -253,14 +257,6 @@ def _signature(session: Session, needed: str, release: Release) -> GateResult:
     passed = covered == "release" or needed == "files"
     detail = f"signed by {(signed_by or '')[:16]}"
     return GateResult(rule, passed, detail if passed else f"{detail}, which covers only files")
-
-
-def _signature_of_publisher(session: Session, namespace: Namespace, release: Release) -> GateResult:
-    kinds = signatures.signers(session, release, namespace.signing_keys)
-    publishers = [signed_by for signed_by, kind in kinds.items() if kind == SignedAs.PUBLISHER]
-    detail = "only a worker has signed it" if kinds else f"no key of {namespace.name} has signed it"
-    detail = f"signed by {publishers[0][:16]}" if publishers else detail
-    return GateResult("signature of the release by a publisher", bool(publishers), detail)
 
 
 def _origin(session: Session, release: Release) -> GateResult:

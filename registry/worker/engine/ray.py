@@ -110,7 +110,9 @@ class RayEngine:
             self._refuse_open_cluster()
 
     def _begin_session(self) -> None:
-        logging.getLogger("ray._private.worker").addFilter(_is_of_use)
+        # Ray warns that a thread cannot set a SIGTERM handler; the worker has its own.
+        harmless = "SIGTERM handler is not set"
+        logging.getLogger("ray._private.worker").addFilter(lambda record: harmless not in record.getMessage())
         try:
             self._ray.init(
                 address=self._settings.address,
@@ -404,8 +406,3 @@ def _last_line(error: BaseException) -> str:
 
 def _first_line(error: BaseException) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-def _is_of_use(record: logging.LogRecord) -> bool:
-    """Drops Ray's warning that a thread cannot set a SIGTERM handler; the worker has its own."""
-    return "SIGTERM handler is not set" not in record.getMessage()

@@ -30,7 +30,9 @@ class UnitRunner:
         try:  # here, since Ray hides why a constructor failed
             self._node = open_node(Settings())
         except ValidationError as error:
-            return {"problem": f"one of its settings is wrong: {_first_setting(error)}."}
+            first = error.errors()[0]  # without the value, which may be secret
+            name = f"ADAPTORY_{'__'.join(map(str, first['loc']))}".upper()
+            return {"problem": f"one of its settings is wrong: {name}: {first['msg']}."}
         except (RegistryError, SettingsError, OSError) as error:
             return {"problem": f"{socket.gethostname()}: {error}"}
         if self._node.results.read(marker) is None:
@@ -40,9 +42,3 @@ class UnitRunner:
     def run(self, task: Task, unit: Unit) -> dict[str, Any]:
         """Runs the unit. Returns its answer as `answer_of` does."""
         return answer_of(unit.name, lambda: run_unit(self._node, task, unit))
-
-
-def _first_setting(error: ValidationError) -> str:
-    """Names the first wrong setting and the problem, without its value."""
-    first = error.errors()[0]
-    return f"ADAPTORY_{'__'.join(map(str, first['loc']))}".upper() + f": {first['msg']}"

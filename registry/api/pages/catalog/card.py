@@ -12,8 +12,6 @@ from typing import Any
 
 import nh3
 from markdown_it import MarkdownIt
-from markdown_it.rules_block import StateBlock
-from markdown_it.rules_inline import StateInline
 from markdown_it.token import Token
 from markupsafe import Markup, escape
 
@@ -151,20 +149,15 @@ def _framed(html: str) -> str:
 def _markdown() -> MarkdownIt:
     markdown = MarkdownIt("commonmark").enable(["table", "strikethrough"])
     markdown.block.ruler.before(
-        "table", "steps", _step_in_lines, {"alt": ["paragraph", "reference", "blockquote", "list"]}
+        "table",
+        "steps",
+        lambda state, _start, _end, _silent: _spend(state.env),
+        {"alt": ["paragraph", "reference", "blockquote", "list"]},
     )
-    markdown.inline.ruler.before("text", "steps", _step_in_line)
+    markdown.inline.ruler.before("text", "steps", lambda state, _silent: _spend(state.env))
     for kind in ("html_block", "html_inline"):
         markdown.add_render_rule(kind, _as_text)
     return markdown
-
-
-def _step_in_lines(state: StateBlock, _start: int, _end: int, _silent: bool) -> bool:
-    return _spend(state.env)
-
-
-def _step_in_line(state: StateInline, _silent: bool) -> bool:
-    return _spend(state.env)
 
 
 def _spend(environment: Any) -> bool:

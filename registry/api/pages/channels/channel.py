@@ -21,7 +21,6 @@ from registry.domain.rollouts import canaries
 from registry.formats.channel_policy import ChannelPolicy
 from registry.formats.references import RepositoryName
 from registry.transfer.promotions import settle_overdue
-from registry.wire.quality import ChannelOut
 
 router = APIRouter(route_class=PageRoute)
 
@@ -41,7 +40,9 @@ def show_channel(asked: ChannelRequestOf, actor: PageReader, cursor: Cursor = No
         empty = (revision > 0 or waiting is not None) and not repositories.has_channel(session, repository, channel)
         facts = dict(_EMPTY) if empty else _moved(session, actor, repository, channel, cursor)
         facts |= _awaited(actor, named, needed, waiting)
-        facts["versions"] = _promotable(session, repository, facts["serving"]) if releaser else []
+        served = facts["serving"].version if facts["serving"] else None
+        highest = releases.list_page(session, repository, before="", limit=MAX_VERSIONS) if releaser else []
+        facts["versions"] = [row.version for row in highest if not row.yanked and row.version != served]
         pins = policies.pins_of_channel(session, repository.id, channel)
         changed = list(policies.changes_since(session, pins).values())
         address = f"/v1/{repository.kind}s/{named}/channels/{channel}"
@@ -70,13 +71,6 @@ def _awaited(actor: Actor, named: RepositoryName, needed: ChannelPolicy, waiting
     wanted = Role(needed.approval.role) if needed.approval and waiting.actor != actor.name else None
     may = unapproved and wanted is not None and holds(actor, wanted, str(named))
     return {"waiting": shown, "waiting_report": gates.lines(shown.gates), "approver": may}
-
-
-def _promotable(session: Session, repository: Repository, serving: ChannelOut | None) -> list[str]:
-    """The highest versions that may be promoted to the channel, except the one that it serves."""
-    served = serving.version if serving else None
-    highest = releases.list_page(session, repository, before="", limit=MAX_VERSIONS)
-    return [release.version for release in highest if not release.yanked and release.version != served]
 
 
 _EMPTY: dict[str, Any] = {

@@ -158,7 +158,8 @@ def layer_map(
     """
     if not cells:
         return Markup("")
-    kinds = sorted({kind for kind, _ in (*cells, *frame)}, key=_row_order)
+    order = {kind: row for row, kind in enumerate(_MODEL_ORDER)}
+    kinds = sorted({kind for kind, _ in (*cells, *frame)}, key=lambda kind: (order.get(kind, len(order)), kind))
     layers = max(layer for _, layer in (*cells, *frame)) + 1
     side, top = max(8, min(16, 640 // layers)), max(top, *map(abs, cells.values()))
     colours = {cell: _colour(value, top, signed=signed) for cell, value in cells.items()}
@@ -204,10 +205,6 @@ def _in_paths(colours: Mapping[Cell, str], kinds: Sequence[str], side: int) -> I
         x, y = _at(kinds.index(kind), layer, side)
         drawn.setdefault(colour, []).append(f"M{x} {y}h{side}v{side}h-{side}z")
     yield from (f'<path class="{colour}" d="{"".join(squares)}"/>' for colour, squares in sorted(drawn.items()))
-
-
-def _row_order(kind: str) -> tuple[int, str]:
-    return _MODEL_ORDER.index(kind) if kind in _MODEL_ORDER else len(_MODEL_ORDER), kind
 
 
 def _points(cells: Mapping[Cell, float], kinds: Sequence[str], layers: int, side: int) -> str:

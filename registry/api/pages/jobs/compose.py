@@ -63,7 +63,9 @@ def _document(resources: Resources, actor: Actor, given: Fields) -> dict[str, An
     """The recipe that the form shows first."""
     options, chosen = dict(given), Chosen.of_address(given)
     if tamed := options.get("tame"):
-        return taming(tamed, _tamed_name(tamed), values_of(given, "guard"))
+        adapter = parse_reference(tamed)
+        result = f"{adapter.repository}-tamed:{adapter.version or FIRST_VERSION}"
+        return taming(tamed, result, values_of(given, "guard"))
     if source := options.get("composition"):
         document = _recipe_of(resources, actor, source)
         if method := options.get("method"):
@@ -79,12 +81,6 @@ def _document(resources: Resources, actor: Actor, given: Fields) -> dict[str, An
     if options.get("optimize"):
         document["optimize"] = document.get("optimize") or {"search": 8}
     return document
-
-
-def _tamed_name(adapter: str) -> str:
-    """A name for the tamed release: that of its adapter with `-tamed`, in the same version."""
-    reference = parse_reference(adapter)
-    return f"{reference.repository}-tamed:{reference.version or FIRST_VERSION}"
 
 
 def _recipe_of(resources: Resources, actor: Actor, composition: str) -> dict[str, Any]:
