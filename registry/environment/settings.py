@@ -127,7 +127,7 @@ def _files_url(text: str) -> str:
 
 
 def _list_of(part: str, kind: LiteralString, description: LiteralString) -> AfterValidator:
-    """Annotates a text of comma-separated parts, each of which matches the pattern `part`. Empty means none, or any."""
+    """Annotates a text of comma-separated parts that match the pattern `part`. Empty means none, or any."""
 
     def read(text: str) -> str:
         if text and not all(re.fullmatch(part, given.strip()) for given in text.split(",")):
