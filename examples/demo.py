@@ -22,6 +22,8 @@ EXAMPLES = Path(__file__).resolve().parent
 ADAPTERS = EXAMPLES / "adapters"
 ADAPTORY = Path(sys.executable).with_name("adaptory")
 SUITES = ("sql-exact", "terraform-exact", "support-exact", "guard-general")
+GUARD = "guard-instructions"
+"""Instructions with the base's own answers, which the demo makes."""
 TEAMS = {"sql-migration": "sql-exact", "terraform-review": "terraform-exact", "support-macros": "support-exact"}
 COMBINED = ("sql-migration", "terraform-review")
 LOGIT_TOLERANCE = 0.05
@@ -120,7 +122,10 @@ def push(story: Story) -> None:
 
 def measure(story: Story) -> None:
     story.chapter("Suites, and what the base and each adapter score on them")
-    story.run("suite", "add", *(EXAMPLES / "suites" / f"{suite}.yaml" for suite in SUITES))
+    guard = story.directory / f"{GUARD}.yaml"
+    guard.unlink(missing_ok=True)
+    story.run("suite", "guard", "smollm2", "-o", guard)
+    story.run("suite", "add", *(EXAMPLES / "suites" / f"{suite}.yaml" for suite in SUITES), guard)
     story.run("eval", "smollm2", *flags("--suite", SUITES))
     for team, suite in TEAMS.items():
         story.run("eval", f"acme/{team}", *flags("--suite", (suite, "guard-general")))
@@ -162,7 +167,7 @@ def release(story: Story, version: str, adapter: str, notes: str) -> str:
 def compose(story: Story) -> None:
     references = [f"acme/{team}@prod" for team in COMBINED]
     story.chapter("Would two of them fight if they were added up? Measured")
-    story.run("conflicts", *references, "--probe", "8", "--guard", "guard-general")
+    story.run("conflicts", *references, "--probe", "8", "--guard", GUARD)
     story.chapter("The recipe: a search combines them, and gates judge on other examples")
     recipe = EXAMPLES / "assistant.yaml"
     print(recipe.read_text().rstrip())

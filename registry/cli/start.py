@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 MODULES = {
     "composition": ("compose", "conflicts", "local", "recipe_file"),
-    "evaluation": ("evaluation", "quality"),
+    "evaluation": ("evaluation", "guards", "quality"),
     "operations": (
         "access", "backup", "doctor", "jobs", "maintenance", "operations", "profiles", "publisher", "webhook",
     ),

@@ -85,6 +85,7 @@ EXAMPLES = {
     "sign": "adaptory sign acme/assistant --key ~/.config/adaptory/key.pem",
     "storage check": "adaptory storage check",
     "suite add": "adaptory suite add examples/suites/*.yaml",
+    "suite guard": "adaptory suite guard smollm2 -o guard.yaml",
     "suite list": "adaptory suite list",
     "tame": """adaptory tame acme/sql-migration --as acme/sql-tame:1.0.0 \\
   --guard guard-general""",
