@@ -112,13 +112,12 @@ class MirrorDirectory:
 
     def commit_of(self, path: str) -> str | None:
         """The commit of a path that a server has loaded; None for one outside this directory."""
-        if "by-" not in path:
-            return None  # a server may list a great many others, and a Path is slow
-        loaded, commit = Path(path), None
-        if loaded.parent == self._by_commit:
-            commit = loaded.name
-        elif loaded.parent.parent == self._by_version:
-            commit = self._note_of(loaded).get("commit")
+        parent, _, name = path.rstrip("/").rpartition("/")  # a server may list a great many, and a Path is slow
+        commit = None
+        if parent == str(self._by_commit):
+            commit = name
+        elif parent.rpartition("/")[0] == str(self._by_version):
+            commit = self._note_of(Path(path)).get("commit")
         return commit if isinstance(commit, str) and is_commit(commit) else None
 
     def fetch(self, api: Api, version: ServedVersion, check: Check) -> Path:

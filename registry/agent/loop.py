@@ -109,29 +109,31 @@ class Reporter:
 
 
 class Watcher:
-    """Reports a front's figures by version, while a followed channel has a canary."""
+    """Reports the fronts' figures by version, while a followed channel has a canary."""
 
-    def __init__(self, api: Api, followed: Followed, front: HttpServer, name: str, health: Health) -> None:
-        self._api, self._followed, self._front, self._name, self._health = api, followed, front, name, health
+    def __init__(self, api: Api, followed: Followed, fronts: Sequence[HttpServer], name: str, health: Health) -> None:
+        self._api, self._followed, self._fronts, self._name, self._health = api, followed, fronts, name, health
 
     def run(self) -> None:
         while True:
-            try:
-                problems = self._report()
-            except RegistryError as error:
-                problems = [error.detail]
+            problems = list[str]()
+            for front in self._fronts:
+                try:
+                    problems += self._report(front)
+                except RegistryError as error:
+                    problems.append(error.detail)
             text = f"Figures of canaries were not reported: {' '.join(problems)}" if problems else ""
             self._health.record_error("watch", text)
             time.sleep(WATCH_S)
 
-    def _report(self) -> list[str]:
+    def _report(self, front: HttpServer) -> list[str]:
         """Reports about each channel that has a canary, and returns why some reports failed. Raises the error of a
         front that does not answer."""
         problems = list[str]()
         watched = {name: state for name, state in self._followed.states.items() if state and state.candidate}
         if not watched:
             return problems
-        counted = read(FrontFigures, FIGURES, self._front.document(FIGURES))
+        counted = read(FrontFigures, FIGURES, front.document(FIGURES))
         for channel, state in watched.items():
             repository, name = parse_channel_reference(channel)
             by_model = counted.channels.get(channel, {})

@@ -73,6 +73,7 @@ class KeptServer:
         self.server, self._directory, self._evidence = server, directory, evidence
         self._busy_in_front, self._grace_s = busy_in_front, grace_s
         self.loaded: Mapping[str, str] = {}
+        self._commits: Mapping[str, str] = {}
         self.answers, self.error = False, ""
         self.checks = dict[str, Checked]()
         self._idle, self._ours = dict[str, _Idle](), set[str]()
@@ -113,7 +114,7 @@ class KeptServer:
         """Reads what the server has loaded. Nothing is done to a server that does not answer."""
         self.answers = False
         try:
-            self.loaded = self.server.loaded()
+            self._list()
         except RegistryError as error:
             self.error = error.detail
             return
@@ -130,8 +131,14 @@ class KeptServer:
 
     def commit_of(self, name: str) -> str | None:
         """The commit that a loaded name stands for; None if it was loaded from elsewhere, or not at all."""
-        path = self.loaded.get(name)
-        return self._directory.commit_of(path) if path else None
+        return self._commits.get(name)
+
+    def _list(self) -> None:
+        """Reads the names that the server has loaded. Their commits are computed once, since it may list a great
+        many."""
+        self.loaded = self.server.loaded()
+        commits = {name: self._directory.commit_of(path) for name, path in self.loaded.items() if path}
+        self._commits = {name: commit for name, commit in commits.items() if commit}
 
     def bring(self, version: ServedVersion, path: Path) -> str:
         """Loads and checks the version if that is not done. Returns why it cannot be used, or an empty text."""
@@ -141,7 +148,7 @@ class KeptServer:
                 return why
             if name not in self.loaded:
                 self.server.load(version, path)
-                self.loaded = self.server.loaded()
+                self._list()
                 self.checks.pop(name, None)
                 self._ours.add(name)
             if self.commit_of(name) != version.commit:
@@ -203,5 +210,5 @@ class KeptServer:
         if idle.looks < QUIET_LOOKS or (busy is None and now_s - idle.since_s < self._grace_s):
             return False
         self.server.unload(name)
-        self.loaded = self.server.loaded()
+        self._list()
         return name not in self.loaded

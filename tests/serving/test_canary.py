@@ -34,17 +34,20 @@ def served_by(url: str, prompt: str, count: int = REQUESTS, channel: str = SQL) 
 def test_a_failing_canary_is_rolled_back_by_live_figures_and_a_sound_one_is_promoted(
     site: Site, tmp_path: Path
 ) -> None:
-    policy, port = tmp_path / "policy.yaml", services.free_port()
+    """With two fronts, whose requests are counted together."""
+    policy, ports = tmp_path / "policy.yaml", (services.free_port(), services.free_port())
     policy.write_text(yaml.safe_dump({"version": 1, "watch": WATCH}))
     site.cli.ok("policy", "set", SQL, policy)
     site.cli.ok("promote", "acme/sql:1.0.0", "--to", "staging", "--new-channel")
-    words = ("--front", f"http://127.0.0.1:{port}", "--group", "gpus", "--node", "a")
+    words = [word for port in ports for word in ("--front", f"http://127.0.0.1:{port}")]
+    words += ["--group", "gpus", "--node", "a"]
     refused = site.cli("promote", "acme/sql:1.1.0", "--to", "prod", "--canary", "50%")
     assert "no node that reports" in refused.err
     with (
         double(seconds=0.001) as (server, _),
         mirrored(site, "--server", f"vllm={server}", *words, channels=(SQL, STAGING)) as agent,
-        front(agent, port) as url,
+        front(agent, ports[0]) as url,
+        front(agent, ports[1]) as other,
     ):
         agent.wait_for(OLD)
         eventually(lambda: site.cli("promote", "acme/sql:1.1.0", "--to", "prod", "--canary", "50%").code == 0)
@@ -65,7 +68,8 @@ def test_a_failing_canary_is_rolled_back_by_live_figures_and_a_sound_one_is_prom
         assert (ended.code, "broken: errors <= served + 0.01" in ended.out) == (1, True), ended.out
         eventually(lambda: served_by(url, f"fails on {NEW}", 20) == {OLD: 20}, within_s=30)
         assert site.cli.json("watch", STAGING, "--once")["requests"] == [0, 0]
-        served_by(url, "x", 20, STAGING)
+        served_by(url, "x", 12, STAGING)
+        served_by(other, "x", 8, STAGING)
         eventually(lambda: sum(site.cli.json("watch", STAGING, "--once")["requests"]) == 20, within_s=30)
 
         site.cli.ok("promote", "acme/sql:1.1.0", "--to", "prod", "--canary", "50%")

@@ -1,7 +1,7 @@
 """Mirrors channels: keeps a directory, and the servers on this host, in step with what channels serve."""
 
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from registry.formats.watch import parse_duration
 if TYPE_CHECKING:
     from registry.agent.directory import Check, MirrorDirectory
     from registry.agent.loop import GroupNode
-    from registry.agent.servers.protocol import Server
+    from registry.agent.servers.protocol import HttpServer, Server
     from registry.agent.versions import ServedVersion
     from registry.client.api import Api
     from registry.formats.evidence import EvidenceExample
@@ -49,7 +49,10 @@ Tolerance = Annotated[
         help="How far a token's log-probability may be off on servers of quantized bases; by default 0.3.",
     ),
 ]
-Front = Annotated[str | None, typer.Option(metavar="URL", help="A front whose requests under way count, too.")]
+Fronts = Annotated[
+    list[str] | None,
+    typer.Option(metavar="URL", help="A front whose requests under way count, too. May be repeated: name every front."),
+]
 Verify = Annotated[Path | None, typer.Option(metavar="PUB.pem", help="Serve only releases that this key signed.")]
 Keep = Annotated[int, typer.Option(min=0, help="Earlier releases whose files are kept, for each channel.")]
 Grace = Annotated[str, typer.Option(metavar="TIME", help="How long the files of every earlier release are kept.")]
@@ -84,7 +87,7 @@ def mirror(  # noqa: PLR0913
     directory: Target,
     server: Servers = None,
     tolerance: Tolerance = None,
-    front: Front = None,
+    front: Fronts = None,
     verify: Verify = None,
     keep: Keep = 2,
     grace: Grace = "10m",
@@ -112,12 +115,12 @@ def mirror(  # noqa: PLR0913
     from registry.client.follow import channel_names
 
     names = channel_names(channels)
-    front = http_url(front) if front else None
+    fronts = [HttpServer(http_url(url)) for url in dict.fromkeys(front or ())]
     if on_empty not in ("keep", "unload"):
         raise Usage("bad_server", f"--on-empty {on_empty} is unknown.", subject=on_empty, next_step="keep or unload.")
     named = _node(group, node, max_unavailable)
     files = [GatewayFile(text, GatewayTarget(pool, gateway)) for text in write or ()]
-    splits = bool(front) or any(file.splits for file in files)
+    splits = bool(fronts) or any(file.splits for file in files)
     options = Options(keep, parse_duration(grace), on_empty == "unload", splits=splits)
     kept_in, state = MirrorDirectory(directory), health.Health()
     opened, listens_at = _servers(server, kept_in, tolerance), address(listen) if listen else None
@@ -127,14 +130,14 @@ def mirror(  # noqa: PLR0913
         stack.enter_context(kept_in.locked())
         if listens_at is not None:
             stack.callback(health.serve(state, *listens_at))
-        busy, evidence = _busy_in(front) if front else None, partial(_evidence, api)
+        busy, evidence = partial(_busy_in, fronts) if fronts else None, partial(_evidence, api)
         servers = [KeptServer(kept, kept_in, busy, options.grace_s, evidence) for kept in opened]
         reporter = loop.Reporter(api, named, state) if named else None
         duties = Duties(check, reporter.may_switch if reporter else lambda: True, partial(write_all, files))
         mirrored = Mirror(api, kept_in, servers, options, duties)
         stack.callback(mirrored.close)
         followed = loop.Followed(api, names, state, render.say)
-        watcher = loop.Watcher(api, followed, HttpServer(front), _source(named), state) if front else None
+        watcher = loop.Watcher(api, followed, fronts, _source(named), state) if fronts else None
         loop.run(mirrored, followed, reporter, watcher, state)
 
 
@@ -151,7 +154,7 @@ def _node(group: str | None, node: str | None, max_unavailable: int | None) -> "
 
 
 def _source(node: "GroupNode | None") -> str:
-    """The name under which a front's figures are reported."""
+    """The name under which the fronts' figures are reported."""
     return f"{node.group}/{node.name}" if node else socket.gethostname().lower()
 
 
@@ -212,18 +215,15 @@ def _evidence(api: "Api", version: "ServedVersion") -> "Sequence[EvidenceExample
         return None
 
 
-def _busy_in(front: str) -> "Callable[[], frozenset[str]]":
-    """Names that a front's requests under way use. Raises Unavailable if the front does not answer."""
+def _busy_in(fronts: "Sequence[HttpServer]") -> frozenset[str]:
+    """Names that the fronts' requests under way use. Raises Unavailable if one of them does not answer."""
     from registry.agent.front import UNDER_WAY
-    from registry.agent.servers.protocol import HttpServer
 
-    requests = HttpServer(front)
-
-    def busy() -> frozenset[str]:
-        names = requests.document(UNDER_WAY)
-        if not isinstance(names, dict):
-            detail = f"{front}{UNDER_WAY} does not answer as a front does."
-            raise Unavailable("server_unreachable", detail, subject=front)
-        return frozenset(cast(dict[str, int], names))
-
-    return busy
+    names = set[str]()
+    for front in fronts:
+        document = front.document(UNDER_WAY)
+        if not isinstance(document, dict):
+            detail = f"{front.address}{UNDER_WAY} does not answer as a front does."
+            raise Unavailable("server_unreachable", detail, subject=front.address)
+        names |= cast(dict[str, int], document).keys()
+    return frozenset(names)
