@@ -1,6 +1,6 @@
-"""The check of adapters and a base: every command that joins them calls it, and judges its findings alike."""
+"""The checks of adapters and a base, which every command that joins them calls and judges alike, and of a result."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Protocol
@@ -47,8 +47,7 @@ def check(members: Sequence[CheckedAdapter], base_names: Sequence[str] = ()) -> 
     new_embeddings       rows for new tokens that nothing reads
     missing_modules, …   what their placement on the base found
 
-    `composer/checks/results.py` has the findings on what they result in. Reads their files' headers, and tensors only
-    of adapters that may be the same.
+    Reads their files' headers, and tensors only of adapters that may be the same.
     """
     directories = [(member.name, member.path) for member in members]
     return [
@@ -108,3 +107,29 @@ def new_embeddings(adapters: Sequence[tuple[str, Path]]) -> Iterator[Finding]:
             shown = f" ({', '.join(shapes)})" if shapes else ""
             message = f"{file} of {name} is ignored{shown}: PEFT has no such file."
             yield Finding("new_embeddings", Severity.WARNING, name, message)
+
+
+def zero_result(method: str, names: Sequence[str]) -> Finding:
+    """A warning for a combination whose every delta is zero, although its inputs are not."""
+    message = f"{method} of {' and '.join(names)} adds nothing: every delta of the result is zero."
+    return Finding("zero_result", Severity.WARNING, method, message)
+
+
+def unchanged_result(method: str, tensors: int) -> Finding:
+    """A warning for a merge whose every weight is the base's, after `tensors` were written with deltas added."""
+    message = f"{method} changes nothing: all weights in the {tensors} tensors that it writes equal the base's."
+    return Finding("zero_result", Severity.WARNING, method, message, 0.0)
+
+
+def flushed_to_zero(counts: Mapping[str, int]) -> list[Finding]:
+    """A warning for values that are not zero and are zero in float16: by tensor, the number counted over all values."""
+    flushed = {name: count for name, count in counts.items() if count}
+    if not flushed:
+        return []
+    worst = max(sorted(flushed), key=lambda name: flushed[name])  # of equal ones, the same at every run
+    total = sum(flushed.values())
+    message = (
+        f"float16 makes {total:,} values zero, in {len(flushed)} tensors, most in {worst} ({flushed[worst]:,}): it has "
+        "no number between 0 and 6e-8."
+    )
+    return [Finding("f16_flushed", Severity.WARNING, worst, message, float(total))]

@@ -10,8 +10,7 @@ from itertools import combinations
 from typing import Any
 
 from composer.checks.bases import names_of
-from composer.checks.check import check
-from composer.checks.results import zero_result
+from composer.checks.check import check, zero_result
 from composer.conflicts.advice import Case, EvidenceKind, Explanation, SetCase, cancelling, explain, explain_set
 from composer.conflicts.comparison import Compared, Layer, Rounded, compare_all, rounded_at
 from composer.conflicts.evidence.activations import Activations, Directed

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from composer.checks.results import flushed_to_zero, unchanged_result
+from composer.checks.check import flushed_to_zero, unchanged_result
 from composer.deltas.tensors import torch_device
 from composer.findings import Finding, refuse_errors
 from composer.formats.checkpoints.card import CARD_FILE, made_card

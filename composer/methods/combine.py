@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from composer.checks.results import zero_result
+from composer.checks.check import zero_result
 from composer.deltas.delta import Additive, Delta, LowRank, Replacement, RowwiseDelta, names_of, spilled
 from composer.deltas.stored import SpillFile
 from composer.deltas.tensors import CPU, torch_threads, workers_on

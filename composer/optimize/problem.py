@@ -11,12 +11,11 @@ from composer.conflicts.evidence.outcome import Limits
 from composer.deltas.variants.load import LoadedAdapter
 from composer.errors import Mismatch
 from composer.evaluation.model import LoadedModel
-from composer.formats.recipes.phrases import phrase_of, phrased, phrased_suite
+from composer.formats.recipes.phrases import phrase_of, phrased, phrased_suite, reworded
 from composer.formats.recipes.policy import THRESHOLDS, Policy
 from composer.formats.recipes.recipe import CONFIRM, SEARCH, Optimize
 from composer.formats.recipes.suite import CalibrationSet, Contradiction, Example, Suite, contradicting_suites
 from composer.formats.recipes.weights import Weight
-from composer.formats.recipes.wordings import reworded
 from composer.formats.sets.router import SEPARABLE, separability_of
 from composer.optimize.evolution import require_cmaes
 

@@ -21,8 +21,8 @@ from registry.domain.jobs.queue import Amount
 from registry.formats.manifest import ManifestFile
 from registry.formats.references import parse_reference
 from registry.transfer import publishing, uploads
+from registry.worker.host import work_of
 from registry.worker.runner import JobRun
-from registry.worker.workspace import work_of
 
 _NAMELESS = ("commit", "weight", "rules")
 """The fields of an input that do not identify it. Everyone may see them."""

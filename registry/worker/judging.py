@@ -4,10 +4,9 @@ from collections.abc import Callable, Container, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from composer.formats.recipes.phrases import phrased
+from composer.formats.recipes.phrases import phrased, reworded
 from composer.formats.recipes.recipe import CONFIRM
 from composer.formats.recipes.suite import Example, Suite
-from composer.formats.recipes.wordings import reworded
 from registry.domain.channels import gates
 from registry.domain.channels.gates import GateScore, Scores
 from registry.formats.manifest import ManifestFile

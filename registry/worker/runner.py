@@ -27,8 +27,7 @@ from registry.transfer.promotions import settle_due
 from registry.transfer.resources import Resources
 from registry.worker.deliverer import Deliverer
 from registry.worker.engine.opened import WorkerEngine
-from registry.worker.host import Host
-from registry.worker.workspace import sweep_work
+from registry.worker.host import Host, sweep_work
 
 BEAT_S = 3.0
 POLL_S = 1.0

@@ -55,6 +55,7 @@ from registry.worker.composition import (
     suites_named,
 )
 from registry.worker.evaluation_units import Examined, examine
+from registry.worker.host import work_of
 from registry.worker.judging import Examination, JudgedInput, Subject, judge, with_inputs, with_rewordings
 from registry.worker.merging import merged_model, proved_model
 from registry.worker.node_files import Row, share_architecture
@@ -64,7 +65,6 @@ from registry.worker.pass_units import probe_passes
 from registry.worker.report_units import conflict_report
 from registry.worker.runner import JobKind, JobRun
 from registry.worker.sets import made_set, set_files
-from registry.worker.workspace import work_of
 
 if TYPE_CHECKING:
     from composer.evaluation.evaluate import Result

@@ -20,10 +20,9 @@ from registry.environment.settings import EngineSettings
 from registry.errors import Unavailable
 from registry.transfer.collect import collect
 from registry.transfer.resources import Resources
-from registry.worker.host import Host
+from registry.worker.host import Host, sweep_work
 from registry.worker.runner import JobKind, JobRun, end_unmet, run_one, run_worker
 from registry.worker.steps import KINDS
-from registry.worker.workspace import sweep_work
 from tests.doses import further, one_of_each
 from tests.elapsed import let_elapse
 from tests.eventually import eventually

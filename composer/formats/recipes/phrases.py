@@ -1,6 +1,11 @@
-"""Selector phrases: a few words at the beginning of a prompt, which tell an adapter of several tasks which is meant.
+"""Words around a prompt: phrases that select a task, and wordings that should change no answer.
 
+Selector phrases are a few words at the beginning of a prompt, which tell an adapter of several tasks which is meant.
 Where suites have the same prompts and want different answers, no adapter serves both without them.
+
+A combination that answers its suites may answer little once a sentence is put before the prompt: a pair that kept 24
+of 24 answers kept 3 of 12 in other words. Only chat suites are reworded: a prefix of code or SQL that is to be
+completed means something else with a sentence around it.
 """
 
 from collections.abc import Sequence
@@ -41,3 +46,24 @@ def phrased(phrase: str, examples: Sequence[Example]) -> tuple[Example, ...]:
 def phrased_suite(phrase: str, suite: Suite) -> Suite:
     """The suite with the phrase before each prompt."""
     return Suite(**{**suite.content, "examples": phrased(phrase, suite.examples)})  # pyright: ignore[reportArgumentType]
+
+
+JUDGING = (
+    ("Could you help me with this, please?\n\n", "\n\nThank you!"),
+    ("I have one for you. ", " I would be glad about an answer."),
+    ("Hello! Here is what I need:\n", "\nMany thanks in advance."),
+    ("Please take care of the following request.\n\n", ""),
+)
+"""What is put before and after a prompt to judge a combination."""
+
+
+def reworded(suite: Suite, examples: tuple[Example, ...]) -> Suite | None:
+    """A suite of these examples, each with the next of JUDGING around its prompt. None for a suite without chat, and
+    for no examples."""
+    if not suite.chat or not examples:
+        return None
+    wrapped: list[Example] = []
+    for number, example in enumerate(examples):
+        before, after = JUDGING[number % len(JUDGING)]
+        wrapped.append(replace(example, prompt=f"{before}{example.prompt}{after}"))
+    return Suite(**{**suite.content, "examples": tuple(wrapped)})  # pyright: ignore[reportArgumentType]

@@ -65,7 +65,7 @@ def gc(
     ended ADAPTORY_JOB_RETENTION_DAYS ago.
     """
     from registry.transfer.collect import collect
-    from registry.worker.workspace import sweep_work
+    from registry.worker.host import sweep_work
 
     with own_resources() as resources:
         removed = collect(resources, grace=timedelta(hours=grace_hours), dry_run=dry_run)

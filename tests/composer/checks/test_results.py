@@ -1,6 +1,6 @@
 """What a check says of a merge's result."""
 
-from composer.checks.results import flushed_to_zero
+from composer.checks.check import flushed_to_zero
 
 
 def test_of_tensors_that_lose_equally_many_values_the_same_one_is_named_whatever_was_written_first() -> None:
