@@ -6,8 +6,7 @@ from sqlalchemy.orm import Session
 
 from registry.database.tables import Base, Job, Release
 from registry.database.tables.work import StoredResult
-from registry.domain.access import audit
-from registry.domain.access.audit import Act, Actor
+from registry.domain.access.audit import Actor
 from registry.domain.access.roles import Role, administers, permit, permit_somewhere, refuse_other_owner
 from registry.domain.catalog import bases, metrics, repositories, suites
 from registry.domain.catalog.releases import full_name
@@ -61,14 +60,8 @@ def request(
         wanted = [WantedScore(release, base, suite.digest) for release, base in subjects for suite in wanted_suites]
         job = evaluations.create(session, actor, namespaces, wanted, wish=wish)
         subject_names = [full_name(subject) for subject in releases] + [subject.name for subject in named]
-        audit.record(
-            session,
-            actor,
-            Act.EVALUATION_REQUEST,
-            f"job/{job.id}",
-            namespace=job.namespace,
-            after={"subjects": subject_names, "suites": [suite.name for suite in wanted_suites]},
-        )
+        suite_names = [suite.name for suite in wanted_suites]
+        evaluations.record_request(session, actor, job, subjects=subject_names, suites=suite_names)
         return _report(session, job)
 
 

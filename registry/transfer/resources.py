@@ -147,55 +147,39 @@ def open_archive(settings: Settings, target: str, endpoint_url: str | None) -> A
     if target.startswith(S3_SCHEME):
         from registry.storage.s3.store import S3Archive
 
-        return S3Archive(_bucket(settings, target, endpoint_url), settings.work_directory)
-    if endpoint_url is not None:
+        storage, own = _bucket(settings, target, endpoint_url), settings.storage
+        if not isinstance(own, S3Storage) or _where(own) != _where(storage):
+            return S3Archive(storage, settings.work_directory)
+    elif endpoint_url is not None:
         raise Usage(
             "idle_option",
             "--endpoint-url has no effect on a directory.",
             subject="--endpoint-url",
             next_step="Leave it out, or name the target as s3://BUCKET/PREFIX.",
         )
-    directory = Path(target).expanduser().resolve()
-    if directory == settings.store_directory:
-        raise _is_store(target)
-    return LocalArchive(directory)
-
-
-def _bucket(settings: Settings, target: str, endpoint_url: str | None) -> S3Storage:
-    bucket, _, prefix = target.removeprefix(S3_SCHEME).partition("/")
-    own = settings.storage if isinstance(settings.storage, S3Storage) else None
-    values = {} if own is None else own.model_dump()
-    values |= {"bucket": bucket, "prefix": f"{prefix.rstrip('/')}/" if prefix.rstrip("/") else ""}
-    if endpoint_url is not None:
-        values["endpoint_url"] = endpoint_url
-    try:
-        storage = S3Storage.model_validate(values)
-    except ValidationError as error:
-        raise _bad_target(target) from error
-    if not bucket:
-        raise _bad_target(target)
-    if own is not None and _where(own) == _where(storage):
-        raise _is_store(target)
-    return storage
-
-
-def _where(storage: S3Storage) -> tuple[str | None, str, str]:
-    return storage.endpoint_url, storage.bucket, storage.prefix.rstrip("/")
-
-
-def _bad_target(target: str) -> Usage:
-    return Usage(
-        "bad_backup_target",
-        f"Invalid location of backups: {target}.",
-        subject=target,
-        next_step="Write a directory, or s3://BUCKET/PREFIX; --endpoint-url is an address such as https://s3.example.",
-    )
-
-
-def _is_store(target: str) -> Usage:
-    return Usage(
+    elif (directory := Path(target).expanduser().resolve()) != settings.store_directory:
+        return LocalArchive(directory)
+    raise Usage(
         "bad_backup_target",
         f"{target} is the registry's own store.",
         subject=target,
         next_step="Name another directory or prefix, better on other disks.",
     )
+
+
+def _bucket(settings: Settings, target: str, endpoint_url: str | None) -> S3Storage:
+    bucket, _, prefix = target.removeprefix(S3_SCHEME).partition("/")
+    values = settings.storage.model_dump() if isinstance(settings.storage, S3Storage) else {}
+    values |= {"bucket": bucket or None, "prefix": f"{prefix.rstrip('/')}/" if prefix.rstrip("/") else ""}
+    if endpoint_url is not None:
+        values["endpoint_url"] = endpoint_url
+    try:
+        return S3Storage.model_validate(values)
+    except ValidationError as error:
+        next_step = "Write a directory, or s3://BUCKET/PREFIX; --endpoint-url is an address such as https://s3.example."
+        message = f"Invalid location of backups: {target}."
+        raise Usage("bad_backup_target", message, subject=target, next_step=next_step) from error
+
+
+def _where(storage: S3Storage) -> tuple[str | None, str, str]:
+    return storage.endpoint_url, storage.bucket, storage.prefix.rstrip("/")

@@ -8,8 +8,7 @@ from sqlalchemy.orm import Session
 from composer.formats.checkpoints.checkpoint import Architecture
 from registry.database.tables import Base, Job, Release
 from registry.database.tables.work import StoredFit, StoredResult, StoredUpgrade
-from registry.domain.access import audit
-from registry.domain.access.audit import Act, Actor
+from registry.domain.access.audit import Actor
 from registry.domain.access.roles import Role, administers, holds, may_read, owns
 from registry.domain.catalog import bases, metrics, repositories, suites
 from registry.domain.catalog.releases import full_name
@@ -74,14 +73,7 @@ def begin(
         }
         job = evaluations.create(session, actor, namespaces, [*sorted(alone, key=str), *wanted], upgrade)
         subjects = [planned.name for planned in fitting if planned.suites]
-        audit.record(
-            session,
-            actor,
-            Act.EVALUATION_REQUEST,
-            f"job/{job.id}",
-            namespace=job.namespace,
-            after={"subjects": subjects, "base": plan.new, "upgrade_of": plan.old},
-        )
+        evaluations.record_request(session, actor, job, subjects=subjects, base=plan.new, upgrade_of=plan.old)
         return _report(session, actor, upgrade, job, [])
 
 

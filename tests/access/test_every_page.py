@@ -17,9 +17,8 @@ from registry.api.http.rules import Where, rules_of
 from registry.api.pages.html import render
 from registry.api.pages.html.wire import PageRoute, PageRule
 from registry.domain.access.roles import Role, at_least
-from tests import services
 from tests.access.browser import Browser
-from tests.access.house import CALLERS, PRIVATE, PUBLIC, ROLES, House, Things, copy_of, entered, furnished_house
+from tests.access.house import CALLERS, PRIVATE, PUBLIC, ROLES, House, Things, copy_of, entered
 from tests.access.stated_pages import STATED_PAGES
 
 SIGNED_IN = tuple(caller for caller in CALLERS if caller not in ("nobody", "revoked", "expired"))
@@ -27,26 +26,6 @@ SOMEWHERE = "+"
 ELSEWHERE = {"stranger": Role.ADMIN, "narrowed": Role.READER}
 """Roles in a namespace that no page here is about."""
 TEMPLATES = Path(render.__file__).parents[1] / "templates"
-
-
-@pytest.fixture(scope="module", params=services.ONE_PAIRING)
-def furnished(request: pytest.FixtureRequest) -> House:
-    return furnished_house(request.param)
-
-
-@pytest.fixture
-def house(furnished: House, tmp_path: Path) -> Generator[House]:
-    copy = entered(furnished, copy_of(furnished, tmp_path / "home"))
-    yield copy
-    copy.close()
-
-
-@pytest.fixture(scope="module")
-def unchanged(furnished: House, tmp_path_factory: pytest.TempPathFactory) -> Generator[House]:
-    """One house for all pages that are only read: a separate one takes longer than they do."""
-    copy = entered(furnished, copy_of(furnished, tmp_path_factory.mktemp("unchanged") / "home"), rate_limit="")
-    yield copy
-    copy.close()
 
 
 @pytest.fixture(scope="module")

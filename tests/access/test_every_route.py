@@ -3,8 +3,6 @@ are listed from the application: a new one is tried automatically, and fails wit
 `STATED`."""
 
 import re
-from collections.abc import Generator
-from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -17,7 +15,6 @@ from registry.api.http.routes import Route
 from registry.api.http.rules import Rule, Where
 from registry.api.hub.wire import HubRoute
 from registry.domain.access.roles import Role, at_least
-from tests import services
 from tests.access.house import (
     CALLERS,
     NAMED,
@@ -27,35 +24,11 @@ from tests.access.house import (
     ROLES,
     House,
     Things,
-    copy_of,
-    entered,
-    furnished_house,
 )
 from tests.access.stated import STATED
 
 EVERYBODY, OWN_TOKEN, WITH_TOKEN = "everybody", "token of a push", " with a token"
 FOR_ALL: dict[str, int | str] = {"open": "allowed", "absent": 404, OWN_TOKEN: 401}
-
-
-@pytest.fixture(scope="module", params=services.ONE_PAIRING)
-def furnished(request: pytest.FixtureRequest) -> House:
-    return furnished_house(request.param)
-
-
-@pytest.fixture
-def house(furnished: House, tmp_path: Path) -> Generator[House]:
-    """A separate house for each test: some of them change things."""
-    copy = entered(furnished, copy_of(furnished, tmp_path / "home"))
-    yield copy
-    copy.close()
-
-
-@pytest.fixture(scope="module")
-def unchanged(furnished: House, tmp_path_factory: pytest.TempPathFactory) -> Generator[House]:
-    """One house for all requests that change nothing: a separate one takes longer than they do."""
-    copy = entered(furnished, copy_of(furnished, tmp_path_factory.mktemp("unchanged") / "home"), rate_limit="")
-    yield copy
-    copy.close()
 
 
 @pytest.fixture

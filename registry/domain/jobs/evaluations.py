@@ -12,8 +12,8 @@ from composer.formats.recipes.suite import Suite
 from composer.formats.recipes.tasks import ANSWER_SCORERS
 from registry.database.tables import Base, Evaluation, Job, Release, Repository, SuiteVersion
 from registry.database.tables.work import StoredPair, StoredResult, StoredUpgrade
-from registry.domain.access import tokens
-from registry.domain.access.audit import Actor
+from registry.domain.access import audit, tokens
+from registry.domain.access.audit import Act, Actor
 from registry.domain.access.roles import Role, may
 from registry.domain.jobs import queue
 from registry.domain.jobs.needs import HARNESS, WorkerNeeds, base_need, scorer_need
@@ -58,6 +58,12 @@ def create(
     session.add(Evaluation(job_id=job.id, wanted=rows, results=[], upgrade=upgrade, **asked))
     session.flush()
     return job
+
+
+def record_request(session: Session, actor: Actor, job: Job, **after: object) -> None:
+    """Writes the audit row of an evaluation that a user requested; `after` names what is measured."""
+    subject = f"job/{job.id}"
+    audit.record(session, actor, Act.EVALUATION_REQUEST, subject, namespace=job.namespace, after=after)
 
 
 def needs_of(session: Session, wanted: Sequence[WantedScore]) -> WorkerNeeds:

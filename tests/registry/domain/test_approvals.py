@@ -23,16 +23,12 @@ from tests.registry.domain.test_waiting_promotions import (
     NEW,
     OLD,
     demand,
-    furnished,
-    house,
     later,
     person,
     promote,
     seen,
     waiting,
 )
-
-__all__ = ["furnished", "house"]
 
 ADA = Person("https://login.example", "1", "ada")
 

@@ -1,7 +1,5 @@
 """A judgement shows the outcome of a promotion, and changes nothing; the promotion that follows agrees."""
 
-from collections.abc import Generator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,25 +13,10 @@ from registry.domain.channels.serving import ChannelMove
 from registry.errors import Refused
 from registry.formats.channel_policy import read_policy
 from registry.formats.references import RepositoryName, Version
-from tests import services
-from tests.access.house import HOST, NOW, PRIVATE, PUBLIC, House, copy_of, entered, furnished_house
-from tests.registry.domain.test_waiting_promotions import NAME, NEW, OLD, demand, later, promote
+from tests.access.house import HOST, PRIVATE, PUBLIC, House
+from tests.registry.domain.test_waiting_promotions import NAME, NEW, OLD, demand, promote
 
 WRITTEN = (AuditRow, Channel, Move, Promotion, Job)
-
-
-@pytest.fixture(scope="module", params=services.PAIRINGS)
-def furnished(request: pytest.FixtureRequest) -> House:
-    return furnished_house(request.param)
-
-
-@pytest.fixture
-def house(furnished: House, tmp_path: Path) -> Generator[House]:
-    """`prod` serves 1.1.0 above 1.0.0; both have a score `exact.nll` of 0.5 on one example."""
-    copy = entered(furnished, copy_of(furnished, tmp_path / "home"))
-    copy.resources = later(copy, NOW)
-    yield copy
-    copy.close()
 
 
 def judged(house: House, version: Version = OLD, channel: str = "prod", caller: str = "reader") -> dict[str, Any]:

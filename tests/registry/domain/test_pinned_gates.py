@@ -19,15 +19,11 @@ from tests.registry.domain.test_waiting_promotions import (
     NEW,
     OLD,
     demand,
-    furnished,
-    house,
     promote,
     refusal,
     seen,
     waiting,
 )
-
-__all__ = ["furnished", "house"]
 
 AUTHOR = Actor("eve", NOW, {})
 """A user without a role anywhere."""

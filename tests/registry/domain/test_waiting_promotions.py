@@ -1,11 +1,9 @@
 """Promotions that wait: what ends them, who may, and that no crash and no race makes a move twice or none."""
 
 import os
-from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -33,27 +31,12 @@ from registry.transfer import evaluations
 from registry.transfer.promotions import settle, settle_due, settle_on_base
 from registry.worker.runner import run_one
 from registry.worker.steps import KINDS
-from tests import services
-from tests.access.house import HOST, NOW, OTHER, PRIVATE, House, copy_of, entered, furnished_house, opened
+from tests.access.house import HOST, NOW, OTHER, PRIVATE, House, opened
 from tests.forked import start
 
 NAME = RepositoryName(PRIVATE, "sql")
 OLD, NEW = Version(1, 0, 0), Version(1, 1, 0)
 HOUR = timedelta(hours=1)
-
-
-@pytest.fixture(scope="module", params=services.PAIRINGS)
-def furnished(request: pytest.FixtureRequest) -> House:
-    return furnished_house(request.param)
-
-
-@pytest.fixture
-def house(furnished: House, tmp_path: Path) -> Generator[House]:
-    """`prod` serves 1.1.0 above 1.0.0; both have a score `exact.nll` of 0.5 on one example."""
-    copy = entered(furnished, copy_of(furnished, tmp_path / "home"))
-    copy.resources = later(copy, NOW)
-    yield copy
-    copy.close()
 
 
 def person(house: House, user: str = "releaser", at: datetime = NOW) -> Actor:
