@@ -66,6 +66,7 @@ USAGE = {
     "input_twice": "Name it once, with the sum of the weights.",
     "prompt_not_text": "Send messages or a prompt as text.",
     "task_unknown": "Request one of its tasks, or the version without one.",
+    "phrased_input": "Tame or combine the adapters that it was made of instead; `adaptory show` lists them.",
     "phrase_suite": "Name another suite for one of the inputs, or leave the phrases out.",
     "several_tasks": "Name the suite to keep in the recipe or with --suite; answers on the others may be lost.",
     "kinds_differ": "Compare two of the same kind.",

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 
 from composer.formats.recipes.suite import example_digest, parse_suite
+from registry.api.pages.jobs.recipe_form import as_yaml, recipe_used
 from tests.registry.api.test_pages import single_user
 from tests.scenarios.test_compositions import write_recipe
 from tests.scenarios.test_crashes import resources_of
+from tests.scenarios.test_evaluations import write_suite
 from tests.scenarios.world import Cli, World
 
 LOOSE = {"thresholds": {"probe_loss": 100, "probe_answers": 0, "probe_guard": 100}}
@@ -104,6 +106,26 @@ def test_what_is_accepted_although_it_breaks_a_limit_says_so_in_lock_release_and
     assert [gate["rule"] for gate in repeated["gates"]] == [gate["rule"] for gate in done["gates"]]
     small_team.ok("pull", "acme/again:1.0.0", "-o", tmp_path / "again")
     assert sha256_of(tmp_path / "again") == sha256_of(tmp_path / "assistant"), "the recipe makes the same adapter"
+
+
+def test_the_recipe_of_a_choice_that_was_fitted_with_a_guard_makes_the_same_adapter(
+    small_team: Cli, tmp_path: Path
+) -> None:
+    for name, kind in (("one", "target"), ("two", "target"), ("general", "guard")):
+        examples = [{"prompt": f"{name} {number}", "completion": f"{number} {name}"} for number in range(16)]
+        small_team.ok("suite", "add", write_suite(tmp_path, name, kind=kind, examples=examples))
+    inputs = [{**source, "suite": name} for source, name in zip(INPUTS, ("one", "two"), strict=True)]
+    stated = {"inputs": inputs, "optimize": {"search": 4, "confirm": 8}, "model": None, "gates": []}
+    done = small_team.json("compose", recipe_of(tmp_path, evaluate=["general"], **stated))
+    assert [len(row["examples"]) for row in done["lock"]["calibration"]] == [4, 4, 4]
+    used = recipe_used(done["recipe"], done["lock"])
+    assert (used["method"], used["guard_examples"]) == ("regmean", 4)
+    again = tmp_path / "again.yaml"
+    again.write_text(as_yaml({**used, "adapter": "acme/again:1.0.0"}))
+    assert small_team.json("compose", again)["lock"]["calibration"] == done["lock"]["calibration"]
+    for name in ("assistant", "again"):
+        small_team.ok("pull", f"acme/{name}:1.0.0", "-o", tmp_path / name)
+    assert sha256_of(tmp_path / "again") == sha256_of(tmp_path / "assistant")
 
 
 def test_a_search_with_an_acceptance_that_it_does_not_need_keeps_the_usual_gates(

@@ -11,6 +11,7 @@ from composer.formats.checkpoints.card import card_provenance
 from tests.registry.api.test_pages import single_user
 from tests.scenarios.test_compositions import write_recipe
 from tests.scenarios.test_crashes import resources_of
+from tests.scenarios.test_evaluations import write_suite
 from tests.scenarios.world import Cli, World
 
 PHRASES = {"sql-exact": "As SQL:", "support-exact": "For a “customer”."}
@@ -63,6 +64,18 @@ def test_every_evaluation_of_a_release_with_phrases_uses_them(small_team: Cli, t
     assert queued["items"][0]["scores"][0]["value"] == pytest.approx(here[0]["value"], abs=1e-4)
     plain = small_team.json("eval", "acme/sql:1.0.0", "--suite", "sql-exact")["scores"]
     assert {row.get("phrase") for row in plain} == {None}
+
+
+def test_a_release_with_phrases_is_not_fitted_again_without_them(small_team: Cli, tmp_path: Path) -> None:
+    small_team.ok("compose", recipe_of(tmp_path, gates=[], evaluate=[], model=None, probe=0))
+    guard = write_suite(tmp_path, "general", kind="guard")
+    small_team.ok("suite", "add", guard)
+    asked = ("tame", "acme/assistant", "--as", "acme/calm:1.0.0", "--guard", "general", "--suite", "sql-exact")
+    refused = small_team(*asked)
+    said = " ".join(refused.err.split())
+    assert (refused.code, "acme/assistant answers sql-exact after the phrase “As SQL:”" in said) == (2, True), said
+    assert "Tame or combine the adapters that it was made of" in said
+    assert small_team("show", "acme/calm").code == 3
 
 
 def test_the_page_of_a_release_shows_its_phrases_where_it_is_used(small_team: Cli, tmp_path: Path) -> None:

@@ -229,6 +229,16 @@ def test_a_tamed_adapter_is_fitted_to_change_nothing_on_half_of_the_guard(team: 
     assert [row["repository"] for row in team.json("show", "acme/sql-tame")["inputs"]] == ["acme/sql"]
 
 
+def test_a_recipe_states_how_many_examples_of_the_guard_it_is_fitted_on(team: Cli, tmp_path: Path) -> None:
+    team.ok("suite", "add", write_suite(tmp_path, "general", kind="guard"))
+    fitted = {"evaluate": ["general"], "gates": [], "model": None}
+    for stated, count in (({}, 4), ({"guard_examples": 2}, 2), ({"guard_examples": 8}, 4)):
+        lock = team.json("compose", recipe(tmp_path, **fitted, **stated), "--plan")["lock"]
+        assert [len(row["examples"]) for row in lock["calibration"]] == [2, 2, count]
+    refused = team("compose", recipe(tmp_path, **fitted, guard_examples=2, method="linear", settings={}), "--plan")
+    assert "guard_examples: linear is not fitted on anything" in refused.err
+
+
 def test_a_release_with_scores_on_two_tasks_is_tamed_only_for_one_that_is_named(team: Cli, tmp_path: Path) -> None:
     team.ok("suite", "add", write_suite(tmp_path, "general", kind="guard", chat=False))
     team.ok("eval", "acme/sql", "--suite", "sql-exact", "--suite", "support-exact")

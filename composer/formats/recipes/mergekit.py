@@ -12,6 +12,7 @@ from typing import Any, cast
 
 from composer.errors import InvalidFile, NotSupported
 from composer.formats.recipes.documents import load_yaml
+from composer.formats.recipes.methods import parse_settings
 from composer.formats.recipes.recipe import DTYPES
 from composer.formats.recipes.weights import LARGEST
 from composer.formats.untrusted import printable
@@ -221,6 +222,11 @@ def _settings(models: list[_Model], method: _Method, shared: Mapping[str, object
         raise _no_counterpart("rescale", f"{method.name} {'always' if method.rescale else 'never'} rescales here")
     if (factor := _number(shared.get("lambda", 1.0), "lambda")) != 1:
         settings["lambda"] = factor
+    try:
+        parse_settings(method.name, settings)
+    except NotSupported as error:
+        stated, expected = settings.get(str(error.subject)), str(error.next_step).removeprefix("It is ").rstrip(".")
+        raise _bad(str(error.subject), f"{stated:g} is not {expected}") from error
     return {"settings": settings} if settings else {}
 
 

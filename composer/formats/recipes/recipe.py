@@ -45,6 +45,7 @@ from composer.formats.recipes.methods import METHOD_NAMES, PIPELINES, settings_o
 from composer.formats.recipes.phrases import MAX_PHRASE_CHARS, problem_of_phrase
 from composer.formats.recipes.policy import PolicyDocument
 from composer.formats.recipes.rounding import Mode, Rounding, parse_rounding
+from composer.formats.recipes.suite import GUARD_EXAMPLES
 from composer.formats.recipes.weights import Factor, Rules, Weight, WeightRule, parse_weight
 from composer.formats.untrusted import LONE_SURROGATE, printable
 
@@ -208,6 +209,10 @@ class Recipe(Document):
         8, description="Examples of each member's suite for the conflict report; 0 for none."
     )
     evaluate: Annotated[tuple[str, ...], LISTED] = Field((), description="Suites for the candidate.")
+    guard_examples: Annotated[int, Field(ge=1, le=MAX_PROBE)] | None = Field(
+        None,
+        description=f"For regmean: the most examples of each guard to fit on; {GUARD_EXAMPLES} by default.",
+    )
     gates: Annotated[tuple[str, ...] | None, LISTED] = Field(
         None, description="[] for none; those against the inputs are added unless one is named."
     )
@@ -256,7 +261,10 @@ class Recipe(Document):
         return self
 
     @model_validator(mode="after")
-    def _refuse_idle_prompts(self) -> Self:
+    def _refuse_idle_examples(self) -> Self:
+        if self.guard_examples and (self.optimize or not PIPELINES[self.method].fitted):
+            why = "a search decides it" if self.optimize else f"{self.method} is not fitted on anything"
+            raise RefusedValues(why, "Leave it out, or use regmean without optimize.", path=("guard_examples",))
         for index, source in enumerate(self.inputs):
             if source.prompts and self.optimize:
                 why, path = "a search is fitted on suites", ("inputs", index, "prompts")
@@ -307,6 +315,7 @@ class Recipe(Document):
             "dtype": self.dtype,
             "probe": self.probe,
             "evaluate": list(self.evaluate),
+            **({"guard_examples": self.guard_examples} if self.guard_examples else {}),
             "gates": None if self.gates is None else list(self.gates),
             "notes": self.notes,
             **({"policy": dict(self.policy)} if self.policy else {}),

@@ -402,11 +402,19 @@ def check_guard(name: str, kind: str, examples: int) -> None:
         raise Mismatch("not_a_guard", f"{name} cannot guard the fit: {why}.", subject=name)
 
 
-def guard_sets(suites: Iterable[Suite], searched: Mapping[str, int] | None = None) -> list[CalibrationSet]:
-    """The examples of guard suites on which a fit leaves the base as it is: at most half of a suite, since the others
-    judge the result. After a search, the number of examples that it fitted its choice on, by the suite's digest."""
+def guard_sets(
+    suites: Iterable[Suite], searched: Mapping[str, int] | None = None, most: int | None = None
+) -> list[CalibrationSet]:
+    """The examples of guard suites on which a fit leaves the base as it is: `most` (GUARD_EXAMPLES by default) and at
+    most half of a suite, since the others judge the result. After a search, the number of examples that it fitted its
+    choice on, by the suite's digest."""
     counts = [
-        (suite, min(GUARD_EXAMPLES, len(suite.examples) // 2) if searched is None else searched.get(suite.digest, 0))
+        (
+            suite,
+            min(most or GUARD_EXAMPLES, len(suite.examples) // 2)
+            if searched is None
+            else searched.get(suite.digest, 0),
+        )
         for suite in suites
     ]
     return [CalibrationSet(suite, count) for suite, count in counts if count]

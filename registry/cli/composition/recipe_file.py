@@ -259,7 +259,13 @@ class _Local:
             own = {examples.suite.digest for examples in sets if examples.suite}
             rows = [row for row in searched["searched"] if row["suite_digest"] not in own]
             counts = {row["suite_digest"]: len(row["examples"]) for row in rows}
-        return Calibration(cache(self._load), sets, settings, base=digest, guards=guard_sets(guards, counts))
+        return Calibration(
+            cache(self._load),
+            sets,
+            settings,
+            base=digest,
+            guards=guard_sets(guards, counts, self.recipe.guard_examples),
+        )
 
 
 # Recipes from other tools.

@@ -34,6 +34,7 @@ def lock_of(session: Session, recipe: Recipe) -> Lock:
         _refuse_unsearchable(recipe, own)
     _refuse_shared_suite(recipe, own)
     _refuse_several_tasks(session, recipe, inputs)
+    _refuse_phrased_inputs(recipe, inputs, own)
     return replace(
         plain,
         dtype=recipe.dtype,
@@ -129,6 +130,16 @@ def _refuse_several_tasks(session: Session, recipe: Recipe, inputs: Sequence[Rel
         adapter = recipe.inputs[0].adapter
         message = f"{adapter} has scores on {', '.join(names)}, and the fit keeps its answers on one suite."
         raise Usage("several_tasks", message, subject=adapter)
+
+
+def _refuse_phrased_inputs(recipe: Recipe, inputs: Sequence[Release], own: Sequence[str | None]) -> None:
+    """Raises Usage for an input that answers its suite only after a phrase: a fit or a search would run it without."""
+    if recipe.method != "regmean" and not recipe.optimize:
+        return
+    for source, release, name in zip(recipe.inputs, inputs, own, strict=True):
+        if name and not source.prompts and (phrase := release.provenance.get("phrases", {}).get(name)):
+            message = f"{source.adapter} answers {name} after the phrase “{phrase}”, and the fit would leave it out."
+            raise Usage("phrased_input", message, subject=source.adapter)
 
 
 def _without_suite(adapter: str, why: str, missing: str) -> Usage:
@@ -272,4 +283,4 @@ def _calibration(
         sets.append(CalibrationSet(Suite.from_json(suite.content), count, phrase=source.phrase or ""))
     named = [suites.find(session, name) for name in recipe.evaluate]
     guards = [Suite.from_json(suite.content) for suite in named if suite.kind == "guard"]
-    return tuple(examples.to_json() for examples in (*sets, *guard_sets(guards)))
+    return tuple(examples.to_json() for examples in (*sets, *guard_sets(guards, most=recipe.guard_examples)))

@@ -127,6 +127,14 @@ def test_an_average_that_would_scale_the_base_is_refused() -> None:
         ("a: [", "m.yaml"),
         ("[1]", "m.yaml: it is not a mapping"),
         ("{merge_method: ties}", "models: it is not a list"),
+        (
+            "{merge_method: ties, models: [{model: a+b, parameters: {weight: 1, density: 2}}]}",
+            "density: 2 is not a number above 0, at most 1",
+        ),
+        (
+            "{merge_method: della, models: [{model: a+b, parameters: {weight: 1, density: 0.1}}]}",
+            "epsilon: 0.15 is not",
+        ),
         ("{merge_method: ties, models: [1]}", "models[0]"),
         ("{merge_method: ties, models: [{model: 7}]}", "models[0].model"),
         ("{merge_method: ties, models: [{model: b+a, parameters: {weight: x}}]}", "weight of b+a"),

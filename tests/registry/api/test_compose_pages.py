@@ -69,6 +69,9 @@ def test_what_a_search_chose_is_a_recipe_of_the_same_releases_phrases_and_gates(
     assert [row["adapter"] for row in used["inputs"]] == ["acme/sql:1.0.0", "acme/sql:1.0.1"]
     assert [row["phrase"] for row in used["inputs"]] == [None, None], "the choice has none, though some were given"
     assert used["gates"] is None
+    assert "guard_examples" not in used
+    fitted = {**lock, "calibration": [{"examples": ["a"]}] * 2 + [{"examples": ["a", "b"]}]}
+    assert recipe_used(recipe, fitted)["guard_examples"] == 2, "as many of the guard as the search fitted its choice on"
     accepted = {"choice": {**choice, "phrases": ["a", "b"]}, "accepted": "accepted"}
     used = recipe_used(recipe, {**lock, "optimized": accepted})
     assert [row["phrase"] for row in used["inputs"]] == ["a", "b"]

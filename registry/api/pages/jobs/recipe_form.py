@@ -177,6 +177,8 @@ def recipe_used(recipe: Mapping[str, Any], lock: Mapping[str, Any]) -> dict[str,
         for stated, locked, phrase in zip(recipe["inputs"], lock["inputs"], phrases, strict=True)
     ]
     used: dict[str, Any] = {"inputs": inputs, "method": lock["method"], "settings": choice.get("settings", {})}
+    if guards := lock.get("calibration", ())[len(inputs) :]:
+        used["guard_examples"] = max(len(guard["examples"]) for guard in guards)
     if "accepted" in lock["optimized"] and recipe.get("gates") != []:
         judged = [rule.suite for rule in parse_rules(lock["gates"])]
         used["gates"] = [*(recipe.get("gates") or ()), *lock["gates"]]
