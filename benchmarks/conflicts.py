@@ -77,7 +77,7 @@ def _each(work: Callable[[Any], Any], items: Sequence[Any]) -> None:
 
 def _products(factors: tuple[torch.Tensor, torch.Tensor]) -> None:
     B_OR, A_RI = factors
-    B_OR.T @ B_OR, A_RI @ A_RI.T
+    _ = B_OR.T @ B_OR, A_RI @ A_RI.T
 
 
 def _timed(run: Callable[[], Any]) -> Sample:

@@ -42,6 +42,12 @@ from registry.worker.pass_units import Passes, how_to_search
 from tests.engine import counted
 from tests.engine.cluster import RayCluster
 
+EXAMPLES = Path("examples")
+TASKS = [
+    ("sql-migration", "sql-exact"),
+    ("terraform-review", "terraform-exact"),
+    ("support-macros", "support-exact"),
+]
 SHARDS, NODES = 100, (1, 2, 4, 8, 16)
 
 
@@ -76,10 +82,12 @@ def main() -> None:
         digest = hash_checkpoint(open_checkpoint(chosen.base)).weights_digest
         with _cluster(home, digest) as cluster:
             engines = {runners: _engine(home, cluster, runners) for runners in (1, 2)}
-            cost = _units_that_do_nothing(engines[2], home, 50 if chosen.quick else 500)
-            if chosen.adapters:
-                _search(chosen, home, digest, engines)
-            engines[1].close()
+            try:
+                cost = _units_that_do_nothing(engines[2], home, 50 if chosen.quick else 500)
+                for thorough in (False, True):
+                    _search(chosen, home, digest, engines, thorough=thorough)
+            finally:
+                engines[1].close()  # Ray ends a process whose cluster has stopped
         _growth(cost)
     finally:
         shutil.rmtree(home)
@@ -129,20 +137,22 @@ def _units_that_do_nothing(engine: WorkerEngine, home: Path, count: int) -> floa
     return each_s
 
 
-def _search(chosen: Any, home: Path, digest: str, engines: dict[int, WorkerEngine]) -> None:
-    names = ["orders", "travel"] if chosen.quick else ["orders", "travel", "bumps"]
-    effort = SearchEffort(search=4, confirm=8) if chosen.quick else SearchEffort(search=16, confirm=64)
+def _search(chosen: Any, home: Path, digest: str, engines: dict[int, WorkerEngine], *, thorough: bool) -> None:
+    tasks = TASKS[:2] if chosen.quick else TASKS
+    small = SearchEffort(search=4, confirm=8, thorough=thorough)
+    effort = small if chosen.quick else SearchEffort(search=16, confirm=64, thorough=thorough)
     architecture = open_checkpoint(chosen.base).architecture
     node = engines[2].node
+    store = open_store(node.settings, None)
     members, files = list[SearchMember](), list[list[ManifestFile]]()
-    for name in names:
-        directory = chosen.adapters / name
-        suite = parse_suite(chosen.adapters.parent / "suites" / f"{name}-exact.yaml")
+    for name, suite_name in tasks:
+        directory = EXAMPLES / "adapters" / name
+        suite = parse_suite(EXAMPLES / "suites" / f"{suite_name}.yaml")
         members.append(SearchMember(adapter=replace(load_deltas(directory, architecture), name=name), suite=suite))
         paths = sorted(path for path in directory.iterdir() if path.is_file())
         own = [ManifestFile(path.name, path.stat().st_size, Digest(hash_file(path))) for path in paths]
         for path, file in zip(paths, own, strict=True):
-            node.store.put(file.sha256, path)
+            store.put(file.sha256, path)
         files.append(own)
     problem = SearchProblem(
         load=cache(lambda: load_model(chosen.base)), members=members, effort=effort, as_adapter=True
@@ -153,7 +163,8 @@ def _search(chosen: Any, home: Path, digest: str, engines: dict[int, WorkerEngin
     ]
     size_bytes = sum(spec.size_bytes for spec in architecture.tensors.values())
     hints = base_hints([f"file://{chosen.base.resolve()}"], size_bytes)
-    print(f"\n### A search over {', '.join(names)}: {effort.search} and {effort.confirm} examples of each suite\n")
+    kind = "A thorough search" if thorough else "A search"
+    print(f"\n### {kind} over {len(tasks)} adapters: {effort.search} and {effort.confirm} examples of each suite\n")
     times: dict[int, list[Times]] = {1: [], 2: []}
     choices: set[str] = set()
     for number in range(chosen.rounds):

@@ -71,7 +71,7 @@ def _probes(loaded: LoadedModel, adapters: list[LoadedAdapter]) -> dict[str, Cas
     members = [Probed(adapter.name, adapter.deltas, 1.0, suites[OWN[adapter.name]]) for adapter in adapters]
     efforts = {SUITES: 32, "probe, K = 4": 4, "probe, K = 2": 2, "probe, K = 2 to 16": Effort(2, 16)}
     return {
-        name: partial(_timed, partial(probe, loaded, members, [suites[GUARD]], effort))
+        name: partial(_timed, partial(probe, lambda: loaded, members, [suites[GUARD]], effort))
         for name, effort in efforts.items()
     }
 

@@ -43,7 +43,7 @@ def device_copy(device: str, base: Path, out: Path, adapters: Sequence[Path]) ->
                 with torch.cuda.stream(stream):
                     buffer.copy_(buffer.to(where, non_blocking=True), non_blocking=True)
             torch.cuda.synchronize(where)
-            del weights, piece
+            piece = weights = None  # the map cannot be closed while they refer to it
     return time.perf_counter() - started
 
 
@@ -104,7 +104,8 @@ def _peft(
 
     started = time.perf_counter()
     names = [adapter.name.replace(".", "-") for adapter in adapters]  # torch allows no dot in a name
-    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, local_files_only=True).to(device)
+    load: Any = AutoModelForCausalLM.from_pretrained
+    model = load(base, dtype=torch.bfloat16, local_files_only=True).to(device)
     model = PeftModel.from_pretrained(model, adapters[0], adapter_name=names[0])
     for name, adapter in zip(names[1:], adapters[1:], strict=True):
         model.load_adapter(adapter, adapter_name=name)

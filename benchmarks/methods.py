@@ -18,7 +18,7 @@ from benchmarks import harness
 from benchmarks.harness import Sample
 from composer.deltas.delta import Layout, LowRank, RowwiseDelta
 from composer.deltas.tensors import torch_threads
-from composer.formats.recipes.methods import parse_settings
+from composer.formats.recipes.methods import Compressed, parse_settings
 from composer.methods.pipeline import Selections, SlotDelta, WeightSlot, combine_slot
 
 HIDDEN, INNER, LAYERS, RANK, ADAPTERS = 4096, 11008, 32, 16, 3
@@ -69,6 +69,7 @@ def _table(layer: list[WeightSlot], rounds: int) -> None:
 def combine(method: str, slots: list[WeightSlot]) -> None:
     """The complete result of a method: in a basis its factors, in full space every row."""
     settings = parse_settings(method, {"rank": RANK} if method in IN_A_BASIS else {})
+    assert isinstance(settings, Compressed)
 
     def one(slot: WeightSlot) -> None:
         added, _ = combine_slot(slot, settings, Selections())

@@ -6,13 +6,13 @@ Reads JSON lines [name, version, tags] on stdin. Inserts rows, since MLflow's AP
 import json
 import sys
 
-from mlflow.store.model_registry.dbmodels.models import (
+from mlflow.store.model_registry.dbmodels.models import (  # pyright: ignore[reportMissingImports]
     SqlModelVersion,
     SqlModelVersionTag,
     SqlRegisteredModel,
     SqlRegisteredModelAlias,
 )
-from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore
+from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore  # pyright: ignore[reportMissingImports]
 
 ALIAS = "prod"
 

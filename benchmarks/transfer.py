@@ -26,7 +26,7 @@ from composer.formats.checkpoints.hashing import hash_file
 from registry.client.api import Api
 from registry.client.cache import BlobCache
 from registry.client.pull import pull
-from registry.client.push import PushedFile, collect, push, send
+from registry.client.push import PushedFile, ReleaseRequest, collect, push, send
 from registry.client.selection import select_files
 from registry.formats.references import parse_repository
 from registry.wire.catalog import FileRow, ReleaseOut
@@ -53,7 +53,14 @@ class Bench:
         self.release = self._publish()
 
     def _publish(self) -> ReleaseOut:
-        request = {"version": "1.0.0", "bump": None, "base": "tiny", "notes": ""}
+        request: ReleaseRequest = {
+            "version": "1.0.0",
+            "bump": None,
+            "base": "tiny",
+            "notes": "",
+            "allow_breaking": None,
+            "provenance": None,
+        }
         name = parse_repository("acme/bench")
         files = collect(select_files(self.pushed, "model"))
         return push(self.api, files, name, "adapter", request, nothing)[0].release

@@ -152,8 +152,10 @@ class _Search:
         """The best candidates, confirmed, and all that were raced. Nothing is raced where members answer the same
         prompts differently, or where RegMean keeps every limit, as it is or with phrases."""
         candidates, contradicted = self._candidates(given), bool(self.problem.contradictions())
+        at_once = contradicted or not self.problem.effort.thorough
+        self.bench.run_ahead(lambda: self._ask_for_certain(candidates, at_once=at_once))
         first: list[Confirmed] = []
-        if contradicted or not self.problem.effort.thorough:
+        if at_once:
             first = self._confirmed_at_once(candidates, always=contradicted or self.problem.wants_phrases)
         phrased = self._confirmed_with_phrases(candidates) if self.problem.wants_phrases else None
         with_phrases = [] if phrased is None else [phrased]
@@ -187,6 +189,16 @@ class _Search:
         return [standing for standing in confirmed if standing is not None], [
             Tried.of(standing, self.limits) for standing in tried.values()
         ]
+
+    def _ask_for_certain(self, candidates: Sequence[Candidate], *, at_once: bool) -> None:
+        """Asks for what every search confirms, and for plain RegMean and its reworded prompts if it is tried first."""
+        if at_once:
+            self._confirmed_at_once(candidates, always=True)
+            for plain in (candidate for candidate in candidates if candidate.name == PLAIN_FIT):
+                self.reworded(self._refitted(plain))
+        if self.problem.wants_phrases:
+            self._confirmed_with_phrases(candidates)
+        self.as_set()
 
     def _confirmed_at_once(self, candidates: Sequence[Candidate], *, always: bool) -> list[Confirmed]:
         """RegMean in two steps, with the mean beside it, on the unseen examples; empty unless it keeps every limit or
@@ -354,8 +366,7 @@ class _Search:
     def _confirmed(self, candidate: Candidate, claims: int) -> Confirmed | None:
         """The candidate, fitted on all search examples, on unseen ones: more of them while it is undecided. The
         intervals of `claims` candidates hold together."""
-        if candidate.is_fitted:
-            candidate = replace(candidate, settings={**candidate.settings, "examples": self.problem.searched})
+        candidate = self._refitted(candidate)
 
         def measured(k: int) -> Outcome | None:
             return self._outcome(candidate, lambda split: split.confirm[:k], halves=False, claims=claims)
@@ -378,6 +389,12 @@ class _Search:
             excess=CandidateResults(candidate, outcome).excess(self.limits),
             broken=broken_limit(outcome, self.limits),
         )
+
+    def _refitted(self, candidate: Candidate) -> Candidate:
+        """The candidate, fitted on all search examples."""
+        if not candidate.is_fitted:
+            return candidate
+        return replace(candidate, settings={**candidate.settings, "examples": self.problem.searched})
 
     def reworded(self, candidate: Candidate) -> tuple[Effect, ...]:
         """The effects of a confirmed candidate on the members with chat suites, on unseen prompts in other words."""
@@ -408,9 +425,14 @@ class _Search:
         """Measures the candidate on the chosen examples; None, with the reason in `left_out`, if it cannot be made."""
         examples = {digest: chosen(split) for digest, split in self.problem.splits.items()}
         guards = [guard for guard in self.problem.other_guards if examples[guard.digest]]
-        references = self.bench.references(self.members, guards, lambda suite: examples[suite.digest])
+
+        def run() -> tuple[References, Results]:
+            references = self.bench.references(self.members, guards, lambda suite: examples[suite.digest])
+            return references, self._combined(candidate, references, halves=halves)
+
+        self.bench.run_ahead(run)
         try:
-            combined = self._combined(candidate, references, halves=halves)
+            references, combined = run()
         except (Mismatch, NotSupported) as error:
             self.left_out[candidate.name] = str(error)
             self._failure = self._failure or error
@@ -425,7 +447,8 @@ class _Search:
             return self.routing.results(self.bench, references)
         if not candidate.is_fitted or not halves:
             rows = [self.problem.asked(candidate.phrases, *row) for row in references.rows]
-            results = self.bench.run(candidate.key, lambda: self.combiner.deltas(candidate), rows)
+            fit = "all" if candidate.is_fitted else ""
+            results = self.bench.run(candidate.key, lambda: self.combiner.deltas(candidate), rows, fit)
             digests = {suite.digest: asked.digest for (suite, _), (asked, _) in zip(references.rows, rows, strict=True)}
             return {suite: results[asked] for suite, asked in digests.items()}
         asked, half = references.asked, self.problem.searched // 2
@@ -434,6 +457,6 @@ class _Search:
         for scored, fit_on in parts:
             rows = [row for rows in asked.values() for row in rows[scored]]
             deltas = partial(self.combiner.deltas, candidate, fit_on)
-            for digest, measured in self.bench.run(f"{candidate.key} {fit_on}", deltas, rows).items():
+            for digest, measured in self.bench.run(f"{candidate.key} {fit_on}", deltas, rows, fit_on).items():
                 results[digest] += measured
         return results

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from composer.optimize.problem import SearchMember, SearchProblem
 
 _NAME_CHARS = 60
-Named = tuple[str, list[list[str]]]
-"""A pass: the name of its deltas, and the digests [suite, example] of each example."""
+Named = tuple[str, str, list[list[str]]]
+"""A pass: the names of its deltas and of their fit, and the digests [suite, example] of each example."""
 Progress = Callable[[int], None]
 """Called with the number of examples just measured."""
 
@@ -97,19 +97,19 @@ class Passes:
         needs = needs_of_model(self._base, self._hints)
         for unit, result in self._held.engine.map(PASS, [unit for unit, _ in units.values()], needs, self._held.check):
             _, row = units[unit.name]
-            self._progress(0 if "cannot" in result else len(row[1]))
+            self._progress(0 if "cannot" in result else len(row[-1]))
             yield row, result
 
     def _unit(self, wanted: Named) -> Unit:
-        who, asked = wanted
+        who, fit, asked = wanted
         content = {"document": self._document, "who": who, "asked": asked}
         digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:8]
-        return Unit(name=f"{who[:_NAME_CHARS]} {digest}", content=content, hints=self._hints)
+        return Unit(name=f"{who[:_NAME_CHARS]} {digest}", content=content, hints=self._hints, near=fit)
 
 
 def named(wanted: "Pass") -> Named:
     """Serializes a pass for units."""
-    return wanted.who, [[suite, example] for _, suite, example in wanted.keys]
+    return wanted.who, wanted.fit, [[suite, example] for _, suite, example in wanted.keys]
 
 
 def measured_of(result: Result) -> "list[ExampleScore]":

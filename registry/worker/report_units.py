@@ -48,7 +48,7 @@ def conflict_report(
         if passes is None or progress is None or "wanted" not in result:
             return result
         progress.expect(result["expected"])
-        known += passes.run([(who, asked) for who, asked in result["wanted"]])
+        known += passes.run([(who, fit, asked) for who, fit, asked in result["wanted"]])
 
 
 class _Missing(Exception):

@@ -6,6 +6,7 @@ import shutil
 import socket
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,18 @@ def test_units_run_on_both_nodes_and_what_is_finished_is_not_run_again(engine: R
     assert set(counted.events(journal).values()) == {1}
     assert run(LocalEngine(open_node(Settings())), counted.units(5, journal)) == again
     assert set(counted.events(journal).values()) == {1}, "the local engine has the same keys"
+
+
+def test_a_unit_goes_to_the_process_that_ran_one_near_it(engine: RayEngine, journal: Path) -> None:
+    both = [*counted.units(2, journal, beside=2), *counted.units(8, journal, seconds=0.2)[2:]]
+    units = [
+        replace(unit, content={**unit.content, "near": near}, near=near)  # with a content that no other test has
+        for unit, near in zip(both, "abaabbab", strict=True)
+    ]
+    made = run(engine, units)
+    processes = {near: {made[unit.name]["process"] for unit in units if unit.near == near} for near in "ab"}
+    assert processes["a"] != processes["b"], "each process begins with its own"
+    assert len(processes["a"]) == 1 or len(processes["b"]) == 1, "only one that has run out of its own takes others"
 
 
 @pytest.mark.long

@@ -2,7 +2,7 @@
 
 from collections import ChainMap
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from composer.conflicts.evidence.outcome import Outcome, effect_of, side_effect_of
@@ -21,6 +21,9 @@ Results = Mapping[str, Sequence[ExampleScore]]
 """By the suite's digest, in the order of the examples."""
 BASE, ALONE, WEIGHTED = "base", "alone: ", "weighted: "
 """The names of reference passes: the base, and members by their names."""
+MOST_EXAMPLES = 32
+"""Of a pass, so that the processes that share a round end it together. The same everywhere, because the last bits of a
+result depend on the other examples of its pass."""
 
 
 @dataclass(frozen=True)
@@ -45,16 +48,25 @@ def weighted(deltas: Deltas, weight: Weight | float) -> list[Delta]:
 
 @dataclass(frozen=True)
 class Pass:
-    """A pass over some examples under one set of deltas, named by `who`."""
+    """A pass over some examples under one set of deltas, named by `who`. `fit` names what its deltas are fitted on, and
+    is empty if they are not. A process keeps a fit; another would take seconds to make it again."""
 
     who: str
     deltas: Callable[[], Deltas]
     asked: Sequence[Asked]
+    fit: str = ""
 
     @property
     def keys(self) -> list[Key]:
         """The keys of the results, in the order of the examples."""
         return [(self.who, suite.digest, example_digest(example)) for suite, example in self.asked]
+
+    @property
+    def parts(self) -> list["Pass"]:
+        """The pass in parts that may run in different processes: one part if its deltas are fitted."""
+        count = len(self.asked)
+        most = count if self.fit else MOST_EXAMPLES
+        return [replace(self, asked=self.asked[start : start + most]) for start in range(0, count, most or 1)]
 
 
 Measure = Callable[[Pass], Sequence[ExampleScore]]
@@ -123,34 +135,40 @@ class Bench:
     def passes(self) -> int:
         return len(self._asked)
 
-    def run(self, who: str, deltas: Callable[[], Deltas], asked: Sequence[Asked]) -> Results:
-        """The results for the examples. The missing ones are run together, in one pass of `who`'s deltas."""
+    def run(self, who: str, deltas: Callable[[], Deltas], asked: Sequence[Asked], fit: str = "") -> Results:
+        """The results for the examples. The missing ones are run in a pass of `who`'s deltas, or in its parts."""
         keys = Pass(who, deltas, asked).keys
         every = dict(zip(keys, asked, strict=True))
         known = ChainMap(self._record.known, self._assumed)
-        missing = Pass(who, deltas, [example for key, example in every.items() if key not in known])
+        missing = Pass(who, deltas, [example for key, example in every.items() if key not in known], fit)
         if self._planned is not None:
-            self._planned += [missing] if missing.asked else []
+            self._planned += missing.parts
             self._assumed |= dict(zip(missing.keys, not_run(missing), strict=True))
         else:
             self._asked.update(keys)
-            if missing.asked:
-                self._add(missing, self._measure(missing))
+            for part in missing.parts:
+                self._add(part, self._measure(part))
         results: dict[str, list[ExampleScore]] = {suite.digest: [] for suite, _ in asked}
         for key in keys:
             results[key[1]].append(known[key])
         return results
 
     def run_ahead(self, ask: Callable[[], object]) -> None:
-        """Runs the missing passes that `ask` requests in parallel, if passes are run elsewhere. `ask` is called once,
-        and gets meaningless results."""
+        """Runs the missing passes that `ask` requests in parallel, if passes are run elsewhere, the longest first.
+        `ask` is called once, and gets meaningless results. Within another `ask` it only adds to its passes."""
         if self._elsewhere is None:
+            return
+        if self._planned is not None:
+            ask()
             return
         self._planned = planned = list[Pass]()
         try:
             ask()
         finally:
             self._planned, self._assumed = None, {}
+        if not planned:
+            return
+        planned.sort(key=lambda part: (not part.fit, -len(part.asked)))
         for planned_pass, results in self._elsewhere.spread(planned):
             self._add(planned_pass, results)
 

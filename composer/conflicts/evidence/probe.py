@@ -197,7 +197,7 @@ class _Probe:
     def outcome(self, bench: Bench, chosen: Sequence[Probed], k: int) -> Outcome:
         references = bench.references(chosen, self.guards, lambda suite: suite.sample(k, self.used))
         who = f"{_COMBINED}{json.dumps([member.name for member in chosen])}"
-        results = bench.run(who, lambda: self._combined(chosen), references.rows)
+        results = bench.run(who, lambda: self._combined(chosen), references.rows, fit=who)
         return references.outcome(k, results, len(chosen))
 
     def _combined(self, chosen: Sequence[Probed]) -> Deltas:

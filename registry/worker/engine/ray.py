@@ -53,11 +53,13 @@ def ray_module() -> Any:
 
 @dataclass(eq=False, slots=True)
 class _Runner:
-    """An actor, the needs that it was started for, and its current unit; None while it starts."""
+    """An actor, the needs that it was started for, its current unit (None while it starts), and what its units were
+    `near`."""
 
     actor: Any
     needs: Needs
     unit: Unit | None = None
+    near: set[str] = field(default_factory=set[str])
 
 
 @dataclass(slots=True)
@@ -251,7 +253,12 @@ class RayEngine:
             self._start(state)
 
     def _give(self, state: _Map, runner: _Runner) -> None:
-        runner.unit = state.left.popleft()
+        """Gives the runner the first unit that is quicker there, or else the first of all."""
+        unit = next((unit for unit in state.left if unit.near in runner.near), state.left[0])
+        state.left.remove(unit)
+        if unit.near:
+            runner.near.add(unit.near)
+        runner.unit = unit
         state.waiting[runner.actor.run.remote(state.task, runner.unit)] = runner
 
     def _start(self, state: _Map) -> None:
