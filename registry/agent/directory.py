@@ -79,13 +79,17 @@ class Routes:
         return ServedVersion(repository, version, self.commits[name])
 
 
+_Stamps = frozenset[tuple[str, int, int, int]]
+"""Path, inode, size and time of change of each file."""
+
+
 class MirrorDirectory:
     """One agent's directory; `locked` keeps a second agent out."""
 
     def __init__(self, root: Path) -> None:
         self.root = root.resolve()
         self._by_commit, self._by_version = self.root / "by-commit", self.root / "by-version"
-        self._intact, self._sets = set[str](), dict[str, AdapterSet]()
+        self._intact, self._sets = dict[str, _Stamps](), dict[str, AdapterSet]()
         self._phrases = dict[str, Mapping[str, str]]()
 
     @contextmanager
@@ -121,11 +125,11 @@ class MirrorDirectory:
         return commit if isinstance(commit, str) and is_commit(commit) else None
 
     def fetch(self, api: Api, version: ServedVersion, check: Check) -> Path:
-        """The release's directory, complete and verified. An existing one is verified once in each process, without the
-        registry, since its name is the hash of its files. Raises the registry's errors, Unavailable for a full disk,
-        and what `check` raises."""
+        """The release's directory, complete and verified. An existing one is verified once in each process, and again
+        after a change of its files, without the registry, since its name is the hash of its files. Raises the
+        registry's errors, Unavailable for a full disk, and what `check` raises."""
         target = self.path(version.commit)
-        if version.commit in self._intact and target.is_dir():
+        if (stamps := _stamps(target)) and self._intact.get(version.commit) == stamps:
             return target
         if not self._is_intact(target, version.commit):
             release = api.resolve(parse_reference(version.reference)).release
@@ -139,7 +143,8 @@ class MirrorDirectory:
             pull(api, release, target, lambda _count: None, None, lambda files: check(release, files), replace=True)
             with _writing(target):
                 _sync(self._by_commit)
-        self._intact.add(version.commit)
+            self._renew_version(version)
+        self._intact[version.commit] = _stamps(target)
         return target
 
     def members(self, version: ServedVersion) -> Mapping[str, ServedVersion]:
@@ -195,6 +200,14 @@ class MirrorDirectory:
                 shutil.rmtree(part, ignore_errors=True)
         return target
 
+    def _renew_version(self, version: ServedVersion) -> None:
+        """Makes the directory by name again if there is one: its links are to the files of before."""
+        named = self._by_version / version.name
+        if (note := self._note_of(named)).get("commit") == version.commit:
+            with _writing(named):
+                self._note_path(named).unlink()
+            self.make_version(version, note.get("base_name"))
+
     def named_versions(self) -> Iterator[tuple[str, Path]]:
         """Yields the versions that have a directory by name."""
         for target in self._by_version.glob("*/*"):
@@ -219,7 +232,7 @@ class MirrorDirectory:
                     yield target.name, last_s
 
     def remove(self, commit: str) -> None:
-        self._intact.discard(commit)
+        self._intact.pop(commit, None)
         self._remove(self.path(commit))
 
     def remove_partial(self, needed: Container[str]) -> None:
@@ -303,6 +316,14 @@ class MirrorDirectory:
             return commit_id(canonical_manifest(rows)) == commit
         except (OSError, InvalidFile, RegistryError):
             return False
+
+
+def _stamps(directory: Path) -> _Stamps:
+    """What shows cheaply that files were changed or replaced; empty for a directory that is not there."""
+    with suppress(OSError):
+        stats = [(str(path), path.lstat()) for path in directory.rglob("*") if not path.is_dir()]
+        return frozenset((path, stat.st_ino, stat.st_size, stat.st_mtime_ns) for path, stat in stats)
+    return frozenset()
 
 
 def _version_name(name: str) -> str:

@@ -1,6 +1,7 @@
 """The loop of an agent: follows its channels in a thread, takes a round at each change and every few seconds, and
 reports to the registry in another thread, so that a slow server does not make it silent."""
 
+import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -71,6 +72,7 @@ class Reporter:
     def __init__(self, api: Api, node: GroupNode, health: Health) -> None:
         self._api, self._node, self._health = api, node, health
         self._path = f"/v1/fleet/{quote(node.group)}/{quote(node.name)}"
+        self._instance = secrets.token_hex(8)
         self._report: NodeReportIn | None = None
         self._due = threading.Event()
 
@@ -99,8 +101,9 @@ class Reporter:
         return answer is not None and answer.switch
 
     def _send(self, report: NodeReportIn) -> NodeReportOut | None:
+        body = report.model_copy(update={"instance": self._instance}).model_dump(mode="json")
         try:
-            answer = self._api.put(self._path, report.model_dump(mode="json"), NodeReportOut)
+            answer = self._api.put(self._path, body, NodeReportOut)
         except RegistryError as error:
             self._health.record_error("report", f"The registry did not take the report: {error.detail}")
             return None

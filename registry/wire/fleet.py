@@ -74,10 +74,12 @@ class SwitchIn(Wire):
 
 
 class NodeReportIn(WireIn):
-    """What a node serves. `agent` is the program that reports, with its version. Without `switch`, the node gives an
+    """What a node serves. `agent` is the program that reports, with its version. `instance` is a random text of its
+    process: while two of them report in turn as one node, its channels have failed. Without `switch`, the node gives an
     earlier permission back."""
 
     agent: str = Field(min_length=1, max_length=100)
+    instance: str | None = Field(default=None, min_length=1, max_length=64)
     channels: list[NodeChannel] = Field(default=[], max_length=MAX_CHANNELS)
     servers: list[NodeServer] = Field(default=[], max_length=MAX_SERVERS)
     switch: SwitchIn | None = None

@@ -107,6 +107,24 @@ def holder(house: House, user: str, role: str, scope: Mapping[str, Role] | None 
     return f"{user} {scope}"
 
 
+def test_two_agents_that_report_as_one_node_are_no_node_that_follows(house: House, clock: Clock) -> None:
+    """Their reports would replace each other, so that one of them could stay behind unseen."""
+    now = live(commit=commit(house))
+
+    def state(instance: str) -> str:
+        clock.passes(5)
+        reported(house, "a", now, instance=instance)
+        return states(house)["a"]
+
+    assert [state(instance) for instance in ("1", "1", "2", "2")] == ["following"] * 4, "restarted once"
+    assert [state(instance) for instance in ("1", "2", "2", "1", "3", "1", "1")] == ["failed"] * 7
+    [node] = rollout(house)["nodes"]
+    assert node["error"] == "Two agents report as prod/a: start each with a --node of its own."
+    assert house.ask("reader", "GET", "/v1/fleet").json()["items"][0]["channels"][0]["state"] == "failed"
+    clock.passes(60)
+    assert [state(instance) for instance in ("1", "1", "4", "4")] == ["following"] * 4, "the others have ended"
+
+
 def test_only_the_role_agent_reports_and_it_does_nothing_else(house: House) -> None:
     for caller in ("reader", "publisher", "releaser", "admin", "operator"):
         refused = put(house, "gpu-1", live(), caller=caller)

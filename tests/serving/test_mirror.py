@@ -247,17 +247,22 @@ def test_a_watched_directory_gets_a_version_under_its_name_and_its_routes(site: 
         assert routes["versions"][NEW]["servers"] == [str(agent.directory / "by-version")]
 
 
-def test_files_that_were_damaged_while_no_agent_ran_are_fetched_again(site: Site) -> None:
+def test_files_that_were_damaged_while_an_agent_ran_or_did_not_are_fetched_again(site: Site) -> None:
     with mirrored(site) as agent:
         agent.wait_for(OLD)
         agent.kill()
         (commit,) = (agent.directory / "by-commit").iterdir()
         weights = commit / "adapter_model.safetensors"
         content = weights.read_bytes()
+        damaged = content[:-1] + bytes([content[-1] ^ 1])
         weights.unlink()
-        weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        weights.write_bytes(damaged)
         agent.start()
         eventually(lambda: weights.read_bytes() == content, within_s=30)
+        named = agent.directory / "by-version" / "acme" / "sql@1.0.0" / weights.name
+        eventually(lambda: named.is_file() and named.samefile(weights), within_s=30)
+        weights.write_bytes(damaged)
+        eventually(lambda: [path.read_bytes() for path in (weights, named)] == [content] * 2, within_s=30)
 
 
 def test_metrics_show_channels_servers_and_whether_the_registry_is_followed(site: Site) -> None:

@@ -56,6 +56,7 @@ def report(group: str, node: str, body: NodeReportIn, resources: ResourcesOf, ac
         [_live(channel) for channel in body.channels],
         [_server(server) for server in body.servers],
         body.switch.max_unavailable if body.switch else None,
+        body.instance,
     )
     fleet.permit_report(actor, reported)
     with resources.read() as session:

@@ -13,7 +13,8 @@ from registry.database.tables.catalog import Id, Release
 class FleetNode(Row):
     """What a node of a group reported last about one namespace. Nodes of two namespaces are different nodes even if
     their names are equal. `servers` has only the loaded names of the namespace; `digest` is a sha256 of the report. The
-    node may switch until `switch_until`; None without the permission."""
+    node may switch until `switch_until`; None without the permission. `instances` are the processes that reported last,
+    the newest last; two of them report in turn until `shared_until`, None if none do."""
 
     __tablename__ = "fleet_nodes"
     __table_args__ = (UniqueConstraint("namespace", "group", "node"),)
@@ -27,6 +28,8 @@ class FleetNode(Row):
     digest: Mapped[str] = mapped_column(String(64))
     seen_at: Mapped[datetime] = mapped_column(UtcDateTime, index=True)
     switch_until: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    instances: Mapped[list[str] | None] = mapped_column(JSON(none_as_null=True))
+    shared_until: Mapped[datetime | None] = mapped_column(UtcDateTime)
 
 
 class FleetChannel(Row):

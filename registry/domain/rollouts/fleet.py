@@ -6,7 +6,7 @@ its readers see them, and nodes of other namespaces with the same names are diff
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta
 from hashlib import sha256
 from typing import Any
@@ -32,6 +32,8 @@ FORGOTTEN = timedelta(days=7)
 """How long the row of a silent node stays: retention keeps what the node had loaded, also after an outage."""
 MAX_NODES = 1_000
 """Of one namespace. Of silent nodes, those that reported first make room for new ones."""
+_INSTANCES = 8
+"""As many processes that reported as one node are remembered."""
 FOLLOWING, SWITCHING, BEHIND, FAILED, SILENT = "following", "switching", "behind", "failed", "silent"
 STATES: tuple[str, ...] = (FOLLOWING, SWITCHING, BEHIND, FAILED, SILENT)
 
@@ -73,7 +75,7 @@ class ReportedServer:
 
 @dataclass(frozen=True, slots=True)
 class NodeReport:
-    """What a node reports. `max_unavailable` is set if it asks to switch."""
+    """What a node reports. `max_unavailable` is set if it asks to switch; `instance` is a text of its process."""
 
     group: str
     node: str
@@ -81,6 +83,7 @@ class NodeReport:
     channels: Sequence[LiveChannel]
     servers: Sequence[ReportedServer]
     max_unavailable: int | None
+    instance: str | None
 
 
 @dataclass(slots=True)
@@ -109,6 +112,8 @@ def repeats(session: Session, actor: Actor, reported: NodeReport) -> timedelta |
     own = (FleetNode.group == reported.group, FleetNode.node == reported.node)
     reach = granted(actor, Role.AGENT).within(FleetNode.namespace)
     rows = session.scalars(select(FleetNode).where(*own, reach)).all()
+    if any(row.shared_until or (row.instances or [None])[-1] != reported.instance for row in rows):
+        return None
     said = {row.namespace: (row.agent, row.digest, row.switch_until) for row in rows}
     if said != {namespace: (reported.agent, _digest(part), None) for namespace, part in parts.items()}:
         return None
@@ -219,11 +224,27 @@ def _record(session: Session, now: datetime, namespace: str, reported: NodeRepor
         insert_if_absent(session, FleetNode, **key, agent="", servers=[], digest="", seen_at=now, switch_until=None)
         row = session.scalars(query).one()
     row.seen_at, row.agent = now, reported.agent
+    if _note_instance(row, now, reported.instance):
+        error = f"Two agents report as {reported.group}/{reported.node}: start each with a --node of its own."
+        part = replace(part, channels=[replace(channel, state=FAILED, error=error) for channel in part.channels])
     digest = _digest(part)
     if row.digest != digest:
         row.digest, row.servers = digest, part.servers
         _replace(session, row, namespace, part)
     return row
+
+
+def _note_instance(row: FleetNode, now: datetime, instance: str | None) -> bool:
+    """Notes the process that reports. Returns whether two of them report as the node: one came back after another. A
+    process that was started again comes once."""
+    seen = row.instances or []
+    if instance is not None and instance != (seen or [None])[-1]:
+        if instance in seen:
+            row.shared_until = now + LEASE
+        row.instances = [*(other for other in seen if other != instance), instance][-_INSTANCES:]
+    if row.shared_until is not None and not now < row.shared_until <= now + LEASE:
+        row.shared_until = None
+    return row.shared_until is not None
 
 
 def _digest(part: _Part) -> str:
