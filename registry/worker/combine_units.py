@@ -1,7 +1,7 @@
 """Combines a composition's adapter in one unit, which returns the adapter's files. A fitted method loads the base."""
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict, cast
 
 from composer.formats.recipes.methods import Regmean, parse_settings
 from composer.formats.recipes.suite import CalibrationSet, Suite
@@ -10,7 +10,7 @@ from registry.formats.manifest import ManifestFile
 from registry.worker.composition import CompositionRun
 from registry.worker.engine.units import Count, Node, Result, Task, Unit
 from registry.worker.node_files import (
-    Row,
+    MemberRow,
     are_stored,
     fetched,
     from_rows,
@@ -28,11 +28,33 @@ if TYPE_CHECKING:
     from composer.formats.recipes.methods import AnySettings
 
 
+class CalibrationRow(TypedDict):
+    """A `CalibrationSet` as JSON."""
+
+    suite: Mapping[str, Any] | None
+    count: int
+    prompts: list[str]
+    phrase: NotRequired[str]
+
+
+class CombineContent(TypedDict):
+    """What determines the bytes of a combined adapter; `architecture` is the key of a shared document."""
+
+    base: str
+    architecture: str
+    method: str
+    method_version: int
+    settings: Mapping[str, Any]
+    members: list[MemberRow]
+    note: Mapping[str, Any]
+    calibration: list[CalibrationRow] | None
+
+
 def combined_adapter(held: JobRun, work: CompositionRun) -> list[ManifestFile]:
     """Returns the stored files of the composition's adapter. The first call makes them, later calls reuse them. Raises
     what the unit raises."""
     lock, hints = work.lock, base_hints(work.locations, work.base_bytes)
-    content = {
+    content: CombineContent = {
         "base": lock.base,
         "architecture": share_architecture(held.engine.node, work.architecture),
         "method": lock.method,
@@ -49,7 +71,7 @@ def combined_adapter(held: JobRun, work: CompositionRun) -> list[ManifestFile]:
     return files
 
 
-def member_rows(work: CompositionRun) -> list[Row]:
+def member_rows(work: CompositionRun) -> list[MemberRow]:
     """Lists the inputs for units: commit, weight and files."""
     return [
         {"name": locked.commit, "weight": locked.weighted.to_json(), "files": to_rows(files)}
@@ -57,20 +79,18 @@ def member_rows(work: CompositionRun) -> list[Row]:
     ]
 
 
-def calibration_rows(sets: Sequence[CalibrationSet]) -> list[Row]:
+def calibration_rows(sets: Sequence[CalibrationSet]) -> list[CalibrationRow]:
     """Serializes calibration sets for units."""
-    return [
-        {
-            "suite": calibration_set.suite.to_json() if calibration_set.suite else None,
-            "count": calibration_set.count,
-            "prompts": list(calibration_set.prompts),
-            **({"phrase": calibration_set.phrase} if calibration_set.phrase else {}),
-        }
-        for calibration_set in sets
-    ]
+    rows: list[CalibrationRow] = []
+    for fitted_on in sets:
+        suite = fitted_on.suite.to_json() if fitted_on.suite else None
+        rows.append({"suite": suite, "count": fitted_on.count, "prompts": list(fitted_on.prompts)})
+        if fitted_on.phrase:
+            rows[-1]["phrase"] = fitted_on.phrase
+    return rows
 
 
-def calibration_sets(rows: Sequence[Row]) -> list[CalibrationSet]:
+def calibration_sets(rows: Sequence[CalibrationRow]) -> list[CalibrationSet]:
     """Reverses `calibration_rows`."""
     return [
         CalibrationSet(
@@ -84,7 +104,11 @@ def calibration_sets(rows: Sequence[Row]) -> list[CalibrationSet]:
 
 
 def calibration_of(
-    load: "Callable[[], LoadedModel]", base: str, rows: Sequence[Row] | None, settings: "AnySettings", members: int
+    load: "Callable[[], LoadedModel]",
+    base: str,
+    rows: Sequence[CalibrationRow] | None,
+    settings: "AnySettings",
+    members: int,
 ) -> "Calibration | None":
     """Builds the calibration from the base with this digest and the sets in `calibration_rows`, those of the members
     and then those of the guards; None for a method that is not fitted."""
@@ -99,7 +123,7 @@ def calibration_of(
 def _combine(node: Node, unit: Unit, _count: Count) -> Result:
     from composer.export.combine import combine
 
-    content, hints = unit.content, unit.hints
+    content, hints = cast(CombineContent, unit.content), unit.hints
     calibration = calibration_of(
         lambda: loaded_base(node, content["base"], hints),
         content["base"],

@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 from composer.errors import Mismatch
 from composer.formats.checkpoints.checkpoint import Checkpoint, local_directory
@@ -33,7 +33,7 @@ from registry.worker.composition import CompositionRun, ProgressCount
 from registry.worker.engine.protocol import Needs
 from registry.worker.engine.stores import UnitWriter
 from registry.worker.engine.units import Count, Node, Result, Task, Unit, always_intact
-from registry.worker.node_files import Row, are_stored, fetched, from_rows, store_directory, to_rows
+from registry.worker.node_files import MemberRow, Row, are_stored, fetched, from_rows, store_directory, to_rows
 from registry.worker.node_models import (
     PROCESS_BYTES,
     base_checkpoint,
@@ -48,6 +48,50 @@ if TYPE_CHECKING:
     from composer.merge.plan import MergePlan
     from composer.merge.shards import ShardPlan, Written
     from composer.merge.stream import Origin, StreamedShard
+
+
+class MergeContent(TypedDict):
+    """The unit content that determines a merge's bytes."""
+
+    base: str
+    dtype: str | None
+    rounding: dict[str, Any] | None
+    method: str
+    settings: Mapping[str, Any] | None
+    members: list[MemberRow]
+
+
+class PlannedShard(TypedDict):
+    """A shard as the plan lists it."""
+
+    file: str
+    size_bytes: int
+    rewritten_bytes: int
+    layout: str
+
+
+class PlanRow(TypedDict):
+    """The result of planning; a merge is `decoded` if the base is quantized."""
+
+    shards: list[PlannedShard]
+    decoded: bool
+
+
+class ShardRow(TypedDict):
+    """A `StreamedShard` as JSON, with what the store copied by itself. It has more fields."""
+
+    file: str
+    size_bytes: int
+    sha256: str
+    tensor_hashes: dict[str, str]
+    server_copied_bytes: int
+
+
+class FilesRow(TypedDict):
+    """Files in the store, and the report on them."""
+
+    files: list[list[Any]]
+    report: Row
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,11 +112,13 @@ def merged_model(held: JobRun, work: CompositionRun) -> StoredModel:
     own = {**merge, "composition": work.composition_id}  # a location may have other headers and texts next time
     hints = base_hints(work.locations, work.base_bytes)
     needs = Needs(memory_bytes=PROCESS_BYTES, base=None if everywhere(hints) else work.lock.base)
-    ((_, plan),) = held.engine.map(PLAN, [Unit(name="plan", content=own, hints=hints)], needs, held.check)
+    ((_, planned),) = held.engine.map(PLAN, [Unit(name="plan", content=own, hints=hints)], needs, held.check)
+    plan = cast(PlanRow, planned)
     count = ProgressCount(held, "bytes", sum(shard["size_bytes"] for shard in plan["shards"]))
     if plan["decoded"]:
         unit = Unit(name="merge", content={**own, "note": work.note}, hints=hints)
-        ((_, made),) = held.engine.map(MERGE, [unit], needs, count)
+        ((_, result),) = held.engine.map(MERGE, [unit], needs, count)
+        made = cast(FilesRow, result)
         files = from_rows(made["files"])
         held.made.update(file.sha256 for file in files)
         return StoredModel(files=files, report=made["report"])
@@ -81,8 +127,9 @@ def merged_model(held: JobRun, work: CompositionRun) -> StoredModel:
         # The longest first: one begun last would leave the other nodes idle.
         for shard in sorted(plan["shards"], key=lambda shard: -shard["rewritten_bytes"])
     ]
-    rows: dict[str, Row] = {}
-    for unit, row in held.engine.map(SHARD, units, needs, count):
+    rows: dict[str, ShardRow] = {}
+    for unit, result in held.engine.map(SHARD, units, needs, count):
+        row = cast(ShardRow, result)
         held.made.add(file_of(row).sha256)
         rows[unit.name] = row
         count.reached(sum(row["size_bytes"] for row in rows.values()))
@@ -92,16 +139,17 @@ def merged_model(held: JobRun, work: CompositionRun) -> StoredModel:
     except Mismatch:
         held.engine.forget(SHARD, units)  # made from another base, so unusable once this one is back
         raise
-    shards = held.engine.node.share(json.dumps(ordered, sort_keys=True).encode())
-    content = {**own, "shards": shards, "note": work.note}
-    ((_, texts),) = held.engine.map(TEXTS, [Unit(name="texts", content=content, hints=hints)], needs, held.check)
+    shared = held.engine.node.share(json.dumps(ordered, sort_keys=True).encode())
+    content = {**own, "shards": shared, "note": work.note}
+    ((_, result),) = held.engine.map(TEXTS, [Unit(name="texts", content=content, hints=hints)], needs, held.check)
+    texts = cast(FilesRow, result)
     small = from_rows(texts["files"])
     held.made.update(file.sha256 for file in small)
     report = {**texts["report"], "seconds": monotonic() - started}
     return StoredModel(files=[*(file_of(row) for row in ordered), *small], report=report)
 
 
-def refuse_other_base(work: CompositionRun, rows: Iterable[Row]) -> None:
+def refuse_other_base(work: CompositionRun, rows: Iterable[ShardRow]) -> None:
     """Raises Mismatch unless every byte that the shards read belongs to the locked base."""
     hashes = {name: digest for row in rows for name, digest in row["tensor_hashes"].items()}
     tensors = work.architecture.tensors.items()
@@ -116,19 +164,27 @@ def refuse_other_base(work: CompositionRun, rows: Iterable[Row]) -> None:
         )
 
 
-def file_of(row: Mapping[str, Any]) -> ManifestFile:
+def file_of(row: ShardRow) -> ManifestFile:
     """Converts a shard's row to a file of a release."""
     return ManifestFile(row["file"], row["size_bytes"], Digest(row["sha256"]))
 
 
-def merge_content(held: JobRun, work: CompositionRun) -> Row:
-    """The unit content that determines the merge's bytes."""
+def merge_content(held: JobRun, work: CompositionRun) -> MergeContent:
     lock = work.lock
-    how: Row = {"base": lock.base, "dtype": lock.dtype, "rounding": asdict(lock.rounding) if lock.rounding else None}
+    rounding = asdict(lock.rounding) if lock.rounding else None
     if work.settings.pipeline.fitted:  # reuse the fitted factors: another fit would differ in the last bits
-        members = [{"name": "adapter", "weight": 1.0, "files": to_rows(combined_adapter(held, work))}]
-        return {**how, "method": "stack", "settings": None, "members": members}
-    return {**how, "method": lock.method, "settings": lock.settings, "members": member_rows(work)}
+        members: list[MemberRow] = [{"name": "adapter", "weight": 1.0, "files": to_rows(combined_adapter(held, work))}]
+        method, settings = "stack", None
+    else:
+        members, method, settings = member_rows(work), lock.method, lock.settings
+    return {
+        "base": lock.base,
+        "dtype": lock.dtype,
+        "rounding": rounding,
+        "method": method,
+        "settings": settings,
+        "members": members,
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +203,7 @@ class _StoreSink:
 
 def _planned(node: Node, unit: Unit) -> "MergePlan":
     """Plans the merge, and keeps the plan for the next shard."""
-    merge = {name: unit.content[name] for name in ("base", "dtype", "rounding", "method", "settings", "members")}
+    merge = _merge_of(unit)
     key = hashlib.sha256(json.dumps([merge, unit.hints], sort_keys=True).encode()).hexdigest()
 
     def plan() -> "MergePlan":
@@ -160,7 +216,11 @@ def _planned(node: Node, unit: Unit) -> "MergePlan":
     return node.kept("plan", key, plan)
 
 
-def plan_of(node: Node, merge: Mapping[str, Any], checkpoint: Checkpoint) -> "MergePlan":
+def _merge_of(unit: Unit) -> MergeContent:
+    return cast(MergeContent, {name: unit.content[name] for name in MergeContent.__annotations__})
+
+
+def plan_of(node: Node, merge: MergeContent, checkpoint: Checkpoint) -> "MergePlan":
     """Plans the merge of `merge_content` into the checkpoint."""
     from composer.merge.plan import plan_merge
 
@@ -221,7 +281,7 @@ def _texts(node: Node, unit: Unit, _count: Count) -> Result:
     from composer.merge.stream import StreamedShard
 
     plan = _planned(node, unit)
-    rows: list[Row] = json.loads(node.shared(unit.content["shards"]))
+    rows: list[ShardRow] = json.loads(node.shared(unit.content["shards"]))
     written = _written([StreamedShard.from_json(row) for row in rows])
     with node.scratch() as directory:
         write_texts(plan, directory, unit.content["note"], written.survivals)
@@ -235,9 +295,9 @@ def _texts(node: Node, unit: Unit, _count: Count) -> Result:
 def _merge(node: Node, unit: Unit, count: Count) -> Result:
     from composer.merge.run import run_merge
 
-    checkpoint = base_checkpoint(node, unit.content["base"], unit.hints)
+    merge = _merge_of(unit)
     with node.scratch() as directory:
-        plan = plan_of(node, unit.content, checkpoint)
+        plan = plan_of(node, merge, base_checkpoint(node, merge["base"], unit.hints))
         report = run_merge(plan, directory / "model", progress=count, note=unit.content["note"]).to_json()
         del report["out_dir"]
         return {"files": to_rows(store_directory(node, directory / "model")), "report": report}
@@ -262,11 +322,11 @@ def _written(shards: Sequence["StreamedShard"]) -> "Written":
 
 
 def _shard_is_stored(node: Node, result: Result) -> bool:
-    return are_stored(node, [file_of(result)])
+    return are_stored(node, [file_of(cast(ShardRow, result))])
 
 
 def _files_are_stored(node: Node, result: Result) -> bool:
-    return are_stored(node, from_rows(result["files"]))
+    return are_stored(node, from_rows(cast(FilesRow, result)["files"]))
 
 
 def proved_model(held: JobRun, work: CompositionRun, model: StoredModel, suites: Sequence[Suite]) -> StoredModel:
@@ -292,7 +352,8 @@ def _prove(node: Node, unit: Unit, _count: Count) -> Result:
     from composer.formats.checkpoints.staging import NOTE_FILE
     from composer.merge.proof import ProofPrompt, prove, record_proof
 
-    plan = plan_of(node, unit.content, base_checkpoint(node, unit.content["base"], unit.hints))
+    merge = _merge_of(unit)
+    plan = plan_of(node, merge, base_checkpoint(node, merge["base"], unit.hints))
     merged = fetched(node, unit.content["files"])
     node.kept("model", "", lambda: None)  # there may not be room for it and the two of the proof
     proof = prove(plan, merged, [ProofPrompt(**row) for row in unit.content["prompts"]])

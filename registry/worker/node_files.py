@@ -2,10 +2,10 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from composer.formats.checkpoints.checkpoint import Architecture
 from composer.formats.checkpoints.header import TensorSpec
@@ -18,6 +18,14 @@ if TYPE_CHECKING:
     from composer.deltas.variants.load import LoadedAdapter
 
 Row = dict[str, Any]
+
+
+class MemberRow(TypedDict):
+    """An adapter in a unit's content: its files as `to_rows` makes them, and its weight as JSON."""
+
+    name: str
+    weight: Any
+    files: list[list[Any]]
 
 
 def to_rows(files: Sequence[ManifestFile]) -> list[list[Any]]:
@@ -44,7 +52,7 @@ def fetched(node: Node, rows: Sequence[Sequence[Any]], name: str = "files") -> P
     return directory
 
 
-def loaded_adapter(node: Node, member: Mapping[str, Any], architecture: Architecture) -> "LoadedAdapter":
+def loaded_adapter(node: Node, member: MemberRow, architecture: Architecture) -> "LoadedAdapter":
     """Loads the adapter from a member's `files`, under the member's `name`."""
     from composer.deltas.variants.load import load_deltas
 

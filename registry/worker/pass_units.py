@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 from composer.formats.recipes.methods import parse_settings
 from composer.formats.recipes.suite import Suite
@@ -12,7 +12,7 @@ from composer.formats.recipes.weights import parse_weight
 from registry.worker.combine_units import calibration_of, calibration_rows, member_rows
 from registry.worker.composition import CompositionRun
 from registry.worker.engine.units import Count, Node, Result, Task, Unit, always_intact
-from registry.worker.node_files import Row, loaded_adapter, share_architecture, shared_architecture
+from registry.worker.node_files import MemberRow, Row, loaded_adapter, share_architecture, shared_architecture
 from registry.worker.node_models import base_hints, loaded_base, needs_of_model
 from registry.worker.runner import JobRun
 
@@ -53,6 +53,21 @@ def probe_passes(
     return _passes(held, work, suites, guards, how, progress)
 
 
+class SuitedRow(MemberRow):
+    """A member with the suite that it is measured on."""
+
+    suite: Mapping[str, Any]
+
+
+class PassContent(TypedDict):
+    """What all passes of a document share; `architecture` is the key of another. A search or a probe has more."""
+
+    base: str
+    architecture: str
+    members: list[SuitedRow]
+    guards: list[Mapping[str, Any]]
+
+
 def _passes(
     held: JobRun,
     work: CompositionRun,
@@ -61,13 +76,18 @@ def _passes(
     how: Row,
     progress: Progress,
 ) -> "Passes":
-    rows = [
+    rows: list[SuitedRow] = [
         {**row, "name": name, "suite": suite.to_json()}
         for row, name, suite in zip(member_rows(work), work.names, suites, strict=True)
     ]
     architecture = share_architecture(held.engine.node, work.architecture)
-    combined = {"base": work.lock.base, "architecture": architecture, "members": rows}
-    document = {**combined, "guards": [guard.to_json() for guard in guards], **how}
+    shared: PassContent = {
+        "base": work.lock.base,
+        "architecture": architecture,
+        "members": rows,
+        "guards": [guard.to_json() for guard in guards],
+    }
+    document = {**shared, **how}
     return Passes(held, document, base_hints(work.locations, work.base_bytes), progress)
 
 
@@ -139,13 +159,14 @@ def _run(node: Node, unit: Unit, _count: Count) -> Result:
 def _opened(node: Node, document: str, hints: Mapping[str, Any]) -> "PassRunner":
     """Loads the document's base and adapters for its passes."""
     content: Row = json.loads(node.shared(document))
-    members = [_member(node, content, row) for row in content["members"]]
-    guards = [Suite.from_json(guard) for guard in content["guards"]]
+    shared = cast(PassContent, content)
+    members = [_member(node, shared, row) for row in shared["members"]]
+    guards = [Suite.from_json(guard) for guard in shared["guards"]]
     runner = {"search": _search, "probe": _probe}[content["for"]]
     return runner(node, content, hints, members, guards)
 
 
-def _member(node: Node, content: Row, row: Row) -> "SearchMember":
+def _member(node: Node, content: PassContent, row: SuitedRow) -> "SearchMember":
     from composer.optimize.problem import SearchMember
 
     adapter = loaded_adapter(node, row, shared_architecture(node, content["architecture"]))

@@ -2,10 +2,10 @@
 their own, and the report runs again with their results."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from time import monotonic
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, NotRequired, TypedDict
 
 from composer.errors import ComposerError
 from composer.formats.recipes.methods import parse_settings
@@ -17,10 +17,10 @@ from registry.domain.catalog import bases
 from registry.domain.compositions import checks, compositions
 from registry.errors.translation import of_composer
 from registry.transfer import publishing
-from registry.worker.combine_units import calibration_of, calibration_sets
+from registry.worker.combine_units import CalibrationRow, calibration_of, calibration_sets
 from registry.worker.composition import ProgressCount
 from registry.worker.engine.units import Count, Node, Result, Task, Unit, always_intact
-from registry.worker.node_files import Row, loaded_adapter, share_architecture, shared_architecture, to_rows
+from registry.worker.node_files import MemberRow, Row, loaded_adapter, share_architecture, shared_architecture, to_rows
 from registry.worker.node_models import WITHOUT_MODEL
 from registry.worker.pass_units import Named, Passes, measured_of, named
 from registry.worker.runner import JobKind, JobLost, JobRun
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from composer.conflicts.examine import Evidence
     from composer.deltas.variants.load import LoadedAdapter
     from composer.evaluation.measure import ExampleScore
+    from composer.formats.recipes.methods import AnySettings
 
 
 def conflict_report(
@@ -95,12 +96,36 @@ class _Expected:
         """Ignores progress, which the passes count."""
 
 
+class ProbeContent(TypedDict):
+    """The probe of a report: its suites, guards and examples, and the sets of a fit."""
+
+    base: str
+    suites: list[Mapping[str, Any] | None]
+    guards: list[Mapping[str, Any]]
+    k: int
+    calibration: list[CalibrationRow] | None
+    searched: list[CalibrationRow]
+
+
+class ReportContent(TypedDict):
+    """The shared document that determines a report, without the passes that are known."""
+
+    architecture: str
+    members: list[MemberRow]
+    method: str
+    settings: Mapping[str, Any]
+    probe: NotRequired[ProbeContent | None]
+    policy: NotRequired[Mapping[str, Any] | None]
+    base_names: NotRequired[list[str]]
+    as_adapter: NotRequired[bool]
+
+
 def _report(node: Node, unit: Unit, _count: Count) -> Result:
     from composer.conflicts.examine import examine
     from composer.conflicts.render.text import document as rendered
     from composer.export.combine import refuse_uncombinable
 
-    content: Row = json.loads(node.shared(unit.content["document"]))
+    content: ReportContent = json.loads(node.shared(unit.content["document"]))
     architecture = shared_architecture(node, content["architecture"])
     adapters: list[LoadedAdapter] = []
     for member in content["members"]:
@@ -109,9 +134,9 @@ def _report(node: Node, unit: Unit, _count: Count) -> Result:
     weights = [parse_weight(member["weight"]) for member in content["members"]]
     settings, expected = parse_settings(content["method"], content["settings"]), _Expected()
     evidence: Evidence | None = None
-    if content.get("probe"):
+    if probe := content.get("probe"):
         known = _KnownPasses(json.loads(node.shared(unit.content["known"])))
-        evidence = replace(_evidence(content, expected, known), spent_s=unit.hints["spent_s"])
+        evidence = replace(_evidence(probe, settings, expected, known), spent_s=unit.hints["spent_s"])
     try:
         report = examine(
             adapters,
@@ -132,11 +157,10 @@ def _report(node: Node, unit: Unit, _count: Count) -> Result:
     return made
 
 
-def _evidence(content: Row, expected: _Expected, known: _KnownPasses) -> "Evidence":
+def _evidence(probe: ProbeContent, settings: "AnySettings", expected: _Expected, known: _KnownPasses) -> "Evidence":
     from composer.conflicts.evidence.probe import usual_most
     from composer.conflicts.examine import Evidence
 
-    probe, settings = content["probe"], parse_settings(content["method"], content["settings"])
     return Evidence(
         load=_no_base,
         suites=[Suite.from_json(suite) if suite else None for suite in probe["suites"]],
