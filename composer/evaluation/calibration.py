@@ -23,6 +23,9 @@ from composer.formats.recipes.phrases import phrased
 from composer.formats.recipes.suite import CalibrationSet
 from composer.methods.regmean import ModuleInputs
 
+_WAITING_BYTES = 64 << 20
+"""Rows are written together once they have this size."""
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -82,24 +85,57 @@ class Calibration:
         return collector.inputs()
 
 
+@dataclass(slots=True)
+class _Rows:
+    """Rows of a module's inputs: in memory at first, later mapped from a file."""
+
+    tensor: torch.Tensor
+
+
+class _RowsOnDisk:
+    """Writes rows to a file many at a time: each mapping counts as an open file, of which a process may have 1,024."""
+
+    def __init__(self) -> None:
+        self._spill, self._lock = SpillFile(), Lock()
+        self._waiting: list[_Rows] = []
+        self._bytes = 0
+
+    def put(self, rows_NI: torch.Tensor) -> _Rows:
+        kept = _Rows(rows_NI.clone())  # the model may change its own in place
+        with self._lock:  # examples run side by side
+            self._waiting.append(kept)
+            self._bytes += kept.tensor.nbytes
+            if self._bytes >= _WAITING_BYTES:
+                self._write()
+        return kept
+
+    def finish(self) -> None:
+        with self._lock:
+            self._write()
+
+    def _write(self) -> None:
+        stored = self._spill.put([rows.tensor for rows in self._waiting])
+        for rows, factor in zip(self._waiting, stored, strict=True):
+            rows.tensor = factor.tensor
+        self._waiting, self._bytes = [], 0
+
+
 class _Collector:
     """Keeps each module's inputs on disk, in the order of the examples. Modules that get the same tensor in a row (q, k
     and v; gate and up) share them."""
 
     def __init__(self) -> None:
-        self._parts: dict[str, dict[tuple[int, ...], tuple[torch.Tensor, float]]] = defaultdict(dict)
-        self._latest: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = {}
-        self._spill, self._lock = SpillFile(), Lock()
+        self._parts: dict[str, dict[tuple[int, ...], tuple[_Rows, float]]] = defaultdict(dict)
+        self._latest: dict[tuple[int, ...], tuple[torch.Tensor, _Rows]] = {}
+        self._disk = _RowsOnDisk()
 
     def watch(self, path: str) -> Watch:
         def keep(seen: ForwardPass, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
             energy = float(seen.rows(output, path).float().square().sum())
             latest = self._latest.get(seen.indices)
             if latest is None or latest[0] is not inputs[0]:
-                rows_NI = seen.rows(inputs[0], path).cpu()
-                with self._lock:  # examples run side by side
-                    (kept,) = self._spill.put([rows_NI])
-                self._latest[seen.indices] = latest = (inputs[0], kept.tensor)
+                kept = self._disk.put(seen.rows(inputs[0], path).cpu())
+                self._latest[seen.indices] = latest = (inputs[0], kept)
             self._parts[path][seen.indices] = (latest[1], energy)
 
         return keep
@@ -110,22 +146,21 @@ class _Collector:
 
         def keep(seen: ForwardPass, inputs: tuple[torch.Tensor, ...], _output: torch.Tensor) -> None:
             for stack, keys in stacks:
-                kept: dict[int, tuple[torch.Tensor, float]] = {}
+                kept: dict[int, tuple[_Rows, float]] = {}
                 for key, expert in keys:
                     if expert not in kept:
                         rows_NI = stack.rows(seen, inputs, expert)
-                        with self._lock:
-                            (rows,) = self._spill.put([rows_NI.cpu()])
-                        kept[expert] = (rows.tensor, stack.energy(rows_NI, expert))
+                        kept[expert] = (self._disk.put(rows_NI.cpu()), stack.energy(rows_NI, expert))
                     self._parts[key][seen.indices] = kept[expert]
 
         return keep
 
     def inputs(self) -> dict[str, ModuleInputs]:
+        self._disk.finish()
         inputs: dict[str, ModuleInputs] = {}
         for path, parts in self._parts.items():
             ordered = [parts[indices] for indices in sorted(parts)]
-            inputs[path] = ModuleInputs(tuple(rows for rows, _ in ordered), sum(energy for _, energy in ordered))
+            inputs[path] = ModuleInputs(tuple(rows.tensor for rows, _ in ordered), sum(energy for _, energy in ordered))
         return inputs
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from composer.conflicts.examine import Evidence, examine
+from composer.deltas.delta import LowRank
 from composer.deltas.variants.load import LoadedAdapter
 from composer.errors import Mismatch
 from composer.evaluation.calibration import Calibration
@@ -54,6 +55,15 @@ def test_a_streamed_base_gives_the_same_factors(loaded: LoadedModel, red: Loaded
     )
     for one, other in zip(here, there, strict=True):
         torch.testing.assert_close(dense(one), dense(other), rtol=1e-3, atol=1e-5)
+
+
+def test_the_inputs_of_all_modules_keep_few_files_open(loaded: LoadedModel, red: LoadedAdapter) -> None:
+    """A process may have 1,024; each mapping counts as one."""
+    wanted = {delta.module: delta for delta in red.deltas if isinstance(delta, LowRank)}
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    seen = calibration(loaded).observe(0, [], wanted)
+    assert len(seen) == len(wanted) > 2
+    assert len(list(Path("/proc/self/fd").iterdir())) - before <= 2
 
 
 def test_a_cut_of_the_tokens_is_the_same_every_time_and_another_with_another_seed(
