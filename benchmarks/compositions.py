@@ -224,7 +224,7 @@ class Study:
         """The deltas that `adaptory tame` makes."""
         settings = parse_settings("regmean", TAMED)
         assert isinstance(settings, Regmean)
-        own = [CalibrationSet(self.tasks.suites[name], settings.examples)]
+        own = [CalibrationSet.of_member(self.tasks.suites[name], settings.examples)]
         calibration = Calibration(lambda: self.loaded, own, settings, guards=guards)
         adapter = load_deltas(self.adapters / f"{name}-unrehearsed", self.loaded.architecture)
         return combine_deltas([adapter], [1.0], "regmean", TAMED, calibration.observe).deltas

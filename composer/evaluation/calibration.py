@@ -19,7 +19,7 @@ from composer.evaluation.model import LoadedModel
 from composer.evaluation.observe import ForwardPass, Watch, observe
 from composer.evaluation.stack_inputs import Stack
 from composer.formats.recipes.methods import Regmean
-from composer.formats.recipes.phrases import phrased
+from composer.formats.recipes.phrases import half_reworded, phrased
 from composer.formats.recipes.suite import CalibrationSet
 from composer.methods.regmean import ModuleInputs
 
@@ -167,7 +167,7 @@ class _Collector:
 def _encoded(loaded: LoadedModel, used: CalibrationSet) -> list[Encoded]:
     """Encodes prompts; they are user turns if the base has a chat template."""
     if used.suite is not None:
-        examples = phrased(used.phrase, used.examples)
+        examples = phrased(used.phrase, half_reworded(used.examples) if used.reworded else used.examples)
         return [encode(loaded, example, used.suite.chat, used.suite.ends) for example in examples]
     chat = loaded.tokenizer.chat_template is not None
     ids = [tuple(encode_prompt(loaded, prompt, chat)) for prompt in used.prompts]

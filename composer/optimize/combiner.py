@@ -74,7 +74,7 @@ class Combiner:
         sets: list[CalibrationSet] = []
         for split in splits:
             examples = [example for example in split.search[part] if example not in scored]
-            sets.append(CalibrationSet(split.part(examples), len(examples)) if examples else CalibrationSet())
+            sets.append(CalibrationSet.of_member(split.part(examples), len(examples)) if examples else CalibrationSet())
         return sets
 
     def _observe(self, calibration: Calibration, candidate: Candidate) -> Observe:

@@ -48,11 +48,11 @@ class Split:
     @property
     def searched(self) -> CalibrationSet:
         """The search examples, to fit on."""
-        return CalibrationSet(self.suite, len(self.search))
+        return CalibrationSet.of_member(self.suite, len(self.search))
 
     def to_json(self) -> dict[str, object]:
         """The digests of the search examples, in the form of a lock's calibration sets."""
-        return self.searched.to_json()
+        return CalibrationSet(self.suite, len(self.search)).to_json()
 
 
 def splits(members: Sequence[Suite], guards: Sequence[Suite], search: int, confirm: int) -> dict[str, Split]:

@@ -225,4 +225,4 @@ def calibration_set(suite: "Suite", count: int, phrase: str = "") -> "Calibratio
     if len(suite.examples) <= count:
         message = f"{suite.name} has {len(suite.examples)} examples: fitting on {count} leaves none to evaluate on."
         raise Refused("suite_too_small", message, subject=suite.name)
-    return CalibrationSet(suite, count, phrase=phrase)
+    return CalibrationSet.of_member(suite, count, phrase)

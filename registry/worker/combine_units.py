@@ -35,6 +35,7 @@ class CalibrationRow(TypedDict):
     count: int
     prompts: list[str]
     phrase: NotRequired[str]
+    reworded: NotRequired[bool]
 
 
 class CombineContent(TypedDict):
@@ -87,6 +88,8 @@ def calibration_rows(sets: Sequence[CalibrationSet]) -> list[CalibrationRow]:
         rows.append({"suite": suite, "count": fitted_on.count, "prompts": list(fitted_on.prompts)})
         if fitted_on.phrase:
             rows[-1]["phrase"] = fitted_on.phrase
+        if fitted_on.reworded:
+            rows[-1]["reworded"] = True
     return rows
 
 
@@ -98,6 +101,7 @@ def calibration_sets(rows: Sequence[CalibrationRow]) -> list[CalibrationSet]:
             row["count"],
             tuple(row["prompts"]),
             row.get("phrase", ""),
+            row.get("reworded", False),
         )
         for row in rows
     ]

@@ -129,7 +129,8 @@ class CompositionRun:
         for index, row in enumerate(self.lock.calibration):
             if "suite_digest" in row:
                 (content,) = suites_named(held, [row["suite_digest"]])
-                sets.append(CalibrationSet(content, len(row["examples"]), phrase=row.get("phrase", "")))
+                phrase, reworded = row.get("phrase", ""), row.get("reworded", False)
+                sets.append(CalibrationSet(content, len(row["examples"]), phrase=phrase, reworded=reworded))
             else:
                 sets.append(CalibrationSet(prompts=self.recipe.inputs[index].prompts))
         return sets

@@ -10,7 +10,7 @@ from playwright.sync_api import Page, expect
 from tests.browser.conftest import Site, grave_findings
 from tests.scenarios.world import World
 
-CHANNEL = "acme/support@prod"
+CHANNEL = "acme/watched@prod"  # other tests count the releases of the site's own repositories
 WATCH = {"for": "30m", "steps": [10, 50, 100], "rules": ["errors <= served + 0.01"]}
 
 
@@ -19,18 +19,19 @@ def _begin(site: Site, world: World, directory: Path) -> None:
     policy = directory / "policy.yaml"
     policy.write_text(yaml.safe_dump({"version": 1, "watch": WATCH}))
     words = ("--base", "tiny", "--allow-breaking", "story")
-    site.cli.ok("push", world.adapters["terraform"], "acme/support:1.1.0", *words)
+    site.cli.ok("push", world.adapters["support"], "acme/watched:1.0.0", "--base", "tiny", "--channel", "prod")
+    site.cli.ok("push", world.adapters["terraform"], "acme/watched:1.1.0", *words)
     site.cli.ok("policy", "set", CHANNEL, policy)
     served = site.cli.json("show", CHANNEL)
     live = {"channel": CHANNEL, "state": "following", "splits": True, "since": "2026-01-01T00:00:00Z"}
     live |= {"version": served["version"], "commit": served["commit"]}
     _sent(site, "PUT", "/v1/fleet/gpus/a", {"agent": "test", "channels": [live]})
-    site.cli.ok("promote", "acme/support:1.1.0", "--to", "prod", "--canary", "10%")
+    site.cli.ok("promote", "acme/watched:1.1.0", "--to", "prod", "--canary", "10%")
 
 
 def _report(site: Site, requests: int, failed: int) -> None:
     body = {"1.1.0": {"requests": requests, "errors": failed}, "1.0.0": {"requests": 9 * requests}}
-    _sent(site, "POST", "/v1/adapters/acme/support/channels/prod/watch", {"source": "front", "versions": body})
+    _sent(site, "POST", "/v1/adapters/acme/watched/channels/prod/watch", {"source": "front", "versions": body})
 
 
 def _sent(site: Site, method: str, path: str, body: Any) -> None:

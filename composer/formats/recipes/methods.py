@@ -379,7 +379,7 @@ PIPELINES: dict[str, Pipeline] = {
     **_PLAIN,
     **{f"pico_{name}": replace(pipeline, calibrate="pico", version=2) for name, pipeline in _PLAIN.items()},
     **{f"peft_{name}": Pipeline(parity=name) for name in _PEFT_TYPES},
-    "regmean": Pipeline(fitted=True, version=2),
+    "regmean": Pipeline(fitted=True, version=3),
 }
 
 METHOD_NAMES = ", ".join([*(name for name in PIPELINES if not name.startswith("pico_")), "pico_…"])

@@ -48,6 +48,24 @@ def phrased_suite(phrase: str, suite: Suite) -> Suite:
     return Suite(**{**suite.content, "examples": phrased(phrase, suite.examples)})  # pyright: ignore[reportArgumentType]
 
 
+FITTING = (
+    ("Please answer this one.\n\n", ""),
+    ("", "\n\nThat would help me a lot."),
+    ("Hi, a quick question from my side: ", " Thanks!"),
+    ("I am working on this:\n", "\nWhat do you answer?"),
+)
+"""What is put before and after some of the prompts that a fit is made on: never what judges it."""
+
+
+def half_reworded(examples: Sequence[Example]) -> tuple[Example, ...]:
+    """The examples; every second one has the next of FITTING around its prompt."""
+    made = list(examples)
+    for number, index in enumerate(range(1, len(made), 2)):
+        before, after = FITTING[number % len(FITTING)]
+        made[index] = replace(made[index], prompt=f"{before}{made[index].prompt}{after}")
+    return tuple(made)
+
+
 JUDGING = (
     ("Could you help me with this, please?\n\n", "\n\nThank you!"),
     ("I have one for you. ", " I would be glad about an answer."),

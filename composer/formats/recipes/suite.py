@@ -359,12 +359,20 @@ def _bad(where: str, why: str, subject: str, next_step: str) -> InvalidFile:
 @dataclass(frozen=True, slots=True)
 class CalibrationSet:
     """The examples that one adapter is fitted on: the first `count` examples of a suite's fixed random order, or
-    prompts without answers. A `phrase` is put before each prompt."""
+    prompts without answers. A `phrase` is put before each prompt. With `reworded`, every second prompt is in other
+    words (composer/formats/recipes/phrases.py)."""
 
     suite: Suite | None = None
     count: int = 0
     prompts: tuple[str, ...] = ()
     phrase: str = ""
+    reworded: bool = False
+
+    @classmethod
+    def of_member(cls, suite: Suite, count: int, phrase: str = "") -> "CalibrationSet":
+        """What a member is fitted on: a chat also in other words, or the fit may answer little once a sentence is put
+        before a prompt."""
+        return cls(suite, count, phrase=phrase, reworded=suite.chat and suite.kind != "guard")
 
     @property
     def examples(self) -> tuple[Example, ...]:
@@ -386,8 +394,9 @@ class CalibrationSet:
         if self.suite is None:
             return {"prompts": [_digest(prompt) for prompt in self.prompts]}
         used = [example_digest(example) for example in self.examples]
-        phrase = {"phrase": self.phrase} if self.phrase else {}
-        return {"suite": self.suite.name, "suite_digest": self.suite.digest, "examples": used, **phrase}
+        how = {"phrase": self.phrase} if self.phrase else {}
+        how |= {"reworded": True} if self.reworded else {}
+        return {"suite": self.suite.name, "suite_digest": self.suite.digest, "examples": used, **how}
 
 
 GUARD_EXAMPLES = 16

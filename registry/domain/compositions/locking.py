@@ -280,7 +280,8 @@ def _calibration(
                 subject=name,
                 next_step="Add examples to the suite, or set fewer (settings: {examples: N}).",
             )
-        sets.append(CalibrationSet(Suite.from_json(suite.content), count, phrase=source.phrase or ""))
+        of = CalibrationSet.of_member if isinstance(settings, Regmean) else CalibrationSet
+        sets.append(of(Suite.from_json(suite.content), count, phrase=source.phrase or ""))
     named = [suites.find(session, name) for name in recipe.evaluate]
     guards = [Suite.from_json(suite.content) for suite in named if suite.kind == "guard"]
     return tuple(examples.to_json() for examples in (*sets, *guard_sets(guards, most=recipe.guard_examples)))

@@ -16,8 +16,10 @@ from composer.evaluation.evaluate import evaluate
 from composer.evaluation.model import LoadedModel, load_model
 from composer.findings import Verdict
 from composer.formats.recipes.methods import Regmean, parse_settings
+from composer.formats.recipes.phrases import FITTING, JUDGING, half_reworded
 from composer.formats.recipes.suite import CalibrationSet, Example, Suite, used_in
 from composer.methods.combine import combine_deltas
+from registry.worker.combine_units import calibration_rows, calibration_sets
 from tests.composer.small_model import Load, dense
 
 
@@ -121,6 +123,36 @@ def test_what_was_fitted_on_never_judges(loaded: LoadedModel, red: LoadedAdapter
     report = examine([red, green], [1.0, 1.0], parse_settings("regmean"), evidence=evidence)
     assert report.probe is not None
     assert {effect.examples for effect in report.probe.overall.effects} == {7}
+
+
+def test_a_chat_is_fitted_half_in_other_words_which_never_judge(loaded: LoadedModel, red: LoadedAdapter) -> None:
+    words = [text.strip() for wrapper in FITTING for text in wrapper if text.strip()]
+    judging = [text.strip() for wrapper in JUDGING for text in wrapper if text.strip()]
+    prompts = [example.prompt for example in half_reworded(RED.sample(8))]
+    assert [example.prompt in prompts for example in RED.sample(8)] == [True, False] * 4
+    assert all(any(word in prompt for word in words) for prompt in prompts[1::2])
+    assert not any(word in prompt for prompt in prompts for word in judging)
+
+    def rows(used: CalibrationSet) -> int:
+        observed = Calibration(lambda: loaded, [used], Regmean(tokens=65_536)).observe(0, [], _low_rank(red))
+        return len(next(iter(observed.values())).rows)
+
+    plain, member = CalibrationSet(RED, 4), CalibrationSet.of_member(RED, 4)
+    assert rows(member) > rows(plain), "as a lock of an earlier version states it"
+    assert member.to_json() == {**plain.to_json(), "reworded": True}
+    (again,) = calibration_sets(calibration_rows([member]))
+    assert again == member
+    assert used_in([member], [RED]) == used_in([plain], [RED])
+
+
+def test_what_is_no_chat_and_what_is_a_guard_is_fitted_as_it_is() -> None:
+    for kind, chat in (("target", False), ("guard", True)):
+        other = Suite(name="a", kind=kind, chat=chat, examples=RED.examples)  # pyright: ignore[reportArgumentType]
+        assert CalibrationSet.of_member(other, 4) == CalibrationSet(other, 4)
+
+
+def _low_rank(adapter: LoadedAdapter) -> dict[str, LowRank]:
+    return {delta.module: delta for delta in adapter.deltas if isinstance(delta, LowRank)}
 
 
 def test_a_fitted_method_without_examples_is_unmeasured(
