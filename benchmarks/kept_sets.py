@@ -12,8 +12,8 @@ from pathlib import Path
 
 def main() -> None:
     sys.path.insert(0, "examples")
-    from optimize_sets import SETS  # pyright: ignore[reportMissingImports]
-    from study_sets import adapter_and_task, suite_of  # pyright: ignore[reportMissingImports]
+    from optimize_sets import SETS
+    from study_sets import adapter_and_task, suite_of
 
     directory, *wanted = sys.argv[1:]
     sets = [names.split("+") for names in wanted] or SETS
