@@ -121,7 +121,7 @@ class Record:
 class Bench:
     """Measures results that are not in the record yet: with `measure` in this process, or elsewhere. `passes` counts
     the requested results, each once, whether run now or recorded before, so that a budget ends a resumed search at the
-    same point as any other; `run_now` counts those run now."""
+    same point as any other; `run_now` counts those of them that were run now."""
 
     def __init__(self, measure: Measure, record: Record | None = None, elsewhere: Elsewhere | None = None) -> None:
         self._measure = elsewhere.measure if elsewhere is not None else measure
@@ -129,11 +129,15 @@ class Bench:
         self._asked: set[Key] = set()
         self._planned: list[Pass] | None = None
         self._assumed: dict[Key, ExampleScore] = {}
-        self.run_now = 0
+        self._run = set[Key]()
 
     @property
     def passes(self) -> int:
         return len(self._asked)
+
+    @property
+    def run_now(self) -> int:
+        return len(self._asked & self._run)
 
     def run(self, who: str, deltas: Callable[[], Deltas], asked: Sequence[Asked], fit: str = "") -> Results:
         """The results for the examples. The missing ones are run in a pass of `who`'s deltas, or in its parts."""
@@ -173,7 +177,7 @@ class Bench:
             self._add(planned_pass, results)
 
     def _add(self, measured: Pass, results: Sequence[ExampleScore]) -> None:
-        self.run_now += len(results)
+        self._run.update(measured.keys)
         self._record.add(zip(measured.keys, results, strict=True))
 
     def references(

@@ -59,3 +59,5 @@ def test_a_round_elsewhere_begins_with_what_takes_longest_and_leaves_nothing_to_
         ("a fit", 8), ("a sum", MOST_EXAMPLES), ("a sum", MOST_EXAMPLES), ("a sum", 6), ("base", 3),
     ]  # fmt: skip
     assert not elsewhere.alone
+    bench.run_ahead(lambda: bench.run("never requested", lambda: (), ASKED[:4]))
+    assert bench.run_now == bench.passes == 8 + 3, "what is only run ahead is not counted"
