@@ -18,7 +18,7 @@ Document = Mapping[str, Any]
 Rows = Sequence[ExampleScore]
 LIMITS = Limits()
 UNSEEN, FRESH = 24, 200
-"""The unseen examples of a suite of 32 of which a search sees 8; the examples that decide what is safe."""
+"""A search judges on the 24 of a suite's 32 examples that it has not seen; whether that was right is judged on 200."""
 
 
 def tables(sets: Sequence[Document], adapters: Document, draw: random.Random, draws: int) -> Iterator[str]:

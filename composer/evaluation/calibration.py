@@ -93,7 +93,7 @@ class _Rows:
 
 
 class _RowsOnDisk:
-    """Writes rows to a file many at a time: each mapping counts as an open file, of which a process may have 1,024."""
+    """Writes rows to a file in large batches: each mapping counts as an open file, and a process may have 1,024."""
 
     def __init__(self) -> None:
         self._spill, self._lock = SpillFile(), Lock()
