@@ -1,5 +1,6 @@
 """Checks what workers attested of a release, on the reader's own machine."""
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from registry.client.api import Api
@@ -12,27 +13,53 @@ from registry.wire.search import AnyRelease
 _COMPARED = ("metric", "value", "stderr", "n", "higher_is_better")
 
 
-def checked_attestations(api: Api, release: AnyRelease) -> list[tuple[AttestationOut, Statement]]:
-    """The attestations of a release by keys that are not revoked, each with its statement.
+@dataclass(frozen=True, slots=True)
+class Attested:
+    """An attestation whose key is not revoked, with its statement. Of scores, `is_newest` says whether any of them was
+    not measured again on the same suite."""
+
+    row: AttestationOut
+    statement: Statement
+    is_newest: bool = True
+
+    @property
+    def suite(self) -> tuple[str, str] | None:
+        """The name and digest of the suite that was measured, if any."""
+        subjects = self.statement.subjects.items()
+        return next(((name[6:], digest) for name, digest in subjects if name.startswith("suite ")), None)
+
+    @property
+    def metrics(self) -> set[tuple[object, str]]:
+        """The suite and name of each score; empty for attestations of other kinds."""
+        is_scores = self.statement.predicate_type == SCORES
+        return {(self.suite, score["metric"]) for score in self.statement.predicate["scores"]} if is_scores else set()
+
+
+def checked_attestations(api: Api, release: AnyRelease) -> tuple[list[Attested], list[AttestationOut]]:
+    """The attestations of a release, oldest first: those by keys that are not revoked, and the others. The evidence is
+    among them if the caller may read it.
 
     Raises Refused for one that its key did not sign, one of other weights or another base, and for a score that is
     shown as measured by a worker and differs from what the worker attested.
     """
     rows = api.get(f"{release.path}/attestations", AttestationsOut).attestations
-    checked = [(row, _checked(row, release)) for row in rows if row.key.revoked_at is None]
+    checked = [Attested(row, _checked(row, release)) for row in rows if row.key.revoked_at is None]
     attested = {
-        (digest, row.key.worker, *(score[name] for name in _COMPARED))
-        for row, statement in checked
-        if statement.predicate_type == SCORES
-        for name, digest in statement.subjects.items()
-        if name.startswith("suite ")
-        for score in statement.predicate["scores"]
+        (one.suite[1], one.row.key.worker, *(score[name] for name in _COMPARED))
+        for one in checked
+        if one.suite and one.metrics
+        for score in one.statement.predicate["scores"]
     }
     for score in api.get(f"{release.path}/scores", ScoresOut).scores:
         measured = (score.suite_digest, score.measured_by, *(getattr(score, name) for name in _COMPARED))
         if score.measured_by is not None and measured not in attested:
             raise _untrusted(f"{score.suite}.{score.metric} of {release.name} is not what a worker attested")
-    return checked
+    return _with_newest(checked), [row for row in rows if row.key.revoked_at is not None]
+
+
+def _with_newest(checked: list[Attested]) -> list[Attested]:
+    newest = {metric: one for one in checked for metric in one.metrics}
+    return [replace(one, is_newest=not one.metrics or any(newest[it] is one for it in one.metrics)) for one in checked]
 
 
 def checked_evidence(api: Api, release: AnyRelease) -> tuple[EvidenceExample, ...]:
@@ -57,11 +84,11 @@ def _checked(row: AttestationOut, release: AnyRelease) -> Statement:
     return statement
 
 
-def save_attestations(rows: list[tuple[AttestationOut, Statement]], directory: Path) -> list[Path]:
+def save_attestations(rows: list[Attested], directory: Path) -> list[Path]:
     """Writes each envelope and each public key to a file of its own, for tools that read DSSE. Returns the paths."""
     directory.mkdir(parents=True, exist_ok=True)
-    contents = {f"{row.key.id[:12]}.pub.pem": row.key.public_key for row, _ in rows}
-    contents |= {f"{number}-{row.kind}.dsse.json": row.envelope for number, (row, _) in enumerate(rows, 1)}
+    contents = {f"{one.row.key.id[:12]}.pub.pem": one.row.key.public_key for one in rows}
+    contents |= {f"{number}-{one.row.kind}.dsse.json": one.row.envelope for number, one in enumerate(rows, 1)}
     for name, content in contents.items():
         (directory / name).write_text(content, encoding="utf-8")
     return [directory / name for name in contents]

@@ -1,7 +1,7 @@
 """Who says that a score was measured: workers attest what they measured, and everybody else states it."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -45,7 +45,12 @@ def test_evidence_is_made_by_a_worker_on_a_suite_that_allows_it(team: Cli, tmp_p
     suite = {score["suite_digest"] for score in team.json("show", "acme/sql:1.0.0")["scores"]}
     assert statement.subjects["suite said"] in suite
     assert team.json("show", "acme/sql:1.0.0")["commit"] == before
-    assert [row["kind"] for row in team.json("verify", "acme/sql:1.0.0")["attestations"]] == ["scores"]
+    listed = team.json("verify", "acme/sql:1.0.0", "--attestations", tmp_path / "attested")["attestations"]
+    assert sorted((row["kind"], row["suite"]) for row in listed) == [("evidence", "said"), ("scores", "said")]
+    assert [len(list((tmp_path / "attested").glob(f"*-{row['kind']}.dsse.json"))) for row in listed] == [1, 1]
+    assert (
+        "evidence on said (8 examples) of acme/sql:1.0.0 attested by worker" in team.ok("verify", "acme/sql:1.0.0").out
+    )
     assert "8 examples" in team.ok("evidence", "acme/sql:1.0.0").out
 
 
@@ -71,6 +76,7 @@ def test_a_rule_believes_the_worker_that_measured_and_not_what_a_publisher_typed
     envelope = json.loads((tmp_path / "attested" / "1-scores.dsse.json").read_text())
     assert envelope["payloadType"] == "application/vnd.in-toto+json"
     team.ok("promote", "acme/sql:1.0.0", "--to", "prod")
+    check_measured_again(team, key)
 
     attested_one = select(Score).where(Score.metric == "accuracy", Score.attestation_id.is_not(None))
     with closing(opened(team)) as resources:
@@ -85,9 +91,23 @@ def test_a_rule_believes_the_worker_that_measured_and_not_what_a_publisher_typed
     team.ok("worker-key", "revoke", key["id"][:12])
     revoked = team.json("show", "acme/sql:1.0.0")["scores"]
     assert {score["measured_by"] for score in revoked} == {None}
-    assert team.json("verify", "acme/sql:1.0.0")["attestations"] == []
+    check_revoked(team, key)
     stopped = team("eval", "acme/sql:1.0.0", "--suite", "said", "--queue")
     assert (stopped.code, "was revoked" in stopped.err) == (1, True)
+
+
+def check_measured_again(team: Cli, key: Mapping[str, str]) -> None:
+    team.ok("eval", "acme/sql:1.0.0", "--suite", "said", "--queue")
+    assert [row["newest"] for row in team.json("verify", "acme/sql:1.0.0")["attestations"]] == [False, True]
+    first, second = team.ok("verify", "acme/sql:1.0.0").out.splitlines()
+    assert (first.endswith(", measured again since"), second.endswith(key["id"][:12])) == (True, True)
+
+
+def check_revoked(team: Cli, key: Mapping[str, str]) -> None:
+    verified = team.json("verify", "acme/sql:1.0.0")
+    assert (verified["attestations"], {row["key"] for row in verified["revoked"]}) == ([], {key["id"]})
+    said = f"not attested: key {key['id'][:12]} of worker {key['worker']} was revoked by mia at 20"
+    assert team.ok("verify", "acme/sql:1.0.0").out.count(said) == 2
 
 
 def typed_by_a_publisher(team: Cli, tmp_path: Path) -> list[tuple[str, str]]:

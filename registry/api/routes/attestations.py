@@ -9,7 +9,8 @@ from registry.api.http.rules import Caller, Member, Reader, RegistryAdmin
 from registry.api.routes.repository import RepositoryOf, RepositoryRouter
 from registry.database.tables import Attestation, WorkerKey
 from registry.domain.access import worker_keys
-from registry.domain.access.roles import Role, holds, permit, permit_somewhere
+from registry.domain.access.audit import Actor
+from registry.domain.access.roles import Role, holds, namespaces_of, permit, permit_somewhere
 from registry.domain.catalog import attestations
 from registry.wire.document import Page
 from registry.wire.quality import AttestationOut, AttestationsOut, WorkerKeyOut
@@ -39,10 +40,11 @@ def revoke_worker_key(key: str, resources: ResourcesOf, actor: RegistryAdmin) ->
 
 @repository_routes.get("/{namespace}/{name}/releases/{version}/attestations")
 def list_attestations(named: RepositoryOf, version: str, resources: ResourcesOf, actor: Reader) -> AttestationsOut:
-    """List what workers attested of a release: its scores, and its lineage if a worker composed it. Evidence is in a
-    document of its own."""
+    """List what workers attested of a release: its scores, its lineage if a worker composed it, and its evidence for
+    those who may read that. Keys that were revoked are included."""
+    evidence = _may_read_evidence(actor, str(named.name))
     with resources.read() as session:
-        rows = attestations.of_release(session, named.release(session, version))
+        rows = attestations.of_release(session, named.release(session, version), evidence=evidence)
         return AttestationsOut(attestations=list(map(_view, rows)))
 
 
@@ -51,11 +53,15 @@ def show_evidence(named: RepositoryOf, version: str, resources: ResourcesOf, act
     """Show the evidence by which a server's answers are compared with the release: token ids of up to 8 examples, and
     their log-probabilities under the release and its base. For readers of suites and for agents of the namespace."""
     permit(actor, Role.READER, str(named.name))
-    if not holds(actor, Role.AGENT, str(named.name)):
+    if not _may_read_evidence(actor, str(named.name)):
         permit_somewhere(actor, Role.READER)
     with resources.read() as session:
         release = named.release(session, version)
         return _view(attestations.evidence_of(session, release))
+
+
+def _may_read_evidence(actor: Actor, name: str) -> bool:
+    return holds(actor, Role.AGENT, name) or any(holds(actor, Role.READER, one) for one in namespaces_of(actor))
 
 
 def _view(row: Attestation) -> AttestationOut:

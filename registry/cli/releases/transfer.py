@@ -1,6 +1,6 @@
 """Transfers: push, pull and verify."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,8 +26,8 @@ from registry.sdk.local_files import total_bytes
 
 if TYPE_CHECKING:
     from composer.merge.rebuild import Rebuilt
+    from registry.client.attestations import Attested
     from registry.client.push import ReleaseRequest
-    from registry.formats.attestations import Statement
 
 SigningKey = Annotated[Path | None, typer.Option(metavar="KEY.pem", help="Sign the release with this private key.")]
 BaseName = Annotated[
@@ -210,6 +210,7 @@ def verify(  # noqa: PLR0913
 ) -> None:
     """Verify what workers attested of a release, a signature and the signed files, or rebuild a merge and compare."""
     from registry.cli.releases.rebuild import rebuilt, rebuilt_here
+    from registry.client.attestations import checked_attestations, save_attestations
     from registry.client.signing import read_public_key, verify_directory, verify_release
 
     if key is None and not rebuild and Path(what).is_dir():
@@ -226,7 +227,9 @@ def verify(  # noqa: PLR0913
             connection = stack.enter_context(connected())
             release = resolved(connection, what)
             refuse_idle(local, "here: it is for local merges, with DIR --rebuild", _HELP)
-            verified.attested = _attested(connection, release, attestations)
+            verified.attested, verified.revoked = checked_attestations(connection.api, release)
+            if attestations:
+                save_attestations(verified.attested, attestations)
             if rebuild or public_key:
                 directory = release_directory(connection, release)
             if rebuild:
@@ -251,7 +254,8 @@ class _Verified:
     """The checks of a release or a directory that were made; None for others."""
 
     what: str
-    attested: "list[tuple[wire.quality.AttestationOut, Statement]] | None" = None
+    attested: "list[Attested] | None" = None
+    revoked: "Sequence[wire.quality.AttestationOut]" = ()
     rebuilt: "Rebuilt | None" = None
     signed: Signed | None = None
 
@@ -259,20 +263,33 @@ class _Verified:
         document: dict[str, object] = {"what": self.what}
         if self.attested is not None:
             document["attestations"] = [
-                {"kind": row.kind, "worker": row.key.worker, "key": row.key.id, "predicate": dict(statement.predicate)}
-                for row, statement in self.attested
+                {
+                    "kind": one.row.kind,
+                    "suite": one.suite and one.suite[0],
+                    "newest": one.is_newest,
+                    "worker": one.row.key.worker,
+                    "key": one.row.key.id,
+                    "predicate": dict(one.statement.predicate),
+                }
+                for one in self.attested
+            ]
+            document["revoked"] = [
+                {"kind": row.kind, "worker": row.key.worker, "key": row.key.id, "revoked_at": row.key.revoked_at}
+                for row in self.revoked
             ]
         if self.rebuilt:
             document["rebuild"] = self.rebuilt.to_json()
         return document | (_signature(self.signed) if self.signed else {})
 
     def show(self) -> None:
-        for row, statement in self.attested or ():
-            scores = ", ".join(
-                f"{score['metric']} {score['value']:.4g}" for score in statement.predicate.get("scores", [])
-            )
-            kind = f"{row.kind}{f' ({scores})' if scores else ''}"
-            render.out(f"{kind} of {self.what} attested by worker {row.key.worker}, key {row.key.id[:12]}")
+        for one in self.attested or ():
+            replaced = "" if one.is_newest else ", measured again since"
+            by = f"worker {one.row.key.worker}, key {one.row.key.id[:12]}"
+            render.out(f"{_content(one)} of {self.what} attested by {by}{replaced}")
+        for row in self.revoked:
+            revoked = f"was revoked by {row.key.revoked_by} at {render.minute(row.key.revoked_at)}"
+            key = f"key {row.key.id[:12]} of worker {row.key.worker}"
+            render.out(f"{row.kind} of {self.what} not attested: {key} {revoked}")
         if self.attested == []:
             render.out(f"no worker whose key is valid attests anything of {self.what}")
         if self.signed:
@@ -287,16 +304,14 @@ class _Verified:
                 render.out(f"  {file.file} {file.why or f'differs in {counts}'}")
 
 
-def _attested(
-    connection: Connection, release: wire.search.ResolvedRelease, save_to: Path | None
-) -> "list[tuple[wire.quality.AttestationOut, Statement]]":
-    """What workers attested of the release, checked. The registry must not be believed about it."""
-    from registry.client.attestations import checked_attestations, save_attestations
-
-    checked = checked_attestations(connection.api, release)
-    if save_to:
-        save_attestations(checked, save_to)
-    return checked
+def _content(attested: "Attested") -> str:
+    """The kind of an attestation, the suite, and what was measured, such as `scores on sql (accuracy 0.86)`."""
+    predicate, on = attested.statement.predicate, f" on {attested.suite[0]}" if attested.suite else ""
+    measured = [f"{score['metric']} {score['value']:.4g}" for score in predicate.get("scores", [])]
+    if examples := predicate.get("examples"):
+        measured = [render.counted(len(examples), "example")]
+    figures = f" ({', '.join(measured)})" if measured else ""
+    return f"{attested.row.kind}{on}{figures}"
 
 
 def _signature(signed: Signed) -> dict[str, object]:

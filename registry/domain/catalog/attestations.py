@@ -95,9 +95,11 @@ def keep(session: Session, actor: Actor, about: About, key: WorkerKey, envelope:
     return row
 
 
-def of_release(session: Session, release: Release) -> list[Attestation]:
-    """The attestations of a release, oldest first; its evidence, which has token ids, is not among them."""
-    query = select(Attestation).where(Attestation.release_id == release.id, Attestation.predicate_type != EVIDENCE)
+def of_release(session: Session, release: Release, *, evidence: bool) -> list[Attestation]:
+    """The attestations of a release, oldest first; only with `evidence` those that have token ids."""
+    query = select(Attestation).where(Attestation.release_id == release.id)
+    if not evidence:
+        query = query.where(Attestation.predicate_type != EVIDENCE)
     return list(session.scalars(query.order_by(Attestation.id)))
 
 
