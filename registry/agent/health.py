@@ -39,14 +39,7 @@ class Health:
     def document(self) -> dict[str, object]:
         """`status` is following, degraded (what is served goes on, and `problems` says what is wrong) or stuck."""
         with self._lock:
-            report, age_s = self._report, time.monotonic() - self._at_s
-            problems = [error for error in self._errors.values() if error]
-        if report is not None:
-            of_servers = [row.error for row in report.servers if row.error]
-            problems += [
-                f"{row.channel}: {row.error}" for row in report.channels if row.error not in (None, *of_servers)
-            ]
-            problems += of_servers
+            report, age_s, problems = self._report, time.monotonic() - self._at_s, self._problems()
         status = "stuck" if age_s > STUCK_S else "degraded" if problems or report is None else "following"
         return {
             "status": status,
@@ -54,6 +47,16 @@ class Health:
             "seconds_since_round": round(age_s, 1),
             "report": report.model_dump(mode="json") if report else None,
         }
+
+    def _problems(self) -> list[str]:
+        problems, report = [error for error in self._errors.values() if error], self._report
+        if report is not None:
+            of_servers = [row.error for row in report.servers if row.error]
+            problems += [
+                f"{row.channel}: {row.error}" for row in report.channels if row.error not in (None, *of_servers)
+            ]
+            problems += of_servers
+        return problems
 
     def metrics(self) -> bytes:
         """Gauges in the text format of Prometheus."""
@@ -63,9 +66,11 @@ class Health:
             "adaptory_mirror_channel", "1 for each channel in its state.", ["channel", "state"], registry=registry
         )
         followed = Gauge("adaptory_mirror_registry_followed", "1 if the registry is followed.", registry=registry)
+        problems = Gauge("adaptory_mirror_problems", "How many problems /healthz lists.", registry=registry)
         age = Gauge("adaptory_mirror_round_age_seconds", "Seconds since the last round.", registry=registry)
         with self._lock:
             report, age_s, lost = self._report, time.monotonic() - self._at_s, bool(self._errors["registry"])
+            problems.set(len(self._problems()))
         followed.set(not lost)
         age.set(age_s)
         for row in report.channels if report else ():

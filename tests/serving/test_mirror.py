@@ -275,6 +275,9 @@ def test_metrics_show_channels_servers_and_whether_the_registry_is_followed(site
         eventually(lambda: f'adaptory_mirror_channel{{channel="{SQL}",state="following"}} 1.0' in text(), within_s=10)
         assert f'adaptory_mirror_server_ready{{server="{server}"}} 1.0' in text()
         assert "adaptory_mirror_registry_followed 1.0" in text()
+        assert "adaptory_mirror_problems 0.0" in text()
+        site.cli.ok("yank", "acme/sql:1.0.0", "--reason", "wrong data")
+        eventually(lambda: "adaptory_mirror_problems 1.0" in text(), within_s=30)
 
 
 @pytest.mark.parametrize(
