@@ -59,6 +59,7 @@ ROUTERS = tuple(RouterEntry(*entry) for entry in (
     ("compositions", "router", ("compositions",)),
     ("conflicts", "router", ("conflicts",)),
     ("operations", "router", ("jobs", "audit", "audit.jsonl", "healthz", "readyz", "metrics")),
+    ("policies", "router", ("policies",)),
     ("access", "router", ("whoami", "tokens", "namespaces", "users")),
     ("publishers", "router", ("publishers",)),
     ("webhooks", "router", ("webhooks",)),

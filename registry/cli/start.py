@@ -26,9 +26,8 @@ MODULES = {
         "access", "backup", "doctor", "jobs", "maintenance", "operations", "profiles", "publisher", "webhook",
     ),
     "releases": (
-        *("base", "canary", "diff", "evidence", "follow", "hub", "inspection", "promotion", "release", "rollout"),
-        "search",
-        "transfer",
+        *("base", "canary", "diff", "evidence", "follow", "hub", "inspection", "policy", "promotion", "release"),
+        *("rollout", "search", "transfer"),
     ),
     "serving": ("mirror", "routing"),
 }  # fmt: skip

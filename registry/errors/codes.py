@@ -92,6 +92,8 @@ NOT_FOUND = {
     "part_unknown": "Send the parts that POST /v1/uploads names.",
     "profile_unknown": "Name one: `adaptory profile list`.",
     "upgrade_unknown": "Begin one with `adaptory base upgrade OLD NEW`.",
+    "policy_unknown": "`adaptory policy list NAMESPACE` shows the policies of a namespace.",
+    "exception_unknown": "`adaptory policy list NAMESPACE` shows the exceptions that are in force.",
     "promotion_unknown": "List them with `adaptory promotion list REPO@CHANNEL`.",
     "evidence_unknown": "Make it: `adaptory evidence REF`.",
     "worker_key_unknown": "`adaptory worker-key list` shows them.",

@@ -387,3 +387,37 @@ def parse_channel_reference(text: str) -> tuple[RepositoryName, str]:
     if reference.channel is None:
         raise Usage("bad_channel", f"{text[:160]!r} does not name a channel.", subject=text[:160])
     return reference.repository, reference.channel
+
+
+ALL_REPOSITORIES = "*"
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyScope:
+    """The channels that a policy is for: NAMESPACE/NAME@CHANNEL or, with `*` as the name, the channels of that name in
+    every repository of the namespace."""
+
+    namespace: str
+    name: str
+    channel: str
+
+    def __str__(self) -> str:
+        return f"{self.namespace}/{self.name}@{self.channel}"
+
+    @property
+    def of_namespace(self) -> bool:
+        return self.name == ALL_REPOSITORIES
+
+    def in_namespace(self) -> "PolicyScope":
+        """The scope of the namespace's policy for channels of this name."""
+        return PolicyScope(self.namespace, ALL_REPOSITORIES, self.channel)
+
+
+def parse_policy_scope(text: str) -> PolicyScope:
+    """Parses `REPO@CHANNEL` or `NAMESPACE/*@CHANNEL`."""
+    namespace, slash, rest = text.partition("/")
+    if slash and rest.startswith(f"{ALL_REPOSITORIES}@"):
+        channel = parse_name(rest.removeprefix(f"{ALL_REPOSITORIES}@"), "channel")
+        return PolicyScope(parse_name(namespace, "namespace"), ALL_REPOSITORIES, channel)
+    repository, channel = parse_channel_reference(text)
+    return PolicyScope(repository.namespace, repository.name, channel)

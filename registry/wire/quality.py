@@ -3,7 +3,7 @@
 from datetime import datetime
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AwareDatetime, Field, model_validator
 
 from composer.formats.untrusted import MAX_EXAMPLES
 from registry.wire.document import MAX_INT32, Wire, WireIn
@@ -156,7 +156,8 @@ class GateResultOut(Wire):
     share has been applied to the `other` score; with `at_least`, the rule passes from the limit upwards, otherwise up
     to it. `sure` says whether the 95 % interval stays on its side of the limit, the error of `other` included. What the
     rule does not use is null, as are the scores of inputs that not every reader may read. Moves that were recorded
-    before these fields existed have none of them."""
+    before these fields existed have none of them. `policy` is the policy of a namespace that the rule is from,
+    NAMESPACE/*@CHANNEL, and null for the channel's own."""
 
     rule: str
     passed: bool
@@ -169,6 +170,7 @@ class GateResultOut(Wire):
     at_least: bool | None = None
     other: OtherScoreOut | None = None
     sure: bool | None = None
+    policy: str | None = None
 
 
 class MoveOut(Wire):
@@ -287,14 +289,52 @@ class PinOut(Wire):
     changed: str | None
 
 
+class ExceptionIn(WireIn):
+    """`until` is at most a year from now."""
+
+    until: AwareDatetime
+    reason: str = Field(min_length=1, max_length=1000)
+
+
+class ExceptionOut(Wire):
+    """The exception of a repository's channel from its namespace's policy."""
+
+    repository: str
+    channel: str
+    until: datetime
+    reason: str
+    created_at: datetime
+    created_by: str
+
+
+class NamespacePolicyOut(Wire):
+    """The policy of the channels of this name in every repository of the namespace, as `PolicyOut`. `exceptions` are
+    those in force; in a channel's policy, its own."""
+
+    namespace: str
+    channel: str
+    revision: int
+    policy: dict[str, Any]
+    pins: dict[str, PinOut]
+    exceptions: list[ExceptionOut]
+
+
 class PolicyOut(Wire):
     """`policy` is described in registry/formats/channel_policy.py; `revision` counts its changes, 0 if none was ever
-    set. `pins` maps each suite to what the rules are pinned to."""
+    set. `pins` maps each suite to what the rules are pinned to. A promotion must meet the `shared` policy too, that of
+    its namespace, unless that lists an exception."""
 
     channel: str
     revision: int
     policy: dict[str, Any]
     pins: dict[str, PinOut]
+    shared: NamespacePolicyOut | None = None
+
+
+class NamespacePoliciesOut(Wire):
+    """The policies of a namespace, by channel."""
+
+    policies: list[NamespacePolicyOut]
 
 
 class RollbackIn(WireIn):

@@ -38,6 +38,8 @@ POST   /v1/{kind}/{namespace}/{name}/channels/{channel}/approvals               
 DELETE /v1/{kind}/{namespace}/{name}/channels/{channel}/approvals/{version}     publisher
 GET    /v1/{kind}/{namespace}/{name}/channels/{channel}/policy                  reader
 PUT    /v1/{kind}/{namespace}/{name}/channels/{channel}/policy                  admin
+PUT    /v1/{kind}/{namespace}/{name}/channels/{channel}/policy/exception        admin
+DELETE /v1/{kind}/{namespace}/{name}/channels/{channel}/policy/exception        admin
 GET    /v1/{kind}/{namespace}/{name}/gates                                      reader
 PUT    /v1/{kind}/{namespace}/{name}/gates                                      admin
 GET    /v1/{kind}/{namespace}/{name}/releases/{version}/moves                   reader
@@ -109,6 +111,10 @@ GET    /v1/whoami                                                               
 POST   /v1/tokens                                                               reader somewhere
 GET    /v1/tokens                                                               reader somewhere
 DELETE /v1/tokens/{token_id}                                                    reader somewhere
+GET    /v1/namespaces/{namespace}/policies                                      reader
+GET    /v1/namespaces/{namespace}/policies/{channel}                            reader
+PUT    /v1/namespaces/{namespace}/policies/{channel}                            admin
+POST   /v1/namespaces/{namespace}/policies/{channel}/pins                       admin
 GET    /v1/namespaces                                                           inside: everybody
 GET    /v1/namespaces/{namespace}                                               reader
 PUT    /v1/namespaces/{namespace}                                               admin

@@ -178,6 +178,8 @@ class Stock:
             "{number}": {"sha256": self.announced},
             "priority": {"priority": "low"},
             "gates": {"channel": "prod", "rules": ["exact.nll <= 9"]},
+            "/v1/namespaces/{namespace}/policies/{channel}": {"version": 1},
+            "exception": {"until": "2030-01-01T00:00:00Z", "reason": "because"},
             "policy": {"version": 1, "rules": ["exact.nll <= 9"], "approval": {}},
             "approvals": {"version": self.version, "reason": "because"},
             "deprecate": {"reason": "because", "successor": None},

@@ -72,6 +72,8 @@ OF_WHAT_IS_THERE = {
     "score_unknown",
     "part_unknown",
     "blob_missing",
+    "policy_unknown",
+    "exception_unknown",
     "promotion_unknown",
     "upgrade_unknown",
     "evaluation_unknown",

@@ -264,7 +264,7 @@ def test_each_result_has_its_numbers_its_limit_and_whether_the_error_stays_on_it
     own = {"value": 2.0, "stderr": 0.1, "n": 6, "higher_is_better": False}
     assert first[0] == {
         "rule": rules[0], "passed": True, "detail": "2 ± 0.1 (n=6)", **own,
-        "limit": 3.0, "at_least": False, "other": None, "sure": True,
+        "limit": 3.0, "at_least": False, "other": None, "sure": True, "policy": None,
     }  # fmt: skip
     assert (first[1]["value"], first[1]["limit"], first[1]["sure"]) == (1.0, 1.4, True)
     assert first[1]["other"] == {"value": 0.9, "stderr": 0.1, "n": 6}, "the base's, which users have until now"

@@ -4,6 +4,7 @@ automatically."""
 import threading
 from collections.abc import Generator
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -166,3 +167,28 @@ def test_what_a_recipe_ignores_does_not_count_as_ok_on_a_channel(
     assert "unmeasured by its recipe's policy" not in refused.err
     cli.ok("policy", "set", "acme/loose@prod", policy(tmp_path, verdict="warn"))
     cli.ok("promote", "acme/loose:1.0.0", "--to", "prod")
+
+
+@pytest.mark.on("SQLite")
+def test_a_namespaces_policy_holds_for_every_repository_and_its_exceptions_are_listed(
+    stocked_embedded: Cli, world: World, tmp_path: Path
+) -> None:
+    cli = stocked_embedded
+    for name in ("sql", "tf"):
+        cli.ok("push", world.adapters["sql"], f"acme/{name}:1.0.0", "--base", "tiny")
+    shown = cli.ok("policy", "set", "acme/*@prod", policy(tmp_path, signature="release")).out
+    assert shown.startswith("# acme/*@prod, revision 1\n")
+    refused = cli("promote", "acme/tf:1.0.0", "--to", "prod")
+    assert (refused.code, "FAIL  signature of the release (acme/*@prod): " in refused.err) == (1, True), refused.err
+    assert "# and acme/*@prod, revision 1:\n#   version: 1\n" in cli.ok("policy", "show", "acme/tf@prod").out
+    assert cli("policy", "except", "acme/tf@prod", "--reason", "x").code == 2
+    until = f"{datetime.now(UTC) + timedelta(days=3):%Y-%m-%d}"
+    cli.ok("policy", "except", "acme/tf@prod", "--until", until, "--reason", "the key is being replaced")
+    assert f"acme/tf@prod  exempt until  {until}" in cli.ok("policy", "list", "acme").out
+    assert "does not apply until" in cli.ok("policy", "show", "acme/tf@prod").out
+    cli.ok("promote", "acme/tf:1.0.0", "--to", "prod")
+    assert cli("promote", "acme/sql:1.0.0", "--to", "prod").code == 1
+    cli.ok("policy", "except", "acme/tf@prod", "--end")
+    assert "acme/tf" not in cli.ok("policy", "list", "acme").out
+    cli.ok("policy", "set", "acme/*@prod", "--clear")
+    cli.ok("promote", "acme/sql:1.0.0", "--to", "prod")

@@ -101,7 +101,7 @@ def test_json_output_has_the_fields_that_scripts_rely_on(documents: dict[str, An
     assert set(documents["show"]["files"][0]) == {"path", "size_bytes", "sha256"}
     assert move <= set(documents["promote"])
     score = {"value", "stderr", "n", "higher_is_better"}
-    gate = {"rule", "passed", "detail", *score, "limit", "at_least", "other", "sure"}
+    gate = {"rule", "passed", "detail", *score, "limit", "at_least", "other", "sure", "policy"}
     assert set(documents["promote"]["gates"][0]) == gate
     assert documents["rollback"]["kind"] == "rollback"
     for listed in ("search", "history", "list", "log", "audit"):

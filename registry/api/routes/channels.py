@@ -10,11 +10,11 @@ from registry.api.http.routes import Route
 from registry.api.http.rules import Admin, Publisher, Reader, Releaser
 from registry.api.routes.documents import json_response, move_document
 from registry.api.routes.repository import NamedRepository, RepositoryOf, RepositoryRouter
-from registry.api.routes.views import channel_view, judgement_view, move_view, promotion_view
+from registry.api.routes.views import channel_view, judgement_view, move_view, policy_view, promotion_view
 from registry.database import idempotency
 from registry.database.engine import Session
-from registry.database.tables import Promotion, Repository
-from registry.domain.channels import moves, pending, policies, promotions
+from registry.database.tables import Promotion
+from registry.domain.channels import deletion, moves, pending, policies, promotions
 from registry.domain.channels.serving import (
     ChannelMove,
     channels_of_repository,
@@ -31,11 +31,11 @@ from registry.wire.quality import (
     ApprovalOut,
     ChannelDeleted,
     ChannelOut,
+    ExceptionIn,
     GatesIn,
     GatesOut,
     JudgementOut,
     MoveOut,
-    PinOut,
     PolicyOut,
     PromoteIn,
     PromotionOut,
@@ -178,7 +178,7 @@ def delete(
     """
     known = parse_version(serving) if serving else None
     with resources.write() as session:
-        served = moves.delete_channel(session, actor, named.find(session), channel, serving=known, reason=reason)
+        served = deletion.delete_channel(session, actor, named.find(session), channel, serving=known, reason=reason)
         return ChannelDeleted(repository=str(named.name), channel=channel, served=served)
 
 
@@ -283,16 +283,9 @@ def withdraw(
 
 @repository_routes.get(CHANNEL + "/policy")
 def show_policy(named: RepositoryOf, channel: str, resources: ResourcesOf, actor: Reader) -> PolicyOut:
+    """The channel's own policy, and that of its namespace with the exception from it, if there are any."""
     with resources.read() as session:
-        return _policy(session, named.find(session), channel)
-
-
-def _policy(session: Session, repository: Repository, channel: str) -> PolicyOut:
-    policy, revision = policies.find(session, repository, channel)
-    pinned = policies.pins_of_channel(session, repository.id, channel)
-    changed = policies.changes_since(session, pinned)
-    shown = {name: PinOut.model_validate({**pin, "changed": changed.get(name)}) for name, pin in pinned.items()}
-    return PolicyOut(channel=channel, revision=revision, policy=policy.to_json(), pins=shown)
+        return policy_view(session, named.find(session), channel, actor.at)
 
 
 @repository_routes.put(CHANNEL + "/policy")
@@ -303,8 +296,28 @@ def set_policy(
     policy = read_policy(body, "policy")
     with resources.write() as session:
         repository = named.find(session)
-        policies.set_policy(session, actor, repository, channel, policy)
-        return _policy(session, repository, channel)
+        policies.set_policy(session, actor, policies.scope_of(repository, channel), policy)
+        return policy_view(session, repository, channel, actor.at)
+
+
+@repository_routes.put(CHANNEL + "/policy/exception")
+def grant_exception(
+    named: RepositoryOf, channel: str, body: ExceptionIn, resources: ResourcesOf, actor: Admin
+) -> PolicyOut:
+    """Exempt the channel from its namespace's policy until a time, in the place of an earlier exception."""
+    with resources.write() as session:
+        repository = named.find(session)
+        policies.grant_exception(session, actor, repository, channel, body.until, body.reason)
+        return policy_view(session, repository, channel, actor.at)
+
+
+@repository_routes.delete(CHANNEL + "/policy/exception")
+def end_exception(named: RepositoryOf, channel: str, resources: ResourcesOf, actor: Admin) -> PolicyOut:
+    """End the channel's exception from its namespace's policy before its time."""
+    with resources.write() as session:
+        repository = named.find(session)
+        policies.end_exception(session, actor, repository, channel)
+        return policy_view(session, repository, channel, actor.at)
 
 
 @repository_routes.get("/{namespace}/{name}/gates")
@@ -319,6 +332,6 @@ def set_gates(named: RepositoryOf, body: GatesIn, resources: ResourcesOf, actor:
     """Replace the rules of one channel, or pin them to the current content of their suites."""
     with resources.write() as session:
         repository = named.find(session)
-        policies.set_rules(session, actor, repository, body.channel, body.rules, repin=body.repin)
+        policies.set_rules(session, actor, policies.scope_of(repository, body.channel), body.rules, repin=body.repin)
         rules = policies.all_rules(session, repository)
         return GatesOut(gates={channel: [str(rule) for rule in listed] for channel, listed in rules.items()})

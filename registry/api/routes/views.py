@@ -1,6 +1,7 @@
 """Renders rows for the API. Call inside the transaction that read or wrote the rows."""
 
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 
 from registry.api.routes.documents import deprecation, move_document
 from registry.database.engine import Session, database_now
@@ -12,6 +13,7 @@ from registry.database.tables import (
     Composition,
     ConflictCheck,
     Job,
+    PolicyException,
     Promotion,
     Repository,
     Score,
@@ -21,20 +23,31 @@ from registry.database.tables import (
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import Role, holds
 from registry.domain.catalog import bases, metrics, repositories, suites
-from registry.domain.channels import resolve
-from registry.domain.channels.moves import PromotionRequest
+from registry.domain.channels import policies, resolve
+from registry.domain.channels.judging import PromotionRequest
 from registry.domain.channels.promotions import Judgement
 from registry.domain.channels.serving import ChannelMove, ChannelName, current_move, serving_move
 from registry.domain.compositions import compositions
 from registry.domain.jobs import needs, queue
 from registry.domain.rollouts import canaries, fleet
 from registry.formats.priority import Priority
-from registry.formats.references import RepositoryName
+from registry.formats.references import PolicyScope, RepositoryName
 from registry.formats.watch import Watch
 from registry.formats.webhooks import message_id
 from registry.wire.catalog import BaseOut, BaseRef, BaseTensor, RepositoryOut
 from registry.wire.fleet import CanaryOut, RolloutNodeOut, RolloutOut, StandingOut
-from registry.wire.quality import ChannelOut, JudgementOut, MoveOut, PromotionOut, ScoreOut, SuiteOut
+from registry.wire.quality import (
+    ChannelOut,
+    ExceptionOut,
+    JudgementOut,
+    MoveOut,
+    NamespacePolicyOut,
+    PinOut,
+    PolicyOut,
+    PromotionOut,
+    ScoreOut,
+    SuiteOut,
+)
 from registry.wire.webhooks import DeliveryOut
 from registry.wire.work import AuditOut, CheckedInput, CompositionOut, ConflictsOut, JobOut
 
@@ -264,3 +277,36 @@ def audit_view(row: AuditRow) -> AuditOut:
 def delivery_view(row: WebhookDelivery) -> DeliveryOut:
     next_at = max(row.due_at, row.created_at) if row.due_at else None
     return DeliveryOut.of(row, message_id=message_id(row.audit_id), next_at=next_at)
+
+
+def policy_view(session: Session, repository: Repository, channel: str, now: datetime) -> PolicyOut:
+    """A channel's own policy, and its namespace's, if that has one."""
+    scope = policies.scope_of(repository, channel)
+    own, shared = policies.find(session, scope), None
+    if policies.find(session, scope.in_namespace()).revision:
+        row = policies.exception_of(session, repository, channel, now)
+        shared = shared_policy_view(session, scope.in_namespace(), [exception_view(scope, row)] if row else [])
+    pins = _pins_view(session, own.pins)
+    return PolicyOut(channel=channel, revision=own.revision, policy=own.policy.to_json(), pins=pins, shared=shared)
+
+
+def shared_policy_view(session: Session, scope: PolicyScope, exceptions: Sequence[ExceptionOut]) -> NamespacePolicyOut:
+    """A namespace's policy, with exceptions from it."""
+    stored = policies.find(session, scope)
+    return NamespacePolicyOut(
+        namespace=scope.namespace,
+        channel=scope.channel,
+        revision=stored.revision,
+        policy=stored.policy.to_json(),
+        pins=_pins_view(session, stored.pins),
+        exceptions=list(exceptions),
+    )
+
+
+def exception_view(scope: PolicyScope, row: PolicyException) -> ExceptionOut:
+    return ExceptionOut.of(row, repository=f"{scope.namespace}/{scope.name}")
+
+
+def _pins_view(session: Session, pins: policies.Pins) -> dict[str, PinOut]:
+    changed = policies.changes_since(session, pins)
+    return {name: PinOut.model_validate({**pin, "changed": changed.get(name)}) for name, pin in pins.items()}

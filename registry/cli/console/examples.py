@@ -55,6 +55,8 @@ EXAMPLES = {
     "namespace revoke": "adaptory namespace revoke acme pia",
     "namespace set": "adaptory namespace set acme --public",
     "namespace usage": "adaptory namespace usage acme",
+    "policy except": "adaptory policy except acme/sql@prod --until 2027-01-31 --reason urgent",
+    "policy list": "adaptory policy list acme",
     "policy set": "adaptory policy set acme/sql-migration@prod examples/policies/prod.yaml",
     "policy show": "adaptory policy show acme/sql-migration@prod",
     "profile list": "adaptory profile list",

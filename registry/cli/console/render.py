@@ -310,13 +310,19 @@ def gate_lines(report: "Sequence[wire.quality.GateResultOut | Mapping[str, Any]]
     for gate in report:
         result = gate if isinstance(gate, Mapping) else gate.document
         mark = _mark(result)
-        line = f"  {mark}  {result['rule']}: {result['detail']}"
+        rule = _rule(result)
+        line = f"  {mark}  {rule}: {result['detail']}"
         if len(line) <= _width():
             out(line)
             continue
-        out(f"  {mark}  {result['rule']}:")
+        out(f"  {mark}  {rule}:")
         for part in _wrapped(plain(result["detail"]), _width() - 8):
             print(f"        {part}")
+
+
+def _rule(result: Mapping[str, Any]) -> str:
+    """A gate's rule, with the policy of a namespace that it is from."""
+    return f"{result['rule']} ({result['policy']})" if result.get("policy") else result["rule"]
 
 
 def _mark(result: Mapping[str, Any]) -> str:
@@ -425,7 +431,7 @@ def fail(error: Failure, as_json: bool) -> int:
     say(f"error: {detail}")
     for finding in failure.findings:
         if "rule" in finding:
-            say(f"  {_mark(finding)}  {finding['rule']}: {finding['detail']}")
+            say(f"  {_mark(finding)}  {_rule(finding)}: {finding['detail']}")
         elif finding.get("severity") != "notice" and f" {finding.get('message')}" not in f" {failure.detail}":
             say(f"  {finding.get('severity')}: {finding.get('message')}")
     next_step = _next_step(failure)

@@ -1,9 +1,7 @@
-"""Channels, their policies, promotions that wait, and approvals: channel delete, policy set | show, promote, promotion
-list | cancel, approve."""
+"""Channels, promotions that wait, and approvals: channel delete, promote, promotion list | cancel, approve."""
 
 import sys
 from contextlib import suppress
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -27,7 +25,6 @@ NewChannel = Annotated[
 _LISTED = 10
 
 channel_app = group("channel", "Channels of a repository.")
-policy_app = group("policy", "What a promotion to a channel needs.")
 promotion_app = group("promotion", "Promotions that wait, or have waited.")
 
 
@@ -203,50 +200,6 @@ def approve(
     render.document(given, json, show)
 
 
-@policy_app.command("set")
-def set_policy(
-    channel: Channel,
-    file: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="The policy in YAML.")] = None,
-    clear: Annotated[bool, typer.Option("--clear", help="Remove all rules instead.")] = False,
-    json: JsonFlag = False,
-) -> None:
-    """Replace a channel's policy, its gate rules included."""
-    from composer.formats.untrusted import read_text
-    from registry.formats.channel_policy import MAX_CHARS, parse_policy
-
-    if (file is None) is not clear:
-        raise Usage(
-            "policy_missing", "Name the policy's file, or --clear.", subject=channel, next_step="Name one of the two."
-        )
-    policy = parse_policy(read_text(file, 4 * MAX_CHARS), str(file)).to_json() if file else {"version": 1}
-    repository, name = parse_channel_reference(channel)
-    with connected() as connection:
-        path = f"{connection.api.repository_path(str(repository))}/channels/{name}/policy"
-        document = connection.api.put(path, policy, wire.quality.PolicyOut)
-    render.document(document, json, lambda: _show_policy(channel, document))
-
-
-@policy_app.command()
-def show(channel: Channel, json: JsonFlag = False) -> None:
-    """Show a channel's policy in YAML, in the form for `policy set`."""
-    repository, name = parse_channel_reference(channel)
-    with connected() as connection:
-        line = connection.api.repository_path(str(repository))
-        document = connection.api.get(f"{line}/channels/{name}/policy", wire.quality.PolicyOut)
-    render.document(document, json, lambda: _show_policy(channel, document))
-
-
-def _show_policy(channel: str, document: "wire.quality.PolicyOut") -> None:
-    import yaml
-
-    render.out(f"# {channel}, revision {document.revision}")
-    for suite, pin in document.pins.items():
-        changed = f": {pin.changed} (`adaptory gate {channel} --repin` accepts the change)" if pin.changed else ""
-        render.out(f"# {suite} is {pin.digest[:12]}{changed}")
-    for line in yaml.safe_dump(document.policy, sort_keys=False, allow_unicode=True).splitlines():
-        render.out(line)
-
-
 def confirm_new_channel(connection: Connection, line: str, channel: str, *, agreed: bool) -> None:
     """Reports a promotion that creates its channel; `line` is the repository's route. Where the repository has other
     channels, the name may be misspelt: prompts on a terminal and raises Usage elsewhere, unless `agreed`."""
@@ -256,8 +209,10 @@ def confirm_new_channel(connection: Connection, line: str, channel: str, *, agre
         return  # also if it serves nothing now
     with suppress(NotFound):
         known = sorted(connection.api.get(line, wire.catalog.RepositoryOut).channels)
-    if known and connection.api.get(f"{line}/channels/{channel}/policy", wire.quality.PolicyOut).revision:
-        return  # somebody has set its policy
+    if known:
+        policy = connection.api.get(f"{line}/channels/{channel}/policy", wire.quality.PolicyOut)
+        if policy.revision or policy.shared:
+            return  # somebody has set its policy
     listed = ", ".join(known[:_LISTED]) + (", …" if len(known) > _LISTED else "")
     message = f"creates channel {channel}" + (f"; channels here: {listed}" if known else "")
     if known and not agreed and not _agrees(message):

@@ -193,6 +193,32 @@ class Gate(Row):
     pins: Mapped[dict[str, Any] | None] = mapped_column(JSON)
 
 
+class NamespacePolicy(Row):
+    """The policy of the channels of one name in all repositories of a namespace, also those made later. The columns are
+    those of `Gate`."""
+
+    __tablename__ = "namespace_policies"
+
+    namespace: Mapped[str] = mapped_column(ForeignKey("namespaces.name"), primary_key=True)
+    channel: Mapped[str] = mapped_column(String(64), primary_key=True)
+    policy: Mapped[dict[str, Any]] = mapped_column(JSON)
+    revision: Mapped[int]
+    pins: Mapped[dict[str, Any]] = mapped_column(JSON)
+
+
+class PolicyException(Row):
+    """Exempts a channel of one repository from its namespace's policy until a time. A new one replaces it."""
+
+    __tablename__ = "policy_exceptions"
+
+    repository_id: Mapped[int] = mapped_column(ForeignKey("repositories.id"), primary_key=True)
+    channel: Mapped[str] = mapped_column(String(64), primary_key=True)
+    until: Mapped[datetime] = mapped_column(UtcDateTime)
+    reason: Mapped[str] = mapped_column(String(1000))
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    created_by: Mapped[str] = mapped_column(String(128))
+
+
 class Promotion(Row):
     """A promotion that waits, or has waited, for something: scores, a soak, an approval.
 

@@ -76,6 +76,7 @@ class Act(StrEnum):
     NAMESPACE_CREATE = "namespace:create"
     NAMESPACE_SET = "namespace:set"
     NODE_REMOVE = "node:remove"
+    POLICY_EXCEPT = "policy:except"
     POLICY_SET = "policy:set"
     PUBLISHER_ADD = "publisher:add"
     PUBLISHER_REMOVE = "publisher:remove"

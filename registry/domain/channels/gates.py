@@ -235,7 +235,8 @@ CURRENT = Contents({}, {})
 class GateResult:
     """The outcome of one rule; `detail` has the numbers in words, `figures` as numbers if the candidate has the score.
     `lacks` names the subject of the missing score: the `candidate`, `base`, `served` or `inputs`. A `waiting` rule does
-    not pass yet, but may pass later without further action, at `until` if that is known."""
+    not pass yet, but may pass later without further action, at `until` if that is known. `policy` names the policy of a
+    namespace that the rule is from, and is empty for the channel's own."""
 
     rule: str
     passed: bool
@@ -244,10 +245,12 @@ class GateResult:
     waiting: bool = False
     until: datetime | None = None
     figures: RuleFigures | None = None
+    policy: str = ""
 
     def to_json(self) -> dict[str, Any]:
         figures = self.figures.to_json() if self.figures else NO_FIGURES
-        return {"rule": self.rule, "passed": self.passed, "detail": self.detail, **figures}
+        judged = {"rule": self.rule, "passed": self.passed, "detail": self.detail}
+        return {**judged, **figures, "policy": self.policy or None}
 
     def with_waiting(self) -> dict[str, Any]:
         """As `to_json`, with whether it waits."""

@@ -9,15 +9,26 @@ from sqlalchemy import Table, bindparam, func, insert, literal_column, select, u
 from sqlalchemy.orm import Session
 
 from registry.database.engine import insert_if_absent
-from registry.database.tables import Canary, Channel, Gate, Move, Namespace, Promotion, Release, Repository, Revision
+from registry.database.tables import (
+    Canary,
+    Channel,
+    Gate,
+    Move,
+    Namespace,
+    NamespacePolicy,
+    PolicyException,
+    Promotion,
+    Release,
+    Repository,
+    Revision,
+)
 from registry.domain.access import audit, namespaces
 from registry.domain.access.audit import Act, Actor
-from registry.domain.access.roles import Role, permit
 from registry.domain.catalog import releases, repositories, set_members, signatures
 from registry.domain.catalog.releases import SignaturePolicy, full_name
 from registry.domain.catalog.repositories import Kind
-from registry.domain.channels import pending, policies
-from registry.domain.channels.policies import (
+from registry.domain.channels import judging, pending, policies
+from registry.domain.channels.judging import (
     SERVES_NOTHING,
     Expected,
     PolicyReport,
@@ -25,25 +36,20 @@ from registry.domain.channels.policies import (
     PromotionVerdict,
 )
 from registry.domain.channels.serving import (
-    DELETION,
     LEFT_RELEASE,
     MOVE_COLUMNS,
     ChannelMove,
-    Entry,
     NewMove,
     current_move,
     find_channel,
     locked_channel,
     move_before,
-    record_entry,
     served_version,
-    serving_move,
     way_back,
 )
 from registry.domain.jobs.evaluations import WantedScore
-from registry.errors import Refused, Stale, Usage
-from registry.formats.channel_policy import ChannelPolicy
-from registry.formats.references import RepositoryName, Version, parse_name, refuse_ambiguous_channel
+from registry.errors import Refused, Stale
+from registry.formats.references import PolicyScope, RepositoryName, Version, parse_name, refuse_ambiguous_channel
 
 NOTHING_YET = 0
 """The expected move of a channel that must not exist yet."""
@@ -51,6 +57,7 @@ NOTHING_YET = 0
 _canary, _channel, _gate, _move, _namespace, _promotion, _release, _repository, _revision = (
     table.__table__.c for table in (Canary, Channel, Gate, Move, Namespace, Promotion, Release, Repository, Revision)
 )
+_shared, _exception = NamespacePolicy.__table__.c, PolicyException.__table__.c
 
 # A promotion is these five statements on columns; with mapped objects it took twice as long.
 _PROMOTED = (
@@ -106,6 +113,7 @@ _STATE = (
         _channel.move_id,
         _gate.rules,
         _gate.policy,
+        _shared.policy.label("shared_policy"),
         _promotion.id.label("pending_id"),
         _canary.id.label("canary_id"),
         _move.to_release_id,
@@ -115,6 +123,18 @@ _STATE = (
     )
     .select_from(Channel.__table__)
     .outerjoin(Gate.__table__, (_gate.repository_id == _channel.repository_id) & (_gate.channel == _channel.name))
+    .outerjoin(
+        PolicyException.__table__,
+        (_exception.repository_id == _channel.repository_id)
+        & (_exception.channel == _channel.name)
+        & (_exception.until > bindparam("now", type_=_exception.until.type)),
+    )
+    .outerjoin(
+        NamespacePolicy.__table__,
+        (_shared.namespace == bindparam("in_namespace"))
+        & (_shared.channel == _channel.name)
+        & _exception.channel.is_(None),
+    )
     .outerjoin(
         Promotion.__table__, (_promotion.channel_id == _channel.id) & (_promotion.state == literal_column("'pending'"))
     )
@@ -127,8 +147,8 @@ _STATE = (
     .outerjoin(_asked_for, (_asked_for.c.id == bindparam("release")) & _asked_for.c.yanked)
     .where(_channel.id == bindparam("channel"))
 )
-"""A channel's policy, current move and waiting promotion, and why the release is yanked: read after the lock is
-acquired."""
+"""The policies in force for a channel, its current move and waiting promotion, and why the release is yanked: read
+after the lock is acquired."""
 
 
 class _State(Protocol):
@@ -138,6 +158,7 @@ class _State(Protocol):
     move_id: int | None
     rules: Sequence[str] | None
     policy: Mapping[str, Any] | None
+    shared_policy: Mapping[str, Any] | None
     pending_id: int | None
     canary_id: int | None
     to_release_id: int | None
@@ -169,7 +190,6 @@ class Waiting:
     channel_id: int
     release: Release
     seen: int
-    policy: ChannelPolicy
     report: PolicyReport
 
 
@@ -190,24 +210,30 @@ def attempt(
     release = _load_release_and_policy(session, wanted)
     signing = SignaturePolicy(release.require_signature, release.signing_keys, release.signature_covers)
     refuse_unsigned(session, release.id, signing, (release.signed_by, release.covers), wanted)
-    values = {"channel": release.channel_id, "release": release.id}
+    scope = PolicyScope(wanted.repository.namespace, wanted.repository.name, wanted.channel)
+    values = {
+        "channel": release.channel_id,
+        "release": release.id,
+        "in_namespace": scope.namespace,
+        "now": actor.at,
+    }
     current = cast(_State, session.execute(_STATE, values).one())
-    policies.refuse_unpromotable(current.yank_reason, wanted)
+    judging.refuse_unpromotable(current.yank_reason, wanted)
     if release.kind == Kind.SET:
         set_members.refuse_withdrawn(session, release.id, wanted.release)
     check_expected(current.move_id, current.served_version, wanted.expected, wanted.subject)
     # A request that waited here may be older than the last move.
     actor = replace(actor, at=max(actor.at, current.at or actor.at))
-    policy = policies.of_columns(current.rules, current.policy)
-    report = policies.judge(session, actor, release.id, wanted.channel, release.channel_id, policy, given_up or {})
+    in_force = policies.combined(scope, policies.of_columns(current.rules, current.policy), current.shared_policy)
+    report = judging.judge(session, actor, release.id, release.channel_id, in_force, given_up or {})
     verdict = report.verdict(served=current.to_release_id == release.id)
     if report.failed and wanted.force:
-        policies.refuse_force(actor, policy, wanted)
+        judging.refuse_force(actor, report, wanted)
     elif verdict is PromotionVerdict.WAITS:
         seen, mapped = current.move_id or NOTHING_YET, session.get_one(Release, release.id)
-        return Waiting(channel_id=release.channel_id, release=mapped, seen=seen, policy=policy, report=report)
+        return Waiting(channel_id=release.channel_id, release=mapped, seen=seen, report=report)
     elif verdict is PromotionVerdict.REFUSED:
-        raise policies.gate_failed(wanted, report, policy)
+        raise judging.gate_failed(wanted, report)
     if current.to_release_id == release.id:
         return replace(ChannelMove.of_row(current), changed=False)
     move = _record_promotion(session, actor, wanted, release, current, report, completing)
@@ -423,60 +449,3 @@ def _record_move(session: Session, move: NewMove, key: str, seen: int | None, su
 
 def _moved(subject: str) -> Stale:
     return Stale("channel_moved", f"{subject} has moved since you looked.", subject=subject)
-
-
-# Deletion of a channel that has no followers, such as one with a misspelt name.
-
-
-def delete_channel(
-    session: Session, actor: Actor, repository: Repository, name: str, *, serving: Version | None, reason: str
-) -> str | None:
-    """Deletes a channel; returns the version that it served. Its history stays and ends with the deletion. A channel
-    created later under this name starts empty.
-
-    Raises Refused for a channel with a policy, and for one that serves a release, unless an admin of its namespace
-    names that release as `serving` and gives a reason.
-    """
-    session.scalar(locked_channel(repository, name))
-    channel = find_channel(session, repository, name)
-    subject = f"{repositories.name_of(repository)}@{name}"
-    policy, _ = policies.find(session, repository, name)
-    if not policies.is_empty(policy):
-        raise Refused(
-            "channel_has_policy",
-            f"{subject} has a policy.",
-            subject=subject,
-            next_step=f"An admin removes it first: `adaptory policy set {subject} --clear`.",
-        )
-    move = serving_move(session, channel)
-    version = move.to_release.version if move else None
-    if version is not None:
-        _refuse_serving(actor, repository, subject, version, None if serving is None else str(serving), reason)
-    _forget(session, actor, repository, channel, reason)
-    return version
-
-
-def _refuse_serving(
-    actor: Actor, repository: Repository, subject: str, served: str, named: str | None, reason: str
-) -> None:
-    if served != named:
-        raise Refused(
-            "channel_serves",
-            f"{subject} serves {served}.",
-            subject=subject,
-            next_step="Its followers would find nothing. If it has none, an admin may delete it with "
-            f"`adaptory channel delete {subject} --serving {served} --reason TEXT`.",
-        )
-    permit(actor, Role.ADMIN, repository.namespace)
-    if not reason.strip():
-        raise Usage("reason_missing", f"{subject} serves {served}: its deletion needs a reason.", subject=subject)
-
-
-def _forget(session: Session, actor: Actor, repository: Repository, channel: Channel, reason: str) -> None:
-    last = current_move(session, channel)
-    if waiting := pending.of_channel(session, channel.id):
-        pending.end_moved(session, actor, waiting.id)
-    pending.end_canary(session, channel.id, None, actor.at)
-    channel.move_id = channel.served_id = channel.served_key = None
-    subject = f"{repositories.name_of(repository)}@{channel.name}"
-    record_entry(session, actor, subject, last, Entry(DELETION, reason, left=last.to_release))

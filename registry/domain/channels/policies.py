@@ -1,30 +1,39 @@
-"""Sets and reads policies of channels, and judges releases by them."""
+"""Policies of channels: of one channel of a repository, of the channels of one name in a namespace, and exceptions.
+
+A release must meet both policies that are in force for a channel. An exception lifts the namespace's requirements for
+one repository until its end.
+"""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from datetime import datetime
-from enum import StrEnum
-from functools import cache
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 from typing import Any
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from registry.database.tables import Base, Channel, Gate, Release, Repository, SuiteVersion
+from registry.database.tables import (
+    Channel,
+    Gate,
+    Namespace,
+    NamespacePolicy,
+    PolicyException,
+    Repository,
+    SuiteVersion,
+)
 from registry.domain.access import audit
 from registry.domain.access.audit import Act, Actor
-from registry.domain.access.roles import Role, holds
+from registry.domain.access.roles import Role, unknown_namespace
 from registry.domain.catalog import metrics, repositories, suites
-from registry.domain.catalog.repositories import Kind
-from registry.domain.channels import gates, requirements
-from registry.domain.channels.gates import Contents, GateResult, Rule, ScoreConditions
-from registry.domain.channels.requirements import Question
-from registry.domain.channels.serving import POLICY, refresh_served, serving_move
-from registry.domain.jobs.evaluations import WantedScore
-from registry.errors import NotAllowed, Refused, Stale, Usage
+from registry.domain.channels import gates
+from registry.domain.channels.gates import Contents, Rule, ScoreConditions
+from registry.domain.channels.serving import POLICY, refresh_served
+from registry.errors import NotFound, Stale, Usage
 from registry.formats.channel_policy import ChannelPolicy, ScoreRule, of_rules, read_policy
-from registry.formats.references import RepositoryName, Version, parse_name
+from registry.formats.references import ALL_REPOSITORIES, PolicyScope, RepositoryName, parse_name
+from registry.formats.watch import Watch
 
+MAX_EXCEPTION = timedelta(days=366)
 Pins = Mapping[str, Mapping[str, Any]]
 """What a channel's gate rules were set on, by suite: the `digest` of its content, and `higher_is_better` by metric.
 
@@ -47,11 +56,6 @@ def pin_rules(session: Session, actor: Actor, rules: Sequence[Rule], kept: Pins)
             better = metrics.is_higher_better(session, rule.suite, rule.metric)
         pins[rule.suite]["higher_is_better"][rule.metric] = better
     return pins
-
-
-def pins_of_channel(session: Session, repository_id: int, channel: str) -> Pins:
-    """The pins of a channel's policy; none for rules set by a version without pins."""
-    return session.scalar(select(Gate.pins).where(Gate.repository_id == repository_id, Gate.channel == channel)) or {}
 
 
 def pinned_contents(session: Session, rules: Sequence[Rule], pins: Pins) -> Contents:
@@ -99,42 +103,26 @@ _HOW = {"version", "min_n", "measured", "missing", "force", "expires_hours", "on
 _REQUIREMENTS = tuple(name for name in ChannelPolicy.model_fields if name not in _HOW)
 
 
-class PromotionVerdict(StrEnum):
-    """The outcome of a promotion."""
-
-    PASSES = "passes"
-    WAITS = "waits"
-    REFUSED = "refused"
-
-
 @dataclass(frozen=True, slots=True)
-class PolicyReport:
-    """The results of a policy's rules, and the scores that they wait for."""
+class StoredPolicy:
+    """A policy and its revision, which is 0 if none was ever set. Rules set by a version without pins have none."""
 
-    results: Sequence[GateResult]
-    lacking: Sequence[WantedScore]
+    policy: ChannelPolicy
+    revision: int = 0
+    pins: Pins = field(default_factory=dict[str, Mapping[str, Any]])
 
-    @property
-    def failed(self) -> list[GateResult]:
-        """The results that do not pass, those that wait included."""
-        return [result for result in self.results if not result.passed]
 
-    @property
-    def waits(self) -> bool:
-        """Whether every rule that does not pass yet may pass without further action."""
-        return bool(self.failed) and all(result.waiting for result in self.failed)
+InForce = Mapping[PolicyScope, ChannelPolicy]
+"""The policies that a promotion to a channel must meet: the channel's own, which may be empty, and its namespace's."""
 
-    def verdict(self, *, served: bool) -> PromotionVerdict:
-        """The outcome of a promotion without force. `served`: the last move is to the release, which then
-        waits for nothing."""
-        if self.failed and not self.waits:
-            return PromotionVerdict.REFUSED
-        return PromotionVerdict.WAITS if self.failed and not served else PromotionVerdict.PASSES
 
-    @property
-    def until(self) -> datetime | None:
-        """The first moment at which a rule may pass without further action."""
-        return min((result.until for result in self.results if result.until is not None), default=None)
+def scope_of(repository: Repository, channel: str) -> PolicyScope:
+    return PolicyScope(repository.namespace, repository.name, channel)
+
+
+def repin(scope: PolicyScope) -> str:
+    """The command that pins a policy's rules to what their suites are now."""
+    return f"adaptory policy set '{scope}' --repin" if scope.of_namespace else f"adaptory gate {scope} --repin"
 
 
 def of_columns(rules: Sequence[str] | None, policy: Mapping[str, object] | None) -> ChannelPolicy:
@@ -142,88 +130,158 @@ def of_columns(rules: Sequence[str] | None, policy: Mapping[str, object] | None)
     return read_policy(policy, "policy") if policy else of_rules(list(rules or ()))
 
 
-def find(session: Session, repository: Repository, channel: str) -> tuple[ChannelPolicy, int]:
-    """A channel's policy and its revision; 0 if none was ever set."""
-    row = session.get(Gate, (repository.id, parse_name(channel, "channel")))
-    return (of_columns(row.rules, row.policy), row.revision) if row else (of_rules([]), 0)
+def find(session: Session, scope: PolicyScope) -> StoredPolicy:
+    """The policy that was set for this scope."""
+    row = _row(session, scope)
+    if row is None:
+        return StoredPolicy(of_rules([]))
+    return StoredPolicy(of_columns(_rules(row), row.policy), row.revision, row.pins or {})
+
+
+def in_force(session: Session, repository: Repository, channel: str, now: datetime) -> InForce:
+    """The policies in force for a channel."""
+    own = scope_of(repository, channel)
+    shared = None if exception_of(session, repository, channel, now) else _row(session, own.in_namespace())
+    return combined(own, find(session, own).policy, shared.policy if shared else None)
+
+
+def combined(own: PolicyScope, policy: ChannelPolicy, shared: Mapping[str, object] | None) -> InForce:
+    """The policies in force: the channel's own, and its namespace's document, which is None without one."""
+    return {own: policy} | ({own.in_namespace(): read_policy(shared, "policy")} if shared else {})
+
+
+def approver(in_force: InForce) -> Role | None:
+    """The lowest role whose approval counts for one of the policies; None if none requires an approval."""
+    roles = [Role(policy.approval.role) for policy in in_force.values() if policy.approval is not None]
+    return min(roles, key=list(Role).index, default=None)
+
+
+def watch_of(session: Session, scope: PolicyScope) -> Watch | None:
+    """How a canary of the channel proceeds: as its own policy states or, if that does not, its namespace's."""
+    return find(session, scope).policy.watch or find(session, scope.in_namespace()).policy.watch
+
+
+def of_namespace(session: Session, namespace: str) -> dict[PolicyScope, StoredPolicy]:
+    """The policies of a namespace, by channel."""
+    query = select(NamespacePolicy).where(NamespacePolicy.namespace == namespace).order_by(NamespacePolicy.channel)
+    return {
+        PolicyScope(namespace, ALL_REPOSITORIES, row.channel): StoredPolicy(
+            read_policy(row.policy, "policy"), row.revision, row.pins
+        )
+        for row in session.scalars(query)
+    }
+
+
+def _row(session: Session, scope: PolicyScope) -> Gate | NamespacePolicy | None:
+    channel = parse_name(scope.channel, "channel")
+    if scope.of_namespace:
+        return session.get(NamespacePolicy, (scope.namespace, channel))
+    named = (Repository.namespace == scope.namespace, Repository.name == scope.name)
+    query = select(Gate).join(Repository, Repository.id == Gate.repository_id)
+    return session.scalar(query.where(*named, Gate.channel == channel))
+
+
+def _rules(row: Gate | NamespacePolicy) -> list[str]:
+    return row.rules if isinstance(row, Gate) else []
 
 
 def set_policy(
-    session: Session,
-    actor: Actor,
-    repository: Repository,
-    channel: str,
-    policy: ChannelPolicy,
-    *,
-    expected: int | None = None,
+    session: Session, actor: Actor, scope: PolicyScope, policy: ChannelPolicy, *, expected: int | None = None
 ) -> int:
-    """Replaces a channel's policy; returns its revision. Rules on a suite that the policy used before keep their pins.
-    Raises NotFound for an unknown suite or metric, Usage for an invalid rule or one that can never pass, and Stale if
-    the revision that it replaces is not `expected`."""
+    """Replaces the policy of a scope; returns its revision. Rules on a suite that the policy used before keep their
+    pins. Raises NotFound for an unknown suite or metric, Usage for an invalid rule or one that can never pass, and
+    Stale if the revision that it replaces is not `expected`."""
     rules = gates.parse_rules([row.rule for row in policy.rules])
     for soak in policy.soak:
         parse_name(soak.channel, "channel")
-    revision = _store(session, actor, repository, channel, policy, rules, Act.POLICY_SET)
+    revision = _store(session, actor, scope, policy, rules, Act.POLICY_SET)
     if expected is not None and revision != expected + 1:  # now that the row is locked; the error undoes the write
-        name = f"{repositories.name_of(repository)}@{channel}"
-        message = f"The policy of {name} has changed since you looked."
-        raise Stale("policy_changed", message, subject=name)
+        message = f"The policy of {scope} has changed since you looked."
+        raise Stale("policy_changed", message, subject=str(scope))
     return revision
 
 
 def set_rules(
-    session: Session,
-    actor: Actor,
-    repository: Repository,
-    channel: str,
-    texts: Sequence[str] | None,
-    *,
-    repin: bool = False,
+    session: Session, actor: Actor, scope: PolicyScope, texts: Sequence[str] | None, *, repin: bool = False
 ) -> None:
-    """Replaces the gate rules of a channel's policy; none removes them, None keeps them. With `repin`, they are pinned
-    to what their suites are now. Raises as `set_policy`."""
-    kept, _ = find(session, repository, channel)
+    """Replaces the gate rules of a policy; none removes them, None keeps them. With `repin`, they are pinned to what
+    their suites are now. Raises as `set_policy`."""
+    kept = find(session, scope).policy
     if texts is not None:
         rows = tuple(ScoreRule.of(str(rule)) for rule in gates.parse_rules(texts))
         kept = kept.model_copy(update={"rules": rows})
     rules = gates.parse_rules([row.rule for row in kept.rules])
-    _store(session, actor, repository, channel, kept, rules, Act.GATE_SET, repin=repin)
+    _store(session, actor, scope, kept, rules, Act.GATE_SET, repin=repin)
 
 
 def _store(  # noqa: PLR0913
     session: Session,
     actor: Actor,
-    repository: Repository,
-    channel: str,
+    scope: PolicyScope,
     policy: ChannelPolicy,
     rules: Sequence[Rule],
     act: Act,
     *,
     repin: bool = False,
 ) -> int:
-    key = (repository.id, parse_name(channel, "channel"))
-    row = session.get(Gate, key, with_for_update=True)
+    _lock(session, scope)
+    row = _row(session, scope)
     named = act is Act.GATE_SET
     document = policy.to_json()
-    before = ({"rules": list(row.rules)} if named else of_columns(row.rules, row.policy).to_json()) if row else None
-    row = row or Gate(repository_id=repository.id, channel=channel, revision=0)
+    stored = of_columns(_rules(row), row.policy).to_json() if row else None
+    before = {"rules": _rules(row) if row else []} if named else stored
+    row = row or _new_row(session, scope)
     row.pins = _pins(session, actor, policy, rules, {} if repin else row.pins or {})
-    row.rules, row.policy, row.revision = [str(rule) for rule in rules], document, row.revision + 1
+    row.policy, row.revision = document, row.revision + 1
+    if isinstance(row, Gate):
+        row.rules = [str(rule) for rule in rules]
     session.add(row)
     session.flush()
     audit.record(
         session,
         actor,
         act,
-        f"{repositories.name_of(repository)}@{channel}",
-        namespace=repository.namespace,
-        before=before or ({"rules": []} if named else None),
-        after={"rules": row.rules} if named else document,
+        str(scope),
+        namespace=scope.namespace,
+        before=before,
+        after={"rules": [str(rule) for rule in rules]} if named else document,
         revision=row.revision,
         pins=row.pins,
     )
-    refresh_served(session, actor, repository, POLICY, "")
+    for repository in _repositories(session, scope, moved=(stored or {}).get("on_yank") != document.get("on_yank")):
+        refresh_served(session, actor, repository, POLICY, "")
     return row.revision
+
+
+def _lock(session: Session, scope: PolicyScope) -> None:
+    """Waits for the moves that are judged by the old policy; later ones wait for this transaction, and are judged by
+    the new one. The audit log has them in this order. Moves, too, lock their channel before the namespace."""
+    query = select(Channel.id).join(Repository).where(Repository.namespace == scope.namespace)
+    if not scope.of_namespace:
+        query = query.where(Repository.name == scope.name)
+    session.scalars(query.order_by(Channel.id).with_for_update(of=Channel)).all()
+    named = select(Namespace.name).where(Namespace.name == scope.namespace)
+    if session.scalar(named.with_for_update(key_share=True)) is None:
+        raise unknown_namespace(scope.namespace)
+
+
+def _new_row(session: Session, scope: PolicyScope) -> Gate | NamespacePolicy:
+    if scope.of_namespace:
+        return NamespacePolicy(namespace=scope.namespace, channel=scope.channel, revision=0)
+    repository = repositories.find(session, RepositoryName(scope.namespace, scope.name))
+    return Gate(repository_id=repository.id, channel=scope.channel, revision=0)
+
+
+def _repositories(session: Session, scope: PolicyScope, *, moved: bool) -> list[Repository]:
+    """The repositories whose channels may serve something else under a new policy; those of a namespace only if what it
+    says of yanked releases has changed, since it may have thousands."""
+    query = select(Repository).where(Repository.namespace == scope.namespace).order_by(Repository.id)
+    if not scope.of_namespace:
+        return list(session.scalars(query.where(Repository.name == scope.name)))
+    if not moved:
+        return []
+    named = select(Channel.repository_id).where(Channel.name == scope.channel)
+    return list(session.scalars(query.where(Repository.id.in_(named))))
 
 
 def _pins(session: Session, actor: Actor, policy: ChannelPolicy, rules: Sequence[Rule], kept: Pins) -> dict[str, Any]:
@@ -244,14 +302,15 @@ def all_rules(session: Session, repository: Repository) -> dict[str, list[Rule]]
 
 
 def forced_past_approval(session: Session) -> list[str]:
-    """The channels whose policy requires an approval and lets a releaser force a promotion without it."""
+    """The policies that require an approval and let a releaser force a promotion without it."""
     query = select(Gate, Repository).join(Repository, Repository.id == Gate.repository_id)
     rows = session.execute(query.order_by(Repository.namespace, Repository.name, Gate.channel))
-    asked = [(gate, repository, of_columns(gate.rules, gate.policy)) for gate, repository in rows]
+    asked = {scope_of(repository, gate.channel): of_columns(gate.rules, gate.policy) for gate, repository in rows}
+    shared = session.scalars(select(NamespacePolicy).order_by(NamespacePolicy.namespace, NamespacePolicy.channel))
+    for row in shared:
+        asked[PolicyScope(row.namespace, ALL_REPOSITORIES, row.channel)] = read_policy(row.policy, "policy")
     return [
-        f"{repositories.name_of(repository)}@{gate.channel}"
-        for gate, repository, policy in asked
-        if policy.approval is not None and policy.forced_by == "releaser"
+        str(scope) for scope, policy in asked.items() if policy.approval is not None and policy.forced_by == "releaser"
     ]
 
 
@@ -260,184 +319,90 @@ def is_empty(policy: ChannelPolicy) -> bool:
     return not any(getattr(policy, name) for name in _REQUIREMENTS)
 
 
-def judge(  # noqa: PLR0913
+# Exceptions from a namespace's policy.
+
+
+def exception_of(session: Session, repository: Repository, channel: str, now: datetime) -> PolicyException | None:
+    """The exception that exempts the channel from its namespace's policy now."""
+    row = session.get(PolicyException, (repository.id, parse_name(channel, "channel")))
+    return row if row and row.until > now else None
+
+
+def grant_exception(
+    session: Session, actor: Actor, repository: Repository, channel: str, until: datetime, reason: str
+) -> PolicyException:
+    """Exempts a channel from its namespace's policy until a time, in the place of an earlier exception. Raises NotFound
+    if the namespace has no policy for channels of this name, and Usage without a reason or with an end that is past or
+    more than MAX_EXCEPTION away."""
+    scope = scope_of(repository, channel)
+    if find(session, scope.in_namespace()).revision == 0:
+        raise NotFound(
+            "policy_unknown",
+            f"{scope.namespace} has no policy for channels named {channel}.",
+            subject=str(scope.in_namespace()),
+        )
+    if not reason.strip():
+        raise Usage("reason_missing", f"An exception for {scope} needs a reason.", subject=str(scope))
+    if not actor.at < until <= actor.at + MAX_EXCEPTION:
+        raise Usage(
+            "bad_exception_end",
+            f"An exception for {scope} cannot end at {until:%Y-%m-%d %H:%M} UTC.",
+            subject=str(scope),
+            next_step=f"Name a time within the next {MAX_EXCEPTION.days} days.",
+        )
+    _lock(session, scope)
+    row = session.get(PolicyException, (repository.id, channel))
+    before = _exception_facts(row) if row else None
+    row = row or PolicyException(repository_id=repository.id, channel=channel)
+    row.until, row.reason, row.created_at, row.created_by = until, reason, actor.at, actor.name
+    session.add(row)
+    session.flush()
+    after = _exception_facts(row)
+    _record_exception(session, actor, scope, before=before, after=after, reason=reason)
+    return row
+
+
+def end_exception(session: Session, actor: Actor, repository: Repository, channel: str) -> None:
+    """Ends an exception before its time. Raises NotFound if none is in force."""
+    scope = scope_of(repository, channel)
+    _lock(session, scope)
+    row = exception_of(session, repository, channel, actor.at)
+    if row is None:
+        raise NotFound("exception_unknown", f"{scope} has no exception.", subject=str(scope))
+    session.delete(row)
+    _record_exception(session, actor, scope, before=_exception_facts(row), after=None, reason=None)
+
+
+def exceptions_of_namespace(
+    session: Session, namespace: str, now: datetime
+) -> list[tuple[PolicyScope, PolicyException]]:
+    """The exceptions in force in a namespace."""
+    query = select(PolicyException, Repository).join(Repository, Repository.id == PolicyException.repository_id)
+    query = query.where(Repository.namespace == namespace, PolicyException.until > now)
+    rows = session.execute(query.order_by(Repository.name, PolicyException.channel))
+    return [(scope_of(repository, row.channel), row) for row, repository in rows]
+
+
+def _exception_facts(row: PolicyException) -> dict[str, Any]:
+    return {"until": row.until.isoformat(), "reason": row.reason, "by": row.created_by}
+
+
+def _record_exception(
     session: Session,
     actor: Actor,
-    release_id: int,
-    name: str,
-    channel_id: int | None,
-    policy: ChannelPolicy,
-    given_up: Mapping[WantedScore, str],
-) -> PolicyReport:
-    """Judges a release by the policy of the channel `name`, whose id is None before its first promotion."""
-    if is_empty(policy):
-        return PolicyReport([], [])
-    # Compare with what users get: not with a yanked release on the channel.
-    channel = None if channel_id is None else session.get_one(Channel, channel_id, populate_existing=True)
-    served = serving_move(session, channel) if channel else None
-    question = Question(
-        actor=actor,
-        release=session.get_one(Release, release_id),
-        channel=name,
-        served=served.to_release if served else None,
-        given_up=given_up,
+    scope: PolicyScope,
+    *,
+    before: Mapping[str, Any] | None,
+    after: Mapping[str, Any] | None,
+    reason: str | None,
+) -> None:
+    audit.record(
+        session,
+        actor,
+        Act.POLICY_EXCEPT,
+        str(scope),
+        namespace=scope.namespace,
+        reason=reason,
+        before=before,
+        after=after,
     )
-    results, lacking = _judge_scores(session, policy, question)
-    return PolicyReport([*results, *requirements.judge(session, policy, question)], lacking)
-
-
-def _judge_scores(
-    session: Session, policy: ChannelPolicy, question: Question
-) -> tuple[list[GateResult], list[WantedScore]]:
-    if not policy.rules:
-        return [], []
-    release = question.release
-    base = session.get_one(Base, release.base_digest)
-    inputs = gates.inputs_of(session, release)
-    rules = gates.parse_rules([row.rule for row in policy.rules])
-    pinned = pins_of_channel(session, release.repository_id, question.channel)
-    contents, changed = pinned_contents(session, rules, pinned), changes_since(session, pinned)
-    own, of_base = gates.scores(session, release, contents), gates.scores(session, base, contents)
-    served = gates.scores(session, question.served, contents) if question.served else None
-    of_inputs = None if inputs is None else [gates.scores(session, source, contents) for source in inputs]
-    hidden = inputs is not None and gates.hides(session, release, inputs)
-    guards = {name for name, suite in contents.suites.items() if suite.kind == "guard"}
-    sides = {"candidate": release, "base": base, **({"served": question.served} if question.served else {})}
-    others = cache(lambda: {side: gates.others(session, subject, contents) for side, subject in sides.items()})
-    results: list[GateResult] = []
-    lacking: dict[WantedScore, None] = {}
-    for rule, row in zip(rules, policy.rules, strict=True):
-        needs = ScoreConditions(*policy.of_rule(row))
-        best = None if of_inputs is None else gates.best_of([needs.counting(scores) for scores in of_inputs])
-        against = gates.Baselines(base=of_base, served=served, inputs=best, guards=guards, hides_inputs=hidden)
-        result = gates.judge_rule(rule, own, against, needs)
-        if result.lacks:  # the score may be there, on another content of the suite
-            result = gates.judge_rule(rule, own, replace(against, others=others()), needs)
-        if result.lacks and policy.missing == "evaluate":
-            named = gates.lacking(rule, own, against, needs)
-            subjects = [subject for name in named for subject in _subjects(question, name, inputs or ())]
-            result, lacks = _awaited(question, rule, needs, result, subjects, contents)
-            lacking |= dict.fromkeys(lacks)
-        if note := changed.get(rule.suite):
-            command = f"adaptory gate {repositories.name_of(release.repository)}@{question.channel} --repin"
-            result = replace(result, detail=f"{result.detail}; {note} (`{command}` accepts the change)")
-        results.append(result)
-    return results, list(lacking)
-
-
-def _awaited(
-    question: Question,
-    rule: Rule,
-    needs: ScoreConditions,
-    result: GateResult,
-    subjects: Sequence[tuple[int | None, str]],
-    contents: Contents,
-) -> tuple[GateResult, list[WantedScore]]:
-    """The result, waiting if the missing scores of the subjects can still come, and the measurements that it needs."""
-    suite = contents.suites.get(rule.suite)
-    if suite is None or suite.task == suites.REPORTED:  # nobody can measure it
-        return result, []
-    if suite.examples < needs.min_n:
-        why = f"{result.detail}; {suite.name} has {suite.examples} examples, and {needs.min_n} are needed"
-        return replace(result, detail=why), []
-    lacks = [WantedScore(release_id, base, suite.digest) for release_id, base in subjects]
-    if over := next((question.given_up[lack] for lack in lacks if lack in question.given_up), ""):
-        return replace(result, detail=f"{result.detail} ({over})"), []
-    if not lacks:
-        return result, []
-    missing = f"a score of {rule.metric} on {contents.named(rule.suite)} is missing"
-    if rule.metric not in metrics.HIGHER_IS_BETTER or suite.task in suites.ELSEWHERE:
-        return replace(result, waiting=True, detail=f"{missing}: to be recorded"), []
-    return replace(result, waiting=True, detail=f"{missing}: to be measured"), lacks
-
-
-def _subjects(question: Question, lacks: str, inputs: Sequence[Release]) -> list[tuple[int | None, str]]:
-    """The subjects whose score is missing: (release id, base digest). None for inputs whose scores the actor may not
-    record."""
-    release = question.release
-    if lacks == "base":
-        return [(None, release.base_digest)]
-    if lacks == "inputs":
-        may = all(holds(question.actor, Role.PUBLISHER, source.repository.namespace) for source in inputs)
-        return [(source.id, source.base_digest) for source in inputs] if may else []
-    one = question.served if lacks == "served" else release
-    return [(one.id, one.base_digest)] if one is not None else []
-
-
-# The request of a promotion, and the errors that refuse it.
-
-
-SERVES_NOTHING = "none"
-"""In an ETag, in the place of a version."""
-
-
-@dataclass(frozen=True, slots=True)
-class Expected:
-    """What the caller last saw of the channel, from its ETag: the id of the last move (`NOTHING_YET` of `moves` for no
-    channel), and what it served (SERVES_NOTHING, or a version). A move's own ETag leaves that out."""
-
-    move_id: int
-    served: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class PromotionRequest:
-    """The release to promote and the channel. `force` overrides failed rules, and needs a reason. If `kind` is given,
-    repositories of another kind are not found."""
-
-    repository: RepositoryName
-    version: Version
-    channel: str
-    kind: Kind | None = None
-    reason: str = ""
-    force: bool = False
-    expected: Expected | None = None
-
-    @property
-    def release(self) -> str:
-        return f"{self.repository}:{self.version}"
-
-    @property
-    def subject(self) -> str:
-        return f"{self.repository}@{self.channel}"
-
-
-_FORCED_BY = {
-    "releaser": "a releaser may use --force with a --reason",
-    "admin": "an admin may use --force with a --reason",
-    "never": "the policy allows nobody to force a promotion",
-}
-
-
-def gate_failed(wanted: PromotionRequest, report: PolicyReport, policy: ChannelPolicy) -> Refused:
-    failed = [result for result in report.failed if not result.waiting] or report.failed
-    return Refused(
-        "gate_failed",
-        f"{wanted.release} fails {len(failed)} of {len(report.results)} gates of {wanted.subject}.",
-        subject=wanted.subject,
-        next_step=f"Check the numbers; {_FORCED_BY[policy.forced_by]}.",
-        findings=[result.with_waiting() for result in report.results],
-    )
-
-
-def refuse_force(actor: Actor, policy: ChannelPolicy, wanted: PromotionRequest) -> None:
-    """Raises NotAllowed if the policy does not let the actor force a promotion."""
-    if policy.forced_by == "never" or not holds(actor, Role(policy.forced_by), wanted.repository.namespace):
-        who = "nobody" if policy.forced_by == "never" else f"only the role {policy.forced_by}"
-        raise NotAllowed(
-            "force_not_allowed",
-            f"The policy of {wanted.subject} allows {who} to force a promotion.",
-            subject=wanted.subject,
-        )
-
-
-def refuse_unpromotable(yanked: str | None, wanted: PromotionRequest) -> None:
-    if yanked is not None:
-        raise Refused(
-            "release_yanked",
-            f"{wanted.release} is yanked: {yanked}.",
-            subject=wanted.release,
-            next_step="Promote another release.",
-        )
-    if wanted.force and not wanted.reason.strip():
-        raise Usage("reason_missing", "A forced promotion needs a reason.", subject=wanted.subject)

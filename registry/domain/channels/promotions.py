@@ -14,10 +14,10 @@ from registry.domain.access.audit import Act, Actor
 from registry.domain.access.roles import Role, holds, permit
 from registry.domain.catalog import releases, repositories, set_members
 from registry.domain.catalog.repositories import Kind
-from registry.domain.channels import moves, pending, policies
+from registry.domain.channels import judging, moves, pending, policies
+from registry.domain.channels.judging import Expected, PolicyReport, PromotionRequest, PromotionVerdict
 from registry.domain.channels.moves import Waiting
 from registry.domain.channels.pending import PENDING
-from registry.domain.channels.policies import Expected, PolicyReport, PromotionRequest, PromotionVerdict
 from registry.domain.channels.serving import ChannelMove, locked_channel, serving_move, unspent_approvals
 from registry.domain.jobs import evaluations, queue
 from registry.domain.jobs.evaluations import WantedScore
@@ -52,7 +52,7 @@ def request(session: Session, actor: Actor, wanted: PromotionRequest) -> Channel
         error=None,
         created_at=actor.at,
         due_at=actor.at,
-        expires_at=actor.at + timedelta(hours=outcome.policy.expires_hours),
+        expires_at=actor.at + timedelta(hours=outcome.report.expires_hours),
         ended_at=None,
     )
     session.add(promotion)
@@ -122,16 +122,16 @@ def approve(session: Session, actor: Actor, release: Release, channel: str, reas
     """Approves a release for a channel, under the lock that moves of the channel take. Raises Refused if its policy
     requires no approval, NotAllowed without the role or for one's own promotion."""
     repository = release.repository
-    policy, _ = policies.find(session, repository, channel)
     subject = f"{repositories.name_of(repository)}@{channel}"
-    if policy.approval is None:
+    role = policies.approver(policies.in_force(session, repository, channel, actor.at))
+    if role is None:
         raise Refused(
             "approval_not_needed",
             f"The policy of {subject} requires no approval.",
             subject=subject,
             next_step=f"`adaptory policy show {subject}` shows what it requires.",
         )
-    permit(actor, Role(policy.approval.role), repository.namespace)
+    permit(actor, role, repository.namespace)
     locked = moves.lock(session, repository, channel)
     own = waiting_for(session, release, channel)
     if own is not None and own.actor == actor.name:
@@ -139,7 +139,7 @@ def approve(session: Session, actor: Actor, release: Release, channel: str, reas
             "own_promotion",
             f"{actor.name} promotes {release.version} to {subject}, so someone else must approve it.",
             subject=subject,
-            next_step=f"Ask someone else with the role {policy.approval.role}.",
+            next_step=f"Ask someone else with the role {role}.",
         )
     row = session.get(Approval, (release.id, channel, actor.name))
     counts = row in unspent_approvals(session, release, channel)
@@ -309,8 +309,8 @@ def judge(session: Session, actor: Actor, wanted: PromotionRequest) -> Judgement
     current = session.get_one(Move, channel.move_id) if channel and channel.move_id else None
     if current is not None:
         actor = replace(actor, at=max(actor.at, current.at))
-    policy, _ = policies.find(session, release.repository, wanted.channel)
-    report = policies.judge(session, actor, release.id, wanted.channel, channel.id if channel else None, policy, {})
+    in_force = policies.in_force(session, release.repository, wanted.channel, actor.at)
+    report = judging.judge(session, actor, release.id, channel.id if channel else None, in_force, {})
     error = _refusal(session, release, wanted)
     verdict = report.verdict(served=current is not None and current.to_release_id == release.id)
     serving = serving_move(session, channel) if channel else None
@@ -340,7 +340,7 @@ def _refusal(session: Session, release: Release, wanted: PromotionRequest) -> Re
     named = (release.signed_by, release.signature_covers)
     try:
         moves.refuse_unsigned(session, release.id, releases.SignaturePolicy.of(namespace), named, wanted)
-        policies.refuse_unpromotable(release.yank_reason if release.yanked else None, wanted)
+        judging.refuse_unpromotable(release.yank_reason if release.yanked else None, wanted)
         if wanted.kind is Kind.SET:
             set_members.refuse_withdrawn(session, release.id, wanted.release)
     except Refused as error:

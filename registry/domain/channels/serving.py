@@ -1,5 +1,4 @@
-"""What channels serve and have served: by their moves, by yanks and by their policies; and as those who follow them see
-it."""
+"""What channels serve and have served, by moves, yanks and policies, and as followers see it."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,17 @@ from sqlalchemy.orm import Session, joinedload
 
 from registry.database.dialects import in_list, padded
 from registry.database.prepared import Prepared, Query, prepared
-from registry.database.tables import Approval, Canary, Channel, Gate, Move, Release, Repository, Revision
+from registry.database.tables import (
+    Approval,
+    Canary,
+    Channel,
+    Gate,
+    Move,
+    NamespacePolicy,
+    Release,
+    Repository,
+    Revision,
+)
 from registry.domain.access import audit
 from registry.domain.access.audit import Act, Actor
 from registry.domain.access.roles import readable_names
@@ -94,10 +103,15 @@ def due_move(session: Session, channel: Channel, *, again: bool = True) -> Move 
 
 
 def keeps_yanked(session: Session, channel: Channel, release: Release) -> bool:
-    """Whether the channel goes on serving the release although it is yanked. One that was taken down has no files."""
+    """Whether the channel goes on serving the release although it is yanked, by its own policy or, where that does not
+    say, by its namespace's. One that was taken down has no files."""
     gate = session.get(Gate, (channel.repository_id, channel.name))
-    kept = gate is not None and (gate.policy or {}).get("on_yank") == "keep"
-    return kept and release.revision.taken_down_at is None
+    stated = (gate.policy or {}).get("on_yank") if gate else None
+    if stated is None:
+        namespace = session.get_one(Repository, channel.repository_id).namespace
+        shared = session.get(NamespacePolicy, (namespace, channel.name))
+        stated = shared.policy.get("on_yank") if shared else None
+    return stated == "keep" and release.revision.taken_down_at is None
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from registry.domain.access.audit import Act, Actor
 from registry.domain.access.roles import REGISTRY, Role, holds
 from registry.domain.catalog import releases, repositories
 from registry.domain.channels import moves, pending, policies, promotions
-from registry.domain.channels.policies import PromotionRequest, PromotionVerdict
+from registry.domain.channels.judging import PromotionRequest, PromotionVerdict
 from registry.domain.channels.serving import ChannelMove, ChannelName, find_channel, locked_channel, served_version
 from registry.domain.rollouts import fleet
 from registry.domain.rollouts.sequential import ANY, RARE, Sample, above_limit, above_other
@@ -164,7 +164,7 @@ def begin(session: Session, actor: Actor, wanted: PromotionRequest, weight: int)
         raise judged.error
     _refuse_unfit(wanted, judged)
     others = _not_splitting(session, actor.at, wanted)
-    policy, _ = policies.find(session, repository, wanted.channel)
+    watch = policies.watch_of(session, policies.scope_of(repository, wanted.channel))
     earlier = pending.running_canary(session, channel.id)
     if earlier is not None:
         pending.close_canary(earlier, "replaced", f"{actor.name} began another canary.", actor.at)
@@ -175,7 +175,7 @@ def begin(session: Session, actor: Actor, wanted: PromotionRequest, weight: int)
         served_id=channel.served_id,
         release=release,
         weight=weight,
-        watch=policy.watch.to_json() if policy.watch else None,
+        watch=watch.to_json() if watch else None,
         state=pending.RUNNING,
         report=[],
         why=f"{', '.join(others[:5])} split no requests: their users get {judged.served}." if others else "",

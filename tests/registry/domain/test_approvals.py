@@ -12,7 +12,7 @@ from registry.domain.access.audit import Actor
 from registry.domain.access.people import Person
 from registry.domain.access.roles import Role
 from registry.domain.catalog import releases, repositories
-from registry.domain.channels import moves, promotions
+from registry.domain.channels import deletion, moves, promotions
 from registry.domain.channels.serving import ChannelMove, unspent_approvals
 from registry.errors import NotAllowed
 from registry.transfer.promotions import settle
@@ -154,7 +154,7 @@ def test_an_approval_for_a_channel_that_was_deleted_and_comes_back_counts_if_it_
     demand(house, "beta")
     with house.resources.write() as session:
         repository = repositories.find(session, NAME)
-        moves.delete_channel(session, person(house, "admin"), repository, "beta", serving=OLD, reason="a typo")
+        deletion.delete_channel(session, person(house, "admin"), repository, "beta", serving=OLD, reason="a typo")
     demand(house, "beta", approval={})
     began = waiting(house, OLD, "beta")
     approve()

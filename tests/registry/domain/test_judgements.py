@@ -121,7 +121,7 @@ def test_the_scores_of_hidden_inputs_are_in_no_field(house: House) -> None:
         secret = Measurement(suite.digest, "nll", 0.4375, 0.03125, 1, False)
         suites.record(session, HOST, used, [secret])
         policy = read_policy({"version": 1, "rules": ["exact.nll within 0.25 of inputs"]}, "policy")
-        policies.set_policy(session, HOST, made.repository, "prod", policy)
+        policies.set_policy(session, HOST, policies.scope_of(made.repository, "prod"), policy)
     path = f"/v1/adapters/{composed}/channels/prod/judgement"
     answer = house.ask("nobody", "GET", path, params={"version": "1.0.0"})
     gate = answer.json()["gates"][0]

@@ -47,7 +47,9 @@ def person(house: House, user: str = "releaser", at: datetime = NOW) -> Actor:
 def demand(house: House, channel: str = "prod", **fields: Any) -> None:
     with house.resources.write() as session:
         repository = repositories.find(session, NAME)
-        policies.set_policy(session, HOST, repository, channel, read_policy({"version": 1, **fields}, "policy"))
+        policies.set_policy(
+            session, HOST, policies.scope_of(repository, channel), read_policy({"version": 1, **fields}, "policy")
+        )
 
 
 def promote(
@@ -288,9 +290,8 @@ def test_rights_and_the_policy_are_judged_again_when_it_completes(house: House) 
     with house.resources.write() as session:
         tokens.revoke(session, replace(HOST, name="operator"), house.ids["releaser"])
         wanted = PromotionRequest(NAME, OLD, "edge")
-        policies.set_policy(
-            session, HOST, repositories.find(session, NAME), "edge", read_policy({"version": 1, "approval": {}}, "p")
-        )
+        scope = policies.scope_of(repositories.find(session, NAME), "edge")
+        policies.set_policy(session, HOST, scope, read_policy({"version": 1, "approval": {}}, "p"))
         second = promotions.request(session, person(house), wanted)
     settle(house.resources, second.id)
     assert seen(house, second.id) == ("refused", "role_lost")
@@ -304,14 +305,14 @@ def test_rules_that_a_gate_had_before_policies_refuse_what_lacks_a_score(house: 
         "exact.accuracy >= 0.5: no accuracy on the current exact: run `adaptory eval REF --suite exact`"
     ]
     with house.resources.write() as session:
-        policies.set_rules(session, HOST, repository, "prod", ["exact.nll <= 9"])
-        assert policies.find(session, repository, "prod")[0].missing == "refuse"
+        policies.set_rules(session, HOST, policies.scope_of(repository, "prod"), ["exact.nll <= 9"])
+        assert policies.find(session, policies.scope_of(repository, "prod")).policy.missing == "refuse"
     assert isinstance(promote(house), ChannelMove)
     demand(house, rules=["exact.accuracy >= 0.5"], approval={})
     with house.resources.write() as session:
-        policies.set_rules(session, HOST, repository, "prod", [])
-        policy, revision = policies.find(session, repository, "prod")
-        assert (policy.rules, policy.approval is not None, revision) == ((), True, 4)
+        policies.set_rules(session, HOST, policies.scope_of(repository, "prod"), [])
+        stored = policies.find(session, policies.scope_of(repository, "prod"))
+        assert (stored.policy.rules, stored.policy.approval is not None, stored.revision) == ((), True, 4)
 
 
 @pytest.mark.on("PostgreSQL")

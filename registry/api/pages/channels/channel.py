@@ -18,7 +18,6 @@ from registry.domain.catalog import releases, repositories
 from registry.domain.channels import pending, policies
 from registry.domain.channels.serving import ChannelMove, find_channel, moves_of_channel, serving_move
 from registry.domain.rollouts import canaries
-from registry.formats.channel_policy import ChannelPolicy
 from registry.formats.references import RepositoryName
 from registry.transfer.promotions import settle_overdue
 
@@ -35,16 +34,17 @@ def show_channel(asked: ChannelRequestOf, actor: PageReader, cursor: Cursor = No
     releaser = holds(actor, Role.RELEASER, str(named))
     with asked.resources.snapshot() as session:
         repository = repositories.find(session, named)
-        needed, revision = policies.find(session, repository, channel)
+        in_force = policies.in_force(session, repository, channel, actor.at)
+        own = policies.find(session, policies.scope_of(repository, channel))
+        exception = policies.exception_of(session, repository, channel, actor.at)
         waiting = pending.of_name(session, repository, channel)
-        empty = (revision > 0 or waiting is not None) and not repositories.has_channel(session, repository, channel)
+        empty = (own.revision > 0 or waiting is not None) and not repositories.has_channel(session, repository, channel)
         facts = dict(_EMPTY) if empty else _moved(session, actor, repository, channel, cursor)
-        facts |= _awaited(actor, named, needed, waiting)
+        facts |= _awaited(actor, named, in_force, waiting)
         served = facts["serving"].version if facts["serving"] else None
         highest = releases.list_page(session, repository, before="", limit=MAX_VERSIONS) if releaser else []
         facts["versions"] = [row.version for row in highest if not row.yanked and row.version != served]
-        pins = policies.pins_of_channel(session, repository.id, channel)
-        changed = list(policies.changes_since(session, pins).values())
+        changed = list(policies.changes_since(session, own.pins).values())
         address = f"/v1/{repository.kind}s/{named}/channels/{channel}"
     return page_about(
         asked.request,
@@ -52,8 +52,9 @@ def show_channel(asked: ChannelRequestOf, actor: PageReader, cursor: Cursor = No
         named,
         channel=channel,
         first=cursor is None,
-        policy=policy.stated(needed),
-        revision=revision,
+        policies=[(scope, policy.stated(needed)) for scope, needed in in_force.items()],
+        exception=exception,
+        revision=own.revision,
         changed=changed,
         releaser=releaser,
         admin=holds(actor, Role.ADMIN, str(named)),
@@ -62,13 +63,15 @@ def show_channel(asked: ChannelRequestOf, actor: PageReader, cursor: Cursor = No
     )
 
 
-def _awaited(actor: Actor, named: RepositoryName, needed: ChannelPolicy, waiting: Promotion | None) -> dict[str, Any]:
+def _awaited(
+    actor: Actor, named: RepositoryName, in_force: policies.InForce, waiting: Promotion | None
+) -> dict[str, Any]:
     """The waiting promotion, its report, and whether the viewer can approve it."""
     if waiting is None:
         return {"waiting": None, "waiting_report": [], "approver": False}
     shown = promotion_view(waiting)
     unapproved = any(gate.rule.startswith("approval by ") and not gate.passed for gate in shown.gates)
-    wanted = Role(needed.approval.role) if needed.approval and waiting.actor != actor.name else None
+    wanted = policies.approver(in_force) if waiting.actor != actor.name else None
     may = unapproved and wanted is not None and holds(actor, wanted, str(named))
     return {"waiting": shown, "waiting_report": gates.lines(shown.gates), "approver": may}
 

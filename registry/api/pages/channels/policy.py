@@ -11,6 +11,7 @@ from registry.domain.catalog import repositories
 from registry.domain.channels import policies
 from registry.errors import RegistryError
 from registry.formats.channel_policy import ChannelPolicy, Combination, Licenses, ScoreRule, parse_policy
+from registry.formats.references import PolicyScope
 
 
 def stated(policy: ChannelPolicy) -> list[tuple[str, list[str]]]:
@@ -74,8 +75,10 @@ router = APIRouter(route_class=PageRoute)
 def show_policy_form(asked: ChannelRequestOf, actor: PageAdmin) -> Response:
     """The current policy, in a form that changes it."""
     with asked.resources.read() as session:
-        policy, revision = policies.find(session, repositories.find(session, asked.named), asked.channel)
-    return _page(asked, yaml.safe_dump(policy.to_json(), sort_keys=False, allow_unicode=True), revision)
+        repositories.find(session, asked.named)
+        stored = policies.find(session, _scope(asked))
+    text = yaml.safe_dump(stored.policy.to_json(), sort_keys=False, allow_unicode=True)
+    return _page(asked, text, stored.revision)
 
 
 @router.post(CHANNEL + "/policy")
@@ -86,11 +89,15 @@ def set_policy(asked: ChannelRequestOf, actor: PageAdmin, form: FormOf) -> Respo
     try:
         policy = parse_policy(text, "policy")
         with asked.resources.write() as session:
-            repository = repositories.find(session, asked.named)
-            policies.set_policy(session, actor, repository, asked.channel, policy, expected=revision)
+            repositories.find(session, asked.named)
+            policies.set_policy(session, actor, _scope(asked), policy, expected=revision)
     except ERRORS as error:
         return _page(asked, text, revision, as_registry_error(error))
     return redirect(asked.address)
+
+
+def _scope(asked: ChannelRequest) -> PolicyScope:
+    return PolicyScope(asked.named.namespace, asked.named.name, asked.channel)
 
 
 def _page(asked: ChannelRequest, text: str, revision: int, error: RegistryError | None = None) -> Response:

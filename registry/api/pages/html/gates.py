@@ -40,7 +40,7 @@ def _line(gate: GateResultOut) -> GateLine:
     waiting = isinstance(gate, PromotionGateOut) and gate.waiting and not gate.passed
     kind, word = ("ok", "passed") if gate.passed else ("warn", "waits") if waiting else ("bad", "failed")
     return GateLine(
-        rule=gate.rule,
+        rule=f"{gate.rule} ({gate.policy})" if gate.policy else gate.rule,
         kind=kind,
         word=word,
         detail=gate.detail,
