@@ -43,7 +43,16 @@ from composer.optimize.combiner import Combiner, FitOn
 from composer.optimize.evolution import Evolution
 from composer.optimize.objective import LEAST_GAIN, CandidateResults, best_first, race, simplest_of_the_best
 from composer.optimize.problem import CONFIRM_GROWTH, SearchProblem, Split
-from composer.optimize.report import Confirmed, OptimizeReport, Tried, accepted, broken_limit, choose, cut_share
+from composer.optimize.report import (
+    Confirmed,
+    OptimizeReport,
+    Tried,
+    accepted,
+    broken_limit,
+    choose,
+    cut_share,
+    undecided_answers,
+)
 from composer.optimize.routing import SetRouting
 from composer.optimize.surface import Point, proposed
 
@@ -388,6 +397,7 @@ class _Search:
             unseen=unseen,
             excess=CandidateResults(candidate, outcome).excess(self.limits),
             broken=broken_limit(outcome, self.limits),
+            undecided=undecided_answers(outcome, self.limits),
         )
 
     def _refitted(self, candidate: Candidate) -> Candidate:

@@ -6,6 +6,7 @@ from math import floor, isfinite
 from typing import Any, NotRequired, TypedDict
 
 from composer.conflicts.documents import EffectDocument, GuardDocument
+from composer.conflicts.evidence.interval import needed_for
 from composer.conflicts.evidence.outcome import LEAST_EXAMPLES, Effect, Limits, Outcome
 from composer.findings import Verdict
 from composer.formats.recipes.methods import Regmean
@@ -25,7 +26,8 @@ ANSWERS = (ONE_ADAPTER, WITH_PHRASES, AS_SET)
 class Confirmed:
     """A candidate on examples that the search has not seen, at least `unseen` of each suite. The intervals of all
     losses and rises of the confirmed candidates hold together. `excess` is by how much the worst value exceeds its
-    limit, sure or not, and `broken` names a limit that is surely broken."""
+    limit, sure or not, and `broken` names a limit that is surely broken. `undecided` are the members whose answers are
+    too few to judge them, each with how many would do."""
 
     candidate: Candidate
     outcome: Outcome
@@ -33,6 +35,7 @@ class Confirmed:
     unseen: int
     excess: float = 0.0
     broken: str = ""
+    undecided: tuple[str, ...] = ()
 
     @property
     def answer(self) -> str:
@@ -284,6 +287,17 @@ def broken_limit(outcome: Outcome, limits: Limits, *, of_suite: bool = False) ->
     return next(iter(_broken(outcome, limits, of_suite=of_suite)), "")
 
 
+def undecided_answers(outcome: Outcome, limits: Limits) -> tuple[str, ...]:
+    """The members whose answers are too few to show that enough are left, each with how many would show it."""
+    return tuple(
+        f"Add examples to {effect.suite} to decide whether it keeps {limits.answers:.0%} of its exact matches: it "
+        f"keeps {effect.still_answered} of {effect.answered}, and {needed} would do if no more are lost."
+        for effect in outcome.effects
+        if effect.of_answers(limits) is Verdict.UNDECIDED
+        and (needed := needed_for(limits.answers, effect.answered - effect.still_answered))
+    )
+
+
 def _broken(outcome: Outcome, limits: Limits, *, of_suite: bool) -> Iterable[str]:
     victim = outcome.victim(limits)
     name = f"the input of {victim.suite}" if of_suite else victim.member
@@ -299,12 +313,15 @@ def _broken(outcome: Outcome, limits: Limits, *, of_suite: bool) -> Iterable[str
 
 def document(report: OptimizeReport) -> dict[str, object]:
     """The report as JSON, with its answer in a sentence."""
-    offered = offers(report) if report.choice is None else []
-    return {**report.to_json(), "headline": headline(report), "offers": offered}
+    return {**report.to_json(), "headline": headline(report), "offers": offers(report)}
 
 
 def offers(report: OptimizeReport) -> list[str]:
-    """What may serve the members where nothing fits, each with what to write, the most promising first."""
+    """What may serve the members where nothing fits, each with what to write, the most promising first. For a choice
+    that is undecided, what would decide it."""
+    if report.choice is not None:
+        chosen = next(confirmed for confirmed in report.best if confirmed.candidate is report.choice)
+        return list(dict.fromkeys(chosen.undecided))  # members may share a suite
     offered: list[str] = []
     if kept := _kept_by_set(report):
         offered.append(f"A set with a router {kept}: add `set: NAMESPACE/NAME:VERSION` to the recipe.")

@@ -1,5 +1,6 @@
 """Confidence intervals for means of few paired measurements (Student's t) and for shares. No torch."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import atan, ceil, cos, exp, inf, lgamma, log, log1p, pi, sin, sqrt
@@ -75,9 +76,13 @@ def share_interval(count: int, total: int) -> Interval:
     return Interval(low, high)
 
 
-def needed_for(share: float) -> int | None:
-    """The fewest answers that, with none lost, show that at least this share is left. None for 1: no number does."""
-    return None if share >= 1 else ceil(log(1 - CONFIDENCE) / log(share)) if share > 0 else 0
+def needed_for(share: float, lost: int = 0) -> int | None:
+    """The fewest answers that, with `lost` of them lost, show that at least this share is left. None for 1: no number
+    does."""
+    if share <= 0 or share >= 1:
+        return 0 if share <= 0 else None
+    fewest = max(lost, ceil(log(1 - CONFIDENCE) / log(share)))
+    return next(count for count in itertools.count(fewest) if _at_most(lost, count, 1 - share) <= 1 - CONFIDENCE)
 
 
 def _bisected(below: Callable[[float], bool]) -> float:

@@ -61,6 +61,12 @@ def test_twenty_nine_answers_show_that_nine_in_ten_are_left_and_no_number_shows_
     assert share_interval(15, 16).high < 1.0 == share_interval(16, 16).high
 
 
+def test_each_lost_answer_asks_for_more_of_them() -> None:
+    needed = [needed_for(0.9, lost) for lost in range(4)]
+    assert needed == [29, 46, 61, 76]
+    assert share_interval(44, 45).low < 0.9 < share_interval(45, 46).low
+
+
 @pytest.mark.parametrize(
     ("count", "total", "low", "high"),
     [(0, 10, 0.0, 0.2589), (10, 10, 0.7411, 1.0), (9, 10, 0.6058, 0.9949), (50, 100, 0.4136, 0.5864)],

@@ -316,6 +316,18 @@ def test_an_undecided_confirmation_goes_on_with_more_examples(problem: SearchPro
     assert optimize(replace(problem, limits=Limits(loss=-100.0))).best[0].unseen == 8, "the harm is sure"
 
 
+def test_a_choice_with_too_few_answers_is_measured_on_all_unseen_ones_and_says_how_many_would_decide(
+    problem: SearchProblem,
+) -> None:
+    red = problem.members[0]
+    twins = [red, replace(red, adapter=replace(red.loaded, name="red again"))]
+    limits = replace(problem.limits, answers=0.9)
+    few = optimize(replace(problem, members=twins, limits=limits, effort=SearchEffort(search=4, confirm=4)))
+    (offer,) = cast(list[str], document(few)["offers"])
+    assert re.search(r"Add examples to red .* 90% of its exact matches: it keeps 11 of 11, and 29 would do", offer)
+    assert (few.best[0].verdict, few.best[0].unseen) == (Verdict.UNDECIDED, 12)
+
+
 @pytest.mark.long
 def test_what_the_recipe_says_is_a_candidate_too(problem: SearchProblem) -> None:
     own = Candidate(name="as given", family="given", method="ctm_mean", factors=(1.0, 1.0))
