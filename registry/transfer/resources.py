@@ -3,12 +3,13 @@
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 
 from pydantic import ValidationError
 from sqlalchemy.orm import Session
 
+from registry.database.clock import DatabaseClock, utc_now
 from registry.database.engine import Database, DatabaseTimeouts
 from registry.database.migrate import (
     SchemaWatch,
@@ -30,10 +31,6 @@ from registry.storage.blobs import BlobStore, RecentStats
 from registry.storage.local import LocalStore
 
 
-def utc_now() -> datetime:
-    return datetime.now(UTC)
-
-
 @dataclass(frozen=True, slots=True)
 class Resources:
     """The resources of a procedure: settings, database, blob store, work directory and clock. `recent` is for downloads
@@ -47,8 +44,12 @@ class Resources:
     recent: RecentStats = field(default_factory=RecentStats)
     schema: SchemaWatch = field(default_factory=SchemaWatch)
 
-    def read(self) -> AbstractContextManager[Session]:
-        return self.database.read()
+    @contextmanager
+    def read(self) -> Generator[Session]:
+        with self.database.read() as session:
+            if isinstance(self.clock, DatabaseClock):
+                self.clock.compare(session)
+            yield session
 
     def snapshot(self) -> AbstractContextManager[Session]:
         return self.database.snapshot()
@@ -82,7 +83,8 @@ def open_resources(settings: Settings, *, serving: str = "") -> Resources:
     ensure_schema(database, create=settings.database_url is None, newer=bool(serving))
     work = settings.work_directory
     close_directory(work)
-    resources = Resources(settings, database, open_store(settings, database), work)
+    clock = utc_now if database.is_sqlite else DatabaseClock()
+    resources = Resources(settings, database, open_store(settings, database), work, clock)
     if serving == "serve" and settings.access == "tokens":
         with resources.read() as session:
             usable = tokens.exist(session)

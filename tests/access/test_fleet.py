@@ -1,5 +1,8 @@
 """Nodes that serve channels: who may report, how long a report counts, who may switch, and what users see of it."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -21,6 +24,7 @@ from registry.wire.access import RoleName
 from tests import services
 from tests.access.browser import Browser
 from tests.access.house import HOST, OTHER, PRIVATE, PUBLIC, House, copy_of, entered, furnished_house
+from tests.clocks import JumpingClocks
 
 SQL = f"/v1/adapters/{PRIVATE}/sql"
 ROLLOUT = f"{SQL}/channels/prod/rollout"
@@ -190,6 +194,24 @@ def test_what_was_recorded_before_the_registrys_clock_was_set_back_does_not_coun
     assert {row["silent"] for row in house.ask("reader", "GET", "/v1/fleet").json()["items"]} == {True}
     assert reported(house, "gpu-2", served, switch={"max_unavailable": 1}), "the permission of an ended node, too"
     assert states(house) == {"gpu-1": "silent", "gpu-2": "following"}
+
+
+def test_servers_of_one_database_go_by_its_clock(house: House, tmp_path: Path) -> None:
+    """Else one whose own clock is wrong shows all nodes as silent that report to another."""
+    clocks = JumpingClocks(tmp_path)
+    clocks.jump(600)
+    code = """
+from registry.environment.settings import Settings
+from registry.transfer.resources import open_resources
+resources = open_resources(Settings())
+with resources.read():
+    print(resources.clock().isoformat())
+"""
+    environ = {"PATH": os.environ["PATH"], **house.environ, **clocks.environment}
+    ran = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True)
+    ahead = datetime.fromisoformat(ran.stdout.strip()) - datetime.now(UTC)
+    expected = timedelta(seconds=600 if house.resources.database.is_sqlite else 0)
+    assert abs(ahead - expected) < timedelta(seconds=30)
 
 
 def test_the_list_of_nodes_shows_a_permission_to_switch_while_it_counts(house: House, clock: Clock) -> None:
