@@ -6,6 +6,7 @@ from alembic import op
 revision = "0030"
 down_revision = "0029"
 oldest_code = "0018"
+Id = sa.BigInteger().with_variant(sa.Integer, "sqlite")
 
 
 def upgrade() -> None:
@@ -19,7 +20,12 @@ def upgrade() -> None:
     )
     op.create_table(
         "policy_exceptions",
-        sa.Column("repository_id", sa.Integer, sa.ForeignKey("repositories.id"), primary_key=True),
+        sa.Column(
+            "repository_id",
+            Id,
+            sa.ForeignKey("repositories.id"),
+            primary_key=True,
+        ),
         sa.Column("channel", sa.String(64), primary_key=True),
         sa.Column("until", sa.DateTime(timezone=True), nullable=False),
         sa.Column("reason", sa.String(1000), nullable=False),

@@ -22,6 +22,7 @@ from registry.database.tables import (
     Member,
     Move,
     Namespace,
+    PolicyException,
     Promotion,
     ProviderUser,
     Release,
@@ -48,7 +49,7 @@ RENAMED: tuple[tuple[type[Row], str], ...] = (
     (Upload, "created_by"), (XetUpload, "created_by"), (Commit, "author"), (Release, "created_by"),
     (Approval, "user"), (Move, "actor"), (Score, "measured_by"), (Signature, "created_by"), (Promotion, "actor"),
     (Webhook, "created_by"),
-    (WorkerKey, "revoked_by"), (Canary, "actor"), (CanaryFigures, "reporter"),
+    (PolicyException, "created_by"), (WorkerKey, "revoked_by"), (Canary, "actor"), (CanaryFigures, "reporter"),
 )  # fmt: skip
 """Every column with a user's name is here or in `ENDED`, whose rows are deleted."""
 ENDED: tuple[tuple[type[Row], str], ...] = ((Member, "user"), (KeptAnswer, "user"), (ProviderUser, "user"))
