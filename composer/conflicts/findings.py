@@ -205,7 +205,7 @@ def _open(together: str, effect: Effect, limits: Limits) -> Iterator[Finding]:
         message = (
             f"In {together}, {effect.member} is judged by its loss alone: it answers {effect.answered} of "
             f"{_examples(effect.examples)} of {effect.suite} exactly by itself ({effect.still_answered} of them here), "
-            f"and a share needs {LEAST_ANSWERED}."
+            f"and a share of answers requires {LEAST_ANSWERED}."
         )
         yield Finding("few_answers", Severity.NOTICE, subject, message, float(effect.answered))
     if effect.of_answers(limits) is Verdict.UNDECIDED:

@@ -1,7 +1,7 @@
 """Tasks of lm-evaluation-harness on a base with deltas active, scored as the harness scores them.
 
-A task is identified by its configuration, the harness' version and its documents. The harness is imported when tasks
-are loaded.
+A task is identified by its configuration, the version of the harness and its documents. The harness is imported when
+tasks are loaded.
 """
 
 import json
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 HARNESS = "lm-eval"
 MAX_TASKS = 500
 SEEDS = (0, 1234)
-"""Of Python, and of numpy, torch and the choice of few-shot examples: the harness' own defaults."""
+"""The seeds of Python, numpy, torch and the choice of few-shot examples: the harness's own defaults."""
 BOOTSTRAPS = 1_000
 _ELSEWHERE = ("dataset_path", "dataset_name", "dataset_kwargs", "metadata", "tag", "task_alias", "custom_dataset")
 """Fields of a configuration that describe the source of documents, which are identified by their content, and
@@ -68,7 +68,7 @@ class LoadedTask:
 
 @dataclass(frozen=True, slots=True)
 class LoadedGroup:
-    """A group whose score is made of those of its `members`, by the names of their tasks."""
+    """A group whose score is computed from those of its `members`, by the names of their tasks."""
 
     suite: HarnessTask
     group: Any
@@ -105,8 +105,8 @@ def source() -> str:
 
 
 def load_suite(suite: HarnessTask, directory: Path | None = None) -> Plan:
-    """Loads the task or the group that a suite was made of, as `load_tasks`. Raises NotSupported if that has other
-    content here: another version of the harness, other documents or another configuration."""
+    """Loads the task or the group that a suite was made of, as `load_tasks`. Raises NotSupported if that has
+    different content here: another version of the harness, other documents or another configuration."""
     name = suite.config.get("group", suite.config.get("task"))
     asked = Asked(suite.config.get("num_fewshot"), bool(suite.config.get("apply_chat_template")))
     plan = load_tasks([str(name)], directory, asked)
@@ -117,7 +117,7 @@ def load_suite(suite: HarnessTask, directory: Path | None = None) -> Plan:
         raise NotSupported(
             "harness_differs",
             f"{suite.name} was recorded with {suite.harness.name} {suite.harness.version}; here {source()} gives it "
-            f"other content{why}.",
+            f"different content{why}.",
             subject=suite.name,
             next_step="Install the same version where workers run, with the same data; or record the task again.",
         )

@@ -247,7 +247,7 @@ def ratio(totals: Sequence[float], counts: Sequence[int]) -> tuple[float, float 
 
 EVIDENCE_EXAMPLES = 8
 EVIDENCE_TOKENS = 2_048
-"""Of one example: a longer one is left out, since a server reads every one of them at each check."""
+"""The most tokens of an example. A longer one is left out, since a server processes all of them at each check."""
 _DIGITS = 5
 
 

@@ -28,7 +28,7 @@ _STREAMED_TOKENS = 8192
 _WEIGHTS_SHARE = 0.8  # of the free memory; the rest is for activations, logits and other processes
 _KEPT_SHARE = 0.5  # of it, when weights are streamed through the other half
 _SAID = 300
-"""Characters that are shown of an error of transformers."""
+"""The most characters of an error of transformers to show."""
 # Explicitly off: otherwise transformers asks on the terminal whether to run it.
 _GIVEN: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
@@ -92,7 +92,7 @@ def load_model(
         dtype = torch.float32
     streamed = _weight_bytes(checkpoint, dtype) > limit
     device_map = _device_map(chosen, limit) if streamed else {}
-    # It draws a bar for reading weights even if stderr is not a terminal.
+    # transformers draws a progress bar even if stderr is not a terminal.
     logging.disable_progress_bar()
     tokenizer = load_tokenizer(checkpoint.path)
     with _loading(checkpoint.path), modules_bounded(checkpoint):
@@ -129,7 +129,7 @@ def _loading(directory: Path) -> Generator[None]:
 
 
 def _first_line(error: Exception, directory: Path) -> str:
-    """What transformers says, without the list of all its models, and without the path, which pages would show."""
+    """The message of transformers without its list of all models, and without the path, which pages would show."""
     if "trust_remote_code" in str(error):
         return "it has code of its own, which is not executed (trust_remote_code)"
     line = (str(error).splitlines() or [type(error).__name__])[0].replace(str(directory), directory.name)
@@ -199,7 +199,7 @@ _MODULES, _MODULES_A_TENSOR = 1_000, 16
 
 
 class _Building(threading.local):
-    """Of each thread: how many more modules it may build; None without a bound."""
+    """How many more modules each thread may build; None for no limit."""
 
     left: int | None = None
 
@@ -232,7 +232,7 @@ def _count_modules() -> None:
                 "bad_config",
                 "config.json: the model would have many times as many modules as the checkpoint has tensors.",
                 subject="config.json",
-                next_step="Take config.json from where the weights are from.",
+                next_step="Take config.json from the same source as the weights.",
             )
 
     register_module_module_registration_hook(count)

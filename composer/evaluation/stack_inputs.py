@@ -42,7 +42,7 @@ class Stack:
         hidden_TI = cast(torch.Tensor, inputs[0]).flatten(0, -2)
         chosen_T = seen.tokens.flatten().to(hidden_TI.device)
         if len(chosen_T) != len(hidden_TI):
-            message = f"{self.path} sees {len(hidden_TI)} of {len(chosen_T)} tokens, and which they are is not known."
+            message = f"{self.path} sees {len(hidden_TI)} of {len(chosen_T)} tokens, and it is not known which."
             raise NotSupported("tokens_dropped", message, subject=self.path)
         if self.values.ndim == 3:
             chosen_T = chosen_T & (inputs[1].reshape(len(hidden_TI), -1) == expert).any(1)

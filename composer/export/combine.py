@@ -125,7 +125,7 @@ def _fields(loaded: Sequence[LoadedAdapter], form: PeftAdapter) -> dict[str, Any
 def _made(
     adapters: Sequence[tuple[Path, Weight | float]], settings: AnySettings, calibration: Calibration | None
 ) -> dict[str, Any]:
-    """What the adapter is made of and how, for its note."""
+    """Describes the adapter's inputs and its method, for its note."""
     return {
         "made": "combine",
         "adapters": [adapter_use(path, weight).to_json() for path, weight in adapters],

@@ -37,7 +37,7 @@ class Health:
                 self._at_s = time.monotonic()
 
     def document(self) -> dict[str, object]:
-        """`status` is following, degraded (what is served goes on, and `problems` says what is wrong) or stuck."""
+        """`status` is following, degraded (servers keep what they serve, and `problems` says why) or stuck."""
         with self._lock:
             report, age_s, problems = self._report, time.monotonic() - self._at_s, self._problems()
         status = "stuck" if age_s > STUCK_S else "degraded" if problems or report is None else "following"

@@ -23,7 +23,7 @@ from registry.wire.quality import FollowedOut
 ROUND_S = 5.0
 REPORT_S, WATCH_S = 20.0, 5.0
 _REFUSED_S = 10.0
-"""The pause after an error that only an operator can mend, such as a revoked token."""
+"""The pause after an error that only an operator can fix, such as a revoked token."""
 
 Say = Callable[[str], None]
 
@@ -38,7 +38,7 @@ class GroupNode:
 
 
 class Followed:
-    """What the registry said last about the channels. `changed` is set at each change."""
+    """The registry's last answer about the channels. `changed` is set at each change."""
 
     def __init__(self, api: Api, channels: Sequence[str], health: Health, say: Say) -> None:
         self._api, self.channels, self._health, self._say = api, channels, health, say
@@ -46,7 +46,7 @@ class Followed:
         self.changed = threading.Event()
 
     def run(self) -> None:
-        """Follows without end. What a registry refuses is tried again: an admin may grant it meanwhile."""
+        """Follows until the process ends. Repeats requests that the registry refuses: an admin may grant them later."""
         while True:
             try:
                 for change in follow(self._api, self.channels, self._outage):
@@ -61,7 +61,7 @@ class Followed:
     def _outage(self, error: RegistryError | None) -> None:
         text = error.detail if error else ""
         if text:
-            self._say(f"{text} What is served goes on.")
+            self._say(f"{text} Servers keep their current releases.")
         self._health.record_error("registry", text)
 
 
@@ -91,7 +91,7 @@ class Reporter:
             self._due.set()
 
     def may_switch(self) -> bool:
-        """Whether this node may switch now. Without an answer, it may not, since others of its group may be at it."""
+        """Whether this node may switch now. Without an answer, it may not: others of its group may be switching."""
         if self._node.max_unavailable is None:
             return True
         asked = (self._report or NodeReportIn(agent=AGENT)).model_copy(
@@ -105,7 +105,7 @@ class Reporter:
         try:
             answer = self._api.put(self._path, body, NodeReportOut)
         except RegistryError as error:
-            self._health.record_error("report", f"The registry did not take the report: {error.detail}")
+            self._health.record_error("report", f"The registry did not accept the report: {error.detail}")
             return None
         self._health.record_error("report", "")
         return answer

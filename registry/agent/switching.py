@@ -17,8 +17,8 @@ from registry.errors import RegistryError
 from registry.formats.evidence import EvidenceExample
 
 QUIET_LOOKS = 3
-"""A name is unloaded after as many looks at which no request used it: a metric lags behind by a step, and a request may
-be on its way from a front."""
+"""The number of successive looks without a request after which a name is unloaded: a metric lags by one step, and a
+request may be on its way from a front."""
 LOOK_S = 1.0
 """The least time between two looks that count."""
 
@@ -53,14 +53,14 @@ class Checked:
 
     @property
     def is_due(self) -> bool:
-        """Whether it did not succeed a while ago: there may be other evidence now, or a server with less to do."""
+        """Whether it failed long enough ago to be repeated: there may be other evidence, or the server less busy."""
         again_s = CHECK_AGAIN_S.get(self.result.verdict)
         return again_s is not None and time.monotonic() - self._at_s > again_s
 
 
 class KeptServer:
-    """A server, and what its agent knows of it. Its work is done one after the other, so that a switch and an unload
-    never overlap."""
+    """A server, and what its agent knows of it. Its tasks run one at a time, so that a switch and an unload never
+    overlap."""
 
     def __init__(
         self,
@@ -141,7 +141,7 @@ class KeptServer:
         self._commits = {name: commit for name, commit in commits.items() if commit}
 
     def bring(self, version: ServedVersion, path: Path) -> str:
-        """Loads and checks the version if that is not done. Returns why it cannot be used, or an empty text."""
+        """Loads and checks the version, unless that has been done. Returns why it cannot be used, or an empty text."""
         name = version.name
         try:
             if name in self.loaded and (why := self._not_replaced(version)):
@@ -168,8 +168,8 @@ class KeptServer:
         return checked.result.why if checked and failed else ""
 
     def _not_replaced(self, version: ServedVersion) -> str:
-        """Why a loaded name keeps standing for something other than the version, or an empty text. A name of this agent
-        never changes what it stands for; one that was loaded from elsewhere is replaced once."""
+        """Why a loaded name still refers to something other than the version, or an empty text. A name that this agent
+        loaded always refers to the same version; one that was loaded from elsewhere is replaced once."""
         name, commit = version.name, self.commit_of(version.name)
         if commit == version.commit:
             return ""

@@ -25,11 +25,11 @@ from registry.wire.search import ResolvedOut
 from registry.wire.transfer import PutOut
 
 Json = dict[str, Any]
-"""A document as it comes, for callers that name no type."""
+"""A document without a type, for callers that name none."""
 Answer = TypeVar("Answer", bound=Wire)
 Item = TypeVar("Item", bound=Wire)
 Token = str | Callable[[], str | None] | None
-"""A token, or what returns the one of the moment: a server for one user has another secret after a restart."""
+"""A token, or a function that returns the current one: a single-user server has a new secret after each restart."""
 _PAGE = 500
 """Maximum items per page."""
 _Rows = Page[Json]

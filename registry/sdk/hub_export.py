@@ -112,6 +112,6 @@ def _refuse_other_content(tag: HubAddress, there: Mapping[str, HubFile], files: 
     more = f" and {len(different) - _LISTED} more" if len(different) > _LISTED else ""
     raise Conflict(
         "hub_tag_differs",
-        f"{tag} exists already with other content: {', '.join(different[:_LISTED])}{more}.",
+        f"{tag} already exists with different content: {', '.join(different[:_LISTED])}{more}.",
         subject=str(tag),
     )

@@ -249,7 +249,7 @@ def _check_removals(resources: Resources) -> Iterator[Check]:
 
 
 def _check_bases(resources: Resources) -> Iterator[Check]:
-    """Warns about bases without a location that this machine can read: jobs on them cannot run here."""
+    """Warns about bases without a location that this machine can read, since jobs on them cannot run here."""
     if find_spec("torch") is None:
         return
     with resources.read() as session:

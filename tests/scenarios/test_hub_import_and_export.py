@@ -175,7 +175,7 @@ def test_a_tag_that_names_something_else_is_not_moved(
     me.ok("export", "acme/sql:1.0.0", "hf://far/taken", *far.endpoint)
     refused = me("export", "acme/other-sql:1.0.0", "hf://far/taken", *far.endpoint)
     assert (refused.code, refused.out) == (4, "")
-    assert f"hf://far/taken@1.0.0 exists already with other content: {WEIGHTS}." in refused.err
+    assert f"hf://far/taken@1.0.0 already exists with different content: {WEIGHTS}." in refused.err
     assert "Export another version" in refused.err
     named = me("export", "acme/sql:1.0.0", "hf://far/taken@main", *far.endpoint)
     assert (named.code, "Name the repository alone" in named.err) == (2, True)

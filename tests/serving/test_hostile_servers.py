@@ -368,4 +368,4 @@ def test_an_agent_says_so_when_what_it_follows_cannot_be_read(answer: bytes) -> 
         followed = Followed(Api(server.url), [CHANNEL], Health(), said.append)
         threading.Thread(target=followed.run, daemon=True).start()
         eventually(lambda: said, within_s=10)
-    assert "What is served goes on." in said[0]
+    assert "Servers keep their current releases." in said[0]

@@ -130,7 +130,7 @@ def _grouped(header: Header, layout: str, subject: str) -> dict[str, dict[str, s
             if key.endswith(suffix):
                 raise NotSupported(
                     f"part_{suffix.strip('.')}",
-                    f"{subject} cannot be converted: {key} is there, and {why}.",
+                    f"{subject} cannot be converted: it has {key}, and {why}.",
                     subject=key,
                     next_step="Merge it where it was trained, or train a plain LoRA.",
                 )
@@ -209,7 +209,7 @@ def _configs(header: Header) -> dict[str, AdapterConfig]:
         subject = f"{_METADATA} of {component}" if component else _METADATA
         config = parse_config(json.dumps({**own, "peft_type": "LORA"}).encode(), subject)
         if config.flags or config.unsupported():
-            message = f"{subject} says {', '.join(config.flags) or config.init}: no plain LoRA."
+            message = f"{subject} says {', '.join(config.flags) or config.init}: this is not a plain LoRA."
             next_step = "Merge it where it was trained, or train a plain LoRA."
             raise NotSupported("diffusers_variant", message, subject=subject, next_step=next_step)
         resolved[component] = config

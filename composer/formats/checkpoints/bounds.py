@@ -44,7 +44,7 @@ def refuse_larger_than_its_tensors(checkpoint: Checkpoint) -> None:
                 f"config.json: {field} is {stated:,}, and the checkpoint's {len(tensors):,} tensors, the widest with "
                 f"{widest:,} elements on a side, allow {limit:,} at most.",
                 subject="config.json",
-                next_step="Take config.json from where the weights are from.",
+                next_step="Take config.json from the same source as the weights.",
             )
 
 

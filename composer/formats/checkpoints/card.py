@@ -129,8 +129,8 @@ def _how_to_select(phrases: Mapping[str, str]) -> list[str]:
     phrase = json.dumps(next(iter(phrases.values())), ensure_ascii=False)
     return [
         "## Begin every prompt with a phrase",
-        "Its tasks have alike prompts and other answers. It was fitted and measured with one of these phrases and a "
-        "space before each prompt; without one, it may answer as for any of its tasks.",
+        "Its tasks have similar prompts but different answers. It was fitted and measured with one of these phrases "
+        "and a space before each prompt; without one, it may answer as for any of its tasks.",
         f"| task | phrase |\n|---|---|\n{rows}",
         "With PEFT and transformers:",
         f"```python\nphrase = {phrase}\n"

@@ -34,7 +34,7 @@ _HIGHER = re.compile(
     r"|comet|score|reward|win_rate|pass_\d+|pass_at_\d+|mc1|mc2)(?:_(?:micro|macro|weighted|at_\d+|\d+))?"
 )
 SCORE = "score"
-"""The metric of an entry that names none: leaderboards of `.eval_results` put the highest value first."""
+"""The metric of an entry without one. Higher values are better, as on the leaderboards that read `.eval_results`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ def reported_scores(files: Mapping[str, bytes]) -> tuple[list[ReportedScore], li
                 else:
                     known.setdefault((entry.dataset, entry.config, entry.split, entry.metric), entry)
         except InvalidFile as error:
-            if path != CARD_FILE:  # the card's provenance says it of the card
+            if path != CARD_FILE:  # reading the card's provenance reports this for a card
                 doubts.append(doubt(path, error.message))
     scores = list(known.values())
     if len(scores) > MAX_SCORES:

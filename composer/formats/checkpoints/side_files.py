@@ -1,4 +1,4 @@
-"""The files beside a checkpoint's weights, chosen by what a model needs: whatever else lies in a directory is not its.
+"""The files beside a checkpoint's weights, chosen by what a model needs. Other files in the directory are ignored.
 
 The base's directory may hold an adapter, a trainer's state or logs. Beside a merged model an `adapter_config.json`
 makes transformers apply that adapter.

@@ -27,7 +27,7 @@ EXCEPTIONS = {
 """The client's exception for each code that has one."""
 CREATE = "/api/repos/create"
 WRONG_TOKEN = "Invalid credentials in Authorization header"  # noqa: S105
-"""By this text the client tells a wrong token from a repository that needs one."""
+"""The text by which the client distinguishes a wrong token from a repository that needs one."""
 _PRERELEASE = re.compile(r"\.v?\d+\.\d+\.\d+-.*\Z")
 _MAX_WARNINGS, _MAX_WARNING = 4, 300
 """Proxies accept a few kilobytes of headers."""

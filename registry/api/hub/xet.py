@@ -1,4 +1,4 @@
-"""The upload endpoint for clients with `hf_xet`, which is theirs for every large file from version 1.20 on.
+"""The upload endpoint for clients with `hf_xet`, which use it for every large file from version 1.20 on.
 
 Their other requests (chunks that others have sent, newer forms of these calls, telemetry) are answered with 404.
 """
@@ -30,7 +30,7 @@ Pusher = Annotated[Actor, Depends(Rule(Where.NAMESPACE, Role.PUBLISHER, changes=
 def begin(
     namespace: str, name: str, revision: str, request: Request, resources: ResourcesOf, actor: Pusher
 ) -> JSONResponse:
-    """A token for one push, and the address of its own to send to."""
+    """A token for one push, and the upload address of that push."""
     repository = parse_repository(f"{namespace}/{name}")
     with resources.snapshot() as session:
         revisions.refuse_no_branch(session, repository, revision)

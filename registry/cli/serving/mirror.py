@@ -103,8 +103,8 @@ def mirror(  # noqa: PLR0913
     """Keep servers on this host in step with what channels serve, until interrupted.
 
     Each version is loaded under its own name, such as acme/sql@1.2.0, from a verified directory; then DIR/routes.json
-    routes the channel to it. The old version is unloaded when no request uses it any more. While the registry is away,
-    what is served goes on.
+    routes the channel to it. The old version is unloaded when no request uses it any more. While the registry is
+    unreachable, servers keep their current releases.
     """
     from registry.agent import health, loop
     from registry.agent.directory import MirrorDirectory

@@ -164,7 +164,7 @@ def _refuse_other_label(session: Session, content: SuiteContent, known: SuiteVer
     if labelled is not None and labelled.digest != content.digest:
         raise Conflict(
             "suite_version_taken",
-            f"{content.name}@{content.version} already labels other content ({labelled.digest[:12]}).",
+            f"{content.name}@{content.version} already labels different content ({labelled.digest[:12]}).",
             subject=f"{content.name}@{content.version}",
         )
     if known is not None and known.version not in (None, content.version):

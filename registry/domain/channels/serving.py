@@ -29,7 +29,7 @@ from registry.domain.channels import pending
 from registry.formats.references import RepositoryName
 
 DELETION = "delete"
-"""The kind of a channel's last move, which leaves a release for nothing."""
+"""The kind of the move that deletes a channel: it leaves a release for nothing."""
 YANK, UNYANK, POLICY = "yank", "unyank", "policy"
 CHANGES = {YANK: Act.CHANNEL_YANK, UNYANK: Act.CHANNEL_UNYANK, POLICY: Act.CHANNEL_POLICY}
 """Entries in a channel's history that are not moves. The channel serves another release because one was yanked or

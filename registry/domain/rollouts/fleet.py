@@ -31,16 +31,16 @@ RECORDED_EVERY = timedelta(seconds=15)
 FORGOTTEN = timedelta(days=7)
 """How long the row of a silent node stays: retention keeps what the node had loaded, also after an outage."""
 MAX_NODES = 1_000
-"""Of one namespace. Of silent nodes, those that reported first make room for new ones."""
+"""The most nodes of a namespace. Silent nodes make room for new ones, those with the oldest report first."""
 _INSTANCES = 8
-"""As many processes that reported as one node are remembered."""
+"""The number of processes to remember that reported as the same node."""
 FOLLOWING, SWITCHING, BEHIND, FAILED, SILENT = "following", "switching", "behind", "failed", "silent"
 STATES: tuple[str, ...] = (FOLLOWING, SWITCHING, BEHIND, FAILED, SILENT)
 
 
 @dataclass(frozen=True, slots=True)
 class LiveChannel:
-    """A channel that a node follows, with what the node gives users: nothing if these are None."""
+    """A channel that a node follows, with what the node serves to users: nothing if these are None."""
 
     name: ChannelName
     state: str
@@ -141,7 +141,7 @@ def report(session: Session, actor: Actor, reported: NodeReport) -> bool:
 
 
 def is_silent(seen_at: datetime, now: datetime) -> bool:
-    """Whether a node's last report no longer counts. One of the future was recorded before the clock was set back."""
+    """Whether a node's last report no longer counts. One in the future was recorded before the clock was set back."""
     return not now - LEASE < seen_at <= now + LEASE
 
 
@@ -345,8 +345,8 @@ class RolloutNode:
 
 
 def _state(now: datetime) -> ColumnElement[str]:
-    """The state of a node's channel, the first that applies. It follows if it gives users the version and the commit
-    that the channel serves; nothing counts as served by a channel that does not exist."""
+    """The state of a node's channel, the first that applies. It follows if it serves the version and the commit that
+    the channel serves; nothing counts as served by a channel that does not exist."""
     same = and_(
         FleetChannel.version.is_not_distinct_from(Release.version),
         FleetChannel.commit.is_not_distinct_from(Revision.commit),

@@ -23,7 +23,7 @@ CHANGED = frozenset({"412", "PreconditionFailed", "416", "InvalidRange", *MISSIN
 """Codes of a failed condition: the object was replaced, is shorter, or is gone."""
 _BROKEN_OFF = (ConnectionError, HTTPClientError, IncompleteReadError)
 _PAUSES_S = (0.2, 1.0, 3.0)
-"""Before the attempts after the first; boto3's own attempts end with the first byte of the answer."""
+"""The pauses before repeated attempts; boto3's own attempts end with the first byte of the answer."""
 _MAX_FILES = 10_000
 _PIECE_BYTES = 256 << 10
 """urllib3 first collects a read in memory of its own."""

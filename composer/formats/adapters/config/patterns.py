@@ -1,8 +1,8 @@
 """Untrusted regular expressions, matched without backtracking: the work is bounded by the two lengths.
 
-`re` needs 39 s for four `.*?\\.` on 200 dots, and endless time for a row of alternatives that begin alike. Here each
+`re` needs 39 s for four `.*?\\.` on 200 dots, and unbounded time for alternatives that begin alike. Here each
 part of a pattern maps a set of positions to the set that it can reach, forwards or backwards; backwards is how a
-lookahead is evaluated for all positions at once. The language is that of `re` without what cannot be matched so:
+lookahead is evaluated for all positions at once. The language is that of `re` without what cannot be matched this way:
 references, repeated groups, named groups and flags.
 """
 

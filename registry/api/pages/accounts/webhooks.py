@@ -17,7 +17,7 @@ router = APIRouter(route_class=PageRoute)
 
 SHOWN = 20
 DELIVERIES = 10
-"""Shown of each webhook."""
+"""The number of deliveries to show for each webhook."""
 _PAGE = "/{namespace}/-/webhooks"
 
 

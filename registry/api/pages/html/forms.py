@@ -59,7 +59,7 @@ def number_shown(form: Form, field: str) -> int:
     does not contain a number."""
     text = form.get(field, "")
     if not text.isascii() or not text.isdecimal() or len(text) > 18:
-        raise Invalid("bad_request", "The form does not say what its page showed.", next_step="Load the page again.")
+        raise Invalid("bad_request", "The form does not state what its page showed.", next_step="Load the page again.")
     return int(text)
 
 
