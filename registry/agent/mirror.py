@@ -96,7 +96,8 @@ class Mirror:
     def round(self, wanted: Mapping[str, FollowedOut | None], channels: Sequence[str]) -> NodeReportIn:
         """Does what is needed now. `wanted` has the channels that are known; null is one that cannot be read. If the
         directory cannot be written, nothing that is served changes, and the report says why."""
-        self._routes = routes = self._directory.routes()
+        written = self._directory.read_routes()
+        self._routes = routes = written or self._routes
         targets = {channel: self._target(channel, wanted, routes) for channel in channels}
         differ = any(target.version not in (None, routes.version(channel)) for channel, target in targets.items())
         switches = differ and self._duties.may_switch()
@@ -109,13 +110,16 @@ class Mirror:
         routed = {version for channel in channels for version in routes.weights(channel)}
         failures = self._bring(frozenset(goals | routed))
         after = self._moved(routes, targets, failures, switches=switches)
-        changed = after != routes and (after.channels or routes.channels)  # damaged routes stay until there are others
+        changed = after != written and (after.channels or routes.channels)  # damaged routes stay until there are others
         if changed and (why := _unwritten(partial(self._directory.write_routes, after))):
             after = routes
             for target in targets.values():
                 target.error = target.error or why
+        self._routes = after
         # Nothing is unloaded before gateways have the routes without it.
-        problem = _unwritten(partial(self._duties.publish, after)) or _unwritten(partial(self._tidy, after, targets))
+        problem = _unwritten(partial(self._duties.publish, after))
+        tidy = partial(self._tidy, after, targets, are_known=written is not None or bool(after.channels))
+        problem = problem or _unwritten(tidy)
         problem = problem or self._wrong_clock() or next((kept.error for kept in self._servers if kept.error), "")
         report = self._report(after, targets, problem, switches=switches)
         state = {**report.model_dump(mode="json"), "by_version": self._directory.notes()}
@@ -249,15 +253,16 @@ class Mirror:
                 return {next(iter(target.weights)): ALL}
         return target.weights
 
-    def _tidy(self, routes: Routes, targets: Mapping[str, _Target]) -> None:
-        """Unloads versions that no route names any longer, then removes directories that no server has loaded. Raises
-        Unavailable if the directory cannot be written."""
+    def _tidy(self, routes: Routes, targets: Mapping[str, _Target], *, are_known: bool) -> None:
+        """Unloads versions that no route names any longer, then removes directories that no server has loaded. If the
+        routes are not known, since their file was lost, fronts may still have them: what an earlier agent has loaded
+        stays. Raises Unavailable if the directory cannot be written."""
         wanted = routes.versions() | {version for target in targets.values() for version in target.weights}
         wanted |= {member for version in wanted for member in self._loaded_for(version)}
         self._directory.touch(version.commit for version in wanted)
         self._directory.remove_partial({version.commit for version in wanted})
         names = frozenset(version.name for version in wanted)
-        self._on_each(lambda kept: kept.retire(names))
+        self._on_each(lambda kept: kept.retire(names if are_known else names | kept.earlier))
         if not all(kept.ready for kept in self._servers):
             return  # one that does not answer may have any directory loaded
         used = {version.commit for version in wanted}

@@ -110,6 +110,11 @@ class KeptServer:
         """Whether a name is to be unloaded as soon as no request uses it."""
         return self.answers and bool(self._idle)
 
+    @property
+    def earlier(self) -> Set[str]:
+        """The names that were loaded before this agent began."""
+        return self.loaded.keys() - self._ours
+
     def look(self) -> None:
         """Reads what the server has loaded. Nothing is done to a server that does not answer."""
         self.answers = False

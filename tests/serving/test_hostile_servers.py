@@ -14,7 +14,7 @@ from urllib.parse import quote
 import pytest
 
 from composer.formats.checkpoints.hashing import hash_file
-from registry.agent import mirror
+from registry.agent import mirror, switching
 from registry.agent.directory import MirrorDirectory, Routes
 from registry.agent.health import Health
 from registry.agent.loop import Followed
@@ -335,17 +335,24 @@ def test_routes_with_values_of_no_route_are_damaged(directory: MirrorDirectory, 
     assert directory.read_routes() is None
 
 
-def test_damaged_routes_stay_while_the_registry_is_away(
-    directory: MirrorDirectory,
+@pytest.mark.parametrize("damage", [b'{"channels": {', None], ids=["damaged", "removed"])
+def test_without_routes_that_can_be_read_nothing_is_unloaded_while_the_registry_is_away(
+    directory: MirrorDirectory, monkeypatch: pytest.MonkeyPatch, damage: bytes | None
 ) -> None:
-    path = directory.root / "routes.json"
-    path.write_bytes(b'{"channels": {')
-    duties = Duties(lambda _release, _files: None, lambda: True)
-    taken = Mirror(Api("http://127.0.0.1:1"), directory, [], Options(), duties)
-    report = taken.round({}, [CHANNEL])
-    taken.close()
-    assert report.channels[0].error
-    assert path.read_bytes() == b'{"channels": {'
+    monkeypatch.setattr(switching, "LOOK_S", 0.0)
+    path, duties = directory.root / "routes.json", Duties(lambda _release, _files: None, lambda: True)
+    if damage:
+        path.write_bytes(damage)
+    loaded = models(row(VERSION.name, str(directory.path(VERSION.commit))))
+    with scripted({"/v1/models": loaded, "/metrics": ok(b"", "text/plain")}) as server:
+        kept = KeptServer(VllmServer(server.url), directory, lambda: frozenset(), 0.0)
+        taken = Mirror(Api("http://127.0.0.1:1"), directory, [kept], Options(keep=0, grace_s=0.0), duties)
+        reports = [taken.round({}, [CHANNEL]) for _ in range(switching.QUIET_LOOKS + 1)]
+        taken.close()
+        assert {head.split()[0] for head, _ in server.requests} == {b"GET"}  # a front may still have the routes
+    assert all(report.channels[0].error for report in reports)
+    assert directory.path(VERSION.commit).is_dir()
+    assert (path.read_bytes() if path.exists() else None) == damage
 
 
 STREAM = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
