@@ -36,6 +36,7 @@ from registry.transfer.resources import open_store
 from registry.worker.engine.opened import WorkerEngine
 from registry.worker.engine.protocol import Needs
 from registry.worker.engine.ray import base_resource
+from registry.worker.engine.units import BaseHints
 from registry.worker.node_files import share_architecture, to_rows
 from registry.worker.node_models import base_hints
 from registry.worker.pass_units import Passes, how_to_search
@@ -184,7 +185,7 @@ def _search(chosen: Any, home: Path, digest: str, engines: dict[int, WorkerEngin
     print(f"two nodes are {ratio:.2f} times as fast; {len(choices)} choice{'s' * (len(choices) > 1)}")
 
 
-def _run(held: Held, problem: SearchProblem, document: dict[str, Any], hints: dict[str, Any]) -> tuple[Times, str]:
+def _run(held: Held, problem: SearchProblem, document: dict[str, Any], hints: BaseHints) -> tuple[Times, str]:
     elsewhere = Passes(held, document, hints, held.check)  # pyright: ignore[reportArgumentType]
     started = time.monotonic()
     report = optimize(problem, elsewhere=elsewhere)

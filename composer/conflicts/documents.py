@@ -106,6 +106,7 @@ class FindingDocument(TypedDict):
     severity: str
     subject: str
     message: str
+    measure: NotRequired[float | None]
 
 
 _Together = TypedDict("_Together", {"whole": SetDocument})  # noqa: UP013  (the key is older than the word for it)

@@ -8,11 +8,12 @@ from composer.formats.recipes.suite import CalibrationSet, Suite
 from composer.formats.recipes.weights import parse_weight
 from registry.formats.manifest import ManifestFile
 from registry.worker.composition import CompositionRun
-from registry.worker.engine.units import Count, Node, Result, Task, Unit
+from registry.worker.engine.units import BaseHints, Count, Node, Task, Unit
 from registry.worker.node_files import (
+    FilesRow,
     MemberRow,
-    are_stored,
     fetched,
+    files_are_stored,
     from_rows,
     share_architecture,
     shared_architecture,
@@ -124,10 +125,10 @@ def calibration_of(
     return Calibration(load, sets[:members], settings, base=base, guards=sets[members:])
 
 
-def _combine(node: Node, unit: Unit, _count: Count) -> Result:
+def _combine(node: Node, unit: Unit, _count: Count) -> FilesRow:
     from composer.export.combine import combine
 
-    content, hints = cast(CombineContent, unit.content), unit.hints
+    content, hints = cast(CombineContent, unit.content), cast(BaseHints, unit.hints)
     calibration = calibration_of(
         lambda: loaded_base(node, content["base"], hints),
         content["base"],
@@ -144,8 +145,4 @@ def _combine(node: Node, unit: Unit, _count: Count) -> Result:
         return {"files": to_rows(store_directory(node, made))}
 
 
-def _is_stored(node: Node, result: Result) -> bool:
-    return are_stored(node, from_rows(result["files"]))
-
-
-COMBINE = Task(name="combine", version=2, run=_combine, intact=_is_stored)
+COMBINE = Task(name="combine", version=2, run=_combine, intact=files_are_stored)

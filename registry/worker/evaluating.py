@@ -159,7 +159,7 @@ def _measured(
             message = f"{suite.name} runs on one model, and a set has several adapters."
             raise NotSupported("set_on_harness", message, subject=suite.name)
         made = run_harness(held, examined, suite, progress)
-        return made["scores"], ExampleResults(made["examples"], made["metric"])
+        return cast("list[StoredScore]", made["scores"]), ExampleResults(made["examples"], made["metric"])
     asked = phrased(_phrase(held, wanted, suite), suite.examples)
     if serves:
         router, members = serves

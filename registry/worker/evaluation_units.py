@@ -2,9 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 from composer.formats.recipes.elsewhere import HarnessTask
 from composer.formats.recipes.suite import Example, Suite
@@ -13,8 +13,8 @@ from registry.formats.manifest import ManifestFile
 from registry.transfer.collect import evaluation_journal
 from registry.worker.composition import ProgressCount
 from registry.worker.engine.protocol import Needs
-from registry.worker.engine.units import Count, Node, Result, Task, Unit, always_intact
-from registry.worker.harness import measure_task
+from registry.worker.engine.units import BaseHints, Count, Node, Task, Unit, always_intact
+from registry.worker.harness import HarnessResult, measure_task
 from registry.worker.node_files import Row, fetched, to_rows
 from registry.worker.node_models import base_checkpoint, base_hints, loaded_base, needs_of_model
 from registry.worker.runner import JobRun
@@ -25,13 +25,30 @@ if TYPE_CHECKING:
     from composer.evaluation.model import LoadedModel
 
 
+class SubjectContent(TypedDict):
+    """The subject's part of a unit's content."""
+
+    base: str
+    files: list[list[Any]]
+    model: bool
+
+
+class SliceContent(SubjectContent):
+    """A slice of a suite's examples, and the package of its scorer; `suite` is the key of a shared document."""
+
+    suite: str
+    package: str
+    begin: int
+    end: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Examined:
     """The subject of a measurement: a base (its digest and how to find it), alone or with the adapter in `files`; or,
     if `model` is set, the merged model in `files`."""
 
     base: str
-    hints: dict[str, Any]
+    hints: BaseHints
     files: Sequence[ManifestFile] = ()
     model: bool = False
 
@@ -44,8 +61,7 @@ class Examined:
         return needs_of_model(None, base_hints((), sum(file.size_bytes for file in self.files)))
 
     @property
-    def content(self) -> dict[str, Any]:
-        """The subject's part of a unit's content."""
+    def content(self) -> SubjectContent:
         return {"base": self.base, "files": to_rows(self.files), "model": self.model}
 
 
@@ -88,7 +104,7 @@ def token_evidence(held: JobRun, examined: Examined, suite: Suite) -> list[Row]:
     return result["examples"]
 
 
-def run_harness(held: JobRun, examined: Examined, task: HarnessTask, progress: ProgressCount) -> Result:
+def run_harness(held: JobRun, examined: Examined, task: HarnessTask, progress: ProgressCount) -> HarnessResult:
     """Runs a task of lm-evaluation-harness. Returns its `scores`, and the `examples` for their `metric`. Raises what
     `measure_task` raises."""
     before, code = progress.done, {"job": held.job_id}  # the code of a task is not part of its content
@@ -99,11 +115,11 @@ def run_harness(held: JobRun, examined: Examined, task: HarnessTask, progress: P
     return result
 
 
-def _run(node: Node, unit: Unit, count: Count) -> Result:
+def _run(node: Node, unit: Unit, count: Count) -> dict[str, list[Row]]:
     from composer.evaluation.journal import ResultJournal, examine_rest
     from composer.evaluation.scorers.scorer import package_of
 
-    content = unit.content
+    content = cast(SliceContent, unit.content)
     suite = Suite.from_json(json.loads(node.shared(content["suite"])))
     if (package := package_of(suite.scoring)) != content["package"]:
         raise Unavailable(
@@ -117,31 +133,32 @@ def _run(node: Node, unit: Unit, count: Count) -> Result:
     journal = ResultJournal(evaluation_journal(node.settings, key), key)
     count(len(examples) - len(journal.missing(examples)))
     scorers = node.settings.enabled_scorers
-    results = examine_rest(lambda: _subject(node, content, unit.hints), suite, examples, journal, scorers, count)
+    results = examine_rest(lambda: _subject(node, unit), suite, examples, journal, scorers, count)
     journal.discard()
     return {"results": [asdict(result) for result in results]}
 
 
-def _run_evidence(node: Node, unit: Unit, count: Count) -> Result:
+def _run_evidence(node: Node, unit: Unit, count: Count) -> dict[str, list[Row]]:
     from composer.evaluation.measure import token_evidence
 
     count(0)
     suite = Suite.from_json(json.loads(node.shared(unit.content["suite"])))
-    loaded, deltas = _subject(node, unit.content, unit.hints)
+    loaded, deltas = _subject(node, unit)
     return {"examples": token_evidence(loaded, suite, deltas)}
 
 
-def _run_harness(node: Node, unit: Unit, count: Count) -> Result:
+def _run_harness(node: Node, unit: Unit, count: Count) -> HarnessResult:
     task = HarnessTask.model_validate(json.loads(node.shared(unit.content["suite"])))
     named = {name: unit.content[name] for name in ("base", "files", "model", "job")}
-    return measure_task(node, task, lambda: _subject(node, unit.content, unit.hints), json.dumps(named), count)
+    return measure_task(node, task, lambda: _subject(node, unit), json.dumps(named), count)
 
 
-def _subject(node: Node, content: Mapping[str, Any], hints: Mapping[str, Any]) -> "tuple[LoadedModel, Sequence[Delta]]":
+def _subject(node: Node, unit: Unit) -> "tuple[LoadedModel, Sequence[Delta]]":
     """Loads the model to measure and its deltas. A process keeps one model: the base or a merged one."""
     from composer.deltas.variants.load import load_deltas
     from composer.evaluation.model import load_model
 
+    content, hints = cast(SubjectContent, unit.content), cast(BaseHints, unit.hints)
     base, files = content["base"], content["files"]
     key = hashlib.sha256(json.dumps([base, files]).encode()).hexdigest()[:16]
 

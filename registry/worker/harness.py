@@ -1,12 +1,13 @@
 """Runs tasks of lm-evaluation-harness. The host needs the extra `eval` and must produce the same task content."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from composer.errors import NotSupported
 from composer.formats.recipes.elsewhere import HarnessTask
 from registry.transfer.collect import evaluation_journal
-from registry.worker.engine.units import Count, Node, Result
+from registry.worker.engine.units import Count, Node
+from registry.worker.node_files import Row
 
 if TYPE_CHECKING:
     from composer.deltas.delta import Delta
@@ -17,7 +18,15 @@ if TYPE_CHECKING:
 _Subject = Callable[[], "tuple[LoadedModel, Sequence[Delta]]"]
 
 
-def measure_task(node: Node, suite: HarnessTask, subject: _Subject, identity: str, progress: Count) -> Result:
+class HarnessResult(TypedDict):
+    """The scores of a task, and the results of its examples in `metric`."""
+
+    scores: list[Row]
+    examples: list[Row]
+    metric: str
+
+
+def measure_task(node: Node, suite: HarnessTask, subject: _Subject, identity: str, progress: Count) -> HarnessResult:
     """Returns the suite's scores and the per-example results. `identity` names the subject. Answers are kept under it,
     so an interrupted task resumes and a group reuses the answers of its tasks. `progress` receives the number of
     documents just finished.

@@ -32,8 +32,18 @@ from registry.worker.combine_units import combined_adapter, member_rows
 from registry.worker.composition import CompositionRun, ProgressCount
 from registry.worker.engine.protocol import Needs
 from registry.worker.engine.stores import UnitWriter
-from registry.worker.engine.units import Count, Node, Result, Task, Unit, always_intact
-from registry.worker.node_files import MemberRow, Row, are_stored, fetched, from_rows, store_directory, to_rows
+from registry.worker.engine.units import BaseHints, Count, Node, Task, Unit, always_intact
+from registry.worker.node_files import (
+    FilesRow,
+    MemberRow,
+    Row,
+    are_stored,
+    fetched,
+    files_are_stored,
+    from_rows,
+    store_directory,
+    to_rows,
+)
 from registry.worker.node_models import (
     PROCESS_BYTES,
     base_checkpoint,
@@ -70,6 +80,13 @@ class PlannedShard(TypedDict):
     layout: str
 
 
+class ShardContent(MergeContent):
+    """The unit content that determines a shard's bytes."""
+
+    file: str
+    layout: str
+
+
 class PlanRow(TypedDict):
     """The result of planning; a merge is `decoded` if the base is quantized."""
 
@@ -87,11 +104,16 @@ class ShardRow(TypedDict):
     server_copied_bytes: int
 
 
-class FilesRow(TypedDict):
+class MergedRow(FilesRow):
     """Files in the store, and the report on them."""
 
-    files: list[list[Any]]
     report: Row
+
+
+class ProofRow(FilesRow):
+    """The files that record a proof, and the proof."""
+
+    proof: Row
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,13 +134,11 @@ def merged_model(held: JobRun, work: CompositionRun) -> StoredModel:
     own = {**merge, "composition": work.composition_id}  # a location may have other headers and texts next time
     hints = base_hints(work.locations, work.base_bytes)
     needs = Needs(memory_bytes=PROCESS_BYTES, base=None if everywhere(hints) else work.lock.base)
-    ((_, planned),) = held.engine.map(PLAN, [Unit(name="plan", content=own, hints=hints)], needs, held.check)
-    plan = cast(PlanRow, planned)
+    ((_, plan),) = held.engine.map(PLAN, [Unit(name="plan", content=own, hints=hints)], needs, held.check)
     count = ProgressCount(held, "bytes", sum(shard["size_bytes"] for shard in plan["shards"]))
     if plan["decoded"]:
         unit = Unit(name="merge", content={**own, "note": work.note}, hints=hints)
-        ((_, result),) = held.engine.map(MERGE, [unit], needs, count)
-        made = cast(FilesRow, result)
+        ((_, made),) = held.engine.map(MERGE, [unit], needs, count)
         files = from_rows(made["files"])
         held.made.update(file.sha256 for file in files)
         return StoredModel(files=files, report=made["report"])
@@ -128,8 +148,7 @@ def merged_model(held: JobRun, work: CompositionRun) -> StoredModel:
         for shard in sorted(plan["shards"], key=lambda shard: -shard["rewritten_bytes"])
     ]
     rows: dict[str, ShardRow] = {}
-    for unit, result in held.engine.map(SHARD, units, needs, count):
-        row = cast(ShardRow, result)
+    for unit, row in held.engine.map(SHARD, units, needs, count):
         held.made.add(file_of(row).sha256)
         rows[unit.name] = row
         count.reached(sum(row["size_bytes"] for row in rows.values()))
@@ -141,8 +160,7 @@ def merged_model(held: JobRun, work: CompositionRun) -> StoredModel:
         raise
     shared = held.engine.node.share(json.dumps(ordered, sort_keys=True).encode())
     content = {**own, "shards": shared, "note": work.note}
-    ((_, result),) = held.engine.map(TEXTS, [Unit(name="texts", content=content, hints=hints)], needs, held.check)
-    texts = cast(FilesRow, result)
+    ((_, texts),) = held.engine.map(TEXTS, [Unit(name="texts", content=content, hints=hints)], needs, held.check)
     small = from_rows(texts["files"])
     held.made.update(file.sha256 for file in small)
     report = {**texts["report"], "seconds": monotonic() - started}
@@ -203,15 +221,14 @@ class _StoreSink:
 
 def _planned(node: Node, unit: Unit) -> "MergePlan":
     """Plans the merge, and keeps the plan for the next shard."""
-    merge = _merge_of(unit)
-    key = hashlib.sha256(json.dumps([merge, unit.hints], sort_keys=True).encode()).hexdigest()
+    merge, hints = _merge_of(unit), cast(BaseHints, unit.hints)
+    key = hashlib.sha256(json.dumps([merge, hints], sort_keys=True).encode()).hexdigest()
 
     def plan() -> "MergePlan":
-        locations: list[str] = unit.hints["locations"]
-        if local_directory(locations) is None and (buckets := in_buckets(locations)):
+        if local_directory(hints["locations"]) is None and (buckets := in_buckets(hints["locations"])):
             directory = node.kept_directory(f"merge-{key[:16]}")
             return plan_of(node, merge, node.bases.open_in_bucket(buckets[0], directory / "base"))
-        return plan_of(node, merge, opened_checkpoint(node, merge["base"], unit.hints))
+        return plan_of(node, merge, opened_checkpoint(node, merge["base"], hints))
 
     return node.kept("plan", key, plan)
 
@@ -229,9 +246,9 @@ def plan_of(node: Node, merge: MergeContent, checkpoint: Checkpoint) -> "MergePl
     return plan_merge(checkpoint, members, merge["method"], merge["settings"], merge["dtype"], rounding)
 
 
-def _plan(node: Node, unit: Unit, _count: Count) -> Result:
+def _plan(node: Node, unit: Unit, _count: Count) -> PlanRow:
     plan = _planned(node, unit)
-    shards = [
+    shards: list[PlannedShard] = [
         {
             "file": shard.file,
             "size_bytes": shard.size_bytes,
@@ -253,29 +270,29 @@ def layout_of(plan: "MergePlan", shard: "ShardPlan") -> str:
     return hashlib.sha256(shard.head + json.dumps(unread).encode()).hexdigest()
 
 
-def _stream(node: Node, unit: Unit, count: Count) -> Result:
+def _stream(node: Node, unit: Unit, count: Count) -> ShardRow:
     from composer.deltas.tensors import torch_device
     from composer.merge.chunks import Rewriter
     from composer.merge.stream import stream_shard
 
-    plan = _planned(node, unit)
-    shard = next((shard for shard in plan.shards if shard.file == unit.content["file"]), None)
-    if shard is None or layout_of(plan, shard) != unit.content["layout"]:
+    plan, content = _planned(node, unit), cast(ShardContent, unit.content)
+    shard = next((shard for shard in plan.shards if shard.file == content["file"]), None)
+    if shard is None or layout_of(plan, shard) != content["layout"]:
         raise Mismatch(
             "base_changed",
             f"The layout of the base's files at {plan.checkpoint.path} differs from that of the files used to plan the "
             "merge.",
-            subject=unit.content["file"],
+            subject=content["file"],
             next_step="Give all nodes the same files: one location, or copies of it.",
         )
     rewriter = Rewriter(torch_device("auto"), plan.rounding)
     writer = node.store.begin_write(shard.size_bytes)
     with uploads.aborted_on_error(writer):
         made = stream_shard(plan, shard, _StoreSink(writer), rewriter, count)
-    return {**made.to_json(), "server_copied_bytes": writer.copied_bytes}
+    return cast(ShardRow, {**made.to_json(), "server_copied_bytes": writer.copied_bytes})
 
 
-def _texts(node: Node, unit: Unit, _count: Count) -> Result:
+def _texts(node: Node, unit: Unit, _count: Count) -> MergedRow:
     from composer.deltas.tensors import torch_device
     from composer.merge.run import report_of, write_texts
     from composer.merge.stream import StreamedShard
@@ -292,12 +309,12 @@ def _texts(node: Node, unit: Unit, _count: Count) -> Result:
     return {"files": to_rows(files), "report": {**report, "server_copied_bytes": copied}}
 
 
-def _merge(node: Node, unit: Unit, count: Count) -> Result:
+def _merge(node: Node, unit: Unit, count: Count) -> MergedRow:
     from composer.merge.run import run_merge
 
     merge = _merge_of(unit)
     with node.scratch() as directory:
-        plan = plan_of(node, merge, base_checkpoint(node, merge["base"], unit.hints))
+        plan = plan_of(node, merge, base_checkpoint(node, merge["base"], cast(BaseHints, unit.hints)))
         report = run_merge(plan, directory / "model", progress=count, note=unit.content["note"]).to_json()
         del report["out_dir"]
         return {"files": to_rows(store_directory(node, directory / "model")), "report": report}
@@ -321,12 +338,8 @@ def _written(shards: Sequence["StreamedShard"]) -> "Written":
     )
 
 
-def _shard_is_stored(node: Node, result: Result) -> bool:
-    return are_stored(node, [file_of(cast(ShardRow, result))])
-
-
-def _files_are_stored(node: Node, result: Result) -> bool:
-    return are_stored(node, from_rows(cast(FilesRow, result)["files"]))
+def _shard_is_stored(node: Node, row: ShardRow) -> bool:
+    return are_stored(node, [file_of(row)])
 
 
 def proved_model(held: JobRun, work: CompositionRun, model: StoredModel, suites: Sequence[Suite]) -> StoredModel:
@@ -347,13 +360,13 @@ def proved_model(held: JobRun, work: CompositionRun, model: StoredModel, suites:
     return StoredModel(files=files, report={**model.report, "proof": made["proof"]})
 
 
-def _prove(node: Node, unit: Unit, _count: Count) -> Result:
+def _prove(node: Node, unit: Unit, _count: Count) -> ProofRow:
     from composer.formats.checkpoints.card import CARD_FILE
     from composer.formats.checkpoints.staging import NOTE_FILE
     from composer.merge.proof import ProofPrompt, prove, record_proof
 
     merge = _merge_of(unit)
-    plan = plan_of(node, merge, base_checkpoint(node, merge["base"], unit.hints))
+    plan = plan_of(node, merge, base_checkpoint(node, merge["base"], cast(BaseHints, unit.hints)))
     merged = fetched(node, unit.content["files"])
     node.kept("model", "", lambda: None)  # there may not be room for it and the two of the proof
     proof = prove(plan, merged, [ProofPrompt(**row) for row in unit.content["prompts"]])
@@ -367,6 +380,6 @@ def _prove(node: Node, unit: Unit, _count: Count) -> Result:
 
 PLAN = Task(name="merge plan", version=2, run=_plan, intact=always_intact)
 SHARD = Task(name="merge shard", version=1, run=_stream, intact=_shard_is_stored)
-TEXTS = Task(name="merge texts", version=2, run=_texts, intact=_files_are_stored)
-MERGE = Task(name="merge on a disk", version=2, run=_merge, intact=_files_are_stored)
-PROOF = Task(name="proof", version=2, run=_prove, intact=_files_are_stored)
+TEXTS = Task(name="merge texts", version=2, run=_texts, intact=files_are_stored)
+MERGE = Task(name="merge on a disk", version=2, run=_merge, intact=files_are_stored)
+PROOF = Task(name="proof", version=2, run=_prove, intact=files_are_stored)

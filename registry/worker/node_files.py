@@ -28,6 +28,12 @@ class MemberRow(TypedDict):
     files: list[list[Any]]
 
 
+class FilesRow(TypedDict):
+    """The result of a unit: files that it stored."""
+
+    files: list[list[Any]]
+
+
 def to_rows(files: Sequence[ManifestFile]) -> list[list[Any]]:
     """Serializes files for units."""
     return [[file.path, file.size_bytes, file.sha256] for file in files]
@@ -41,6 +47,11 @@ def from_rows(rows: Sequence[Sequence[Any]]) -> list[ManifestFile]:
 def are_stored(node: Node, files: Sequence[ManifestFile]) -> bool:
     """Whether the store has all files; compares sizes, not contents."""
     return all(node.store.size_of(file.sha256) == file.size_bytes for file in files)
+
+
+def files_are_stored(node: Node, result: FilesRow) -> bool:
+    """The `intact` of tasks that store files."""
+    return are_stored(node, from_rows(result["files"]))
 
 
 def fetched(node: Node, rows: Sequence[Sequence[Any]], name: str = "files") -> Path:

@@ -4,14 +4,14 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypedDict, cast
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict, cast
 
 from composer.formats.recipes.methods import parse_settings
 from composer.formats.recipes.suite import Suite
 from composer.formats.recipes.weights import parse_weight
-from registry.worker.combine_units import calibration_of, calibration_rows, member_rows
+from registry.worker.combine_units import CalibrationRow, calibration_of, calibration_rows, member_rows
 from registry.worker.composition import CompositionRun
-from registry.worker.engine.units import Count, Node, Result, Task, Unit, always_intact
+from registry.worker.engine.units import BaseHints, Count, Node, Task, Unit, always_intact
 from registry.worker.node_files import MemberRow, Row, loaded_adapter, share_architecture, shared_architecture
 from registry.worker.node_models import base_hints, loaded_base, needs_of_model
 from registry.worker.runner import JobRun
@@ -60,12 +60,49 @@ class SuitedRow(MemberRow):
 
 
 class PassContent(TypedDict):
-    """What all passes of a document share; `architecture` is the key of another. A search or a probe has more."""
+    """What all passes of a document share; `architecture` is the key of another."""
 
     base: str
     architecture: str
     members: list[SuitedRow]
     guards: list[Mapping[str, Any]]
+
+
+class SearchContent(PassContent):
+    """The passes of a search."""
+
+    effort: Row
+    as_adapter: bool
+    phrases: NotRequired[list[str]]
+
+
+class ProbeContent(PassContent):
+    """The passes of a probe."""
+
+    method: str
+    settings: Row
+    calibration: list[CalibrationRow] | None
+
+
+class PassUnit(TypedDict):
+    """One pass; `document` is the key of its shared content."""
+
+    document: str
+    who: str
+    asked: list[list[str]]
+
+
+class Measured(TypedDict):
+    measured: list[tuple[float, int, bool]]
+
+
+class Impossible(TypedDict):
+    """The error of a combination that cannot be made."""
+
+    cannot: dict[str, str]
+
+
+PassResult = Measured | Impossible
 
 
 def _passes(
@@ -96,7 +133,7 @@ class Passes:
     its `architecture` (a key), the `members` (files, suites and weights), the `guards`, and the passes' purpose
     (`for`)."""
 
-    def __init__(self, held: JobRun, document: Row, hints: Row, progress: Progress) -> None:
+    def __init__(self, held: JobRun, document: Row, hints: BaseHints, progress: Progress) -> None:
         self._held, self._base, self._hints, self._progress = held, document["base"], hints, progress
         self._document = held.engine.node.share(json.dumps(document, sort_keys=True).encode())
 
@@ -110,7 +147,7 @@ class Passes:
             if "cannot" not in result:
                 yield by_row[json.dumps(row)], measured_of(result)
 
-    def run(self, wanted: Sequence[Named]) -> Iterator[tuple[Named, Result]]:
+    def run(self, wanted: Sequence[Named]) -> Iterator[tuple[Named, PassResult]]:
         """Yields each pass with its result as it ends: `measured`, or the reason why its combination `cannot` be
         made."""
         units = {unit.name: (unit, row) for row in wanted for unit in [self._unit(row)]}
@@ -122,7 +159,7 @@ class Passes:
 
     def _unit(self, wanted: Named) -> Unit:
         who, fit, asked = wanted
-        content = {"document": self._document, "who": who, "asked": asked}
+        content: PassUnit = {"document": self._document, "who": who, "asked": asked}
         digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:8]
         return Unit(name=f"{who[:_NAME_CHARS]} {digest}", content=content, hints=self._hints, near=fit)
 
@@ -132,7 +169,7 @@ def named(wanted: "Pass") -> Named:
     return wanted.who, wanted.fit, [[suite, example] for _, suite, example in wanted.keys]
 
 
-def measured_of(result: Result) -> "list[ExampleScore]":
+def measured_of(result: PassResult) -> "list[ExampleScore]":
     """Returns the per-example results of a pass. Raises the error if its combination cannot be made."""
     from composer.errors import Mismatch, NotSupported
     from composer.evaluation.measure import ExampleScore
@@ -143,27 +180,29 @@ def measured_of(result: Result) -> "list[ExampleScore]":
     return [ExampleScore(nats, tokens, exact) for nats, tokens, exact in result["measured"]]
 
 
-def _run(node: Node, unit: Unit, _count: Count) -> Result:
+def _run(node: Node, unit: Unit, _count: Count) -> PassResult:
     from composer.errors import Mismatch, NotSupported
 
-    document = unit.content["document"]
-    runner = node.kept("passes", document, lambda: _opened(node, document, unit.hints))
+    content = cast(PassUnit, unit.content)
+    key, hints = content["document"], cast(BaseHints, unit.hints)
+    runner = node.kept("passes", key, lambda: _opened(node, key, hints))
     try:
-        measured = runner(unit.content["who"], [(suite, example) for suite, example in unit.content["asked"]])
+        measured = runner(content["who"], [(suite, example) for suite, example in content["asked"]])
     except (Mismatch, NotSupported) as error:  # a result too: this combination cannot be made
         named = {"code": error.code, "message": error.message, "subject": error.subject, "next_step": error.next_step}
         return {"cannot": {"kind": type(error).__name__, **named}}
-    return {"measured": [[example.nats, example.tokens, example.exact] for example in measured]}
+    return {"measured": [(example.nats, example.tokens, example.exact) for example in measured]}
 
 
-def _opened(node: Node, document: str, hints: Mapping[str, Any]) -> "PassRunner":
+def _opened(node: Node, key: str, hints: BaseHints) -> "PassRunner":
     """Loads the document's base and adapters for its passes."""
-    content: Row = json.loads(node.shared(document))
-    shared = cast(PassContent, content)
-    members = [_member(node, shared, row) for row in shared["members"]]
-    guards = [Suite.from_json(guard) for guard in shared["guards"]]
-    runner = {"search": _search, "probe": _probe}[content["for"]]
-    return runner(node, content, hints, members, guards)
+    document: Row = json.loads(node.shared(key))
+    content = cast(PassContent, document)
+    members = [_member(node, content, row) for row in content["members"]]
+    guards = [Suite.from_json(guard) for guard in content["guards"]]
+    if document["for"] == "search":
+        return _search(node, cast(SearchContent, document), hints, members, guards)
+    return _probe(node, cast(ProbeContent, document), hints, members, guards)
 
 
 def _member(node: Node, content: PassContent, row: SuitedRow) -> "SearchMember":
@@ -174,7 +213,7 @@ def _member(node: Node, content: PassContent, row: SuitedRow) -> "SearchMember":
 
 
 def _search(
-    node: Node, content: Row, hints: Mapping[str, Any], members: "Sequence[SearchMember]", guards: Sequence[Suite]
+    node: Node, content: SearchContent, hints: BaseHints, members: "Sequence[SearchMember]", guards: Sequence[Suite]
 ) -> "PassRunner":
     from composer.optimize.combiner import pass_runner
     from composer.optimize.problem import SearchEffort, SearchProblem
@@ -195,7 +234,7 @@ def _search(
 
 
 def _probe(
-    node: Node, content: Row, hints: Mapping[str, Any], members: "Sequence[SearchMember]", guards: Sequence[Suite]
+    node: Node, content: ProbeContent, hints: BaseHints, members: "Sequence[SearchMember]", guards: Sequence[Suite]
 ) -> "PassRunner":
     from composer.conflicts.evidence.bench import Probed, Runner
     from composer.conflicts.evidence.probe import by_method, pass_runner

@@ -5,8 +5,9 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from time import monotonic
-from typing import TYPE_CHECKING, Any, NoReturn, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Any, NoReturn, NotRequired, TypedDict, cast
 
+from composer.conflicts.documents import ReportDocument
 from composer.errors import ComposerError
 from composer.formats.recipes.methods import parse_settings
 from composer.formats.recipes.policy import read_policy
@@ -19,10 +20,10 @@ from registry.errors.translation import of_composer
 from registry.transfer import publishing
 from registry.worker.combine_units import CalibrationRow, calibration_of, calibration_sets
 from registry.worker.composition import ProgressCount
-from registry.worker.engine.units import Count, Node, Result, Task, Unit, always_intact
+from registry.worker.engine.units import Count, Node, Task, Unit, always_intact
 from registry.worker.node_files import MemberRow, Row, loaded_adapter, share_architecture, shared_architecture, to_rows
 from registry.worker.node_models import WITHOUT_MODEL
-from registry.worker.pass_units import Named, Passes, measured_of, named
+from registry.worker.pass_units import Named, Passes, PassResult, measured_of, named
 from registry.worker.runner import JobKind, JobLost, JobRun
 
 if TYPE_CHECKING:
@@ -35,19 +36,19 @@ if TYPE_CHECKING:
 
 def conflict_report(
     held: JobRun, document: Row, passes: Passes | None = None, progress: ProgressCount | None = None
-) -> Result:
+) -> "ReportResult":
     """Makes the `report` on the document's adapters and, if one adapter is to be made, states why they are
     `uncombinable`. `document` has `architecture` (a key), `members` (with name, weight and files), `method` and
     `settings`, and may have `probe`, `policy` and `as_adapter`. Raises what the unit and its passes raise."""
     shared = held.engine.node.share(json.dumps(document, sort_keys=True).encode())
-    known: list[tuple[Named, Result]] = []
+    known: list[tuple[Named, PassResult]] = []
     began_s = monotonic()
     while True:
         content = {"document": shared, "known": held.engine.node.share(json.dumps(known).encode())}
         unit = Unit(name="report", content=content, hints={"spent_s": monotonic() - began_s})
         ((_, result),) = held.engine.map(REPORT, [unit], WITHOUT_MODEL, held.check)
         if passes is None or progress is None or "wanted" not in result:
-            return result
+            return cast(ReportResult, result)
         progress.expect(result["expected"])
         known += passes.run([(who, fit, asked) for who, fit, asked in result["wanted"]])
 
@@ -63,7 +64,7 @@ class _Missing(Exception):
 class _KnownPasses:
     """Known results of passes; implements `Elsewhere` for a probe. Raises _Missing if one is missing."""
 
-    def __init__(self, rows: Sequence[tuple[Sequence[Any], Result]]) -> None:
+    def __init__(self, rows: Sequence[tuple[Sequence[Any], PassResult]]) -> None:
         self._results = {json.dumps(list(wanted)): result for wanted, result in rows}
 
     def measure(self, wanted: "Pass") -> "Sequence[ExampleScore]":
@@ -74,7 +75,7 @@ class _KnownPasses:
         results = [(wanted, self._result(wanted, missing)) for wanted in passes]
         yield from ((wanted, measured_of(result)) for wanted, result in results if "cannot" not in result)
 
-    def _result(self, wanted: "Pass", missing: "Sequence[Pass]") -> Result:
+    def _result(self, wanted: "Pass", missing: "Sequence[Pass]") -> PassResult:
         if (result := self._results.get(self._key(wanted))) is None:
             raise _Missing(missing)
         return result
@@ -120,7 +121,21 @@ class ReportContent(TypedDict):
     as_adapter: NotRequired[bool]
 
 
-def _report(node: Node, unit: Unit, _count: Count) -> Result:
+class ReportResult(TypedDict):
+    """The report, and the error if its adapters cannot be combined into one."""
+
+    report: ReportDocument
+    uncombinable: Row | None
+
+
+class MissingPasses(TypedDict):
+    """The passes to run first, and how many examples the probe measures in all."""
+
+    wanted: list[Named]
+    expected: int
+
+
+def _report(node: Node, unit: Unit, _count: Count) -> ReportResult | MissingPasses:
     from composer.conflicts.examine import examine
     from composer.conflicts.render.text import document as rendered
     from composer.export.combine import refuse_uncombinable
@@ -148,7 +163,7 @@ def _report(node: Node, unit: Unit, _count: Count) -> Result:
         )
     except _Missing as missing:
         return {"wanted": missing.wanted, "expected": expected.total}
-    made: Result = {"report": rendered(report), "uncombinable": None}
+    made: ReportResult = {"report": cast(ReportDocument, rendered(report)), "uncombinable": None}
     if content.get("as_adapter"):
         try:
             refuse_uncombinable(adapters, weights, settings)

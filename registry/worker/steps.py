@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy.orm import Session
 
+from composer.conflicts.documents import FindingDocument
 from composer.findings import Finding, Severity, Verdict
 from composer.formats.recipes.phrases import phrased_suite
 from composer.formats.recipes.policy import read_policy
@@ -58,11 +59,11 @@ from registry.worker.evaluation_units import Examined, examine
 from registry.worker.host import work_of
 from registry.worker.judging import Examination, JudgedInput, Subject, judge, with_inputs, with_rewordings
 from registry.worker.merging import merged_model, proved_model
-from registry.worker.node_files import Row, share_architecture
+from registry.worker.node_files import share_architecture
 from registry.worker.node_models import base_hints
 from registry.worker.optimizing import optimize
 from registry.worker.pass_units import probe_passes
-from registry.worker.report_units import conflict_report
+from registry.worker.report_units import ReportResult, conflict_report
 from registry.worker.runner import JobKind, JobRun
 from registry.worker.sets import made_set, set_files
 
@@ -83,17 +84,17 @@ def check(held: JobRun) -> None:
     refuse_errors([*map(_finding, report["findings"])], "recipe", "Change the recipe.")
     if not policy.accepts(Verdict(report["verdict"])):
         message = f"The verdict of the conflict check is {report['verdict']}, and {policy.require} is required."
-        next_step = report["summary"]["fix"] or "Change the recipe."
+        next_step = report.get("summary", {}).get("fix") or "Change the recipe."
         raise Refused("verdict", message, subject="recipe", next_step=next_step)
     if made["uncombinable"] is not None:
         raise of_row(made["uncombinable"])
 
 
-def _finding(row: Row) -> Finding:
-    return Finding(row["code"], Severity(row["severity"]), row["subject"], row["message"], row["measure"])
+def _finding(row: FindingDocument) -> Finding:
+    return Finding(row["code"], Severity(row["severity"]), row["subject"], row["message"], row.get("measure"))
 
 
-def _reported(held: JobRun, work: CompositionRun) -> Row:
+def _reported(held: JobRun, work: CompositionRun) -> ReportResult:
     """Makes the conflict report. It rests on a probe if every member has a suite and the recipe enables the probe, and
     otherwise on weaker evidence, which it names. The suites' prompts are always compared."""
     named = {suite.name: suite for suite in suites_named(held, [suite for suite in work.member_suites if suite])}

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 from registry.formats.references import Digest
+from registry.worker.engine.frames import FrameSocket
 from registry.worker.engine.units import Count, Node, Result, Task, Unit, always_intact
 from registry.worker.node_files import are_stored, from_rows, store_directory, to_rows
 from tests.engine.counted import note
@@ -81,11 +82,8 @@ def confuse(node: Node, unit: Unit, _count: Count) -> Result:
     """Sends its worker what no child sends, on its own socket."""
     end: socket.socket = vars(vars(vars(node.store)["_calls"])["_wire"])["_end"]
     how = unit.content["how"]
-    if how == "deep":
-        document = b"[" * 100_000
+    if document := MALFORMED.get(how):
         end.sendall(struct.pack("!II", len(document), 0) + document)
-    elif how == "list":
-        end.sendall(struct.pack("!II", 2, 0) + b"[]")
     else:
         for _ in range(200):
             first, second = socket.socketpair()
@@ -99,6 +97,24 @@ def confuse(node: Node, unit: Unit, _count: Count) -> Result:
 
 
 held: list[socket.socket] = []
+MALFORMED = {
+    "deep": b"[" * 100_000,
+    "list": b"[]",
+    "no result": b"{}",
+    "two answers": b'{"result": {}, "error": {}}',
+    "a text for a number": b'{"count": "5"}',
+    "a text for seconds": b'{"result": {}, "seconds": "5"}',
+}
+
+
+def ask(node: Node, unit: Unit, _count: Count) -> Result:
+    """Sends its worker each message, and returns the replies."""
+    connection: FrameSocket = vars(node.store)["_calls"].connect()
+    replies: list[Result] = []
+    for message in unit.content["messages"]:
+        connection.send(message)
+        replies.append(connection.receive().message)
+    return {"replies": replies}
 
 
 def crash(_node: Node, unit: Unit, _count: Count) -> Result:
@@ -125,6 +141,7 @@ CLAIM = Task(name="claim", version=1, run=claim, intact=_stored)
 MAKE = Task(name="make", version=1, run=make, intact=_stored)
 DETACH = Task(name="detach", version=1, run=detach, intact=always_intact)
 CONFUSE = Task(name="confuse", version=1, run=confuse, intact=always_intact)
+ASK = Task(name="ask", version=1, run=ask, intact=always_intact)
 STICK = Task(name="stick", version=1, run=stick, intact=always_intact)
 CRASH = Task(name="crash", version=1, run=crash, intact=always_intact)
 EAT = Task(name="eat", version=1, run=eat, intact=always_intact)

@@ -198,17 +198,26 @@ def test_a_process_that_has_left_its_group_and_its_parent_ends_with_its_job(
     eventually(lambda: ended([orphan]), within_s=WITHIN_S)
 
 
-@pytest.mark.parametrize("how", ["deep", "list", "not a socket", "many"])
-def test_what_a_child_sends_cannot_hang_or_exhaust_its_worker(engine: LocalEngine, how: str) -> None:
-    run(engine, prying.LOOK, Unit(name="look", content={"before": how}))  # its template stays, with its descriptors
+def test_what_a_child_sends_cannot_hang_or_exhaust_its_worker(engine: LocalEngine) -> None:
+    run(engine, prying.LOOK, Unit(name="look", content={}))  # its template stays, with its descriptors
     engine.release()
     before = threading.active_count(), len(list(Path("/proc/self/fd").iterdir()))
-    unit = Unit(name="confuse", content={"how": how})
-    with nullcontext() if how in ("not a socket", "many") else pytest.raises(Unavailable, match="died"):
-        assert run(engine, prying.CONFUSE, unit) == {"sent": how}
-    assert threading.active_count() < before[0] + 80
-    engine.release()
-    eventually(lambda: len(list(Path("/proc/self/fd").iterdir())) <= before[1], within_s=WITHIN_S)
+    for how in (*prying.MALFORMED, "not a socket", "many"):
+        unit = Unit(name="confuse", content={"how": how})
+        with pytest.raises(Unavailable, match="died") if how in prying.MALFORMED else nullcontext():
+            assert run(engine, prying.CONFUSE, unit) == {"sent": how}
+        assert threading.active_count() < before[0] + 80
+        engine.release()
+        eventually(lambda: len(list(Path("/proc/self/fd").iterdir())) <= before[1], within_s=WITHIN_S)
+
+
+def test_a_malformed_request_of_a_child_is_refused(engine: LocalEngine) -> None:
+    malformed = [{"do": "base", "digest": "a", "verified": 5}, {"do": "size", "sha256": 5}, {"do": "finish", "more": 1}]
+    numbers = [{"do": "range", "origin": origin, "size_bytes": 1} for origin in (5, {"location": "", "name": ""})]
+    messages = [*malformed, *numbers, {"do": "read", "size_bytes": "5"}, {"do": "read", "size_bytes": -1}, {"do": []}]
+    result = run(engine, prying.ASK, Unit(name="ask", content={"messages": messages}))
+    assert [reply["error"]["code"] for reply in result["replies"]] == ["unit_failed"] * len(messages)
+    assert {reply["error"]["detail"].split()[0] for reply in result["replies"]} == {"ValidationError", "TypeError"}
 
 
 WORKER = """

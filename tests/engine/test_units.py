@@ -92,9 +92,9 @@ def test_a_node_says_why_it_cannot_run_units(
     monkeypatch.setenv("ADAPTORY_HOME", str(tmp_path))
     own = version("adaptory")
     open_node(Settings()).results.write("marker", b"{}")
-    assert UnitRunner().ready("marker", own) == {"problem": ""}
+    assert UnitRunner().ready("marker", own) == ""
     monkeypatch.setenv(name, value)
-    assert says in UnitRunner().ready("marker", own)["problem"]
+    assert says in UnitRunner().ready("marker", own)
 
 
 def test_a_merged_model_needs_memory_for_its_own_size_and_no_node_that_has_the_base() -> None:

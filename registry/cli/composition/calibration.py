@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from composer.findings import Finding
     from composer.formats.recipes.weights import Weight
     from composer.merge.proof import ProofPrompt
+    from composer.methods.regmean import FitReport
 
 Suites = Annotated[
     list[Path] | None,
@@ -149,16 +150,16 @@ def refuse_uneven(calibration: "Calibration | None", adapters: Sequence[object])
         raise Usage("suites_uneven", message, subject="--suite")
 
 
-def fit_lines(fit: dict[str, Any] | None, names: Sequence[str]) -> list[tuple[str, str]]:
+def fit_lines(fit: "FitReport | None", names: Sequence[str]) -> list[tuple[str, str]]:
     """A fit's results as lines of text: each adapter's error on the inputs that it was fitted on."""
     if fit is None:
         return []
-    errors = zip(names, fit["errors"], fit["errors_of_sum"], strict=False)
+    errors = zip(names, fit.errors, fit.errors_of_sum, strict=False)
     rows = [(f"error {name}", f"{error:.3f} (weighted sum: {plain:.3f})") for name, error, plain in errors]
-    if fit["guard"] is not None:
-        rows.append(("change on the guard", f"{fit['guard']:.3f} (weighted sum: {fit['guard_of_sum']:.3f})"))
-    kept = [("at the weighted sum", ", ".join(fit["kept_at_sum"]))] if fit["kept_at_sum"] else []
-    return [("fitted modules", str(fit["fitted"])), *rows, *kept]
+    if fit.guard is not None:
+        rows.append(("change on the guard", f"{fit.guard:.3f} (weighted sum: {fit.guard_of_sum:.3f})"))
+    kept = [("at the weighted sum", ", ".join(fit.kept_at_sum))] if fit.kept_at_sum else []
+    return [("fitted modules", str(fit.fitted)), *rows, *kept]
 
 
 def fitted_adapter(  # noqa: PLR0913
@@ -189,7 +190,7 @@ def fitted_adapter(  # noqa: PLR0913
                 base_names=names_of(checkpoint.path, checkpoint.config), strict=strict,
             )  # fmt: skip
         render.warn_of(report.findings)
-        for name, value in fit_lines(report.to_json()["fit"], [path.name for path, _ in adapters]):
+        for name, value in fit_lines(report.fit, [path.name for path, _ in adapters]):
             render.say(f"{name}: {value}")
         return directory
     parsed = parse_settings(*how)

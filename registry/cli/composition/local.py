@@ -262,7 +262,7 @@ def _combine(how: LocalCombination, output: Path, device: str, *, strict: bool, 
     readable = {**document, "ranks": _ranks(report.ranks)}
     left_out = ("out_dir", "findings", "retention", "compressions", "fit", "optimized")
     shown = render.fields(readable, *left_out) + _kept(report.retention)
-    shown += fit_lines(document["fit"], names)
+    shown += fit_lines(report.fit, names)
     render.document(document, json, lambda: _show_cut(f"combined into {output}", shown, report.compressions))
 
 

@@ -5,7 +5,7 @@ this version of Adaptory. A repeated request gets the kept one.
 """
 
 import hashlib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from datetime import datetime, timedelta
 from importlib.metadata import version
 from typing import Any
@@ -104,7 +104,7 @@ def find_by_job(session: Session, job_id: int) -> ConflictCheck | None:
     return session.scalar(select(ConflictCheck).where(ConflictCheck.job_id == job_id))
 
 
-def keep(session: Session, job_id: int, report: dict[str, Any]) -> None:
+def keep(session: Session, job_id: int, report: Mapping[str, Any]) -> None:
     """Keeps the report, unless another job has replaced this one."""
     session.execute(update(ConflictCheck).where(ConflictCheck.job_id == job_id).values(report=report))
 

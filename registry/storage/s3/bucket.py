@@ -5,8 +5,9 @@ from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from datetime import datetime
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypedDict
 
 import boto3  # pyright: ignore[reportMissingTypeStubs]
 from boto3.exceptions import S3UploadFailedError  # pyright: ignore[reportMissingTypeStubs]
@@ -27,6 +28,21 @@ NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 _to_sign: ContextVar[Mapping[str, str]] = ContextVar("_to_sign", default=NO_HEADERS)
 
 
+class ObjectHead(TypedDict):
+    """The headers of an object."""
+
+    ContentLength: int
+    LastModified: datetime
+    ETag: str
+    Metadata: dict[str, str]
+
+
+class ListedObject(TypedDict):
+    Key: str
+    Size: int
+    LastModified: datetime
+
+
 @dataclass(frozen=True, slots=True)
 class Bucket:
     """One client per process: boto3's are safe to share between threads."""
@@ -43,7 +59,7 @@ class Bucket:
         """The bucket and full key of an object, as arguments of boto3's calls."""
         return {"Bucket": self.name, "Key": f"{self.prefix}{key}"}
 
-    def head(self, named: dict[str, str]) -> dict[str, Any] | None:
+    def head(self, named: dict[str, str]) -> ObjectHead | None:
         """The object's headers; None if it is missing."""
         with translate_store_errors(named["Key"]):
             try:
@@ -64,8 +80,8 @@ class Bucket:
         finally:
             _to_sign.reset(token)
 
-    def listed(self, beginning: str) -> Iterator[dict[str, Any]]:
-        """Yields Key, Size and LastModified of every object whose key begins with `beginning`."""
+    def listed(self, beginning: str) -> Iterator[ListedObject]:
+        """Yields every object whose key begins with `beginning`."""
         with translate_store_errors(self.name):
             pages = self.client.get_paginator("list_objects_v2")
             for page in pages.paginate(Bucket=self.name, Prefix=f"{self.prefix}{beginning}"):

@@ -9,7 +9,7 @@ from registry.environment.settings import S3Storage
 from registry.errors import Conflict, Invalid, Unavailable
 from registry.formats.references import Digest
 from registry.storage.blobs import BlobStat, IncomingUpload, Part, Put
-from registry.storage.s3.bucket import NO_HEADERS, Bucket, translate_store_errors
+from registry.storage.s3.bucket import NO_HEADERS, Bucket, ObjectHead, translate_store_errors
 from registry.storage.s3.multipart import Parts, checksum
 from registry.storage.s3.probe import NEVER, PROBE, STALE_S, FactsRecord, StoreProbe
 from registry.storage.s3.writer import INCOMING, LARGE_COPY
@@ -21,6 +21,12 @@ CHECKED = "sha256:"
 _MAX_PARTS = 10_000
 _MIB = 1 << 20
 _BLOCK_BYTES = 1 << 20
+
+
+class Arrived(ObjectHead):
+    """An upload's object, and whether it is still the incoming one."""
+
+    incoming: bool
 
 
 class S3Arrivals:
@@ -155,8 +161,8 @@ class S3Arrivals:
         headers = {"x-amz-checksum-sha256": sha256, "x-amz-meta-upload": arrival.upload_id, **more}
         return Put(url, {"Content-Length": str(arrival.size_bytes), **headers})
 
-    def _arrived(self, arrival: IncomingUpload) -> dict[str, Any] | None:
-        """The incoming object, or the blob itself if this upload wrote it; `incoming` tells which."""
+    def _arrived(self, arrival: IncomingUpload) -> Arrived | None:
+        """The incoming object, or the blob itself if this upload wrote it."""
         head = self._bucket.head(self._incoming(arrival))
         if head is not None:
             return {**head, "incoming": True}
@@ -216,7 +222,7 @@ class S3Arrivals:
         return digest.hexdigest()
 
 
-def _upload_of(head: dict[str, Any]) -> str | None:
+def _upload_of(head: ObjectHead) -> str | None:
     """The upload id in an object's metadata. Some stores return metadata names in another case."""
     return {name.lower(): value for name, value in head["Metadata"].items()}.get("upload")
 

@@ -3,14 +3,15 @@
 import logging
 import traceback
 from collections import deque
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, NonNegativeFloat, model_validator
 
 from composer.errors import ComposerError
 from registry.errors import RegistryError, Unavailable
 from registry.errors.translation import of_failed_work, of_row
-from registry.worker.engine.units import Result
 
 log = logging.getLogger(__name__)
 
@@ -19,16 +20,41 @@ KNOWN = (RegistryError, ComposerError, OSError)
 """Errors with a next step. Any other error is a defect."""
 
 
-def answer_of(name: str, work: Callable[[], Result]) -> dict[str, Any]:
-    """Runs a unit's work. Returns its `result`, or its `error` as a row with the last lines of this process's `log`."""
+class Answer(BaseModel):
+    """A unit's result, or its error as a row with the last lines of the process's log."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    result: dict[str, Any] | None = None
+    error: dict[str, Any] | None = None
+    log: list[str] = []
+    seconds: NonNegativeFloat = 0.0
+
+    @model_validator(mode="after")
+    def _refuse_both_or_neither(self) -> Self:
+        if (self.result is None) == (self.error is None):
+            raise ValueError("an answer has either a result or an error")
+        return self
+
+    def failure(self) -> RegistryError | None:
+        """Restores the error, with its log lines."""
+        if self.error is None:
+            return None
+        error = of_row(self.error)
+        error.log_lines = self.log
+        return error
+
+
+def answer_of(name: str, work: Callable[[], Any]) -> Answer:
+    """Runs a unit's work."""
     with _last_log_lines() as lines:
         try:
             log.info("%s begins", name)
-            return {"result": work()}
+            return Answer(result=work())
         except Exception as error:
             known = isinstance(error, KNOWN)
             log.log(logging.WARNING if known else logging.ERROR, "%s failed", name, exc_info=error)
-            return {"error": failure_of(error).to_row(), "log": list(lines)}
+            return Answer(error=failure_of(error).to_row(), log=list(lines))
 
 
 def failure_of(error: Exception) -> RegistryError:
@@ -38,13 +64,6 @@ def failure_of(error: Exception) -> RegistryError:
     last = traceback.extract_tb(error.__traceback__)[-1]
     where = f"{last.filename.rpartition('/')[2]}:{last.lineno}"
     return Unavailable("unit_failed", f"{type(error).__name__} in {where}: {error}")
-
-
-def error_of(answer: Mapping[str, Any]) -> RegistryError:
-    """Restores the error of an answer, with its log lines."""
-    error = of_row(answer["error"])
-    error.log_lines = list(answer["log"])
-    return error
 
 
 @contextmanager

@@ -28,18 +28,18 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from registry.environment.settings import Settings
 from registry.worker.engine import answers
 from registry.worker.engine.answers import answer_of
 from registry.worker.engine.frames import Frame, FrameSocket
 from registry.worker.engine.remote import Calls, RemoteBases, RemoteDocuments, RemoteStore
-from registry.worker.engine.units import Node, Task, Unit, always_intact
+from registry.worker.engine.units import Node, Unit
 
 SETTINGS = frozenset({"home", "scorers", "scorer_timeout_s", "harness_path", "device_memory_bytes"})
 """The settings that units need. None is a secret."""
@@ -105,18 +105,23 @@ def _ready(wire: FrameSocket, children: Mapping[int, _Child]) -> list[int]:
 
 def _obey(wire: FrameSocket, frame: Frame, children: dict[int, _Child]) -> None:
     """Forks a child with the frame's socket, or kills one."""
-    if "end" in frame.message:
-        if child := children.get(frame.message["end"]):
-            _kill(child)
-        return
-    end, template, directory = frame.owned_file(), os.getpid(), Path(frame.message["directory"])
+    if "end" not in frame.message:
+        _fork(wire, children, frame.owned_file(), **frame.message)
+    elif child := children.get(frame.message["end"]):
+        _kill(child)
+
+
+def _fork(
+    wire: FrameSocket, children: dict[int, _Child], end: int, *, fork: int, directory: str, settings: dict[str, Any]
+) -> None:
+    template = os.getpid()
     pid = os.fork()
     if pid == 0:
         try:
             wire.detach()
             for child in children.values():
                 os.close(child.watched)
-            _be_child(template, end, directory, frame.message["settings"])
+            _be_child(template, end, Path(directory), settings)
             os._exit(0)
         except BaseException:
             traceback.print_exc()
@@ -125,8 +130,8 @@ def _obey(wire: FrameSocket, frame: Frame, children: dict[int, _Child]) -> None:
     os.close(end)
     with suppress(OSError):  # the child has done so
         os.setpgid(pid, pid)
-    children[pid] = _Child(pid, os.pidfd_open(pid), directory)
-    wire.send({"pid": pid, "fork": frame.message["fork"]})
+    children[pid] = _Child(pid, os.pidfd_open(pid), Path(directory))
+    wire.send({"pid": pid, "fork": fork})
 
 
 def _import(modules: Iterable[str]) -> None:
@@ -197,21 +202,20 @@ def _be_child(template: int, end: int, directory: Path, settings: Mapping[str, A
     node = Node(Settings(**settings), RemoteStore(calls), RemoteDocuments(calls), directory, bases)
     with suppress(EOFError, BrokenPipeError):  # the worker has closed its end
         while True:
-            wire.send(_answer(node, wire, wire.receive().message))
+            wire.send(_answer(node, wire, **wire.receive().message))
 
 
-def _answer(node: Node, wire: FrameSocket, message: Mapping[str, Any]) -> dict[str, Any]:
-    """Runs a unit."""
-    unit, count, began_s = Unit(**message["unit"]), _Counter(wire), time.monotonic()
-    answer = answer_of(unit.name, lambda: _task(message["task"]).run(replace(node, check=count), unit, count))
+def _answer(node: Node, wire: FrameSocket, module: str, function: str, unit: Mapping[str, Any]) -> dict[str, Any]:
+    """Runs a unit with the function of its task."""
+    own, count, began_s = Unit(**unit), _Counter(wire), time.monotonic()
+
+    def work() -> Any:
+        run = getattr(importlib.import_module(module), function)
+        return run(replace(node, check=count), own, count)
+
+    answer = answer_of(own.name, work)
     count.flush()
-    return {**answer, "seconds": time.monotonic() - began_s}
-
-
-def _task(named: Mapping[str, Any]) -> Task:
-    run = getattr(importlib.import_module(named["module"]), named["function"])
-    made = cast(Callable[..., dict[str, Any]], run)
-    return Task(name=named["name"], version=named["version"], run=made, intact=always_intact)
+    return answer.model_copy(update={"seconds": time.monotonic() - began_s}).model_dump()
 
 
 class _Counter:

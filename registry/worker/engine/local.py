@@ -1,26 +1,27 @@
 """The default engine, on this host: each job has one child process, which runs its units one by one."""
 
+import operator
 import queue
 import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from composer.evaluation.memory import host_bytes
 from registry.environment.settings import EngineSettings
 from registry.errors import Unavailable
-from registry.worker.engine.answers import error_of
+from registry.worker.engine.answers import Answer
 from registry.worker.engine.child import SETTINGS, descendants
 from registry.worker.engine.frames import FrameSocket
 from registry.worker.engine.protocol import MAX_DEATHS, Needs
 from registry.worker.engine.serving import JobFiles
 from registry.worker.engine.template import Template
-from registry.worker.engine.units import Count, HostNode, Result, Task, Unit, finished, keep_result
+from registry.worker.engine.units import Count, HostNode, ResultT, Task, Unit, finished, keep_result
 
 # The limits of a job: the time and memory of the processes that run its units.
 _SECONDS, _BYTES = "ADAPTORY_ENGINE__JOB_SECONDS", "ADAPTORY_ENGINE__JOB_MEMORY_BYTES"
@@ -88,7 +89,9 @@ class LocalEngine:
         if self._template is None:
             self._template = Template()
 
-    def map(self, task: Task, units: Sequence[Unit], needs: Needs, check: Count) -> Iterator[tuple[Unit, Result]]:
+    def map(
+        self, task: Task[ResultT], units: Sequence[Unit], needs: Needs, check: Count
+    ) -> Iterator[tuple[Unit, ResultT]]:
         del needs  # this host was chosen for the job
         for unit in units:
             check(0)
@@ -104,7 +107,7 @@ class LocalEngine:
         self._end_child()
         self._end_template()
 
-    def _run(self, task: Task, unit: Unit, check: Count) -> Result:
+    def _run(self, task: Task[ResultT], unit: Unit, check: Count) -> ResultT:
         """Runs the unit and keeps its result. Starts again in another child if one dies."""
         lost = ""
         for deaths in range(1, MAX_DEATHS + 1):
@@ -144,7 +147,7 @@ class LocalEngine:
 
 
 class _ChildDied(Exception):
-    """The child ended without an answer."""
+    """The child ended without an answer, or sent a malformed one."""
 
 
 class _JobChild:
@@ -169,13 +172,13 @@ class _JobChild:
         self._end.close()
         threading.Thread(target=self._receive, daemon=True, name="job child").start()
 
-    def answer(self, task: Task, unit: Unit, check: Count) -> dict[str, Any]:
+    def answer(self, task: Task[Any], unit: Unit, check: Count) -> Answer:
         """Runs the unit in the process and returns its answer. Raises what `check` and the limits raise, and
         _ChildDied."""
         self._files.begin(unit)
         run = {"module": task.run.__module__, "function": task.run.__qualname__}
         with suppress(OSError):  # it has ended, and its closed socket shows that below
-            self._wire.send({"task": {**run, "name": task.name, "version": task.version}, "unit": asdict(unit)})
+            self._wire.send({**run, "unit": asdict(unit)})
         while True:
             check(0)
             self._limits.refuse(self._pid)
@@ -185,18 +188,22 @@ class _JobChild:
                 continue
             if message is None:
                 raise _ChildDied
-            if "count" not in message:
-                return message
-            check(int(message["count"]))
+            try:
+                if "count" not in message:
+                    return Answer(**message)
+                done = operator.index(message["count"])
+            except (TypeError, ValueError) as error:  # no unit sends this
+                raise _ChildDied from error
+            check(done)
 
-    def kept(self, task: Task, unit: Unit, answer: Mapping[str, Any]) -> Result:
+    def kept(self, task: Task[ResultT], unit: Unit, answer: Answer) -> ResultT:
         """Keeps and returns the result of an answer. Raises the answer's error, if it has one, and NotAllowed for a
         result that names bytes of other jobs."""
-        if "error" in answer:
-            raise error_of(answer)
-        result: Result = answer["result"]
+        if error := answer.failure():
+            raise error
+        result = cast(ResultT, answer.result)
         self._files.refuse_foreign(task, unit, result)
-        keep_result(self._node, task, unit, result, by=self._pid, seconds=answer["seconds"])
+        keep_result(self._node, task, unit, result, by=self._pid, seconds=answer.seconds)
         return result
 
     def close(self) -> str:

@@ -3,13 +3,14 @@
 from collections.abc import Iterator, Sequence
 from datetime import datetime, timedelta
 from functools import cached_property
+from typing import Any
 
 from registry.environment.settings import Settings
 from registry.errors import Unavailable
 from registry.storage.blobs import BlobStore
 from registry.worker.engine.local import LocalEngine
 from registry.worker.engine.protocol import Engine, Needs
-from registry.worker.engine.units import Count, HostNode, Result, Task, Unit, open_node
+from registry.worker.engine.units import Count, HostNode, ResultT, Task, Unit, open_node
 
 KEPT = timedelta(days=7)
 """How long the results of units are kept: a job that is retried later resumes from them."""
@@ -31,7 +32,7 @@ class WorkerEngine:
         """Removes results older than KEPT. Returns their number."""
         return self.node.results.sweep(now - KEPT)
 
-    def forget(self, task: Task, units: Sequence[Unit]) -> None:
+    def forget(self, task: Task[Any], units: Sequence[Unit]) -> None:
         """Removes the kept results of units that turned out to be wrong."""
         for unit in units:
             self.node.results.delete(task.key(unit))
@@ -56,7 +57,9 @@ class WorkerEngine:
         """The number of units of this job that were started again."""
         return self._opened.redone if self._opened is not None else 0
 
-    def map(self, task: Task, units: Sequence[Unit], needs: Needs, check: Count) -> Iterator[tuple[Unit, Result]]:
+    def map(
+        self, task: Task[ResultT], units: Sequence[Unit], needs: Needs, check: Count
+    ) -> Iterator[tuple[Unit, ResultT]]:
         try:
             yield from self._engine.map(task, units, needs, check)
         except Unavailable as error:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from registry.worker.engine.units import Count, Result, Task, Unit
+from registry.worker.engine.units import Count, ResultT, Task, Unit
 
 MAX_DEATHS = 3
 """The number of process deaths after which a unit is abandoned."""
@@ -48,7 +48,9 @@ class Engine(Protocol):
         """Begins slow preparations for a job, and returns at once."""
         ...
 
-    def map(self, task: Task, units: Sequence[Unit], needs: Needs, check: Count) -> Iterator[tuple[Unit, Result]]:
+    def map(
+        self, task: Task[ResultT], units: Sequence[Unit], needs: Needs, check: Count
+    ) -> Iterator[tuple[Unit, ResultT]]:
         """Yields each unit with its result as it ends. Units that any process finished before are not run again. Once
         this raises or is closed, no unit is running. `check` is called often; the local engine also passes it the
         amount that the units have just done.

@@ -16,14 +16,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import Any, cast
+from typing import Any, Generic, cast
 
 from registry.environment.settings import EngineSettings
 from registry.errors import NotAllowed, Unavailable
-from registry.worker.engine.answers import error_of
 from registry.worker.engine.protocol import MAX_DEATHS, Needs
 from registry.worker.engine.ray_runner import UnitRunner
-from registry.worker.engine.units import Count, HostNode, Result, Task, Unit, finished
+from registry.worker.engine.units import Count, HostNode, ResultT, Task, Unit, finished
 
 _POLL_S = 0.5
 _CAUSE_CHARS = 400
@@ -63,10 +62,10 @@ class _Runner:
 
 
 @dataclass(slots=True)
-class _Map:
+class _Map(Generic[ResultT]):
     """The state of one call of `map`: units left, runners by the Ray reference to wait for, and deaths by unit."""
 
-    task: Task
+    task: Task[ResultT]
     needs: Needs
     left: deque[Unit]
     marker: str
@@ -192,7 +191,9 @@ class RayEngine:
             self.close()
             raise self._unusable(RuntimeError("it does not say whether it needs a token"))
 
-    def map(self, task: Task, units: Sequence[Unit], needs: Needs, check: Count) -> Iterator[tuple[Unit, Result]]:
+    def map(
+        self, task: Task[ResultT], units: Sequence[Unit], needs: Needs, check: Count
+    ) -> Iterator[tuple[Unit, ResultT]]:
         state = _Map(task, needs, deque(), uuid.uuid4().hex)
         for unit in units:
             check(0)
@@ -238,7 +239,7 @@ class RayEngine:
         self._idle = []
         self._ray.shutdown()
 
-    def _begin(self, state: _Map) -> None:
+    def _begin(self, state: _Map[Any]) -> None:
         """Reuses runners of the previous map that meet the needs of this one, since they may have loaded a base. Ends
         the others, and starts more."""
         before, self._idle = self._idle, list[_Runner]()
@@ -252,7 +253,7 @@ class RayEngine:
         for _ in range(min(len(state.left), self._settings.runners - len(state.waiting))):
             self._start(state)
 
-    def _give(self, state: _Map, runner: _Runner) -> None:
+    def _give(self, state: _Map[Any], runner: _Runner) -> None:
         """Gives the runner the first unit that is quicker there, or else the first of all."""
         unit = next((unit for unit in state.left if unit.near in runner.near), state.left[0])
         state.left.remove(unit)
@@ -261,12 +262,12 @@ class RayEngine:
         runner.unit = unit
         state.waiting[runner.actor.run.remote(state.task, runner.unit)] = runner
 
-    def _start(self, state: _Map) -> None:
+    def _start(self, state: _Map[Any]) -> None:
         options = self._resources(state.needs)
         actor = self._ray.remote(UnitRunner).options(max_restarts=0, max_task_retries=0, **options).remote()
         state.waiting[actor.ready.remote(state.marker, version("adaptory"))] = _Runner(actor, state.needs)
 
-    def _ended(self, state: _Map, waited: Any) -> Iterator[tuple[Unit, Result]]:
+    def _ended(self, state: _Map[ResultT], waited: Any) -> Iterator[tuple[Unit, ResultT]]:
         """Handles the return of a runner, and hands it the next unit."""
         runner = state.waiting.pop(waited)
         unit = runner.unit
@@ -278,11 +279,10 @@ class RayEngine:
             yield from self._died(state, unit, error)
             return
         if unit is None:
-            if answer["problem"]:
-                raise _node_differs(answer["problem"])
+            if answer:
+                raise _node_differs(answer)
             state.failed_starts = 0
-        elif "error" in answer:
-            error = error_of(answer)
+        elif error := answer.failure():
             error.detail = f"{unit.name}: {error.detail}"
             raise error
         if state.left:
@@ -291,9 +291,9 @@ class RayEngine:
             runner.unit = None
             self._idle.append(runner)
         if unit is not None:
-            yield unit, answer["result"]
+            yield unit, answer.result
 
-    def _died(self, state: _Map, unit: Unit | None, error: Exception) -> Iterator[tuple[Unit, Result]]:
+    def _died(self, state: _Map[ResultT], unit: Unit | None, error: Exception) -> Iterator[tuple[Unit, ResultT]]:
         """Starts another runner if units are left. Requeues the dead runner's unit unless its result was already
         written. Raises Unavailable for a unit whose process died MAX_DEATHS times, and if no runner starts."""
         done = None if unit is None else finished(self._node, state.task, unit)
@@ -307,12 +307,12 @@ class RayEngine:
             self._start(state)
 
     @staticmethod
-    def _count_failed_start(state: _Map) -> None:
+    def _count_failed_start(state: _Map[Any]) -> None:
         state.failed_starts += 1
         if state.failed_starts >= _MAX_FAILED_STARTS:
             raise _node_differs(f"{state.failed_starts} processes in a row died before they were ready.")
 
-    def _put_back(self, state: _Map, unit: Unit, error: Exception) -> None:
+    def _put_back(self, state: _Map[Any], unit: Unit, error: Exception) -> None:
         deaths = state.deaths[unit.name] = state.deaths.get(unit.name, 0) + 1
         if deaths >= MAX_DEATHS:
             raise Unavailable(
@@ -323,7 +323,7 @@ class RayEngine:
         state.left.appendleft(unit)
         self.redone += 1
 
-    def _refuse_lacking(self, state: _Map) -> None:
+    def _refuse_lacking(self, state: _Map[Any]) -> None:
         """Raises Unavailable once no node has met a runner's needs for LACKING_S. Ray would wait forever."""
         if any(runner.unit is not None for runner in state.waiting.values()):
             state.lacking_since_s = None

@@ -12,7 +12,7 @@ from pydantic_settings import SettingsError
 
 from registry.environment.settings import Settings
 from registry.errors import RegistryError
-from registry.worker.engine.answers import answer_of
+from registry.worker.engine.answers import Answer, answer_of
 from registry.worker.engine.units import HostNode, Task, Unit, open_node, run_unit
 
 
@@ -22,23 +22,23 @@ class UnitRunner:
 
     _node: HostNode
 
-    def ready(self, marker: str, expected: str) -> dict[str, str]:
-        """Checks whether this node can run units. `problem` is empty if it can, and otherwise the reason."""
+    def ready(self, marker: str, expected: str) -> str:
+        """Checks whether this node can run units. Returns the reason why it cannot, or nothing."""
         own = version("adaptory")
         if own != expected:
-            return {"problem": f"it has adaptory {own}, and the worker has {expected}."}
+            return f"it has adaptory {own}, and the worker has {expected}."
         try:  # here, since Ray hides why a constructor failed
             self._node = open_node(Settings())
         except ValidationError as error:
             first = error.errors()[0]  # without the value, which may be secret
             name = f"ADAPTORY_{'__'.join(map(str, first['loc']))}".upper()
-            return {"problem": f"one of its settings is wrong: {name}: {first['msg']}."}
+            return f"one of its settings is wrong: {name}: {first['msg']}."
         except (RegistryError, SettingsError, OSError) as error:
-            return {"problem": f"{socket.gethostname()}: {error}"}
+            return f"{socket.gethostname()}: {error}"
         if self._node.results.read(marker) is None:
-            return {"problem": "its store is another: it does not have what the worker has just written."}
-        return {"problem": ""}
+            return "its store is another: it does not have what the worker has just written."
+        return ""
 
-    def run(self, task: Task, unit: Unit) -> dict[str, Any]:
-        """Runs the unit. Returns its answer as `answer_of` does."""
+    def run(self, task: Task[Any], unit: Unit) -> Answer:
+        """Runs the unit and returns its answer."""
         return answer_of(unit.name, lambda: run_unit(self._node, task, unit))

@@ -8,7 +8,9 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Annotated, Any, BinaryIO, cast
+
+from pydantic import BaseModel, Field
 
 from composer.formats.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from composer.formats.checkpoints.files import StoredFile
@@ -18,6 +20,18 @@ from registry.storage.blobs import Reader
 from registry.worker.engine.frames import Frame, FrameSocket
 
 _BLOCK_BYTES = 8 << 20
+
+
+ByteCount = Annotated[int, Field(strict=True, ge=0)]
+"""A number of bytes in a message."""
+
+
+class Origin(BaseModel):
+    """Where bytes lie: in a file of the base at a bucket's location."""
+
+    location: str
+    name: str
+    offset: ByteCount
 
 
 class Calls:
@@ -111,7 +125,7 @@ class RemoteWriter:
     def write(self, block: memoryview, source: StoredFile | None = None, offset: int = 0) -> None:
         known = source if isinstance(source, RemoteFile) else None
         for begin in range(0, block.nbytes, _BLOCK_BYTES):
-            origin = {"location": known.location, "name": known.name, "offset": offset + begin} if known else None
+            origin = known.origin(offset + begin) if known else None
             piece = block[begin : begin + _BLOCK_BYTES]
             os.pwritev(self._blocks, [piece], self._at)
             _reply(self._connection)  # of the block before, in the other half
@@ -171,11 +185,14 @@ class RemoteFile:
     name: str
     size_bytes: int
 
+    def origin(self, offset: int) -> dict[str, Any]:
+        return Origin(location=self.location, name=self.name, offset=offset).model_dump()
+
     def read_into(self, buffer: memoryview, offset: int) -> None:
         for begin in range(0, buffer.nbytes, _BLOCK_BYTES):
             piece = buffer[begin : begin + _BLOCK_BYTES]
-            wanted = {"location": self.location, "name": self.name, "offset": offset + begin}
-            piece[:] = self.calls({"do": "range", **wanted, "size_bytes": piece.nbytes}).content
+            origin = self.origin(offset + begin)
+            piece[:] = self.calls({"do": "range", "origin": origin, "size_bytes": piece.nbytes}).content
 
 
 class _RemoteReader(Reader):

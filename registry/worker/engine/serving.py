@@ -13,6 +13,8 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, BinaryIO, cast
 
+from pydantic import validate_call
+
 from composer.errors import Interrupted
 from composer.formats.checkpoints.checkpoint import Checkpoint
 from composer.formats.checkpoints.files import StoredFile, read_all, read_range
@@ -21,8 +23,9 @@ from registry.formats.references import Digest
 from registry.storage.blobs import Reader
 from registry.worker.engine.answers import KNOWN, failure_of
 from registry.worker.engine.frames import Frame, FrameSocket
+from registry.worker.engine.remote import ByteCount, Origin
 from registry.worker.engine.stores import UnitWriter
-from registry.worker.engine.units import HostNode, Result, Task, Unit
+from registry.worker.engine.units import BaseHints, HostNode, ResultT, Task, Unit
 
 log = logging.getLogger(__name__)
 
@@ -55,17 +58,17 @@ class JobFiles:
     def __init__(self, node: HostNode) -> None:
         self.node = node
         self._named, self._made = set[str](), dict[str, int]()
-        self._hints: Mapping[str, Any] = {}
+        self._hints: BaseHints = {"locations": [], "size_bytes": 0}
         self._in_buckets: dict[str, Checkpoint] = {}
         self._recent: deque[tuple[StoredFile, int, bytearray]] = deque()
         self._connections, self._lock, self._ended = set[FrameSocket](), threading.Lock(), False
 
     def begin(self, unit: Unit) -> None:
         """Allows the blobs that the unit names."""
-        self._hints = unit.hints
+        self._hints = cast(BaseHints, unit.hints)
         self._name(json.dumps(unit.content).encode())
 
-    def refuse_foreign(self, task: Task, unit: Unit, result: Result) -> None:
+    def refuse_foreign(self, task: Task[ResultT], unit: Unit, result: ResultT) -> None:
         """Raises NotAllowed if the result names blobs that the child may not read or that are not stored."""
         if not task.intact(replace(self.node, store=_OfJob(self)), result):
             raise _not_of_this_job(unit.name)
@@ -124,7 +127,7 @@ class JobFiles:
 
     def base(self, digest: str, *, verified: bool) -> Checkpoint:
         """Opens the base at the unit's locations. Raises as `Bases.open_verified` does."""
-        where = self._hints["locations"], int(self._hints["size_bytes"])
+        where = self._hints["locations"], self._hints["size_bytes"]
         if verified:
             return self.node.bases.open_verified(digest, *where, self.check)
         return self.node.bases.open(digest, *where, lambda: self.check())
@@ -138,9 +141,9 @@ class JobFiles:
         self._in_buckets[location] = opened
         return opened
 
-    def range(self, origin: Mapping[str, Any], size_bytes: int) -> bytearray:
+    def range(self, origin: Origin, size_bytes: int) -> bytearray:
         """Reads bytes from a file of a base in a bucket."""
-        file, begin = self._in_buckets[origin["location"]].files[origin["name"]], int(origin["offset"])
+        file, begin = self._in_buckets[origin.location].files[origin.name], origin.offset
         content = read_range(file, begin, begin + min(size_bytes, _MOST_READ_BYTES))
         with self._lock:
             self._recent.append((file, begin, content))
@@ -148,11 +151,11 @@ class JobFiles:
                 self._recent.popleft()
         return content
 
-    def source(self, origin: Mapping[str, Any] | None, content: bytearray) -> StoredFile | None:
+    def source(self, origin: Origin | None, content: bytearray) -> StoredFile | None:
         """The file from which the store may copy these bytes; None unless exactly these bytes were read there."""
         if origin is None:
             return None
-        file, offset = self._in_buckets[origin["location"]].files[origin["name"]], int(origin["offset"])
+        file, offset = self._in_buckets[origin.location].files[origin.name], origin.offset
         with self._lock:
             recent = list(self._recent)
         for known, begin, block in recent:
@@ -184,7 +187,8 @@ class JobFiles:
 
 
 class _Connection:
-    """Handles the requests of one connection, which has at most one reader and one writer open."""
+    """Handles the requests of one connection, which has at most one reader and one writer open. Requests come from the
+    child: a field of another name or type is refused."""
 
     def __init__(self, files: JobFiles) -> None:
         self._files = files
@@ -201,11 +205,15 @@ class _Connection:
     def reply(self, frame: Frame) -> _Reply:
         """Performs the message's request. An error becomes the reply. Only `begin` comes with a file, and only once."""
         self._files.check()
+        request = dict(frame.message)
+        do = request.pop("do", "")
         try:
-            if frame.file is not None and (frame.message.get("do") != "begin" or self._blocks is not None):
-                os.close(frame.file)
-                raise ValueError("a file does not belong to this request")
-            return self._requests[frame.message["do"]](frame)
+            if frame.file is not None:
+                if do != "begin" or self._blocks is not None:
+                    os.close(frame.file)
+                    raise ValueError("a file does not belong to this request")
+                self._blocks = frame.file
+            return self._requests[do](**request)
         except _Ended:
             raise
         except Exception as error:
@@ -227,39 +235,46 @@ class _Connection:
             self._reader.close()
             self._reader = None
 
-    def _shared(self, frame: Frame) -> _Reply:
-        document = self._files.shared(frame.message["key"])
+    @validate_call
+    def _shared(self, key: str) -> _Reply:
+        document = self._files.shared(key)
         return _Reply({"there": document is not None}, document or b"")
 
-    def _size(self, frame: Frame) -> _Reply:
-        return _Reply({"size_bytes": self._files.size_of(frame.message["sha256"])})
+    @validate_call
+    def _size(self, sha256: str) -> _Reply:
+        return _Reply({"size_bytes": self._files.size_of(sha256)})
 
-    def _open(self, frame: Frame) -> _Reply:
+    @validate_call
+    def _open(self, sha256: str) -> _Reply:
         self._close_reader()
-        reader = self._files.node.store.open(self._files.allowed(frame.message["sha256"]))
+        reader = self._files.node.store.open(self._files.allowed(sha256))
         if (number := _number_of(reader)) is None:
             self._reader = reader
             return _Reply({})
         with reader:
             return _Reply({}, file=os.dup(number))
 
-    def _read(self, frame: Frame) -> _Reply:
+    @validate_call
+    def _read(self, size_bytes: ByteCount) -> _Reply:
         if self._reader is None:
             raise ValueError("nothing is open")
-        content = self._reader.read(max(0, min(frame.message["size_bytes"], _MOST_READ_BYTES)))
+        content = self._reader.read(min(size_bytes, _MOST_READ_BYTES))
         if not content:
             self._close_reader()
         return _Reply({}, content)
 
-    def _begin(self, frame: Frame) -> _Reply:
-        self._blocks = frame.owned_file()
-        self._writer = self._files.node.store.begin_write(int(frame.message["size_bytes"]))
+    @validate_call
+    def _begin(self, size_bytes: ByteCount) -> _Reply:
+        if self._blocks is None or self._writer is not None:
+            raise ValueError("a file needs its blocks, and is begun once")
+        self._writer, self._written = self._files.node.store.begin_write(size_bytes), 0
         return _Reply({})
 
-    def _write(self, frame: Frame) -> _Reply:
-        content = self._block(int(frame.message["at"]), int(frame.message["size_bytes"]))
-        source = self._files.source(frame.message["origin"], content)
-        offset = int(frame.message["origin"]["offset"]) if source is not None else 0
+    @validate_call
+    def _write(self, origin: Origin | None, at: ByteCount, size_bytes: ByteCount) -> _Reply:
+        content = self._block(at, size_bytes)
+        source = self._files.source(origin, content)
+        offset = origin.offset if origin is not None and source is not None else 0
         self._begun().write(memoryview(content), source, offset)
         self._written += len(content)
         return _Reply({})
@@ -272,8 +287,7 @@ class _Connection:
         read_all(self._blocks, memoryview(content), begin, "a block")
         return content
 
-    def _finish(self, frame: Frame) -> _Reply:
-        del frame
+    def _finish(self) -> _Reply:
         writer = self._begun()
         sha256 = writer.finish()
         self._writer = None
@@ -285,17 +299,20 @@ class _Connection:
             raise ValueError("no file was begun")
         return self._writer
 
-    def _base(self, frame: Frame) -> _Reply:
-        opened = self._files.base(frame.message["digest"], verified=bool(frame.message["verified"]))
+    @validate_call
+    def _base(self, digest: str, verified: bool) -> _Reply:
+        opened = self._files.base(digest, verified=verified)
         return _Reply({"directory": str(opened.path)})
 
-    def _bucket(self, frame: Frame) -> _Reply:
-        opened = self._files.base_in_bucket(frame.message["location"])
+    @validate_call
+    def _bucket(self, location: str) -> _Reply:
+        opened = self._files.base_in_bucket(location)
         weights = {name: file.size_bytes for name, file in opened.files.items()}
         return _Reply({"directory": str(opened.path), "weights": weights})
 
-    def _range(self, frame: Frame) -> _Reply:
-        return _Reply({}, self._files.range(frame.message, int(frame.message["size_bytes"])))
+    @validate_call
+    def _range(self, origin: Origin, size_bytes: ByteCount) -> _Reply:
+        return _Reply({}, self._files.range(origin, size_bytes))
 
 
 def _number_of(reader: Reader) -> int | None:

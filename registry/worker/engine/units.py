@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import mkdtemp
-from typing import Any, TypeVar
+from typing import Any, Generic, TypedDict, TypeVar
 
 from registry.environment.home import close_directory
 from registry.environment.settings import Settings
@@ -28,12 +28,20 @@ Count = Callable[[int], None]
 Kept = TypeVar("Kept")
 Result = dict[str, Any]
 """A unit's result as JSON, such as digests of blobs or measurements."""
+ResultT = TypeVar("ResultT", bound=Mapping[str, Any])
 _WORK = "unit-"
 _RELEASE = version("adaptory")
 _HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
 _DEAD_HOST_S = 30 * 24 * 3600.0
 """The age at which another host's leftovers in a shared work directory are removed; its processes are not visible
 here."""
+
+
+class BaseHints(TypedDict):
+    """How a unit finds its base."""
+
+    locations: list[str]
+    size_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,15 +141,15 @@ class HostNode(Node):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Task:
+class Task(Generic[ResultT]):
     """The functions that run a kind of unit, at module level so that other processes can import them. Raise `version`
     when the same content yields another result; each release of adaptory keeps its own results anyway. `intact` checks
     that the blobs that a kept result names are still stored."""
 
     name: str
     version: int
-    run: Callable[[Node, Unit, Count], Result]
-    intact: Callable[[Node, Result], bool]
+    run: Callable[[Node, Unit, Count], ResultT]
+    intact: Callable[[Node, ResultT], bool]
 
     def key(self, unit: Unit) -> str:
         """The name of the unit's result, 64 hex digits, equal on every host."""
@@ -150,7 +158,7 @@ class Task:
         return hashlib.sha256(named.encode()).hexdigest()
 
 
-def always_intact(_node: Node, _result: Result) -> bool:
+def always_intact(_node: Node, _result: object) -> bool:
     """The `intact` of tasks whose results name no blobs."""
     return True
 
@@ -183,19 +191,19 @@ def _is_left(directory: Path) -> bool:
         return False
 
 
-def finished(node: HostNode, task: Task, unit: Unit) -> Result | None:
+def finished(node: HostNode, task: Task[ResultT], unit: Unit) -> ResultT | None:
     """Returns the unit's kept result if it is intact; None if the unit must run."""
     content = node.results.read(task.key(unit))
     if content is None or len(content) >= MAX_RESULT_BYTES:
         return None
     try:
-        result = json.loads(content)["result"]
+        result: ResultT = json.loads(content)["result"]
     except (ValueError, KeyError, TypeError):  # not a result: run the unit again
         return None
     return result if task.intact(node, result) else None
 
 
-def run_unit(node: HostNode, task: Task, unit: Unit, count: Count = lambda _done: None) -> Result:
+def run_unit(node: HostNode, task: Task[ResultT], unit: Unit, count: Count = lambda _done: None) -> ResultT:
     """Runs the unit, keeps its result and returns it. Raises what the task, `count` and `keep_result` raise."""
     began_s = time.monotonic()
     result = task.run(replace(node, check=count), unit, count)
@@ -203,7 +211,7 @@ def run_unit(node: HostNode, task: Task, unit: Unit, count: Count = lambda _done
     return result
 
 
-def keep_result(node: HostNode, task: Task, unit: Unit, result: Result, *, by: int, seconds: float) -> None:
+def keep_result(node: HostNode, task: Task[ResultT], unit: Unit, result: ResultT, *, by: int, seconds: float) -> None:
     """Keeps a unit's result with the id of its process and the seconds it took. Raises Invalid if it is too large."""
     made = {"by": f"{socket.gethostname()} {by}", "seconds": seconds}
     document = json.dumps({"unit": unit.name, **made, "result": result}).encode()
