@@ -99,9 +99,9 @@ SLOWEST_FIRST = (
 
 TOGETHER = (
     *("test_pages_in_a_browser.py", "test_hub_clients.py", "test_query_plans.py", "test_search_as_a_model.py"),
-    *("test_tutorials.py", "test_ray.py"),
+    *("test_tutorials.py", "test_ray.py", "test_house.py", "test_next_steps.py"),
 )
-"""The common fixtures of these tests take longer than the tests: they stay in one process."""
+"""What these tests share takes longer than the tests: they stay in one process."""
 
 
 @pytest.hookimpl(wrapper=True)

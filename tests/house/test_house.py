@@ -3,8 +3,9 @@
 import ast
 import re
 import subprocess
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -19,8 +20,6 @@ FORBIDDEN_MODULES = {"utils", "util", "helpers", "helper", "common", "misc", "ma
 FORBIDDEN_CLASSES = re.compile(r".*(Manager|Service|Helper|Utils?)$")
 # Places of one machine; the brackets keep this file from naming them itself.
 MACHINE_PATHS = re.compile(r"(?<![\w.}])/[w]ork/(?:main|shared)" r"|\.\./shared[/]" r"|/tmp/[v]env" r"|/root[/]")
-
-Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def tracked() -> list[Path]:
@@ -41,10 +40,37 @@ def python_files(*folders: str) -> list[Path]:
     ]
 
 
-def functions(path: Path) -> Iterator[Function]:
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, Function):
-            yield node
+class Name(NamedTuple):
+    """A name that a file introduces, or a method that it calls. `lines` and `parameters` are those of a function."""
+
+    kind: str
+    text: str
+    line: int
+    lines: int = 0
+    parameters: frozenset[str] = frozenset()
+
+
+@cache
+def names(path: Path) -> tuple[Name, ...]:
+    """Read once for all tests: parsing every file takes seconds."""
+    return tuple(filter(None, map(_name, ast.walk(ast.parse(path.read_text(encoding="utf-8"))))))
+
+
+def _name(node: ast.AST) -> Name | None:
+    match node:
+        case ast.FunctionDef() | ast.AsyncFunctionDef():
+            taken = (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
+            lines = (node.end_lineno or node.lineno) - node.lineno + 1
+            return Name("function", node.name, node.lineno, lines, frozenset(argument.arg for argument in taken))
+        case ast.ClassDef():
+            return Name("class", node.name, node.lineno)
+        case ast.arg():
+            return Name("parameter", node.arg, node.lineno)
+        case ast.Name(ctx=ast.Store()):
+            return Name("variable", node.id, node.lineno)
+        case ast.Call(func=ast.Attribute(attr=method)):
+            return Name("call", method, node.lineno)
+    return None
 
 
 def named(path: Path, line: int = 0) -> str:
@@ -59,11 +85,11 @@ def test_no_file_is_longer_than_500_lines() -> None:
 
 def test_no_function_is_longer_than_60_lines() -> None:
     long = [
-        f"{named(path, node.lineno)} {node.name}"
+        f"{named(path, name.line)} {name.text}"
         for path in python_files()
         if path.parent != ROOT / "migrations" / "versions"  # alembic writes those, and a migration is never changed
-        for node in functions(path)
-        if (node.end_lineno or node.lineno) - node.lineno + 1 > MAX_FUNCTION_LINES
+        for name in names(path)
+        if name.lines > MAX_FUNCTION_LINES
     ]
     assert long == []
 
@@ -71,21 +97,21 @@ def test_no_function_is_longer_than_60_lines() -> None:
 def test_no_module_and_no_class_has_a_name_that_says_nothing() -> None:
     modules = [named(path) for path in python_files() if FORBIDDEN_MODULES & {path.stem, *path.relative_to(ROOT).parts}]
     classes = [
-        named(path, node.lineno)
+        named(path, name.line)
         for path in python_files()
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.ClassDef) and FORBIDDEN_CLASSES.match(node.name)
+        for name in names(path)
+        if name.kind == "class" and FORBIDDEN_CLASSES.match(name.text)
     ]
     assert modules + classes == []
 
 
 def test_no_function_takes_a_session_and_a_store() -> None:
-    both = []
-    for path in python_files("registry"):
-        for node in functions(path):
-            taken = {argument.arg for argument in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)}
-            if "session" in taken and taken & {"store", "resources"}:
-                both.append(named(path, node.lineno))
+    both = [
+        named(path, name.line)
+        for path in python_files("registry")
+        for name in names(path)
+        if "session" in name.parameters and name.parameters & {"store", "resources"}
+    ]
     assert both == []
 
 
@@ -93,8 +119,8 @@ def test_only_the_database_commits() -> None:
     commits = {
         named(path)
         for path in python_files("registry", "composer")
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "commit"
+        for name in names(path)
+        if (name.kind, name.text) == ("call", "commit")
     }
     assert commits == {"registry/database/engine.py"}
 
@@ -156,22 +182,13 @@ PHRASES = re.compile(
 def test_no_vague_name_is_in_the_code() -> None:
     """The names of tests are sentences, in which these words are plain English."""
     vague = {
-        f"{named(path, getattr(node, 'lineno', 0))}: {name}"
+        f"{named(path, name.line)}: {name.text}"
         for path in python_files("registry", "composer", "benchmarks", "examples", "tests")
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if (name := _given_name(node)) and VAGUE_NAMES.search(name) and not PLACING.search(name)
-        if not name.startswith("test_")
+        for name in names(path)
+        if VAGUE_NAMES.search(name.text) and not PLACING.search(name.text)
+        if name.kind != "call" and not name.text.startswith("test_")
     }
     assert vague == set()
-
-
-def _given_name(node: ast.AST) -> str:
-    """The name that a node introduces: of a function, a class, a parameter or a variable; else empty."""
-    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-        return node.name
-    if isinstance(node, ast.arg):
-        return node.arg
-    return node.id if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) else ""
 
 
 def test_no_test_has_a_vague_folder_or_file() -> None:

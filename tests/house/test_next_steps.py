@@ -2,6 +2,7 @@
 
 import ast
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -36,6 +37,7 @@ def lines_that_repeat(source: str, texts: Mapping[str, str]) -> list[int]:
     ]
 
 
+@cache
 def errors_made(source: str) -> list[tuple[ast.Call, str, ast.expr | None]]:
     """Each error with its code, empty unless it is a constant, and its own next step."""
     calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
@@ -45,6 +47,7 @@ def errors_made(source: str) -> list[tuple[ast.Call, str, ast.expr | None]]:
     return list(zip(made, codes, own, strict=True))
 
 
+@cache
 def user_arguments(source: str) -> dict[str, dict[int, str]]:
     """Function -> its arguments that a user reads, by position."""
     functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
