@@ -184,12 +184,12 @@ class Study:
         """What `conflicts --optimize` answers, and its CPU seconds."""
         problem, begun = self.problem(names), process_time()
         report = optimize(replace(problem, may_be_set=True))
-        verdicts = {one.candidate.name: str(one.verdict) for one in report.best}
+        verdicts = {row.candidate.name: str(row.verdict) for row in report.best}
         choice = report.choice
         return {
             "headline": headline(report),
             "choice": choice.name if choice else None,
-            "answer": next((one.answer for one in report.best if one.candidate == choice), None),
+            "answer": next((row.answer for row in report.best if row.candidate == choice), None),
             "verdicts": verdicts,
             "cpu_s": process_time() - begun,
         }

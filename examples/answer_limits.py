@@ -100,7 +100,7 @@ def by_counted_share(outcome: Outcome) -> str:
             said.append("warn" if left < LIMITS.answers else "ok")
         elif left is not None:
             said.append("warn" if effect.answers_interval.high < LIMITS.answers else "undecided")
-    worst = Verdict.worst(Verdict(one) for one in said)
+    worst = Verdict.worst(Verdict(verdict) for verdict in said)
     return str(worst) if worst is not Verdict.UNDECIDED else "within" if keeps_limits(outcome) else "below"
 
 

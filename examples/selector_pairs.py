@@ -64,9 +64,18 @@ def main() -> None:
             cpu = f"{process_time() - begun:.0f} s"
             share = f"{report.separability[0].share:.2f}"
             phrases = " / ".join(problem.phrases)
-            for one in report.best:
-                rises = ", ".join(f"{side.combined - side.base:+.2f}" for side in one.outcome.guards)
-                row(names, share, phrases, one.candidate.name, str(one.verdict), *kept(one.outcome.effects), rises, cpu)
+            for measured in report.best:
+                rises = ", ".join(f"{side.combined - side.base:+.2f}" for side in measured.outcome.guards)
+                row(
+                    names,
+                    share,
+                    phrases,
+                    measured.candidate.name,
+                    str(measured.verdict),
+                    *kept(measured.outcome.effects),
+                    rises,
+                    cpu,
+                )
             if report.without_phrases:
                 row(names, share, phrases, "the same without phrases", "", *kept(report.without_phrases), "", "")
             print(f"{' + '.join(names)}: {headline(report)}", flush=True)

@@ -252,7 +252,7 @@ class _Window:
 
 
 @dataclass(frozen=True, slots=True)
-class _Rows:
+class _SampledRows:
     """The sampled rows of one tensor, as they passed: their bytes by offset in the file."""
 
     name: str
@@ -271,16 +271,16 @@ class _Sample:
     """The sample for confirming a tensor: rows of the base and as written."""
 
     work: TensorWork
-    source: _Rows
-    target: _Rows
+    source: _SampledRows
+    target: _SampledRows
     base: StoredFile
     left: list[int]
 
     @classmethod
     def of(cls, work: TensorWork) -> "_Sample":
         source, target = work.plan.source, work.plan.target
-        rows = _Rows(source.name, source.end)
-        return cls(work, rows, _Rows(target.name, target.end), rows, sampled_rows(work))
+        rows = _SampledRows(source.name, source.end)
+        return cls(work, rows, _SampledRows(target.name, target.end), rows, sampled_rows(work))
 
     def keep(self, span: _Span, block: memoryview, made: memoryview) -> None:
         """Keeps the sampled rows of a span; all rows for a delta that needs them."""
@@ -293,7 +293,7 @@ class _Sample:
                 self._keep(self.source, work.plan.source, row, block[: span.end - span.begin], row - first)
             self._keep(self.target, work.plan.target, row, made, row - first)
 
-    def _keep(self, rows: _Rows, entry: TensorEntry, row: int, block: memoryview, number: int) -> None:
+    def _keep(self, rows: _SampledRows, entry: TensorEntry, row: int, block: memoryview, number: int) -> None:
         size = self.work.columns * torch_dtype(entry.dtype, entry.name).itemsize
         rows.rows[entry.begin + row * size] = bytes(block[number * size : (number + 1) * size])
 

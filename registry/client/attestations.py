@@ -45,10 +45,10 @@ def checked_attestations(api: Api, release: AnyRelease) -> tuple[list[Attested],
     rows = api.get(f"{release.path}/attestations", AttestationsOut).attestations
     checked = [Attested(row, _checked(row, release)) for row in rows if row.key.revoked_at is None]
     attested = {
-        (one.suite[1], one.row.key.worker, *(score[name] for name in _COMPARED))
-        for one in checked
-        if one.suite and one.metrics
-        for score in one.statement.predicate["scores"]
+        (item.suite[1], item.row.key.worker, *(score[name] for name in _COMPARED))
+        for item in checked
+        if item.suite and item.metrics
+        for score in item.statement.predicate["scores"]
     }
     for score in api.get(f"{release.path}/scores", ScoresOut).scores:
         measured = (score.suite_digest, score.measured_by, *(getattr(score, name) for name in _COMPARED))
@@ -58,8 +58,10 @@ def checked_attestations(api: Api, release: AnyRelease) -> tuple[list[Attested],
 
 
 def _with_newest(checked: list[Attested]) -> list[Attested]:
-    newest = {metric: one for one in checked for metric in one.metrics}
-    return [replace(one, is_newest=not one.metrics or any(newest[it] is one for it in one.metrics)) for one in checked]
+    newest = {metric: item for item in checked for metric in item.metrics}
+    return [
+        replace(item, is_newest=not item.metrics or any(newest[it] is item for it in item.metrics)) for item in checked
+    ]
 
 
 def checked_evidence(api: Api, release: AnyRelease) -> tuple[EvidenceExample, ...]:
@@ -87,8 +89,8 @@ def _checked(row: AttestationOut, release: AnyRelease) -> Statement:
 def save_attestations(rows: list[Attested], directory: Path) -> list[Path]:
     """Writes each envelope and each public key to a file of its own, for tools that read DSSE. Returns the paths."""
     directory.mkdir(parents=True, exist_ok=True)
-    contents = {f"{one.row.key.id[:12]}.pub.pem": one.row.key.public_key for one in rows}
-    contents |= {f"{number}-{one.row.kind}.dsse.json": one.row.envelope for number, one in enumerate(rows, 1)}
+    contents = {f"{item.row.key.id[:12]}.pub.pem": item.row.key.public_key for item in rows}
+    contents |= {f"{number}-{item.row.kind}.dsse.json": item.row.envelope for number, item in enumerate(rows, 1)}
     for name, content in contents.items():
         (directory / name).write_text(content, encoding="utf-8")
     return [directory / name for name in contents]

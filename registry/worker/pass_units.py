@@ -68,7 +68,7 @@ class PassContent(TypedDict):
     guards: list[Mapping[str, Any]]
 
 
-class SearchContent(PassContent):
+class SearchPasses(PassContent):
     """The passes of a search."""
 
     effort: Row
@@ -76,7 +76,7 @@ class SearchContent(PassContent):
     phrases: NotRequired[list[str]]
 
 
-class ProbeContent(PassContent):
+class ProbePasses(PassContent):
     """The passes of a probe."""
 
     method: str
@@ -201,8 +201,8 @@ def _opened(node: Node, key: str, hints: BaseHints) -> "PassRunner":
     members = [_member(node, content, row) for row in content["members"]]
     guards = [Suite.from_json(guard) for guard in content["guards"]]
     if document["for"] == "search":
-        return _search(node, cast(SearchContent, document), hints, members, guards)
-    return _probe(node, cast(ProbeContent, document), hints, members, guards)
+        return _search(node, cast(SearchPasses, document), hints, members, guards)
+    return _probe(node, cast(ProbePasses, document), hints, members, guards)
 
 
 def _member(node: Node, content: PassContent, row: SuitedRow) -> "SearchMember":
@@ -213,7 +213,7 @@ def _member(node: Node, content: PassContent, row: SuitedRow) -> "SearchMember":
 
 
 def _search(
-    node: Node, content: SearchContent, hints: BaseHints, members: "Sequence[SearchMember]", guards: Sequence[Suite]
+    node: Node, content: SearchPasses, hints: BaseHints, members: "Sequence[SearchMember]", guards: Sequence[Suite]
 ) -> "PassRunner":
     from composer.optimize.combiner import pass_runner
     from composer.optimize.problem import SearchEffort, SearchProblem
@@ -234,7 +234,7 @@ def _search(
 
 
 def _probe(
-    node: Node, content: ProbeContent, hints: BaseHints, members: "Sequence[SearchMember]", guards: Sequence[Suite]
+    node: Node, content: ProbePasses, hints: BaseHints, members: "Sequence[SearchMember]", guards: Sequence[Suite]
 ) -> "PassRunner":
     from composer.conflicts.evidence.bench import Probed, Runner
     from composer.conflicts.evidence.probe import by_method, pass_runner

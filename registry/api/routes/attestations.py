@@ -61,7 +61,9 @@ def show_evidence(named: RepositoryOf, version: str, resources: ResourcesOf, act
 
 
 def _may_read_evidence(actor: Actor, name: str) -> bool:
-    return holds(actor, Role.AGENT, name) or any(holds(actor, Role.READER, one) for one in namespaces_of(actor))
+    return holds(actor, Role.AGENT, name) or any(
+        holds(actor, Role.READER, namespace) for namespace in namespaces_of(actor)
+    )
 
 
 def _view(row: Attestation) -> AttestationOut:

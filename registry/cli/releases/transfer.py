@@ -264,14 +264,14 @@ class _Verified:
         if self.attested is not None:
             document["attestations"] = [
                 {
-                    "kind": one.row.kind,
-                    "suite": one.suite and one.suite[0],
-                    "newest": one.is_newest,
-                    "worker": one.row.key.worker,
-                    "key": one.row.key.id,
-                    "predicate": dict(one.statement.predicate),
+                    "kind": item.row.kind,
+                    "suite": item.suite and item.suite[0],
+                    "newest": item.is_newest,
+                    "worker": item.row.key.worker,
+                    "key": item.row.key.id,
+                    "predicate": dict(item.statement.predicate),
                 }
-                for one in self.attested
+                for item in self.attested
             ]
             document["revoked"] = [
                 {"kind": row.kind, "worker": row.key.worker, "key": row.key.id, "revoked_at": row.key.revoked_at}
@@ -282,10 +282,10 @@ class _Verified:
         return document | (_signature(self.signed) if self.signed else {})
 
     def show(self) -> None:
-        for one in self.attested or ():
-            replaced = "" if one.is_newest else ", measured again since"
-            by = f"worker {one.row.key.worker}, key {one.row.key.id[:12]}"
-            render.out(f"{_content(one)} of {self.what} attested by {by}{replaced}")
+        for item in self.attested or ():
+            replaced = "" if item.is_newest else ", measured again since"
+            by = f"worker {item.row.key.worker}, key {item.row.key.id[:12]}"
+            render.out(f"{_content(item)} of {self.what} attested by {by}{replaced}")
         for row in self.revoked:
             revoked = f"was revoked by {row.key.revoked_by} at {render.minute(row.key.revoked_at)}"
             key = f"key {row.key.id[:12]} of worker {row.key.worker}"

@@ -20,7 +20,7 @@ KNOWN = (RegistryError, ComposerError, OSError)
 """Errors with a next step. Any other error is a defect."""
 
 
-class Answer(BaseModel):
+class UnitAnswer(BaseModel):
     """A unit's result, or its error as a row with the last lines of the process's log."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
@@ -45,16 +45,16 @@ class Answer(BaseModel):
         return error
 
 
-def answer_of(name: str, work: Callable[[], Any]) -> Answer:
+def answer_of(name: str, work: Callable[[], Any]) -> UnitAnswer:
     """Runs a unit's work."""
     with _last_log_lines() as lines:
         try:
             log.info("%s begins", name)
-            return Answer(result=work())
+            return UnitAnswer(result=work())
         except Exception as error:
             known = isinstance(error, KNOWN)
             log.log(logging.WARNING if known else logging.ERROR, "%s failed", name, exc_info=error)
-            return Answer(error=failure_of(error).to_row(), log=list(lines))
+            return UnitAnswer(error=failure_of(error).to_row(), log=list(lines))
 
 
 def failure_of(error: Exception) -> RegistryError:

@@ -15,7 +15,7 @@ from typing import Any, cast
 from composer.evaluation.memory import host_bytes
 from registry.environment.settings import EngineSettings
 from registry.errors import Unavailable
-from registry.worker.engine.answers import Answer
+from registry.worker.engine.answers import UnitAnswer
 from registry.worker.engine.child import SETTINGS, descendants
 from registry.worker.engine.frames import FrameSocket
 from registry.worker.engine.protocol import MAX_DEATHS, Needs
@@ -172,7 +172,7 @@ class _JobChild:
         self._end.close()
         threading.Thread(target=self._receive, daemon=True, name="job child").start()
 
-    def answer(self, task: Task[Any], unit: Unit, check: Count) -> Answer:
+    def answer(self, task: Task[Any], unit: Unit, check: Count) -> UnitAnswer:
         """Runs the unit in the process and returns its answer. Raises what `check` and the limits raise, and
         _ChildDied."""
         self._files.begin(unit)
@@ -190,13 +190,13 @@ class _JobChild:
                 raise _ChildDied
             try:
                 if "count" not in message:
-                    return Answer(**message)
+                    return UnitAnswer(**message)
                 done = operator.index(message["count"])
             except (TypeError, ValueError) as error:  # no unit sends this
                 raise _ChildDied from error
             check(done)
 
-    def kept(self, task: Task[ResultT], unit: Unit, answer: Answer) -> ResultT:
+    def kept(self, task: Task[ResultT], unit: Unit, answer: UnitAnswer) -> ResultT:
         """Keeps and returns the result of an answer. Raises the answer's error, if it has one, and NotAllowed for a
         result that names bytes of other jobs."""
         if error := answer.failure():

@@ -12,7 +12,7 @@ from pydantic_settings import SettingsError
 
 from registry.environment.settings import Settings
 from registry.errors import RegistryError
-from registry.worker.engine.answers import Answer, answer_of
+from registry.worker.engine.answers import UnitAnswer, answer_of
 from registry.worker.engine.units import HostNode, Task, Unit, open_node, run_unit
 
 
@@ -39,6 +39,6 @@ class UnitRunner:
             return "its store is another: it does not have what the worker has just written."
         return ""
 
-    def run(self, task: Task[Any], unit: Unit) -> Answer:
+    def run(self, task: Task[Any], unit: Unit) -> UnitAnswer:
         """Runs the unit and returns its answer."""
         return answer_of(unit.name, lambda: run_unit(self._node, task, unit))

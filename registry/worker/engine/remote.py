@@ -26,7 +26,7 @@ ByteCount = Annotated[int, Field(strict=True, ge=0)]
 """A number of bytes in a message."""
 
 
-class Origin(BaseModel):
+class FilePosition(BaseModel):
     """Where bytes lie: in a file of the base at a bucket's location."""
 
     location: str
@@ -186,7 +186,7 @@ class RemoteFile:
     size_bytes: int
 
     def origin(self, offset: int) -> dict[str, Any]:
-        return Origin(location=self.location, name=self.name, offset=offset).model_dump()
+        return FilePosition(location=self.location, name=self.name, offset=offset).model_dump()
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         for begin in range(0, buffer.nbytes, _BLOCK_BYTES):

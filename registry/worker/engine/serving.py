@@ -23,7 +23,7 @@ from registry.formats.references import Digest
 from registry.storage.blobs import Reader
 from registry.worker.engine.answers import KNOWN, failure_of
 from registry.worker.engine.frames import Frame, FrameSocket
-from registry.worker.engine.remote import ByteCount, Origin
+from registry.worker.engine.remote import ByteCount, FilePosition
 from registry.worker.engine.stores import UnitWriter
 from registry.worker.engine.units import BaseHints, HostNode, ResultT, Task, Unit
 
@@ -141,7 +141,7 @@ class JobFiles:
         self._in_buckets[location] = opened
         return opened
 
-    def range(self, origin: Origin, size_bytes: int) -> bytearray:
+    def range(self, origin: FilePosition, size_bytes: int) -> bytearray:
         """Reads bytes from a file of a base in a bucket."""
         file, begin = self._in_buckets[origin.location].files[origin.name], origin.offset
         content = read_range(file, begin, begin + min(size_bytes, _MOST_READ_BYTES))
@@ -151,7 +151,7 @@ class JobFiles:
                 self._recent.popleft()
         return content
 
-    def source(self, origin: Origin | None, content: bytearray) -> StoredFile | None:
+    def source(self, origin: FilePosition | None, content: bytearray) -> StoredFile | None:
         """The file from which the store may copy these bytes; None unless exactly these bytes were read there."""
         if origin is None:
             return None
@@ -271,7 +271,7 @@ class _Connection:
         return _Reply({})
 
     @validate_call
-    def _write(self, origin: Origin | None, at: ByteCount, size_bytes: ByteCount) -> _Reply:
+    def _write(self, origin: FilePosition | None, at: ByteCount, size_bytes: ByteCount) -> _Reply:
         content = self._block(at, size_bytes)
         source = self._files.source(origin, content)
         offset = origin.offset if origin is not None and source is not None else 0
@@ -311,7 +311,7 @@ class _Connection:
         return _Reply({"directory": str(opened.path), "weights": weights})
 
     @validate_call
-    def _range(self, origin: Origin, size_bytes: ByteCount) -> _Reply:
+    def _range(self, origin: FilePosition, size_bytes: ByteCount) -> _Reply:
         return _Reply({}, self._files.range(origin, size_bytes))
 
 

@@ -163,7 +163,7 @@ def test_if_nothing_fits_there_is_no_choice_and_the_best_are_shown(problem: Sear
     assert {standing.verdict for standing in impossible.best} == {Verdict.WARN}
     assert "ties_svd x 0.7" in {trial.candidate.name for trial in impossible.tried}, "full space is the last resort"
     headline = str(document(impossible)["headline"])
-    best = max((one for one in impossible.best if not one.candidate.is_set), key=lambda one: one.worst)
+    best = max((row for row in impossible.best if not row.candidate.is_set), key=lambda row: row.worst)
     nearest = f"the best is {re.escape(best.candidate.name)}, whose worst member keeps .+: (red|blue) loses"
     assert re.match(rf"nothing fits: no combination of \d+ keeps the limits; {nearest}", headline)
     assert headline.endswith("nats a token, -100.00 allowed")
@@ -180,7 +180,7 @@ def test_an_acceptance_takes_the_best_that_breaks_a_limit_and_the_report_says_wh
     alike = replace(problem, members=[red, twin], guards=[], limits=impossible)
     accepting = replace(EFFORT, accept="worst >= 0.9")
     taken = optimize(replace(alike, effort=accepting))
-    best = max((one for one in taken.best if not one.candidate.is_set), key=lambda one: one.worst)
+    best = max((row for row in taken.best if not row.candidate.is_set), key=lambda row: row.worst)
     assert taken.choice == best.candidate
     assert best.verdict is Verdict.WARN
     assert re.fullmatch(
@@ -191,7 +191,7 @@ def test_an_acceptance_takes_the_best_that_breaks_a_limit_and_the_report_says_wh
     assert document(taken)["headline"] == f"one adapter: {best.candidate.name}, {taken.accepted}"
     kept = optimize(replace(alike, limits=problem.limits, effort=accepting))
     assert kept.accepted == "", "nothing is broken"
-    chosen = next(one for one in kept.best if one.candidate == kept.choice)
+    chosen = next(row for row in kept.best if row.candidate == kept.choice)
     unsure = replace(chosen, verdict=Verdict.UNDECIDED, excess=0.1)
     better = replace(unsure, candidate=replace(chosen.candidate, name="another"))
     assert accepted([better, unsure], unsure.candidate, "worst >= 0.5", problem.limits) is unsure
@@ -206,7 +206,7 @@ def test_members_that_answer_the_same_prompts_differently_are_not_raced(problem:
     tight = Limits(loss=-100.0, answers=0.0)
     result = optimize(replace(problem, members=[red, replace(blue, suite=other)], limits=tight))
     assert (result.choice, result.tried) == (None, ())
-    assert [one.candidate.name for one in result.best] == [PLAIN_FIT, f"{PLAIN_FIT}, with phrases", "mean", AS_SET]
+    assert [row.candidate.name for row in result.best] == [PLAIN_FIT, f"{PLAIN_FIT}, with phrases", "mean", AS_SET]
     headline = str(document(result)["headline"])
     assert headline.startswith("nothing fits: 16 of 16 shared prompts have other answers; the best is ")
     assert document(result)["offers"] == ["Serve them separately, and name the adapter in each request."]

@@ -88,7 +88,7 @@ def report(problem: SearchProblem) -> OptimizeReport:
 
 
 def test_a_contradictory_pair_is_refused_as_it_is_and_confirmed_with_phrases(report: OptimizeReport) -> None:
-    by_answer = {one.answer: one for one in reversed(report.best)}
+    by_answer = {row.answer: row for row in reversed(report.best)}
     plain, selector = by_answer[ONE_ADAPTER], by_answer[WITH_PHRASES]
     assert (plain.candidate.name, plain.verdict) == (PLAIN_FIT, Verdict.WARN)
     assert (selector.verdict, selector.candidate.phrases) == (Verdict.OK, ("aaa.", "222:"))
@@ -141,7 +141,7 @@ def test_a_plain_adapter_that_is_confirmed_is_preferred(report: OptimizeReport) 
 
 def test_given_phrases_are_tried_beside_a_plain_adapter_that_keeps_every_limit(problem: SearchProblem) -> None:
     loose = optimize(replace(problem, limits=Limits(loss=100.0, answers=0.0)))
-    assert [one.answer for one in loose.best] == [ONE_ADAPTER, WITH_PHRASES, ONE_ADAPTER, AS_SET]
+    assert [row.answer for row in loose.best] == [ONE_ADAPTER, WITH_PHRASES, ONE_ADAPTER, AS_SET]
     assert loose.choice is loose.best[0].candidate
     assert loose.without_phrases == ()
 

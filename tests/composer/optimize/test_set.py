@@ -38,7 +38,7 @@ def report(strict: SearchProblem) -> OptimizeReport:
 
 
 def of_set(report: OptimizeReport) -> Confirmed:
-    return next(one for one in report.best if one.answer == AS_SET)
+    return next(row for row in report.best if row.answer == AS_SET)
 
 
 def test_where_no_single_adapter_fits_a_set_of_the_members_is_chosen(report: OptimizeReport) -> None:
@@ -61,7 +61,7 @@ def test_a_set_that_may_not_be_published_is_named_beside_what_fails(strict: Sear
 
 
 def test_one_adapter_that_may_be_used_is_preferred_to_a_set(report: OptimizeReport) -> None:
-    single = next(one for one in report.best if one.answer != AS_SET)
+    single = next(row for row in report.best if row.answer != AS_SET)
     undecided = replace(single, verdict=Verdict.UNDECIDED)
     assert choose([of_set(report), undecided], may_be_set=True) == undecided.candidate
     assert choose([of_set(report), single], may_be_set=False) is None
