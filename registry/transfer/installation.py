@@ -20,7 +20,7 @@ from registry.database.migrate import ensure_schema, head_revision, schema_revis
 from registry.database.tables import Blob, Job, Token
 from registry.domain.access import publishers
 from registry.domain.catalog import bases
-from registry.domain.channels import policies
+from registry.domain.channels.policy import policies
 from registry.domain.jobs import queue
 from registry.environment.home import close_directory
 from registry.environment.settings import LocalStorage, S3Storage, Settings

@@ -12,8 +12,8 @@ from registry.domain.access.audit import Actor
 from registry.domain.access.roles import Role, administers, holds, may_read, owns
 from registry.domain.catalog import bases, metrics, repositories, suites
 from registry.domain.catalog.releases import full_name
-from registry.domain.channels import gates
-from registry.domain.channels.gates import GateScore
+from registry.domain.channels.policy import gates
+from registry.domain.channels.policy.gates import GateScore
 from registry.domain.jobs import evaluations, queue
 from registry.domain.jobs.evaluations import WantedScore
 from registry.errors import NotFound, Usage

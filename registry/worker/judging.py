@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 from composer.formats.recipes.phrases import phrased, reworded
 from composer.formats.recipes.recipe import CONFIRM
 from composer.formats.recipes.suite import Example, Suite
-from registry.domain.channels import gates
-from registry.domain.channels.gates import GateScore, Scores
+from registry.domain.channels.policy import gates
+from registry.domain.channels.policy.gates import GateScore, Scores
 from registry.formats.manifest import ManifestFile
 
 if TYPE_CHECKING:

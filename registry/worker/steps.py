@@ -30,7 +30,7 @@ from registry.domain.catalog.releases import Input, NewRelease
 from registry.domain.catalog.repositories import Kind
 from registry.domain.catalog.signatures import SignedAs
 from registry.domain.catalog.suites import Measurement
-from registry.domain.channels import gates
+from registry.domain.channels.policy import gates
 from registry.domain.compositions import checks, compositions
 from registry.domain.jobs import evaluations
 from registry.environment.settings import Settings

@@ -7,8 +7,8 @@ from typing import Annotated, TypeVar
 from fastapi import Query
 
 from registry.api.http.request import MAX_DIGITS
-from registry.domain.channels.judging import SERVES_NOTHING, Expected
 from registry.domain.channels.moves import NOTHING_YET
+from registry.domain.channels.policy.judging import SERVES_NOTHING, Expected
 from registry.errors import Usage
 from registry.wire.document import Page, Wire
 

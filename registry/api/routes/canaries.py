@@ -10,7 +10,7 @@ from registry.api.http.routes import Route
 from registry.api.http.rules import Agent, Reader, Releaser
 from registry.api.routes.repository import RepositoryOf, RepositoryRouter
 from registry.api.routes.views import canary_view
-from registry.domain.channels.judging import PromotionRequest
+from registry.domain.channels.policy.judging import PromotionRequest
 from registry.domain.channels.serving import find_channel
 from registry.domain.rollouts import canaries
 from registry.domain.rollouts.canaries import VersionFigures

@@ -14,7 +14,8 @@ from registry.api.routes.views import channel_view, judgement_view, move_view, p
 from registry.database import idempotency
 from registry.database.engine import Session
 from registry.database.tables import Promotion
-from registry.domain.channels import deletion, moves, pending, policies, promotions
+from registry.domain.channels import deletion, moves, pending, promotions
+from registry.domain.channels.policy import policies
 from registry.domain.channels.serving import (
     ChannelMove,
     channels_of_repository,

@@ -23,7 +23,7 @@ from registry.domain.access.audit import Actor
 from registry.domain.access.roles import may_read
 from registry.domain.catalog.release_rows import BATCH_SIZE, SHOWN, ReleaseDetails, ReleaseRow, Stamp, load_details
 from registry.domain.catalog.repositories import Kind
-from registry.domain.channels.gates import NO_FIGURES
+from registry.domain.channels.policy.gates import NO_FIGURES
 from registry.domain.channels.serving import ChannelMove
 from registry.formats.licenses import spdx
 from registry.formats.references import RepositoryName

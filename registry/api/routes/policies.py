@@ -11,7 +11,7 @@ from registry.api.routes.views import exception_view, shared_policy_view
 from registry.database.engine import Session
 from registry.domain.access import namespaces
 from registry.domain.access.audit import Actor
-from registry.domain.channels import policies
+from registry.domain.channels.policy import policies
 from registry.errors import NotFound
 from registry.formats.channel_policy import read_policy
 from registry.formats.references import ALL_REPOSITORIES, PolicyScope

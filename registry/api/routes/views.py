@@ -23,8 +23,9 @@ from registry.database.tables import (
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import Role, holds
 from registry.domain.catalog import bases, metrics, repositories, suites
-from registry.domain.channels import policies, resolve
-from registry.domain.channels.judging import PromotionRequest
+from registry.domain.channels import resolve
+from registry.domain.channels.policy import policies
+from registry.domain.channels.policy.judging import PromotionRequest
 from registry.domain.channels.promotions import Judgement
 from registry.domain.channels.serving import ChannelMove, ChannelName, current_move, serving_move
 from registry.domain.compositions import compositions

@@ -6,7 +6,8 @@ from registry.database.tables import Channel, Repository
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import Role, permit
 from registry.domain.catalog import repositories
-from registry.domain.channels import pending, policies
+from registry.domain.channels import pending
+from registry.domain.channels.policy import policies
 from registry.domain.channels.serving import (
     DELETION,
     Entry,

@@ -27,8 +27,9 @@ from registry.domain.access.audit import Act, Actor
 from registry.domain.catalog import releases, repositories, set_members, signatures
 from registry.domain.catalog.releases import SignaturePolicy, full_name
 from registry.domain.catalog.repositories import Kind
-from registry.domain.channels import judging, pending, policies
-from registry.domain.channels.judging import (
+from registry.domain.channels import pending
+from registry.domain.channels.policy import judging, policies
+from registry.domain.channels.policy.judging import (
     SERVES_NOTHING,
     Expected,
     PolicyReport,

@@ -14,10 +14,11 @@ from registry.domain.access.audit import Act, Actor
 from registry.domain.access.roles import Role, holds, permit
 from registry.domain.catalog import releases, repositories, set_members
 from registry.domain.catalog.repositories import Kind
-from registry.domain.channels import judging, moves, pending, policies
-from registry.domain.channels.judging import Expected, PolicyReport, PromotionRequest, PromotionVerdict
+from registry.domain.channels import moves, pending
 from registry.domain.channels.moves import Waiting
 from registry.domain.channels.pending import PENDING
+from registry.domain.channels.policy import judging, policies
+from registry.domain.channels.policy.judging import Expected, PolicyReport, PromotionRequest, PromotionVerdict
 from registry.domain.channels.serving import ChannelMove, locked_channel, serving_move, unspent_approvals
 from registry.domain.jobs import evaluations, queue
 from registry.domain.jobs.evaluations import WantedScore

@@ -17,7 +17,7 @@ from registry.domain.access.roles import EVERYWHERE, Role, granted, holds, may, 
 from registry.domain.catalog import metrics, releases, repositories, signatures, suites, versioning
 from registry.domain.catalog.releases import full_name
 from registry.domain.catalog.repositories import Kind
-from registry.domain.channels import gates
+from registry.domain.channels.policy import gates
 from registry.domain.compositions import checks, locking
 from registry.domain.jobs import evaluations, needs, queue
 from registry.domain.jobs.evaluations import WantedScore

@@ -14,7 +14,8 @@ from registry.database.tables import Base, Release
 from registry.domain.catalog import bases, releases, suites
 from registry.domain.catalog.releases import full_name
 from registry.domain.catalog.repositories import Kind
-from registry.domain.channels import gates, resolve
+from registry.domain.channels import resolve
+from registry.domain.channels.policy import gates
 from registry.errors import Conflict, Refused, Usage
 from registry.formats.references import parse_reference
 

@@ -14,8 +14,9 @@ from registry.domain.access import tokens
 from registry.domain.access.audit import Act, Actor
 from registry.domain.access.roles import REGISTRY, Role, holds
 from registry.domain.catalog import releases, repositories
-from registry.domain.channels import moves, pending, policies, promotions
-from registry.domain.channels.judging import PromotionRequest, PromotionVerdict
+from registry.domain.channels import moves, pending, promotions
+from registry.domain.channels.policy import policies
+from registry.domain.channels.policy.judging import PromotionRequest, PromotionVerdict
 from registry.domain.channels.serving import ChannelMove, ChannelName, find_channel, locked_channel, served_version
 from registry.domain.rollouts import fleet
 from registry.domain.rollouts.sequential import ANY, RARE, Sample, above_limit, above_other

@@ -30,7 +30,7 @@ from registry.domain.catalog import releases, repositories
 from registry.domain.catalog.releases import NewRelease
 from registry.domain.catalog.repositories import Kind
 from registry.domain.channels import moves, promotions, withdrawals
-from registry.domain.channels.judging import Expected, PromotionRequest
+from registry.domain.channels.policy.judging import Expected, PromotionRequest
 from registry.domain.channels.serving import CHANGES, ChannelMove, earlier_versions, serving_move
 from registry.errors import NotFound, Refused, RegistryError, Stale
 from registry.formats.manifest import ManifestFile

@@ -8,7 +8,8 @@ from sqlalchemy import func, select
 from registry.database.tables import AuditRow, Channel, Job, Move, Namespace, Promotion, ReleaseInput
 from registry.domain.catalog import releases, suites
 from registry.domain.catalog.suites import Measurement
-from registry.domain.channels import policies, withdrawals
+from registry.domain.channels import withdrawals
+from registry.domain.channels.policy import policies
 from registry.domain.channels.serving import ChannelMove
 from registry.errors import Refused
 from registry.formats.channel_policy import read_policy

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from registry.domain.channels.requirements import Stated, judge_stated
+from registry.domain.channels.policy.requirements import Stated, judge_stated
 from registry.formats.channel_policy import Licenses
 from registry.formats.licenses import spdx
 

@@ -12,8 +12,9 @@ import pytest
 
 from registry.domain.access.audit import Actor, EventQuery, list_oldest_first
 from registry.domain.catalog import releases, repositories
-from registry.domain.channels import moves, policies, promotions
-from registry.domain.channels.judging import PromotionRequest
+from registry.domain.channels import moves, promotions
+from registry.domain.channels.policy import policies
+from registry.domain.channels.policy.judging import PromotionRequest
 from registry.domain.channels.serving import ChannelMove, due_move, find_channel
 from registry.errors import Invalid, NotAllowed, NotFound, Refused, RegistryError, Stale, Usage
 from registry.formats.channel_policy import read_policy

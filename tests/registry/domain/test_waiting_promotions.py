@@ -20,8 +20,9 @@ from registry.domain.access.audit import Actor, EventQuery, list_oldest_first
 from registry.domain.access.roles import Role
 from registry.domain.catalog import bases, releases, repositories, suites
 from registry.domain.catalog.suites import Measurement
-from registry.domain.channels import moves, pending, policies, promotions
+from registry.domain.channels import moves, pending, promotions
 from registry.domain.channels.moves import PromotionRequest
+from registry.domain.channels.policy import policies
 from registry.domain.channels.serving import ChannelMove
 from registry.domain.compositions import compositions
 from registry.errors import Conflict, NotAllowed, NotFound, Refused, RegistryError

@@ -3,7 +3,7 @@
 import pytest
 
 from registry.cli.console.render import with_error
-from registry.domain.channels.gates import GateScore
+from registry.domain.channels.policy.gates import GateScore
 from registry.formats.intervals import wilson
 
 

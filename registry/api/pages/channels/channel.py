@@ -15,7 +15,8 @@ from registry.database.tables import Canary, Promotion, Repository
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import Role, holds
 from registry.domain.catalog import releases, repositories
-from registry.domain.channels import pending, policies
+from registry.domain.channels import pending
+from registry.domain.channels.policy import policies
 from registry.domain.channels.serving import ChannelMove, find_channel, moves_of_channel, serving_move
 from registry.domain.rollouts import canaries
 from registry.formats.references import RepositoryName

@@ -15,7 +15,7 @@ from registry.api.routes.views import judgement_view
 from registry.domain.access.audit import Actor
 from registry.domain.catalog import repositories
 from registry.domain.channels import moves, pending, promotions
-from registry.domain.channels.judging import Expected, PromotionRequest
+from registry.domain.channels.policy.judging import Expected, PromotionRequest
 from registry.domain.channels.serving import current_move, earlier_versions, find_channel, move_before, serving_move
 from registry.errors import RegistryError, Usage
 from registry.formats.references import parse_version

@@ -8,7 +8,7 @@ from registry.api.pages.html.forms import FormOf, number_shown
 from registry.api.pages.html.render import page_about, redirect
 from registry.api.pages.html.wire import CHANNEL, ERRORS, ChannelRequest, ChannelRequestOf, PageAdmin, PageRoute
 from registry.domain.catalog import repositories
-from registry.domain.channels import policies
+from registry.domain.channels.policy import policies
 from registry.errors import RegistryError
 from registry.formats.channel_policy import ChannelPolicy, Combination, Licenses, ScoreRule, parse_policy
 from registry.formats.references import PolicyScope

@@ -11,7 +11,7 @@ import yaml
 from composer.formats.recipes.methods import PIPELINES, settings_of
 from composer.formats.recipes.recipe import Recipe, load_recipe, parse_recipe
 from registry.api.pages.jobs.chosen import Fields, values_of
-from registry.domain.channels.gates import parse_rules
+from registry.domain.channels.policy.gates import parse_rules
 
 SETTING = "setting."
 """The prefix of the fields for a method's settings."""

@@ -13,10 +13,10 @@ from registry.domain.access.audit import Actor
 from registry.domain.access.roles import Role, holds
 from registry.domain.catalog import metrics, suites
 from registry.domain.catalog.repositories import Kind
-from registry.domain.channels import gates, policies, requirements
-from registry.domain.channels.gates import Contents, GateResult, Rule, ScoreConditions
-from registry.domain.channels.policies import InForce
-from registry.domain.channels.requirements import Question
+from registry.domain.channels.policy import gates, policies, requirements
+from registry.domain.channels.policy.gates import Contents, GateResult, Rule, ScoreConditions
+from registry.domain.channels.policy.policies import InForce
+from registry.domain.channels.policy.requirements import Question
 from registry.domain.channels.serving import serving_move
 from registry.domain.jobs.evaluations import WantedScore
 from registry.errors import NotAllowed, Refused, Usage

@@ -17,7 +17,7 @@ from registry.domain.access.audit import Actor
 from registry.domain.access.roles import EVERYWHERE, Role, at_least
 from registry.domain.catalog import attestations, signatures
 from registry.domain.catalog.signatures import SignedAs
-from registry.domain.channels.gates import GateResult, lineage_of
+from registry.domain.channels.policy.gates import GateResult, lineage_of
 from registry.domain.channels.serving import last_period, unspent_approvals
 from registry.domain.jobs.evaluations import WantedScore
 from registry.formats.channel_policy import ApprovalRule as NeededApproval

@@ -25,8 +25,8 @@ from registry.domain.access import audit
 from registry.domain.access.audit import Act, Actor
 from registry.domain.access.roles import Role, unknown_namespace
 from registry.domain.catalog import metrics, repositories, suites
-from registry.domain.channels import gates
-from registry.domain.channels.gates import Contents, Rule, ScoreConditions
+from registry.domain.channels.policy import gates
+from registry.domain.channels.policy.gates import Contents, Rule, ScoreConditions
 from registry.domain.channels.serving import POLICY, refresh_served
 from registry.errors import NotFound, Stale, Usage
 from registry.formats.channel_policy import ChannelPolicy, ScoreRule, of_rules, read_policy
