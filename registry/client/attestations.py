@@ -54,14 +54,11 @@ def checked_attestations(api: Api, release: AnyRelease) -> tuple[list[Attested],
         measured = (score.suite_digest, score.measured_by, *(getattr(score, name) for name in _COMPARED))
         if score.measured_by is not None and measured not in attested:
             raise _untrusted(f"{score.suite}.{score.metric} of {release.name} is not what a worker attested")
-    return _with_newest(checked), [row for row in rows if row.key.revoked_at is not None]
-
-
-def _with_newest(checked: list[Attested]) -> list[Attested]:
     newest = {metric: item for item in checked for metric in item.metrics}
-    return [
+    dated = [
         replace(item, is_newest=not item.metrics or any(newest[it] is item for it in item.metrics)) for item in checked
     ]
+    return dated, [row for row in rows if row.key.revoked_at is not None]
 
 
 def checked_evidence(api: Api, release: AnyRelease) -> tuple[EvidenceExample, ...]:
