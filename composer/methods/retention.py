@@ -248,4 +248,4 @@ def _member(index: int, name: str, sums: Sequence[tuple[_Slot, _Sums]]) -> KeptA
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %"
+    return f"{round(100 * share):d} %"  # of -0.001, 0 and not -0

@@ -1,6 +1,7 @@
 """One recipe file: `merge` and `combine` run it on directories, `compose` in the registry."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,28 @@ def test_a_recipe_may_name_directories_beside_it_and_needs_no_registry(
     refused = on_disk("compose", recipe)
     assert (refused.code, "sql in" in refused.err) == (2, True)
     assert "is a directory, and a composition combines releases" in refused.err
+
+
+def test_a_recipe_that_fits_nothing_needs_neither_its_suites_nor_a_registry(
+    on_disk: Cli, world: World, tmp_path: Path
+) -> None:
+    recipe = written(tmp_path, evaluate=["guard-general"])
+    options = [word for name in NAMES for word in ("--adapter", world.adapters[name])]
+    on_disk.ok("combine", recipe, "--base", world.base, *options, "-o", tmp_path / "combined")
+    assert not (tmp_path / "home").exists()
+
+
+def test_an_adapter_that_answers_only_after_a_phrase_is_not_fitted_without_it(
+    on_disk: Cli, world: World, tmp_path: Path
+) -> None:
+    shutil.copytree(world.adapters["sql"], tmp_path / "sql")
+    (tmp_path / "sql" / "adaptory.json").write_text(json.dumps({"phrases": {"sql-exact": "For MySQL."}}))
+    recipe = written(tmp_path, method="regmean", settings={"examples": 4})
+    words = [tmp_path / "sql" if word == world.adapters["sql"] else word for word in here(world)]
+    refused = on_disk("combine", recipe, *words, "-o", tmp_path / "combined")
+    assert (refused.code, "answers sql-exact after the phrase “For MySQL.”" in refused.err) == (2, True), refused.err
+    written(tmp_path)
+    on_disk.ok("combine", recipe, *words, "-o", tmp_path / "combined")
 
 
 def test_a_fitted_recipe_is_fitted_on_its_suites_here_as_in_the_registry(

@@ -48,6 +48,12 @@ def phrased_suite(phrase: str, suite: Suite) -> Suite:
     return Suite(**{**suite.content, "examples": phrased(phrase, suite.examples)})  # pyright: ignore[reportArgumentType]
 
 
+def fit_without_phrase(adapter: str, suite: str, phrase: str) -> str:
+    """Why an adapter that answers its suite only after a phrase cannot be fitted: a fit or a search would run it
+    without."""
+    return f"{adapter} answers {suite} after the phrase “{phrase}”, and the fit would leave it out."
+
+
 FITTING = (
     ("Please answer this one.\n\n", ""),
     ("", "\n\nThat would help me a lot."),

@@ -108,9 +108,8 @@ def merge(  # noqa: PLR0913
     ways = {"--method": method, "--dtype": dtype, "--rounding": rounding, "--seed": seed, "--sequential": sequential}
     if recipe:
         _refuse_stated(ways | {"--set": set_, "--rule": rule, "--prompts": prompts, "--guard": guard})
-        asked = RecipeOptions(base, adapter or [], suite or [], device, optimize, as_adapter=False, json=json)
+        asked = RecipeOptions(base, adapter or [], suite or [], device, optimize, prove=prove, json=json)
         how = combination_of(recipe, asked)
-        how = replace(how, proof=how.proof if prove else ())
     else:
         _refuse_no_recipe(adapter, optimize=optimize, base=base, needs_base=True)
         files = ExampleFiles(suite, prompts, guard, for_proof=prove)

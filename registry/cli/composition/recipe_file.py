@@ -5,11 +5,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 import yaml
 
+from composer.formats.checkpoints.checkpoint import read_json
+from composer.formats.checkpoints.staging import NOTE_FILE
+from composer.formats.recipes.phrases import fit_without_phrase
 from composer.formats.untrusted import read_text
 from registry.cli.composition import optimize as optimizing
 from registry.cli.composition.calibration import digest_of_base
@@ -18,6 +21,7 @@ from registry.cli.console.connect import connected
 from registry.cli.console.groups import group
 from registry.errors import Conflict, Usage
 from registry.sdk.conflicts import AdapterGroup, calibration_set
+from registry.wire.catalog import ReleaseOut
 
 if TYPE_CHECKING:
     from composer.evaluation.calibration import Calibration
@@ -44,15 +48,17 @@ Optimized = Annotated[
 
 @dataclass(frozen=True, slots=True)
 class RecipeOptions:
-    """What the options of `merge` and `combine` add to a recipe. `as_adapter`: the result is an adapter."""
+    """What the options of `merge` and `combine` add to a recipe. `as_adapter`: the result is an adapter. `prove`: the
+    merged model is compared with its base and adapters."""
 
     base: Path | None
     adapters: Sequence[str]
     suites: Sequence[Path]
     device: str
     optimize: bool
-    as_adapter: bool
     json: bool
+    as_adapter: bool = False
+    prove: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +152,7 @@ class _Local:
         from composer.merge.proof import proof_prompts
 
         suites = self._member_suites()
-        evaluated = [self._suite(name) for name in self.recipe.evaluate]
+        evaluated = [self._suite(name) for name in self.recipe.evaluate] if self._needs_suites else []
         guards = [suite for suite in evaluated if suite.kind == "guard"]
         weights = [Weight(source.weight, source.rules) for source in self.recipe.inputs]
         phrases = [source.phrase or "" for source in self.recipe.inputs]
@@ -182,13 +188,42 @@ class _Local:
     def _suite(self, name: str) -> "Suite":
         return self.group.suite(self.files.get(name, name))
 
+    @property
+    def _is_fitted(self) -> bool:
+        from composer.formats.recipes.methods import parse_settings
+
+        return parse_settings(self.recipe.method, self.recipe.settings).pipeline.fitted or bool(self.recipe.optimize)
+
+    @property
+    def _needs_suites(self) -> bool:
+        """Whether suites change the result: other combinations need none, and so no registry that has them."""
+        has_phrases = any(source.phrase for source in self.recipe.inputs)
+        return self._is_fitted or self.options.prove or has_phrases
+
     def _member_suites(self) -> "list[Suite | None]":
-        """Of each input, the suite that the recipe names, or the target suite of its release."""
+        """Of each input, the suite that the recipe names, or the target suite of its release; none if none is
+        needed. Raises Usage for an input that is fitted and answers its suite only after a phrase."""
+        if not self._needs_suites:
+            return [None] * len(self.recipe.inputs)
         named = [
             source.suite or (release and not source.prompts and self.group.own_suite(release)) or None
             for source, release in zip(self.recipe.inputs, self.group.releases, strict=True)
         ]
-        return [self._suite(name) if name else None for name in named]
+        suites = [self._suite(name) if name else None for name in named]
+        if self._is_fitted:
+            for index, (source, suite) in enumerate(zip(self.recipe.inputs, suites, strict=True)):
+                if suite and not source.prompts and (phrase := self._phrases(index).get(suite.name)):
+                    name = self.group.names[index]
+                    raise Usage("phrased_input", fit_without_phrase(name, suite.name, phrase), subject=name)
+        return suites
+
+    def _phrases(self, index: int) -> Mapping[str, str]:
+        """The phrases before a suite's prompts that an input states: its release, or the note in its directory."""
+        if release := self.group.releases[index]:
+            return self.group.connection.api.get(release.path, ReleaseOut).provenance.phrases
+        note = self.group.directories[index] / NOTE_FILE
+        stated: Any = read_json(note, "missing_note", "Combine them again.").get("phrases") if note.is_file() else None
+        return cast("Mapping[str, str]", stated) if isinstance(stated, dict) else {}
 
     def _load(self) -> "LoadedModel":
         from composer.evaluation.model import load_model

@@ -8,6 +8,7 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from composer.formats.recipes.methods import AnySettings, Regmean, parse_settings
+from composer.formats.recipes.phrases import fit_without_phrase
 from composer.formats.recipes.recipe import Lock, LockedInput, Recipe, accepted_share
 from composer.formats.recipes.suite import CalibrationSet, Suite, guard_sets
 from registry.database.tables import Base, Release
@@ -134,12 +135,12 @@ def _refuse_several_tasks(session: Session, recipe: Recipe, inputs: Sequence[Rel
 
 
 def _refuse_phrased_inputs(recipe: Recipe, inputs: Sequence[Release], own: Sequence[str | None]) -> None:
-    """Raises Usage for an input that answers its suite only after a phrase: a fit or a search would run it without."""
+    """Raises Usage for an input that answers its suite only after a phrase, if it is fitted or searched."""
     if recipe.method != "regmean" and not recipe.optimize:
         return
     for source, release, name in zip(recipe.inputs, inputs, own, strict=True):
         if name and not source.prompts and (phrase := release.provenance.get("phrases", {}).get(name)):
-            message = f"{source.adapter} answers {name} after the phrase “{phrase}”, and the fit would leave it out."
+            message = fit_without_phrase(source.adapter, name, phrase)
             raise Usage("phrased_input", message, subject=source.adapter)
 
 

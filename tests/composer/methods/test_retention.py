@@ -18,7 +18,7 @@ from composer.formats.recipes.methods import parse_settings
 from composer.merge.plan import plan_merge
 from composer.merge.run import run_merge
 from composer.methods.combine import CombinedDeltas, combine_parsed
-from composer.methods.retention import retention_of
+from composer.methods.retention import KeptAdapter, retention_of
 from tests.composer.tiny import MakeAdapter
 from tests.device import DEVICE
 
@@ -132,6 +132,10 @@ def test_a_loss_above_the_limit_is_a_finding(base: Path, adapters: list[Path], t
     assert own == dict.fromkeys(little, Severity.NOTICE), "a conflict report judges by what it measures"
     exact = run_merge(plan_merge(checkpoint, uses), tmp_path / "exact", DEVICE)
     assert (exact.retention.of_sum, exact.findings) == (1.0, ())
+
+
+def test_what_is_nearly_gone_is_0_percent_whatever_its_sign() -> None:
+    assert KeptAdapter("minus", 1.0, -0.00127).words == "minus 0 %"
 
 
 def test_what_depends_on_the_base_is_not_known_and_a_negative_weight_is_no_loss(
