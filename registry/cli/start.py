@@ -23,7 +23,7 @@ MODULES = {
     "composition": ("compose", "conflicts", "local", "recipe_file"),
     "evaluation": ("evaluation", "guards", "quality"),
     "operations": (
-        "access", "backup", "doctor", "jobs", "maintenance", "operations", "profiles", "publisher", "webhook",
+        "access", "audit", "backup", "doctor", "jobs", "maintenance", "operations", "profiles", "publisher", "webhook",
     ),
     "releases": (
         *("base", "canary", "diff", "evidence", "follow", "hub", "inspection", "policy", "promotion", "release"),

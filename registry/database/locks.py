@@ -13,8 +13,9 @@ from registry.database.engine import Database
 from registry.database.errors import translate_database_errors
 from registry.errors import Conflict
 
-_BLOBS_LOCK, _COLLECTION_LOCK, _PROBE_LOCK = 0x424C4F42, 0x434F4C4C, 0x50524F42
-"""Keys of PostgreSQL's advisory locks: between pushes and collections, between collections, and between probes."""
+_BLOBS_LOCK, _COLLECTION_LOCK, _PROBE_LOCK, _SEALING_LOCK = 0x424C4F42, 0x434F4C4C, 0x50524F42, 0x5345414C
+"""Keys of PostgreSQL's advisory locks: between pushes and collections, between collections, between probes, and
+between those who seal the audit log."""
 _FLEET_LOCKS = 0x464C5445
 """The first half of the keys of the fleets' locks, one of each namespace."""
 
@@ -71,6 +72,12 @@ def lock_blobs_shared(session: Session) -> None:
 def lock_blobs_exclusive(session: Session) -> None:
     """Prevents new uses of blobs until this transaction ends. Waits for transactions that are adding some."""
     _advisory_lock(session, "pg_advisory_xact_lock")
+
+
+def lock_sealing(session: Session) -> None:
+    """Lets one process at a time seal rows of the audit log, until its transaction ends."""
+    if session.get_bind().dialect.name == "postgresql":
+        session.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _SEALING_LOCK})
 
 
 def lock_fleet(session: Session, namespace: str) -> None:

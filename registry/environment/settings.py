@@ -399,6 +399,10 @@ class Settings(BaseSettings):
     job_retention_days: float = Field(default=365.0, ge=0, le=36_500)
     """How long `gc` keeps a job after it has ended; longer if a release was made by its composition, or a promotion
     waited for it."""
+    audit_reads: bool = False
+    """Whether each download leaves a row in the audit log (`release:download`), outside its hash chain."""
+    audit_reads_days: float = Field(default=90.0, ge=0, le=36_500)
+    """How long these rows are kept."""
     signing_key: Path | None = None
     """A key in PEM that signs releases made by compositions, if their namespace trusts it. Workers need the private
     key; servers may have the public one, and then accept compositions where signatures are required."""

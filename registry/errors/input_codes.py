@@ -132,6 +132,7 @@ INVALID = {
     "bad_results": "Record what `adaptory eval` measured: the results of all examples, with their scores.",
     "bad_score": "Record what `adaptory eval` measured.",
     "bad_evidence": "Make it again, on a suite that the release was trained for: `adaptory evidence REF`.",
+    "bad_checkpoint": "Name a file that `adaptory audit checkpoint` printed.",
     "bad_attestation": "Ask its worker's operator for another one.",
     "bad_worker_key": "Create one: openssl genpkey -algorithm ed25519 -out KEY.pem",
     "bad_signature": "Sign it again.",

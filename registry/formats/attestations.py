@@ -183,4 +183,4 @@ def _bad(why: str) -> Invalid:
 
 
 def _bad_key(why: str) -> Invalid:
-    return Invalid("bad_worker_key", f"A worker's key cannot be used: {why}.")
+    return Invalid("bad_worker_key", f"The key cannot be used: {why}.")

@@ -170,6 +170,7 @@ def sweep(resources: Resources, now: datetime) -> Swept:
         idempotency.expire_keys(session, now)
         checks.expire(session, now)
         fleet.forget(session, now)
+        audit.delete_downloads(session, now - timedelta(days=resources.settings.audit_reads_days))
         # Rows of finished pushes by `hf_xet`: their xorbs are unused blobs by then.
         over = select(XetUpload.id).where(XetUpload.expires_at < now)
         session.execute(delete(XetXorb).where(XetXorb.upload_id.in_(over)))

@@ -1,7 +1,8 @@
 """Integrity checks: `check` reads everything, changes nothing, and reports what is broken.
 
 Every file of every revision is complete in the store; a commit is the hash of its manifest; a channel is where its last
-move put it and its moves form a chain; every release, every move and every commit to `main` has its audit row.
+move put it and its moves form a chain; every release, every move and every commit to `main` has its audit row, and
+no sealed audit row was changed or deleted.
 """
 
 import hashlib
@@ -9,6 +10,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from datetime import datetime, timedelta
 from itertools import islice
 from typing import TypeVar
 
@@ -32,7 +34,7 @@ from registry.database.tables import (
     Score,
     Upload,
 )
-from registry.domain.access import audit
+from registry.domain.access import audit, audit_chain
 from registry.domain.access.audit import Act
 from registry.domain.catalog.releases import full_name
 from registry.domain.catalog.repositories import Kind
@@ -45,6 +47,8 @@ from registry.transfer.resources import Resources
 
 Progress = Callable[[int], None]
 T = TypeVar("T")
+UNSEALED = timedelta(hours=1)
+"""How long an audit row may wait for a worker to seal it."""
 _BATCH = 500
 _BLOCK_BYTES = 1 << 20
 _PARALLEL = 8
@@ -88,6 +92,7 @@ def check(resources: Resources, *, read_bytes: bool = False, progress: Progress 
         for step in (_check_revisions, _check_channels, _check_releases):
             findings += step(session, progress)
         findings += [*_check_commits(session), *_check_names(session), *_find_leaving(session)]
+        findings += [*audit_chain.check(session), *_find_unsealed(session, resources.clock())]
     resources.store.stat(ABSENT)
     findings += _check_blobs(resources, read_bytes=read_bytes, progress=progress)
     findings += _find_orphans(resources)
@@ -362,6 +367,13 @@ def _with_names(resources: Resources, finding: Finding) -> Finding:
     if not named:
         return Finding(finding.code, Severity.NOTICE, finding.subject, f"{finding.message} No release uses it.")
     return Finding(finding.code, finding.severity, finding.subject, f"{finding.message} It is {'; '.join(named)}.")
+
+
+def _find_unsealed(session: Session, now: datetime) -> Iterator[Finding]:
+    """Audit rows that no process has sealed: without a worker, nothing does."""
+    if waiting := audit_chain.count_unsealed(session, now - UNSEALED):
+        message = f"{waiting:,} audit rows are not sealed. A worker seals them, and `adaptory audit checkpoint`."
+        yield Finding("audit_unsealed", Severity.NOTICE, "audit", message)
 
 
 def _find_leaving(session: Session) -> Iterator[Finding]:

@@ -301,3 +301,24 @@ class AuditOut(Wire):
     before: dict[str, Any] | None
     after: dict[str, Any] | None
     detail: dict[str, Any]
+
+
+class SealedAuditOut(Wire):
+    """A link of the audit log's hash chain: the row `id`, the digest of its content when it was sealed, the chain's
+    digest up to it, and the row as it is now, null if it was deleted. `removal` is the id of the row that records the
+    removal of a user which rewrote this one."""
+
+    number: int
+    id: int
+    content: str
+    removal: int | None
+    digest: str
+    row: AuditOut | None
+
+
+class CheckpointOut(Wire):
+    """The digest of the audit log up to the row `number` of its chain; 0 for an empty log."""
+
+    number: int
+    digest: str
+    at: datetime

@@ -25,6 +25,7 @@ from registry.formats.references import Digest
 from registry.transfer.prometheus import measure_canaries
 from registry.transfer.promotions import settle_due
 from registry.transfer.resources import Resources
+from registry.transfer.sealing import Sealer
 from registry.worker.deliverer import Deliverer
 from registry.worker.engine.opened import WorkerEngine
 from registry.worker.host import Host, sweep_work
@@ -35,6 +36,8 @@ SETTLE_S = 2.0
 """How often waiting promotions are checked."""
 MEASURE_S = 10.0
 """How often Prometheus is asked for the figures of canaries."""
+SEAL_S = 1.0
+"""How often audit rows are sealed."""
 SWEEP_S = 600.0
 UNMET_S = 30.0
 """How often a worker looks for jobs whose needs no worker has met for a long time."""
@@ -163,14 +166,16 @@ def run_worker(
 
     With `only`, runs just that job, which its own command started, and fails at once if the host cannot meet its needs
     or the cluster is absent. Otherwise claims any job whose needs this host meets. A separate thread judges waiting
-    promotions, even while a job runs. Unless a command has started the worker, others deliver to webhooks, and ask the
-    Prometheus of the settings for the figures of canaries.
+    promotions, even while a job runs. Unless a command has started the worker, others deliver to webhooks, seal the
+    audit log, and ask the Prometheus of the settings for the figures of canaries.
     """
     settle = (resources, stop, SETTLE_S, settle_due, "Judging waiting promotions")
     duties = [threading.Thread(target=_repeat, args=settle, daemon=True, name="promotions")]
     if only is None:
         deliver = Deliverer(resources).run
         duties.append(threading.Thread(target=deliver, args=(stop,), daemon=True, name="webhooks"))
+        seal = (resources, stop, SEAL_S, Sealer().turn, "Sealing the audit log")
+        duties.append(threading.Thread(target=_repeat, args=seal, daemon=True, name="audit"))
     if only is None and resources.settings.prometheus is not None:
         measure = (resources, stop, MEASURE_S, measure_canaries, "Measuring canaries")
         duties.append(threading.Thread(target=_repeat, args=measure, daemon=True, name="canaries"))

@@ -102,11 +102,13 @@ GET    /v1/jobs/{job_id}                                                        
 GET    /v1/jobs/{job_id}/events                                                 inside: publisher
 POST   /v1/jobs/{job_id}/priority                                               inside: publisher
 POST   /v1/jobs/{job_id}/cancel                                                 inside: publisher
-GET    /v1/audit                                                                admin somewhere
-GET    /v1/audit.jsonl                                                          admin somewhere
 GET    /healthz                                                                 open
 GET    /metrics                                                                 reader somewhere
 GET    /readyz                                                                  open
+GET    /v1/audit                                                                admin somewhere
+GET    /v1/audit.jsonl                                                          admin somewhere
+GET    /v1/audit/chain                                                          operator
+POST   /v1/audit/checkpoint                                                     operator
 GET    /v1/whoami                                                               inside: everybody
 POST   /v1/tokens                                                               reader somewhere
 GET    /v1/tokens                                                               reader somewhere

@@ -27,6 +27,7 @@ from registry.transfer import fsck
 from registry.transfer.collect import Collected
 from registry.transfer.collect import collect as collect_garbage
 from registry.transfer.resources import Resources
+from registry.transfer.sealing import seal_all
 from registry.wire.transfer import PutOut
 from tests import services
 from tests.durability.conftest import broken_promises, opened
@@ -196,6 +197,7 @@ def test_bytes_that_are_announced_wait_for_that_and_fsck_and_a_dry_run_say_so(
     api.post("/v1/uploads", {"namespace": "acme", "files": [row]})
     with held.read() as session:
         until = session.scalars(select(Upload.expires_at)).one()
+    seal_all(held)
     (finding,) = fsck.check(held)
     assert "2 blobs (30 bytes)" in finding.message
     assert f"the 1 that uploads have announced not before {until:%Y-%m-%d %H:%M} UTC" in finding.message
@@ -203,6 +205,7 @@ def test_bytes_that_are_announced_wait_for_that_and_fsck_and_a_dry_run_say_so(
     assert collect_garbage(soon, grace=NONE, dry_run=True).blobs == 1
     assert collect_garbage(soon, grace=NONE).blobs == 1
     assert held.store.stat(sha256) is not None
+    seal_all(held)
     later = after(held, 1.5 * DAY)
     (finding,) = fsck.check(later)
     assert "announced" not in finding.message

@@ -34,7 +34,7 @@ def test_every_command_in_a_fence_of_the_documentation_is_a_command_of_ours() ->
             continue
         for words in commands_of(page.read_text()):
             context, command = adaptory.make_context("adaptory", ["--help"], resilient_parsing=True), adaptory
-            while hasattr(command, "commands") and words:
+            while hasattr(command, "commands") and words and not words[0].startswith("-"):
                 name = words.pop(0)
                 assert name in command.commands, f"{page.name}: {name}"  # type: ignore[attr-defined]
                 command = command.commands[name]  # type: ignore[attr-defined]

@@ -9,7 +9,7 @@ from registry.api.http.rules import Reader
 from registry.api.http.threads import in_store_threads
 from registry.api.hub.models import Named
 from registry.api.hub.wire import HubRoute, file_url, is_movable, revision_headers
-from registry.api.routes.blobs import ByteRange, blob_headers, file_response
+from registry.api.routes.blobs import ByteRange, blob_headers, file_response, record_download
 from registry.database.engine import Session
 from registry.database.tables import RevisionFile
 from registry.domain.catalog import releases, repositories
@@ -60,6 +60,7 @@ def download_file(  # noqa: PLR0913
         return Response(status_code=304, headers=headers | {"ETag": f'"{file.sha256}"'})
     if begun is not None and file.sha256 not in begun:  # the name stands for other bytes now: send all of them
         byte_range = None
+    record_download(resources, actor, located.full_name, path)
     response = file_response(request, resources, file, f"{path} of {located.full_name}", byte_range)
     response.headers.update(headers)
     return response

@@ -13,6 +13,8 @@ from registry.api.http.routes import Route
 from registry.api.http.rules import Caller
 from registry.api.http.threads import BlobResponse, in_store_threads
 from registry.database.tables import RevisionFile
+from registry.domain.access import audit
+from registry.domain.access.audit import Act, Actor
 from registry.domain.access.roles import permit_uploads
 from registry.errors import Unavailable
 from registry.formats.manifest import ManifestFile
@@ -89,7 +91,9 @@ async def upload(
 def download(
     sha256: str, request: Request, resources: ResourcesOf, actor: Caller, byte_range: ByteRange = None
 ) -> Response:
-    return blob_response(request, resources, uploads.readable(resources, actor, parse_digest(sha256)), byte_range)
+    stat = uploads.readable(resources, actor, parse_digest(sha256))
+    record_download(resources, actor, f"blobs/{sha256}")
+    return blob_response(request, resources, stat, byte_range)
 
 
 @router.head("/blobs/{sha256}", response_class=Response)
@@ -128,6 +132,15 @@ def fetch(  # noqa: PLR0913
 def origin_of(request: Request) -> FileOrigin | None:
     """The origin of users' files, if that is another host name."""
     return cast("FileOrigin | None", request.app.state.file_origin)
+
+
+def record_download(resources: Resources, actor: Actor, subject: str, path: str | None = None) -> None:
+    """Records a download before its answer begins, where the settings ask for it. The subject is the release with the
+    path of the file in it, or the blob, whose row only registry admins may read: several namespaces may have it."""
+    if resources.settings.audit_reads:
+        namespace = None if path is None else subject.partition("/")[0]
+        with resources.write() as session:
+            audit.record(session, actor, Act.RELEASE_DOWNLOAD, subject, namespace=namespace, path=path)
 
 
 def file_response(

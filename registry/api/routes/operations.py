@@ -1,11 +1,9 @@
-"""Jobs, the event log, health and metrics."""
+"""Jobs, health and metrics."""
 
-from collections.abc import Iterator
 from functools import partial
-from itertools import chain
-from typing import Annotated, cast
+from typing import cast
 
-from fastapi import APIRouter, Depends, Query, Request, Response
+from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
 
 from registry.api.http.events import EVENTS, LastEventId, stream
@@ -13,27 +11,23 @@ from registry.api.http.metrics import Metrics
 from registry.api.http.pagination import Cursor, Limit, decode_number, page
 from registry.api.http.request import ResourcesOf, RowId
 from registry.api.http.routes import Route
-from registry.api.http.rules import AdminSomewhere, Caller, Contributor, Member
+from registry.api.http.rules import Caller, Contributor, Member
 from registry.api.http.threads import in_store_threads
-from registry.api.routes.queries import EventFilters
-from registry.api.routes.views import audit_view, job_documents, job_page, job_view
+from registry.api.routes.views import job_documents, job_page, job_view
 from registry.database.engine import Session
 from registry.database.migrate import ensure_schema
 from registry.database.tables import Job
-from registry.domain.access import audit
-from registry.domain.access.audit import Actor, EventQuery
+from registry.domain.access.audit import Actor
 from registry.domain.compositions import compositions
 from registry.domain.jobs import queue
 from registry.errors import Unavailable
 from registry.formats.references import ABSENT
-from registry.transfer.resources import Resources
 from registry.wire.document import Page
-from registry.wire.work import AuditOut, JobOut, PriorityIn
+from registry.wire.work import JobOut, PriorityIn
 
 router = APIRouter(tags=["operations"], route_class=Route)
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-_EXPORT_ROWS = 1000
 
 
 @router.get("/v1/jobs")
@@ -76,46 +70,6 @@ def set_priority(job_id: RowId, body: PriorityIn, resources: ResourcesOf, actor:
         job = _job(session, actor, job_id)
         compositions.permit_change(session, actor, job)
         return job_view(session, queue.set_priority(session, actor, job.id, body.priority))
-
-
-def event_query(actor: AdminSomewhere, filters: Annotated[EventFilters, Query()]) -> EventQuery:
-    return filters.query(actor)
-
-
-@router.get("/v1/audit")
-def events(
-    resources: ResourcesOf,
-    wanted: Annotated[EventQuery, Depends(event_query)],
-    limit: Limit = 50,
-    cursor: Cursor = None,
-) -> Page[AuditOut]:
-    """List the audit log, newest first."""
-    with resources.read() as session:
-        rows = audit.list_newest_first(session, wanted, before=decode_number(cursor), limit=limit + 1)
-        return page([audit_view(row) for row in rows], limit, [row.id for row in rows])
-
-
-@router.get(
-    "/v1/audit.jsonl", response_class=StreamingResponse, responses={200: {"content": {"application/jsonl": {}}}}
-)
-def export(resources: ResourcesOf, wanted: Annotated[EventQuery, Depends(event_query)]) -> StreamingResponse:
-    """Export all matching rows, oldest first, one line of JSON each."""
-    lines = _lines(resources, wanted)
-    first = next(lines, "")  # before the response starts, while an error can still be reported
-    return StreamingResponse(chain([first], lines), media_type="application/jsonl")
-
-
-def _lines(resources: Resources, wanted: EventQuery) -> Iterator[str]:
-    """Reads each batch in its own transaction: an export of millions of rows must not hold one open."""
-    after = 0
-    while True:
-        with resources.read() as session:
-            rows = audit.list_oldest_first(session, wanted, after=after, limit=_EXPORT_ROWS)
-            text = "".join(f"{audit_view(row).model_dump_json()}\n" for row in rows)
-        if not rows:
-            return
-        after = rows[-1].id
-        yield text
 
 
 def _job(session: Session, actor: Actor, job_id: int) -> Job:

@@ -10,7 +10,7 @@ from registry.api.http.request import RequestKey, ResourcesOf, idempotent_reques
 from registry.api.http.routes import Route
 from registry.api.http.rules import Admin, Caller, Publisher, Reader, Releaser
 from registry.api.http.threads import in_store_threads
-from registry.api.routes.blobs import BYTES, ByteRange, file_response
+from registry.api.routes.blobs import BYTES, ByteRange, file_response, record_download
 from registry.api.routes.documents import page_response, release_documents, release_view
 from registry.api.routes.repository import KindOf, NamedRepository, RepositoryOf, RepositoryRouter
 from registry.api.routes.views import repository_page
@@ -196,6 +196,7 @@ def download_file(  # noqa: PLR0913
 ) -> Response:
     with resources.read() as session:
         file = releases.find_file(session, named.release(session, version), path)
+    record_download(resources, actor, f"{named.name}:{version}", path)
     return file_response(request, resources, file, f"{path} of {named.name}:{version}", byte_range)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from typing import Any
 
 from registry.api.routes.documents import deprecation, move_document
 from registry.database.engine import Session, database_now
@@ -31,6 +32,7 @@ from registry.domain.channels.serving import ChannelMove, ChannelName, current_m
 from registry.domain.compositions import compositions
 from registry.domain.jobs import needs, queue
 from registry.domain.rollouts import canaries, fleet
+from registry.formats.audit_chain import Seal
 from registry.formats.priority import Priority
 from registry.formats.references import PolicyScope, RepositoryName
 from registry.formats.watch import Watch
@@ -50,7 +52,7 @@ from registry.wire.quality import (
     SuiteOut,
 )
 from registry.wire.webhooks import DeliveryOut
-from registry.wire.work import AuditOut, CheckedInput, CompositionOut, ConflictsOut, JobOut
+from registry.wire.work import AuditOut, CheckedInput, CompositionOut, ConflictsOut, JobOut, SealedAuditOut
 
 
 def score_view(row: Score, phrases: Mapping[str, str] | None = None) -> ScoreOut:
@@ -273,6 +275,17 @@ def conflicts_view(session: Session, row: ConflictCheck) -> ConflictsOut:
 
 def audit_view(row: AuditRow) -> AuditOut:
     return AuditOut.of(row, token=row.token_id)
+
+
+def sealed_view(seal: Seal, row: Mapping[str, Any] | None) -> SealedAuditOut:
+    return SealedAuditOut(
+        number=seal.number,
+        id=seal.audit_id,
+        content=seal.content,
+        removal=seal.removal,
+        digest=seal.digest,
+        row=AuditOut(**row) if row is not None else None,
+    )
 
 
 def delivery_view(row: WebhookDelivery) -> DeliveryOut:

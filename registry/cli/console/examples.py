@@ -5,6 +5,9 @@ import typer
 EXAMPLES = {
     "approve": "adaptory approve acme/sql-migration:1.1.0 --to prod",
     "audit": "adaptory audit --subject 'acme/sql-migration@*'",
+    "audit checkpoint": "adaptory audit checkpoint --key audit.pem",
+    "audit export": "adaptory audit export --since 2026-12-01 --format cef",
+    "audit verify": "adaptory audit verify checkpoint.json --key audit.pub",
     "backup": "adaptory backup /backup/adaptory --keep 14",
     "base add": "adaptory base add .demo/base --name smollm2",
     "base deprecate": "adaptory base deprecate smollm2 --reason 'smollm3 is out'",

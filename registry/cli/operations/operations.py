@@ -7,18 +7,15 @@ from collections.abc import Generator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from enum import StrEnum
 from functools import partial
-from itertools import islice
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from registry import wire
 from registry.cli.console import render
-from registry.cli.console.connect import connected, own_settings
+from registry.cli.console.connect import own_settings
 from registry.cli.console.groups import root
 from registry.cli.console.render import JsonFlag
 from registry.errors import NotAllowed, Unavailable, Usage
-from registry.formats.signatures import fingerprint
 
 if TYPE_CHECKING:
     from registry.environment.settings import Settings
@@ -227,59 +224,3 @@ def _name_connected(others: Sequence[str], *, works: bool) -> None:
         )
     for name in others:
         render.say(f"  {name}")
-
-
-@root.command()
-def audit(  # noqa: PLR0913
-    subject: Annotated[str | None, typer.Option(help="acme/sql:1.0.0, acme/sql@prod, or a prefix: 'acme/*'")] = None,
-    namespace: Annotated[str | None, typer.Option(help="Only in this namespace.")] = None,
-    by: Annotated[str | None, typer.Option(help="The user who acted.")] = None,
-    event: Annotated[
-        str | None, typer.Option(help="channel:rollback, release:yank, …; any other word lists all.")
-    ] = None,
-    act: Annotated[str | None, typer.Option("--act", hidden=True, help="The earlier name of --event.")] = None,
-    since: Annotated[str | None, typer.Option(help="From this time on: 2026-01-31 or 2026-01-31T12:00:00Z.")] = None,
-    until: Annotated[str | None, typer.Option(help="Before this time.")] = None,
-    export: Annotated[bool, typer.Option("--jsonl", help="Export the matching rows, one line of JSON each.")] = False,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Maximum number: 1000 by default; with --jsonl all, oldest first.")
-    ] = None,
-    cursor: After = None,
-    json: JsonFlag = False,
-) -> None:
-    """Show the audit log: who changed what, from where and why; newest first, with --jsonl oldest first."""
-    if export and cursor:
-        raise Usage("no_pages", "An export has no pages.", subject=cursor)
-    query = {"subject": subject, "namespace": namespace, "by": by, "act": event or act, "since": since, "until": until}
-    with connected() as connection:
-        if export:
-            with closing(connection.api.lines("/v1/audit.jsonl", **query)) as lines:
-                for line in islice(lines, limit):
-                    print(render.escaped(line))
-            return
-        events, more = connection.api.first(
-            "/v1/audit", wire.work.AuditOut, limit or AUDIT_ROWS, cursor=cursor, **query
-        )
-    render.document({"items": events, "next": more}, json, lambda: _show_events(events))
-    render.more(more, json)
-
-
-def _show_events(events: "list[wire.work.AuditOut]") -> None:
-    """Shows a record for each event, with everything that it changed."""
-    for row in events:
-        pairs = [
-            ("event", row.act),
-            ("subject", row.subject),
-            ("by", row.actor),
-            ("from", row.source),
-            *((name, value) for name, value in row.detail.items() if value not in ([], {})),
-            *render.changes(_with_short_keys(row.before), _with_short_keys(row.after)),
-            ("reason", row.reason),
-        ]
-        render.lines(f"{row.id}  {render.second(row.at)}", pairs)
-
-
-def _with_short_keys(state: dict[str, Any] | None) -> dict[str, Any]:
-    """The same with signing keys as fingerprints, as `signed_by` of a release: lines of PEM fit no terminal."""
-    keys = (state or {}).get("signing_keys")
-    return {**(state or {}), **({"signing_keys": list(map(fingerprint, keys))} if keys else {})}

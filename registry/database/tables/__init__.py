@@ -47,6 +47,7 @@ from registry.database.tables.quality import (
 from registry.database.tables.webhooks import FleetDrift, Webhook, WebhookDelivery, WebhookSecret
 from registry.database.tables.work import (
     AuditRow,
+    AuditSeal,
     Composition,
     ConflictCheck,
     Evaluation,
@@ -61,6 +62,7 @@ __all__ = [
     "Approval",
     "Attestation",
     "AuditRow",
+    "AuditSeal",
     "Base",
     "BaseAlias",
     "BaseLocation",

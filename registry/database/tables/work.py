@@ -35,6 +35,19 @@ class AuditRow(Row):
     detail: Mapped[dict[str, Any]] = mapped_column(JSON)
 
 
+class AuditSeal(Row):
+    """A link of the hash chain of `registry.formats.audit_chain`. `audit_id` is no foreign key: the seal of a
+    deleted row stays."""
+
+    __tablename__ = "audit_seals"
+
+    number: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
+    audit_id: Mapped[int] = mapped_column(BigInteger, index=True)
+    content: Mapped[str] = mapped_column(String(64))
+    removal: Mapped[int | None] = mapped_column(BigInteger)
+    digest: Mapped[str] = mapped_column(String(64))
+
+
 class Job(Row):
     """Work for one namespace that outlives a request. `steps` are [{name, state, progress}]; a fresh heartbeat means
     that a worker has it. `memory_bytes` of a device and the rows of `JobNeed` are what its worker must have; None for

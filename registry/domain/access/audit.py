@@ -9,7 +9,7 @@ from enum import StrEnum
 from threading import Lock
 from typing import Any, cast
 
-from sqlalchemy import ColumnElement, Select, Table, insert, select, true
+from sqlalchemy import ColumnElement, Select, Table, delete, insert, select, true
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from registry.database.tables import AuditRow
@@ -85,6 +85,7 @@ class Act(StrEnum):
     PROMOTION_END = "promotion:end"
     PROMOTION_REQUEST = "promotion:request"
     RELEASE_DEPRECATE = "release:deprecate"
+    RELEASE_DOWNLOAD = "release:download"
     RELEASE_PUBLISH = "release:publish"
     RELEASE_SIGN = "release:sign"
     RELEASE_TAKEDOWN = "release:takedown"
@@ -152,7 +153,7 @@ def record(  # noqa: PLR0913
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EventQuery:
     """`visible` is the condition for the rows of namespaces where the reader is an admin. A subject ending in `*` is a
-    prefix."""
+    prefix. Downloads are listed only if `act` names them: they are many."""
 
     visible: Callable[[InstrumentedAttribute[Any]], ColumnElement[bool]] = lambda _namespace: true()
     namespace: str | None = None
@@ -191,11 +192,19 @@ def _filtered(statement: Select[AuditRow], query: EventQuery) -> Select[AuditRow
     ):
         if value is not None:
             statement = statement.where(column == value)
+    if query.act is None:
+        statement = statement.where(AuditRow.act != Act.RELEASE_DOWNLOAD)
     if query.since is not None:
         statement = statement.where(AuditRow.at >= query.since)
     if query.until is not None:
         statement = statement.where(AuditRow.at < query.until)
     return statement
+
+
+def delete_downloads(session: Session, before: datetime) -> int:
+    """Deletes the rows of downloads from before a time, which are not sealed. Returns how many."""
+    old = delete(AuditRow).where(AuditRow.act == Act.RELEASE_DOWNLOAD, AuditRow.at < before).returning(AuditRow.id)
+    return len(session.execute(old, execution_options={"synchronize_session": False}).all())
 
 
 # Limits the audit rows for refusals of unauthenticated callers, who can cause any number of them.

@@ -37,7 +37,7 @@ from registry.database.tables import (
     WorkerKey,
     XetUpload,
 )
-from registry.domain.access import audit
+from registry.domain.access import audit, audit_chain
 from registry.domain.access.audit import Act, Actor
 from registry.errors import NotFound, Usage
 
@@ -73,9 +73,10 @@ def remove(session: Session, actor: Actor, user: str) -> RemovedUser:
     ended = update(Token).where(Token.user == user, Token.revoked_at.is_(None)).values(revoked_at=actor.at)
     session.execute(ended, execution_options=_UNTRACKED)
     session.execute(update(Token).where(Token.user == user).values(name=""), execution_options=_UNTRACKED)
-    own = update(AuditRow).where(AuditRow.actor == user).values(source=None)
-    session.execute(own, execution_options=_UNTRACKED)
-    rows = _rename_in_audit(session, user, pseudonym)
+    own = update(AuditRow).where(AuditRow.actor == user).values(source=None).returning(AuditRow.id)
+    rewritten = set(session.scalars(own, execution_options=_UNTRACKED))
+    about = _rename_in_audit(session, user, pseudonym)
+    rows = len(about)
     for table, name in ENDED:
         column = getattr(table, name)
         gone = delete(table).where(column == user).returning(column)
@@ -87,12 +88,13 @@ def remove(session: Session, actor: Actor, user: str) -> RemovedUser:
     if not rows:
         raise NotFound("user_unknown", f"The name {user} does not occur anywhere.", subject=user)
     session.expire_all()
-    audit.record(session, actor, Act.USER_REMOVE, pseudonym, namespace=None, after={"rows": rows})
+    removal = audit.record(session, actor, Act.USER_REMOVE, pseudonym, namespace=None, after={"rows": rows})
+    audit_chain.seal_rewritten(session, rewritten.union(about), removal)
     return RemovedUser(pseudonym, rows)
 
 
-def _rename_in_audit(session: Session, user: str, pseudonym: str) -> int:
-    """Renames the user in audit rows: the subject of a membership, and values that are the name."""
+def _rename_in_audit(session: Session, user: str, pseudonym: str) -> list[int]:
+    """Renames the user in audit rows: the subject of a membership, and values that are the name. Returns their ids."""
     member = f"/members/{user}"
     quoted = json.dumps(user)
     names = [cast(column, Text).contains(quoted, autoescape=True) for column in _DOCUMENTS]
@@ -104,7 +106,7 @@ def _rename_in_audit(session: Session, user: str, pseudonym: str) -> int:
         for column in _DOCUMENTS:
             setattr(row, column.key, _replaced(getattr(row, column.key), user, pseudonym))
     session.flush()
-    return len(rows)
+    return [row.id for row in rows]
 
 
 _DOCUMENTS = (AuditRow.before, AuditRow.after, AuditRow.detail)

@@ -18,7 +18,7 @@ from registry.api.pages.html.drawings import MAX_ROWS, Cell, cells, frame_of, in
 from registry.api.pages.html.render import HEADERS, link, page_about, redirect
 from registry.api.pages.html.scores import History
 from registry.api.pages.html.wire import PageReader, PageRoute, RepositoryOf, VersionOf
-from registry.api.routes.blobs import file_response
+from registry.api.routes.blobs import file_response, record_download
 from registry.api.routes.documents import releases_shown
 from registry.api.routes.views import channel_view, score_view
 from registry.database.engine import Session
@@ -129,6 +129,7 @@ def download_file(
         file = releases.find_file(session, releases.find(session, named, version), path)
     name = quote(path.rpartition("/")[2], safe="")
     disposition = f"attachment; filename*=UTF-8''{name}"
+    record_download(resources, actor, f"{named}:{version}", path)
     answer = file_response(request, resources, file, f"{path} of {named}:{version}", None, disposition)
     answer.headers["Content-Disposition"] = disposition
     answer.headers["Cache-Control"] = HEADERS["Cache-Control"]

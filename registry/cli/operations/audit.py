@@ -1,0 +1,231 @@
+"""The audit log: audit | audit export | checkpoint | verify."""
+
+import json as json_module
+from contextlib import closing
+from enum import StrEnum
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from registry import wire
+from registry.cli.console import render
+from registry.cli.console.connect import connected
+from registry.cli.console.groups import Commands, root
+from registry.cli.console.render import JsonFlag
+from registry.errors import Invalid, Usage
+from registry.formats.signatures import fingerprint
+
+if TYPE_CHECKING:
+    from registry.client.api import Api
+    from registry.formats.audit_chain import Checkpoint
+
+AUDIT_ROWS = 1000
+"""Default limit for a table, which people read."""
+MAX_CHECKPOINT_BYTES = 64 << 10
+_DAMAGED = 20
+"""Damaged rows that are listed; further ones are counted."""
+
+audit_app = typer.Typer(cls=Commands, invoke_without_command=True, rich_markup_mode=None)
+root.add_typer(audit_app, name="audit")
+
+Subject = Annotated[str | None, typer.Option(help="acme/sql:1.0.0, acme/sql@prod, or a prefix: 'acme/*'")]
+Namespace = Annotated[str | None, typer.Option(help="Only in this namespace.")]
+By = Annotated[str | None, typer.Option(help="The user who acted.")]
+Event = Annotated[str | None, typer.Option(help="channel:rollback, release:yank, …; any other word lists all.")]
+Since = Annotated[str | None, typer.Option(help="From this time on: 2026-01-31 or 2026-01-31T12:00:00Z.")]
+Until = Annotated[str | None, typer.Option(help="Before this time.")]
+
+
+class Format(StrEnum):
+    """The formats of an export."""
+
+    JSONL = "jsonl"
+    CEF = "cef"
+
+
+@audit_app.callback()
+def audit(  # noqa: PLR0913
+    context: typer.Context,
+    subject: Subject = None,
+    namespace: Namespace = None,
+    by: By = None,
+    event: Event = None,
+    act: Annotated[str | None, typer.Option("--act", hidden=True, help="The earlier name of --event.")] = None,
+    since: Since = None,
+    until: Until = None,
+    export: Annotated[bool, typer.Option("--jsonl", hidden=True, help="The earlier name of `audit export`.")] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="Maximum number: 1000 by default.")] = None,
+    cursor: Annotated[str | None, typer.Option("--cursor", help="`next` of the previous page.")] = None,
+    json: JsonFlag = False,
+) -> None:
+    """Show the audit log: who changed what, from where and why; newest first.
+
+    Its commands export it, and show whether it was tampered with.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    if export and cursor:
+        raise Usage("no_pages", "An export has no pages.", subject=cursor)
+    query = {"subject": subject, "namespace": namespace, "by": by, "act": event or act, "since": since, "until": until}
+    with connected() as connection:
+        if export:
+            _export(connection.api, query, limit, Format.JSONL)
+            return
+        events, more = connection.api.first(
+            "/v1/audit", wire.work.AuditOut, limit or AUDIT_ROWS, cursor=cursor, **query
+        )
+    render.document({"items": events, "next": more}, json, lambda: _show_events(events))
+    render.more(more, json)
+
+
+@audit_app.command("export")
+def export_rows(  # noqa: PLR0913
+    subject: Subject = None,
+    namespace: Namespace = None,
+    by: By = None,
+    event: Event = None,
+    since: Since = None,
+    until: Until = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Maximum number; all by default.")] = None,
+    written: Annotated[Format, typer.Option("--format", help="Of each line.")] = Format.JSONL,
+) -> None:
+    """Print the audit log, oldest first, one line for each row. Downloads need --event release:download."""
+    query = {"subject": subject, "namespace": namespace, "by": by, "act": event, "since": since, "until": until}
+    with connected() as connection:
+        _export(connection.api, query, limit, written)
+
+
+@audit_app.command()
+def checkpoint(
+    key: Annotated[Path | None, typer.Option(help="Sign it with this Ed25519 key (PEM).")] = None,
+) -> None:
+    """Print a digest of the audit log. Keep it where those who can write to the database cannot.
+
+    All rows are sealed first. `adaptory audit verify` compares the log with it later.
+    """
+    from registry.formats.attestations import public_half
+    from registry.formats.audit_chain import Checkpoint
+
+    private_key = _read(key).encode() if key is not None else None
+    if private_key is not None:
+        public_half(private_key)  # refuses another kind of key before anything is sealed
+    with connected() as connection:
+        taken = connection.api.post("/v1/audit/checkpoint", None, wire.work.CheckpointOut)
+    print(Checkpoint(taken.number, taken.digest, taken.at.isoformat()).to_text(private_key))
+
+
+@audit_app.command()
+def verify(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="What `adaptory audit checkpoint` printed.")],
+    key: Annotated[
+        Path | None, typer.Option(help="Accept only a checkpoint that this public key (PEM) verifies.")
+    ] = None,
+    json: JsonFlag = False,
+) -> None:
+    """Compare the audit log with a checkpoint: exit with 1 if a row was changed, deleted or inserted before it.
+
+    Reads the log from the registry, and computes each digest again.
+    """
+    from registry.formats.audit_chain import read_checkpoint
+
+    public_key = _read(key) if key is not None else None
+    kept = read_checkpoint(_read(file), str(file), public_key)
+    with connected() as connection:
+        result = _compare(connection.api, kept)
+    result["signed"] = public_key is not None
+    render.document(result, json, lambda: _show_comparison(kept, result))
+    if not result["matches"]:
+        raise typer.Exit(1)
+
+
+def _compare(api: "Api", kept: "Checkpoint") -> dict[str, Any]:
+    """Computes the chain of the log again, as far as it goes."""
+    from registry.formats.audit_chain import START, ChainCheck, Seal
+
+    chain, at_checkpoint = ChainCheck(), START if kept.number == 0 else None
+    with closing(api.lines("/v1/audit/chain")) as lines:
+        for line in lines:
+            link = wire.work.SealedAuditOut.read(json_module.loads(line))
+            row = dict(link.row) if link.row is not None else None
+            chain.add(Seal(link.number, link.id, link.content, link.removal, link.digest), row)
+            if link.number == kept.number:
+                at_checkpoint = link.digest
+    damage = chain.finish()
+    return {
+        "matches": at_checkpoint == kept.digest and not damage,
+        "checkpoint": {"number": kept.number, "at": kept.at, "matches": at_checkpoint == kept.digest},
+        "rows": chain.number,
+        "rewritten": chain.rewritten,
+        "damage": [{"row": row.audit_id, "kind": row.kind, "message": row.message} for row in damage],
+    }
+
+
+def _show_comparison(kept: "Checkpoint", result: dict[str, Any]) -> None:
+    for row in result["damage"][:_DAMAGED]:
+        render.out(f"row {row['row']} {row['message']}")
+    if len(result["damage"]) > _DAMAGED:
+        render.out(f"and {render.counted(len(result['damage']) - _DAMAGED, 'further row')}")
+    later = result["rows"] - kept.number
+    if later < 0:
+        render.out(
+            f"the log has {render.counted(result['rows'], 'seal')}, {-later:,} fewer than the checkpoint of {kept.at}"
+        )
+    elif not result["checkpoint"]["matches"]:
+        render.out(f"the first {render.counted(kept.number, 'seal')} are not those of the checkpoint of {kept.at}")
+    else:
+        render.out(
+            f"the first {render.counted(kept.number, 'seal')} are those of the checkpoint of {kept.at}; {later:,} since"
+        )
+    if result["rewritten"]:
+        render.out(f"{render.counted(result['rewritten'], 'row')} rewritten by the removal of users")
+    if not result["signed"]:
+        render.out("no signature was checked: --key KEY.pub accepts only a checkpoint that this key signed")
+
+
+def _read(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_CHECKPOINT_BYTES + 1)
+        if len(content) > MAX_CHECKPOINT_BYTES:
+            raise Invalid("bad_checkpoint", f"{path} is not a checkpoint: it is too long.", subject=str(path))
+        return content.decode()
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise Invalid(
+            "no_file", f"Cannot read {path}: {why}.", subject=str(path), next_step="Check the path and its permissions."
+        ) from error
+
+
+def _export(api: "Api", query: dict[str, str | None], limit: int | None, written: Format) -> None:
+    from importlib.metadata import version
+
+    from registry.formats.cef import cef_line
+
+    product = version("adaptory")
+    with closing(api.lines("/v1/audit.jsonl", **query)) as lines:
+        for line in islice(lines, limit):
+            row = wire.work.AuditOut.read(json_module.loads(line)) if written is Format.CEF else None
+            print(render.escaped(line if row is None else cef_line(dict(row), product)))
+
+
+def _show_events(events: "list[wire.work.AuditOut]") -> None:
+    """Shows a record for each event, with everything that it changed."""
+    for row in events:
+        pairs = [
+            ("event", row.act),
+            ("subject", row.subject),
+            ("by", row.actor),
+            ("from", row.source),
+            *((name, value) for name, value in row.detail.items() if value not in ([], {})),
+            *render.changes(_with_short_keys(row.before), _with_short_keys(row.after)),
+            ("reason", row.reason),
+        ]
+        render.lines(f"{row.id}  {render.second(row.at)}", pairs)
+
+
+def _with_short_keys(state: dict[str, Any] | None) -> dict[str, Any]:
+    """The same with signing keys as fingerprints, as `signed_by` of a release: lines of PEM fit no terminal."""
+    keys = (state or {}).get("signing_keys")
+    return {**(state or {}), **({"signing_keys": list(map(fingerprint, keys))} if keys else {})}
