@@ -20,6 +20,8 @@ import uvicorn.protocols.http.h11_impl
 import uvicorn.protocols.websockets.auto  # noqa: F401
 import uvloop  # noqa: F401
 
+import registry.agent.loop
+import registry.agent.switching
 import registry.api.app
 import registry.api.http.metrics
 import registry.api.http.protocol
@@ -46,6 +48,9 @@ typer.main.get_command = lru_cache(typer.main.get_command)
 typer.main.get_command(registry.cli.start.load_commands())
 botocore.session.create_loader = lru_cache(botocore.session.create_loader)
 boto3.Session().client("s3", region_name="us-east-1")
+# Agents wait less for the next figures of a canary, and for the next check of a version that failed one.
+registry.agent.loop.WATCH_S = 1.0
+registry.agent.switching.CHECK_AGAIN_S["failed"] = 2.0
 # Nor compile the statements of a publication again, which takes as long as all else of a push.
 services.share_statements(setattr)
 with TemporaryDirectory(dir=services.shared_directory()) as directory:
