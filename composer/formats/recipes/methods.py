@@ -309,7 +309,7 @@ class _Fit(MethodSettings):
     ridge: Ridge = 0.01
     form: Literal["input", "core", "weights"] = "input"
     tokens: Annotated[int, _integer(16, 65_536)] = Field(2048, description="The most tokens to fit a module on.")
-    guard: GuardWeight = Field(1.0, description="The weight of the guard suites' examples, on which nothing changes.")
+    guard: GuardWeight = Field(0.3, description="The weight of the guard suites' examples, on which nothing changes.")
     seed: Seed = 0
 
 
@@ -379,7 +379,7 @@ PIPELINES: dict[str, Pipeline] = {
     **_PLAIN,
     **{f"pico_{name}": replace(pipeline, calibrate="pico", version=2) for name, pipeline in _PLAIN.items()},
     **{f"peft_{name}": Pipeline(parity=name) for name in _PEFT_TYPES},
-    "regmean": Pipeline(fitted=True, version=4),
+    "regmean": Pipeline(fitted=True, version=3),
 }
 
 METHOD_NAMES = ", ".join([*(name for name in PIPELINES if not name.startswith("pico_")), "pico_…"])

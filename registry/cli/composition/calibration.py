@@ -26,7 +26,7 @@ Suites = Annotated[
     typer.Option(
         "--suite",
         metavar="FILE",
-        help="For regmean: each adapter's suite, in the order of the adapters. For --prove: any suites.",
+        help="For regmean: each adapter's suite, in the order of the adapters. For merge --prove: any suites.",
     ),
 ]
 Prompts = Annotated[
@@ -34,7 +34,7 @@ Prompts = Annotated[
     typer.Option(
         "--prompts",
         metavar="FILE",
-        help="For regmean: each adapter's prompts, one per line, instead of suites. For --prove: any prompts.",
+        help="For regmean: each adapter's prompts, one per line, instead of suites. For merge --prove: any prompts.",
     ),
 ]
 Guards = Annotated[

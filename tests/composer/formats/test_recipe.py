@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 
 from composer.errors import InvalidFile
-from composer.formats.recipes.methods import parse_settings
 from composer.formats.recipes.recipe import Lock, LockedInput, load_recipe, parse_recipe
 from composer.formats.recipes.rounding import Mode, Rounding
 
@@ -130,12 +129,3 @@ def test_a_method_of_the_first_version_leaves_the_digest_of_a_lock_as_it_was() -
     assert new.to_json()["method_version"] == 2
     assert Lock.from_json(new.to_json()) == new
     assert new.digest != old.digest
-
-
-def test_a_lock_states_the_weight_of_its_guard_so_that_another_default_leaves_old_ones_as_they_were() -> None:
-    now = parse_settings("regmean", {})
-    assert (now.to_json()["guard"], now.version) == (1.0, 4)
-    document = {**lock(Rounding()).to_json(), "method": "regmean", "method_version": 3}
-    old = Lock.from_json({**document, "settings": now.to_json() | {"guard": 0.3}})
-    assert parse_settings(old.method, old.settings).to_json()["guard"] == 0.3
-    assert old.to_json()["method_version"] == 3
