@@ -17,12 +17,14 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from registry.errors import Invalid
 from registry.formats.attestations import Statement, attest, open_attestation, unverified
 
 START = "0" * 64
+RESEALED = "resealed"
+"""The detail of a removal: how many rows are sealed again after it."""
 CHECKPOINT = "https://adaptory/audit-checkpoint/v1"
 _SUBJECT = "audit"
 FIELDS = (
@@ -60,6 +62,14 @@ def _chained(previous: str, content: str, removal: int | None) -> str:
     return hashlib.sha256(f"{previous}{content}{removal or ''}".encode()).hexdigest()
 
 
+def _resealed(row: Mapping[str, Any] | None) -> int:
+    """How many rows are sealed again after this one; 0 after anything but the removal of a user."""
+    if row is None or row["act"] != "user:remove" or not isinstance(row["detail"], dict):
+        return 0
+    count = cast("dict[str, Any]", row["detail"]).get(RESEALED)
+    return count if isinstance(count, int) else 0
+
+
 @dataclass(frozen=True, slots=True)
 class Damage:
     """A row of the audit log that was `changed` or `deleted`. `message` completes "Row 12 of the audit log"."""
@@ -71,44 +81,46 @@ class Damage:
 
 @dataclass(slots=True)
 class ChainCheck:
-    """Follows the chain seal by seal, and keeps what is wrong. `rewritten` counts rows that the removal of a user
-    rewrote."""
+    """Follows the chain seal by seal, and keeps what is wrong. `rewritten` has, by the id of the row that records the
+    removal of a user, how many rows that rewrote."""
 
     number: int = 0
     digest: str = START
-    rewritten: int = 0
+    rewritten: dict[int, int] = field(default_factory=dict[int, int])
     _damage: dict[int, Damage] = field(default_factory=dict[int, Damage])
-    _removals: dict[int, int] = field(default_factory=dict[int, int])
-    """The rows that name a removal as why they were rewritten, with its id."""
-    _recorded: set[int] = field(default_factory=set[int])
+    _removal: int | None = None
+    _remaining: int = 0
+    """The removal whose rewritten rows are sealed right after it, and how many of them are left: no later seal may name
+    it."""
 
     def add(self, seal: Seal, row: Mapping[str, Any] | None) -> None:
         """Follows one seal. `row` is what the database contains now, None if it was deleted."""
-        subject = seal.audit_id
+        subject, removal = seal.audit_id, seal.removal
         if seal.number != self.number + 1:
-            self._note("deleted", subject, f"follows {seal.number - self.number - 1:,} missing seals, as {seal.number}")
-        elif _chained(self.digest, seal.content, seal.removal) != seal.digest:
+            self._note("deleted", subject, f"has seal {seal.number}, which follows {self.number}: seals are missing")
+        elif _chained(self.digest, seal.content, removal) != seal.digest:
             self._note("changed", subject, "has a changed seal")
         self.number, self.digest = seal.number, seal.digest
         if row is None:
             self._note("deleted", subject, "was deleted after it was sealed")
+        elif removal is not None and (removal != self._removal or not self._remaining):
+            self._note("changed", subject, f"was sealed again for row {removal}, which removed no user just before")
         elif _content(row) != seal.content:
             self._note("changed", subject, f"({row['act']} of {row['subject']} by {row['actor']}) was changed")
-        elif seal.removal is not None:
+        elif removal is not None:
             self._damage.pop(subject, None)
-            self._removals[subject] = seal.removal
-        if row is not None and row["act"] == "user:remove":
-            self._recorded.add(subject)
+            self.rewritten[removal] = self.rewritten.get(removal, 0) + 1
+        if removal is None:
+            self._removal, self._remaining = subject, _resealed(row)
+        else:
+            self._remaining -= 1
 
     def _note(self, kind: Literal["changed", "deleted"], audit_id: int, message: str) -> None:
         self._damage.setdefault(audit_id, Damage(kind, audit_id, message))
 
-    def finish(self) -> list[Damage]:
-        """All damage, by row. Call it after the last seal."""
-        for audit_id, removal in self._removals.items():
-            if removal not in self._recorded:
-                self._note("changed", audit_id, f"was rewritten for row {removal}, which does not remove a user")
-        self.rewritten = len(self._removals)
+    @property
+    def damage(self) -> list[Damage]:
+        """All damage, by row."""
         return sorted(self._damage.values(), key=lambda damage: damage.audit_id)
 
 

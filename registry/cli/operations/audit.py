@@ -113,7 +113,8 @@ def checkpoint(
         public_half(private_key)  # refuses another kind of key before anything is sealed
     with connected() as connection:
         taken = connection.api.post("/v1/audit/checkpoint", None, wire.work.CheckpointOut)
-    print(Checkpoint(taken.number, taken.digest, taken.at.isoformat()).to_text(private_key))
+    at = taken.at.isoformat(timespec="seconds")
+    print(Checkpoint(taken.number, taken.digest, at).to_text(private_key))
 
 
 @audit_app.command()
@@ -152,12 +153,12 @@ def _compare(api: "Api", kept: "Checkpoint") -> dict[str, Any]:
             chain.add(Seal(link.number, link.id, link.content, link.removal, link.digest), row)
             if link.number == kept.number:
                 at_checkpoint = link.digest
-    damage = chain.finish()
+    damage = chain.damage
     return {
         "matches": at_checkpoint == kept.digest and not damage,
         "checkpoint": {"number": kept.number, "at": kept.at, "matches": at_checkpoint == kept.digest},
         "rows": chain.number,
-        "rewritten": chain.rewritten,
+        "rewritten": [{"removal": removal, "rows": rows} for removal, rows in chain.rewritten.items()],
         "damage": [{"row": row.audit_id, "kind": row.kind, "message": row.message} for row in damage],
     }
 
@@ -167,19 +168,17 @@ def _show_comparison(kept: "Checkpoint", result: dict[str, Any]) -> None:
         render.out(f"row {row['row']} {row['message']}")
     if len(result["damage"]) > _DAMAGED:
         render.out(f"and {render.counted(len(result['damage']) - _DAMAGED, 'further row')}")
-    later = result["rows"] - kept.number
+    seals, later = f"the first {render.counted(kept.number, 'seal')}", result["rows"] - kept.number
     if later < 0:
-        render.out(
-            f"the log has {render.counted(result['rows'], 'seal')}, {-later:,} fewer than the checkpoint of {kept.at}"
-        )
+        render.out(f"the checkpoint of {kept.at} has {kept.number:,} seals, the log only {result['rows']:,}")
     elif not result["checkpoint"]["matches"]:
-        render.out(f"the first {render.counted(kept.number, 'seal')} are not those of the checkpoint of {kept.at}")
+        render.out(f"{seals} are not those of the checkpoint of {kept.at}: computed again, or of another registry")
+    elif result["damage"]:
+        render.out(f"{seals} are those of the checkpoint of {kept.at}, but these rows are not as they were sealed")
     else:
-        render.out(
-            f"the first {render.counted(kept.number, 'seal')} are those of the checkpoint of {kept.at}; {later:,} since"
-        )
-    if result["rewritten"]:
-        render.out(f"{render.counted(result['rewritten'], 'row')} rewritten by the removal of users")
+        render.out(f"{seals} and their rows are those of the checkpoint of {kept.at}; {later:,} were added since")
+    for row in result["rewritten"]:
+        render.out(f"row {row['removal']} removed a user, and rewrote {render.counted(row['rows'], 'row')}")
     if not result["signed"]:
         render.out("no signature was checked: --key KEY.pub accepts only a checkpoint that this key signed")
 

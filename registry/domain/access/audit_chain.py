@@ -4,7 +4,7 @@ Rows are sealed after their commit, so that no change waits for the chain. Rows 
 that is changed under a lock, have their ids in the order of the changes, and are sealed in the order of their ids.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from typing import Any, cast
@@ -55,15 +55,22 @@ def add(session: Session, previous: Seal | None, seals: list[Seal]) -> bool:
     return True
 
 
-def seal_rewritten(session: Session, audit_ids: Iterable[int], removal: int) -> None:
+def sealed_among(session: Session, audit_ids: Iterable[int]) -> list[int]:
+    """Which of these rows have a seal. Nothing is sealed until the transaction ends."""
+    lock_sealing(session)
+    wanted, sealed = sorted(audit_ids), list[int]()
+    for start in range(0, len(wanted), BATCH):
+        some = select(AuditSeal.audit_id).where(AuditSeal.audit_id.in_(wanted[start : start + BATCH])).distinct()
+        sealed += session.scalars(some)
+    return sorted(sealed)
+
+
+def seal_rewritten(session: Session, audit_ids: Sequence[int], removal: int) -> None:
     """Seals the removal of a user, and again the sealed rows that it rewrote. A process that is sealing them as they
     were notices that the last seal is another one."""
-    lock_sealing(session)
     seals = list(_chain(session, select(*_COLUMNS).where(_audit.id == removal), last(session)))
-    rewritten = sorted(audit_ids)
-    for start in range(0, len(rewritten), BATCH):
-        some = rewritten[start : start + BATCH]
-        rows = select(*_COLUMNS).where(_audit.id.in_(some), _IS_SEALED).order_by(_audit.id)
+    for start in range(0, len(audit_ids), BATCH):
+        rows = select(*_COLUMNS).where(_audit.id.in_(audit_ids[start : start + BATCH])).order_by(_audit.id)
         seals += _chain(session, rows, seals[-1], removal)
     session.execute(insert(AuditSeal), [asdict(seal) for seal in seals])
 
@@ -106,7 +113,7 @@ def check(session: Session) -> Iterator[Finding]:
     while rows := sealed_rows(session, after=chain.number, limit=BATCH):
         for seal, row in rows:
             chain.add(seal, row)
-    damage = chain.finish()
+    damage = chain.damage
     for row in damage[:_NAMED]:
         message = f"Row {row.audit_id} of the audit log {row.message}."
         yield Finding(f"audit_{row.kind}", Severity.ERROR, f"audit row {row.audit_id}", message)

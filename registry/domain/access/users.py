@@ -88,8 +88,11 @@ def remove(session: Session, actor: Actor, user: str) -> RemovedUser:
     if not rows:
         raise NotFound("user_unknown", f"The name {user} does not occur anywhere.", subject=user)
     session.expire_all()
-    removal = audit.record(session, actor, Act.USER_REMOVE, pseudonym, namespace=None, after={"rows": rows})
-    audit_chain.seal_rewritten(session, rewritten.union(about), removal)
+    sealed = audit_chain.sealed_among(session, rewritten.union(about))
+    removal = audit.record(
+        session, actor, Act.USER_REMOVE, pseudonym, namespace=None, after={"rows": rows}, resealed=len(sealed)
+    )
+    audit_chain.seal_rewritten(session, sealed, removal)
     return RemovedUser(pseudonym, rows)
 
 
