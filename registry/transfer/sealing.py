@@ -11,6 +11,10 @@ LATE_S = 600.0
 next start of a worker, and each checkpoint, look at all rows."""
 
 
+PAUSE_S = 0.01
+"""Between batches: SQLite has one writer, and a move that waits for it looks again only now and then."""
+
+
 def seal_all(resources: Resources, after: int = 0) -> int:
     """Seals all committed rows with ids above `after`. Returns the highest id."""
     while True:
@@ -22,6 +26,7 @@ def seal_all(resources: Resources, after: int = 0) -> int:
             added = audit_chain.add(session, previous, seals)
         if added:
             after = seals[-1].audit_id
+        time.sleep(PAUSE_S)
 
 
 class Sealer:

@@ -19,8 +19,8 @@ from registry.domain.access.audit import Act
 from registry.formats.audit_chain import FIELDS, ChainCheck, Checkpoint, Seal, next_seal
 from registry.formats.audit_chain import START as EMPTY
 
-BATCH = 1_000
-"""Rows sealed in one transaction: SQLite has one writer, and a move waits for it about 10 ms."""
+BATCH = 500
+"""Rows sealed in one transaction: SQLite has one writer, and a move waits for it about 5 ms."""
 _NAMED = 20
 """Damaged rows that are named; further ones are counted."""
 _audit = cast(Table, AuditRow.__table__).c
