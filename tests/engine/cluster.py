@@ -14,7 +14,6 @@ from pathlib import Path
 
 import psutil
 
-from tests.eventually import eventually
 from tests.services import free_port
 
 REPOSITORY = Path(__file__).parents[2]
@@ -51,7 +50,7 @@ class RayNode:
             except psutil.NoSuchProcess:
                 continue
         self.process.wait()
-        eventually(lambda: not any(map(_runs, family)), within_s=10)
+        psutil.wait_procs(family, timeout=10)
 
 
 @dataclass
@@ -132,14 +131,6 @@ class RayCluster:
         for node in reversed(self.nodes):
             node.kill()
         shutil.rmtree(self.directory, ignore_errors=True)
-
-
-def _runs(process: psutil.Process) -> bool:
-    """Whether it has not ended; an orphan that init has not reaped yet has."""
-    try:
-        return process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
-    except psutil.NoSuchProcess:
-        return False
 
 
 def _title(process: psutil.Process) -> str:

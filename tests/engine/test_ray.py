@@ -120,17 +120,17 @@ def test_a_node_that_cannot_run_units_says_why(
 def test_a_node_that_dies_costs_the_units_that_it_was_doing(
     cluster: RayCluster, engine: RayEngine, journal: Path
 ) -> None:
-    numbers = [Unit(name=f"late {n}", content={"late": n, "number": n}, hints=_slow(journal)) for n in range(8)]
+    numbers = [Unit(name=f"late {n}", content={"late": n, "number": n}, hints=_slow(journal)) for n in range(12)]
     done = 0
     for _ in engine.map(counted.DOUBLE, numbers, Needs(), go_on):
         done += 1
-        if done == 3:
+        if done == 4:
             cluster.kill(cluster.nodes[1])
     cluster.start()
     ended = counted.events(journal)
-    assert done == 8
-    assert all(ended[f"done late {number}"] for number in range(8))
-    begun_again = [number for number in range(8) if ended[f"begun late {number}"] > 1]
+    assert done == 12
+    assert all(ended[f"done late {number}"] for number in range(12))
+    begun_again = [number for number in range(12) if ended[f"begun late {number}"] > 1]
     assert len(begun_again) <= 1, "the dead node had one CPU"
 
 
