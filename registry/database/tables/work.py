@@ -36,8 +36,8 @@ class AuditRow(Row):
 
 
 class AuditSeal(Row):
-    """A link of the hash chain of `registry.formats.audit_chain`. `audit_id` is no foreign key: the seal of a
-    deleted row stays."""
+    """A link of the hash chain of `registry.formats.audit_chain`. `audit_id` is not a foreign key, so the
+    seal of a deleted row remains."""
 
     __tablename__ = "audit_seals"
 
