@@ -134,6 +134,32 @@ def test_a_node_that_dies_costs_the_units_that_it_was_doing(
     assert len(begun_again) <= 1, "the dead node had one CPU"
 
 
+def test_a_unit_that_a_dead_node_had_goes_to_a_process_that_has_run_out_of_units(
+    cluster: RayCluster, engine: RayEngine, journal: Path
+) -> None:
+    """The idle process holds the only CPU that is left, so a new one would wait for it forever."""
+    first = run(engine, [replace(unit, near=unit.name) for unit in counted.units(2, journal, beside=2)])
+    survives = {member.pid for member in cluster.nodes[0].family}
+    quick, slow = sorted(first, key=lambda name: first[name]["process"] not in survives)
+    units = [
+        Unit(
+            name=f"last {near}",
+            content={"last": near, "number": 1},
+            hints={"journal": str(journal), "seconds": 5 if near == slow else 0},
+            near=near,
+        )
+        for near in (quick, slow)
+    ]
+    ended = list[str]()
+    for unit, _ in engine.map(counted.DOUBLE, units, Needs(), go_on):
+        ended.append(unit.near)
+        if unit.near == quick:
+            cluster.kill(cluster.nodes[1])
+    cluster.start()
+    assert ended == [quick, slow]
+    assert counted.events(journal)[f"begun last {slow}"] == 2
+
+
 @pytest.mark.long
 def test_a_process_that_dies_between_its_result_and_its_answer_costs_nothing(engine: RayEngine, journal: Path) -> None:
     units = counted.units(3, journal)

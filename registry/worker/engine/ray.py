@@ -294,8 +294,9 @@ class RayEngine:
             yield unit, answer.result
 
     def _died(self, state: _Map[ResultT], unit: Unit | None, error: Exception) -> Iterator[tuple[Unit, ResultT]]:
-        """Starts another runner if units are left. Requeues the dead runner's unit unless its result was already
-        written. Raises Unavailable for a unit whose process died MAX_DEATHS times, and if no runner starts."""
+        """Requeues the dead runner's unit unless its result was already written. If units are left, gives one to a
+        runner that is idle, or else starts another: one that idles keeps its CPU, which may be the last. Raises
+        Unavailable for a unit whose process died MAX_DEATHS times, and if no runner starts."""
         done = None if unit is None else finished(self._node, state.task, unit)
         if unit is None:
             self._count_failed_start(state)
@@ -303,7 +304,9 @@ class RayEngine:
             self._put_back(state, unit, error)
         else:
             yield unit, done
-        if state.left:
+        if state.left and self._idle:
+            self._give(state, self._idle.pop())
+        elif state.left:
             self._start(state)
 
     @staticmethod
