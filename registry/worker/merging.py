@@ -368,7 +368,7 @@ def _prove(node: Node, unit: Unit, _count: Count) -> ProofRow:
     merge = _merge_of(unit)
     plan = plan_of(node, merge, base_checkpoint(node, merge["base"], cast(BaseHints, unit.hints)))
     merged = fetched(node, unit.content["files"])
-    node.kept("model", "", lambda: None)  # there may not be room for it and the two of the proof
+    node.drop("model")  # there may not be room for it and the two of the proof
     proof = prove(plan, merged, [ProofPrompt(**row) for row in unit.content["prompts"]])
     proof.refuse_failed()
     with node.scratch() as directory:

@@ -95,9 +95,13 @@ class Node:
         """Returns what an earlier unit of this process made for the same key, such as a loaded base. Keeps one per
         role."""
         if self._kept.get(role, ("", None))[0] != key:
-            self._kept.pop(role, None)  # there may not be room for two bases
+            self.drop(role)  # there may not be room for two bases
             self._kept[role] = key, make()
         return self._kept[role][1]
+
+    def drop(self, role: str) -> None:
+        """Frees what is kept for the role, if there is something."""
+        self._kept.pop(role, None)
 
     def forget(self) -> None:
         """Drops everything kept, with its files."""
