@@ -82,12 +82,13 @@ def pull(  # noqa: PLR0913
     else.
     """
     wanted = _parse_release(release)
+    staging = target.with_name(f".{target.name}.{wanted.commit[:12]}.partial")
     if _is_intact(target, wanted.files, progress):
         if check is not None:
             check(target)
+        _remove_left(staging, target)
         return target
     _refuse_occupied(target, f"{wanted.repository}:{wanted.version}", replace=replace)
-    staging = target.with_name(f".{target.name}.{wanted.commit[:12]}.partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         staging.mkdir(exist_ok=True)
@@ -165,6 +166,13 @@ def _put_in_place(staging: Path, target: Path) -> None:
         if replaced.exists():
             replaced.rename(target)
         raise
+
+
+def _remove_left(staging: Path, target: Path) -> None:
+    """Removes what a pull left that was killed after it had put its files in place."""
+    # The files are whole all the same, and another pull of the same target may be removing it.
+    with suppress(OSError, Conflict), _alone(staging, target):
+        shutil.rmtree(staging)
 
 
 def _is_intact(directory: Path, files: Sequence[ManifestFile], progress: Progress) -> bool:

@@ -357,12 +357,24 @@ def test_a_pull_killed_at_any_moment_leaves_a_whole_directory_or_none(
         written_bytes = functools.partial(bytes_below, partial, out)
         was_killed = run_and_kill(registry, ["pull", "acme/sql", "-o", out], written_bytes, enough_bytes)
         killed += was_killed
-        if not out.exists():
-            assert was_killed
-            registry.ok("pull", "acme/sql", "-o", out)
+        assert was_killed or out.exists()
+        registry.ok("pull", "acme/sql", "-o", out)
         assert {path.name: path.read_bytes() for path in out.iterdir()} == expected
     assert killed > kills / 2, "the kills came too late to mean anything"
     assert {path.name for path in tmp_path.iterdir() if ".partial" in path.name} == set(), "a finished pull tidies up"
+
+
+def test_a_pull_killed_before_it_has_tidied_up_is_tidied_by_the_next(
+    stocked_embedded: Cli, world: World, tmp_path: Path
+) -> None:
+    cli, out = stocked_embedded, tmp_path / "out"
+    cli.ok("push", world.adapters["sql"], "acme/sql:1.0.0", "--base", "tiny")
+    cli.ok("pull", "acme/sql", "-o", out)
+    left = tmp_path / f".out.{cli.json('show', 'acme/sql')['commit'][:12]}.partial"
+    (left / "replaced").mkdir(parents=True)
+    (left / "replaced" / "adapter_config.json").write_text("{}")
+    cli.ok("pull", "acme/sql", "-o", out)
+    assert [path.name for path in tmp_path.iterdir() if ".partial" in path.name] == []
 
 
 def test_a_pull_never_trusts_what_an_earlier_one_left(stocked_embedded: Cli, world: World, tmp_path: Path) -> None:
