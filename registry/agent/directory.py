@@ -25,7 +25,7 @@ from composer.formats.checkpoints.card import CARD_FILE, card_provenance
 from composer.formats.checkpoints.hashing import hash_file
 from composer.formats.sets.adapter_set import SET_FILE, AdapterSet, read_set
 from composer.formats.sets.router import Router
-from registry.agent.versions import ServedVersion, is_commit, member_version, parse_served
+from registry.agent.versions import ALL, ServedVersion, is_commit, member_version, parse_served
 from registry.client.api import Api
 from registry.client.cache import is_regular
 from registry.client.pull import pull
@@ -272,6 +272,22 @@ class MirrorDirectory:
         known = known and all(commits.keys() >= set(members.values()) for members in sets.values())
         weighed = all(min(weights.values()) >= 0 < sum(weights.values()) for weights in channels.values() if weights)
         return Routes(channels, since, commits, servers, lora, sets, bases, phrases) if known and weighed else None
+
+    def reported_routes(self) -> Routes:
+        """The routes that `state.json` says were in force, of each channel the version that it serves; none if it
+        cannot be read. For an agent whose routes.json was lost."""
+        channels, since, commits = dict[str, Mapping[str, int]](), dict[str, str](), dict[str, str]()
+        try:
+            for row in json.loads((self.root / "state.json").read_bytes())["channels"]:
+                if row["version"] is None:
+                    continue
+                channel = str(row["channel"])
+                name = _version_name(f"{channel.partition('@')[0]}@{row['version']}")
+                channels[channel], since[channel] = {name: ALL}, _moment(row["since"])
+                commits[name] = _commit(row["commit"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            return Routes()
+        return Routes(channels, since, commits)
 
     def write_routes(self, routes: Routes) -> None:
         versions = {

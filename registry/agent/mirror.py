@@ -82,7 +82,7 @@ class Mirror:
         self._api, self._directory, self._servers = api, directory, servers
         self._options, self._duties = options, duties
         self._state: Mapping[str, Any] | None = None
-        self._routes = Routes()
+        self._routes = directory.reported_routes()  # until a round has read or written routes.json
 
     @property
     def waits(self) -> bool:

@@ -53,6 +53,17 @@ def directory(tmp_path: Path, world: World) -> MirrorDirectory:
     return kept
 
 
+def with_its_own_commit(directory: MirrorDirectory) -> str:
+    """Gives the release's directory the name that its files have, and returns it."""
+    files = [
+        ManifestFile(path.name, path.stat().st_size, Digest(hash_file(path)))
+        for path in directory.path(VERSION.commit).iterdir()
+    ]
+    commit = commit_id(canonical_manifest(files))
+    directory.path(VERSION.commit).rename(directory.path(commit))
+    return commit
+
+
 @pytest.fixture
 def take_round(directory: MirrorDirectory) -> Callable[..., NodeReportIn]:
     """Takes a round with one server and a registry that says this of the channel."""
@@ -181,12 +192,7 @@ def test_a_server_that_never_ends_its_work_holds_up_no_other_server(
     directory: MirrorDirectory, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
     monkeypatch.setattr(mirror, "WAIT_S", 2.0)
-    files = [
-        ManifestFile(path.name, path.stat().st_size, Digest(hash_file(path)))
-        for path in directory.path(VERSION.commit).iterdir()
-    ]
-    commit = commit_id(canonical_manifest(files))
-    directory.path(VERSION.commit).rename(directory.path(commit))
+    commit = with_its_own_commit(directory)
     wanted = {CHANNEL: FollowedOut(move=1, version=VERSION.version, commit=commit)}
     with double() as (url, _), scripted({"/v1/models": models()} | {path: trickling_header}) as slow:
         servers = [KeptServer(VllmServer(address), directory, None, 0.0) for address in (slow.url, url)]
@@ -353,6 +359,41 @@ def test_without_routes_that_can_be_read_nothing_is_unloaded_while_the_registry_
     assert all(report.channels[0].error for report in reports)
     assert directory.path(VERSION.commit).is_dir()
     assert (path.read_bytes() if path.exists() else None) == damage
+
+
+@pytest.mark.parametrize("damage", [b'{"channels": {', None], ids=["damaged", "removed"])
+def test_without_routes_that_can_be_read_a_new_agent_keeps_the_route_of_a_channel_that_fails_beside_another(
+    directory: MirrorDirectory, monkeypatch: pytest.MonkeyPatch, damage: bytes | None
+) -> None:
+    monkeypatch.setattr(switching, "LOOK_S", 0.0)
+    commit, other = with_its_own_commit(directory), "acme/tables@prod"
+    says = FollowedOut(move=1, version=VERSION.version, commit=commit)
+    path, duties = directory.root / "routes.json", Duties(lambda _release, _files: None, lambda: True)
+    with double(max_loras=2) as (url, _):
+
+        def rounds(wanted: dict[str, FollowedOut | None], count: int) -> NodeReportIn:
+            """Those of an agent that starts now."""
+            kept = KeptServer(VllmServer(url), directory, lambda: frozenset(), 0.0)
+            taken = Mirror(Api("http://127.0.0.1:1"), directory, [kept], Options(keep=0, grace_s=0.0), duties)
+            reports = [taken.round(wanted, [CHANNEL, other]) for _ in range(count)]
+            taken.close()
+            return reports[-1]
+
+        rounds({CHANNEL: says, other: says}, 1)
+        before, names = directory.routes(), VllmServer(url).loaded()
+        assert before.channels.keys() == {CHANNEL, other}
+        path.write_bytes(damage) if damage else path.unlink()
+        report = rounds({CHANNEL: None, other: says}, switching.QUIET_LOOKS + 1)
+        assert [row.state for row in report.channels] == ["failed", "following"]
+        after = directory.routes()
+        assert (after.channels, after.commits, after.servers) == (before.channels, before.commits, before.servers)
+        assert VllmServer(url).loaded() == names
+
+
+@pytest.mark.parametrize("damage", [b"[", b'{"channels": 5}', b'{"channels": [{"channel": "x", "version": "../x"}]}'])
+def test_a_damaged_state_is_no_routes(directory: MirrorDirectory, damage: bytes) -> None:
+    (directory.root / "state.json").write_bytes(damage)
+    assert directory.reported_routes() == Routes()
 
 
 STREAM = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
