@@ -61,6 +61,7 @@ ROUTERS = tuple(RouterEntry(*entry) for entry in (
     ("operations", "router", ("jobs", "healthz", "readyz", "metrics")),
     ("audit", "router", ("audit", "audit.jsonl")),
     ("policies", "router", ("policies",)),
+    ("changes", "router", ("changes",)),
     ("access", "router", ("whoami", "tokens", "namespaces", "users")),
     ("publishers", "router", ("publishers",)),
     ("webhooks", "router", ("webhooks",)),

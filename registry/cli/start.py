@@ -23,11 +23,12 @@ MODULES = {
     "composition": ("compose", "conflicts", "local", "recipe_file"),
     "evaluation": ("evaluation", "guards", "quality"),
     "operations": (
-        "access", "audit", "backup", "doctor", "jobs", "maintenance", "operations", "profiles", "publisher", "webhook",
+        *("access", "audit", "backup", "changes", "doctor", "jobs", "maintenance", "operations", "profiles"),
+        *("publisher", "webhook"),
     ),
     "releases": (
         *("base", "canary", "diff", "evidence", "follow", "hub", "inspection", "policy", "promotion", "release"),
-        *("rollout", "search", "transfer"),
+        *("rollout", "search", "transfer", "withdrawal"),
     ),
     "serving": ("mirror", "routing"),
 }  # fmt: skip

@@ -48,6 +48,9 @@ REFUSED = {
     "shape_conflict": "Combine adapters of one base.",
     "sign_in_disabled": "docs/how-to/operate.md describes what the server needs for it.",
     "set_not_composed": "Compose it: a recipe with `set: REPO:VERSION` makes it of releases.",
+    "second_admin_missing": "Grant someone else the role first: `adaptory namespace grant NAMESPACE USER admin`.",
+    "second_admin_needed": "Request it: the same command of `adaptory` does.",
+    "second_admin_not_needed": "Make the change itself.",
     "server_refused": "Correct what the server names; the mirror tries again by itself.",
     "sign_in_insecure": "Use the https address of this registry.",
     "signature_files_only": "Ask its publisher to sign the release: `adaptory sign REF --key KEY.pem`.",
@@ -63,6 +66,7 @@ REFUSED = {
     "verdict": "Change the recipe; `adaptory conflicts` shows what to change.",
     "worker_key_revoked": "Remove `worker-key.pem` from the home of a worker that you trust, and start it again.",
     "yanked_files": "Release other files, or undo the yank: `adaptory unyank REF --reason WHY`.",
+    "too_many_changes": "Approve or cancel some: `adaptory change list NAMESPACE`.",
     "too_many_webhooks": "Remove one that nobody needs: `adaptory webhook list`.",
 }
 
@@ -94,6 +98,7 @@ NOT_FOUND = {
     "upgrade_unknown": "Begin one with `adaptory base upgrade OLD NEW`.",
     "policy_unknown": "`adaptory policy list NAMESPACE` shows the policies of a namespace.",
     "exception_unknown": "`adaptory policy list NAMESPACE` shows the exceptions that are in force.",
+    "change_unknown": "`adaptory change list NAMESPACE` shows them.",
     "promotion_unknown": "List them with `adaptory promotion list REPO@CHANNEL`.",
     "evidence_unknown": "Make it: `adaptory evidence REF`.",
     "worker_key_unknown": "`adaptory worker-key list` shows them.",
@@ -133,6 +138,7 @@ CONFLICT = {
     "name_is_revision": "Choose another repository name.",
     "output_exists": "Move it away, or choose another -o.",
     "promotion_cancelled": "Promote it again if that was a mistake.",
+    "change_ended": "There is nothing to do; `adaptory change list NAMESPACE` shows how it ended.",
     "promotion_ended": "There is nothing to do; `adaptory promotion list` shows how it ended.",
     "promotion_replaced": "Look at both with `adaptory promotion list REPO@CHANNEL`.",
     "pull_running": "Wait until it ends, or name another directory.",
@@ -153,6 +159,7 @@ CONFLICT = {
 STALE = {
     "head_moved": "Look at main, and commit again.",
     "channel_moved": "Look at the channel and decide again.",
+    "change_outdated": "Look at what it would replace now, and request the change again.",
     "policy_changed": "Look at the policy again, and change it then.",
 }
 
@@ -172,6 +179,7 @@ NOT_ALLOWED = {
     "not_yours": "Ask its author, or an admin.",
     "other_site": "Use a page of this registry, or a client other than a browser.",
     "name_taken": "If both are you, ask an admin of the registry: `adaptory user link NAME --subject SUB`.",
+    "own_change": "Ask another admin of the namespace.",
     "own_promotion": "Ask someone else with the role.",
     "publisher_refused": "Ask an admin of the namespace to add the job: `adaptory publisher add REPO …`.",
     "role_lost": "Ask an admin of the namespace for the role, and compose again.",

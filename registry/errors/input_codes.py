@@ -41,6 +41,7 @@ USAGE = {
     "bad_setting": "See the settings of the method in docs/methods/index.md.",
     "bad_sort": "Sort by newest, version, size, rank or SUITE.METRIC.",
     "bad_backup_target": "Write another directory, or s3://BUCKET/PREFIX, which is not the registry's store.",
+    "bad_change": "Name something of the namespace.",
     "bad_channels": "Name 1 to 100 channels as NAMESPACE/NAME@CHANNEL, with commas between them.",
     "bad_target": "Write REPO:VERSION, or REPO and --bump.",
     "bad_token": "Use the token exactly as it was printed.",

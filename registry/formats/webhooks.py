@@ -24,6 +24,8 @@ EventName = Literal[
     "promotion.waiting",
     "promotion.approved",
     "promotion.refused",
+    "change.waiting",
+    "change.ended",
     "job.ended",
     "fleet.drifted",
     "fleet.recovered",
@@ -206,7 +208,7 @@ def _json(value: Any) -> bytes:
 
 def _sentence(event: Event) -> str:
     """One line about an event, with the characters escaped that Slack gives a meaning."""
-    version, state = ((event.after or {}).get(name) for name in ("version", "state"))
+    version, state, summary = ((event.after or {}).get(name) for name in ("version", "state", "summary"))
     was = (event.before or {}).get("version")
     texts = {
         "release.published": "was published",
@@ -217,6 +219,8 @@ def _sentence(event: Event) -> str:
         "promotion.waiting": f"has a promotion of {version} that waits",
         "promotion.approved": f"has an approval of {version}",
         "promotion.refused": f"does not get {event.detail.get('version')}: {state}",
+        "change.waiting": f"waits for a second admin: {summary}",
+        "change.ended": f"is {state}: {summary}",
         "job.ended": f"({event.detail.get('kind')}) ended: {state}",
         "fleet.drifted": f"has nodes out of step: {event.detail.get('count')}",
         "fleet.recovered": f"has nodes in step again: {event.detail.get('count')}",

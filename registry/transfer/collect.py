@@ -25,6 +25,7 @@ from registry.database.tables import Blob, RevisionFile, Score, Upload, XetUploa
 from registry.domain.access import audit
 from registry.domain.access.audit import Act
 from registry.domain.catalog import commits
+from registry.domain.changes import requests
 from registry.domain.channels import withdrawals
 from registry.domain.compositions import checks
 from registry.domain.jobs import queue
@@ -170,6 +171,7 @@ def sweep(resources: Resources, now: datetime) -> Swept:
         idempotency.expire_keys(session, now)
         checks.expire(session, now)
         fleet.forget(session, now)
+        requests.expire(session, audit.operator_actor(resources.settings.user, now))
         audit.delete_downloads(session, now - timedelta(days=resources.settings.audit_reads_days))
         # Rows of finished pushes by `hf_xet`: their xorbs are unused blobs by then.
         over = select(XetUpload.id).where(XetUpload.expires_at < now)

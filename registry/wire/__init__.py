@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from registry.wire import access as access
     from registry.wire import catalog as catalog
+    from registry.wire import changes as changes
     from registry.wire import fleet as fleet
     from registry.wire import quality as quality
     from registry.wire import search as search
     from registry.wire import webhooks as webhooks
     from registry.wire import work as work
 
-_MODULES = ("access", "catalog", "fleet", "quality", "search", "webhooks", "work")
+_MODULES = ("access", "catalog", "changes", "fleet", "quality", "search", "webhooks", "work")
 
 
 def __getattr__(name: str) -> Any:

@@ -84,6 +84,9 @@ class NamespaceIn(WireIn):
     signing_keys: list[Annotated[str, Field(max_length=2000)]] | None = Field(default=None, max_length=20)
     signature_covers: Literal["release", "files"] | None = None
     main: Literal["release", "commit"] | None = None
+    changes: Literal["one", "two"] | None = Field(
+        default=None, description="How many admins a change of policies, roles, signing keys and files needs."
+    )
 
 
 Days = Annotated[int, Field(ge=1, le=36_500)]
@@ -145,6 +148,7 @@ class NamespaceOut(Wire):
     max_releases: int | None
     keep_yanked_days: int | None
     keep_prerelease_days: int | None
+    changes: Literal["one", "two"] = "one"
     created_at: datetime
     created_by: str
 

@@ -117,6 +117,11 @@ GET    /v1/namespaces/{namespace}/policies                                      
 GET    /v1/namespaces/{namespace}/policies/{channel}                            reader
 PUT    /v1/namespaces/{namespace}/policies/{channel}                            admin
 POST   /v1/namespaces/{namespace}/policies/{channel}/pins                       admin
+POST   /v1/namespaces/{namespace}/changes                                       admin
+GET    /v1/namespaces/{namespace}/changes                                       admin
+GET    /v1/namespaces/{namespace}/changes/{change_id}                           admin
+POST   /v1/namespaces/{namespace}/changes/{change_id}/approve                   admin
+POST   /v1/namespaces/{namespace}/changes/{change_id}/cancel                    admin
 GET    /v1/namespaces                                                           inside: everybody
 GET    /v1/namespaces/{namespace}                                               reader
 PUT    /v1/namespaces/{namespace}                                               admin

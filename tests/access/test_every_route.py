@@ -222,7 +222,7 @@ def _filled(method: str, path: str, things: Things) -> str:
         "{upload_id}": things.upload_id, "{number}": "1",
         "{token_id}": "aaaaaaaaaaaa", "{publisher_id}": "aaaaaaaaaaaa", "{key}": "aaaaaaaaaaaa",
         "{webhook_id}": "aaaaaaaaaaaa", "{delivery_id}": "1",
-        "{promotion_id}": "4000",
+        "{promotion_id}": "4000", "{change_id}": "4000",
         "{user}": "nobody-at-all", "{group}": "prod", "{node}": "gpu-1",
         "{upload}": "0" * 32, "{xorb}": things.sha256,
         "{revision}": "prod", "{revision:path}": "main", "{directory:path}": "weights",

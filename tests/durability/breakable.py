@@ -116,7 +116,7 @@ class Stock:
             "{base:path}": "tiny", "{path:path}": "adapter_model.safetensors", "{suite}": "exact", "{sha256}": blob,
             "{job_id}": self.job_id, "{composition_id}": self.composition_id, "{upload_id}": self.upload_id,
             "{token_id}": "aaaaaaaaaaaa", "{alias:path}": "Acme/Nothing", "{number}": 1, "{metric}": "nll",
-            "{promotion_id}": 1, "{user}": "ann", "{key}": "aaaaaaaaaaaa",
+            "{promotion_id}": 1, "{change_id}": 1, "{user}": "ann", "{key}": "aaaaaaaaaaaa",
             "{group}": "prod", "{node}": "gpu-1", "{publisher_id}": "aaaaaaaaaaaa", "{check_id}": 1,
             "{webhook_id}": "aaaaaaaaaaaa", "{delivery_id}": 1,
         }  # fmt: skip
@@ -179,6 +179,7 @@ class Stock:
             "priority": {"priority": "low"},
             "gates": {"channel": "prod", "rules": ["exact.nll <= 9"]},
             "/v1/namespaces/{namespace}/policies/{channel}": {"version": 1},
+            "changes": {"change": {"kind": "member", "user": "pia", "role": "releaser"}},
             "exception": {"until": "2030-01-01T00:00:00Z", "reason": "because"},
             "policy": {"version": 1, "rules": ["exact.nll <= 9"], "approval": {}},
             "approvals": {"version": self.version, "reason": "because"},

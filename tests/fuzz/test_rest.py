@@ -75,6 +75,7 @@ OF_WHAT_IS_THERE = {
     "policy_unknown",
     "exception_unknown",
     "promotion_unknown",
+    "change_unknown",
     "upgrade_unknown",
     "evaluation_unknown",
     "publisher_unknown",

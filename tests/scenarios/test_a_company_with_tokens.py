@@ -201,3 +201,38 @@ def test_a_server_for_many_wants_tokens_and_one_without_stays_on_loopback(embedd
     refused = many("serve", "--host", "0.0.0.0")  # noqa: S104
     assert refused.code == 5
     assert "token create" in refused.err
+
+
+def test_what_needs_a_second_admin_waits_for_one(company: Company, world: World) -> None:
+    company.host.ok("base", "add", world.base, "--name", "tiny")
+    company.host.ok("push", world.adapters["sql"], "alpha/sql:1.0.0", "--base", "tiny")
+    for user in ("ann", "bob"):
+        company.host.ok("namespace", "grant", "alpha", user, "admin")
+    ann, bob = company.person("ann"), company.person("bob")
+    ann.ok("namespace", "set", "alpha", "--changes", "two")
+    policy = company.home / "policy.yaml"
+    policy.write_text("version: 1\napproval: {}\n")
+    requested = [
+        ann.ok("policy", "set", "alpha/*@prod", policy),
+        ann.ok("namespace", "grant", "alpha", "carol", "releaser"),
+        ann.ok("takedown", "alpha/sql:1.0.0", "--reason", "leak"),
+    ]
+    assert all("waits for a second admin" in answer.err for answer in requested)
+    listed = ann.json("change", "list", "alpha")["items"]
+    assert [row["summary"] for row in listed] == [
+        "takedown of alpha/sql:1.0.0: leak", "carol: releaser in alpha", "policy of alpha/*@prod",
+    ]  # fmt: skip
+    ann.ok("pull", "alpha/sql:1.0.0", "-o", company.home / "pulled")
+    taken, role, demand = (str(row["id"]) for row in listed)
+    own = ann("change", "approve", "alpha", role)
+    assert (own.code, "requested this change" in own.err) == (5, True)
+    ann.ok("change", "cancel", "alpha", role)
+    late = bob("change", "approve", "alpha", role)
+    assert (late.code, "already cancelled" in late.err) == (4, True)
+    for change in (demand, taken):
+        assert "applied" in bob.ok("change", "approve", "alpha", change).out
+    assert "+   approval:" in bob.ok("change", "show", "alpha", demand).out
+    gone = ann("pull", "alpha/sql:1.0.0", "-o", company.home / "again")
+    assert (gone.code, "taken down" in gone.err) == (3, True)
+    rows = company.host.json("audit", "--namespace", "alpha", "--act", "policy:set")["items"]
+    assert [(row["actor"], row["detail"]["seconded_by"]) for row in rows] == [("ann", "bob")]

@@ -92,7 +92,7 @@ def set_namespace(
     namespace: str, body: NamespaceIn, resources: ResourcesOf, actor: Admin, callers: CallersOf
 ) -> NamespaceOut:
     """Change the fields given in the body. Creates the namespace, if the caller is a registry admin."""
-    wanted = NamespaceChange(body.public, body.require_signature, body.signing_keys, body.signature_covers, body.main)
+    wanted = NamespaceChange(**body.model_dump())
     with resources.write() as session:
         view = _namespace_view(namespaces.change(session, actor, namespace, wanted))
     callers.forget()

@@ -275,8 +275,11 @@ def take_down(named: RepositoryOf, version: str, body: WithdrawIn, resources: Re
     only say what would be removed."""
     with resources.write() as session:
         release = named.release(session, version)
-        act = partial(withdrawals.take_down, session, actor, release, body.reason)
-        taken = withdrawals.preview(session, act) if body.dry_run else act()
+        if body.dry_run:
+            trial = partial(withdrawals.remove_files, session, actor, release, body.reason)
+            taken = withdrawals.preview(session, trial)
+        else:
+            taken = withdrawals.take_down(session, actor, release, body.reason)
         loaded = _loaded_on(session, actor, release)
         sets = [ServingSetOut.of(row) for row in set_members.sets_with(session, actor, release, same_files=True)]
     from registry.transfer.collect import remove_marked  # which loads more than all other routes here need

@@ -15,6 +15,7 @@ from registry.cli.console import render
 from registry.cli.console.connect import connected
 from registry.cli.console.groups import group, root
 from registry.cli.console.render import JsonFlag
+from registry.cli.operations.changes import made_or_requested
 from registry.errors import Usage
 
 tokens = group("token", "Manage access tokens.")
@@ -148,6 +149,13 @@ def set_namespace(  # noqa: PLR0913
             "are drafts on `next`, which only publishers see.",
         ),
     ] = None,
+    changes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="one|two",
+            help="How many admins a change of policies, roles above publisher, signing keys and files needs.",
+        ),
+    ] = None,
     json: JsonFlag = False,
 ) -> None:
     """Create a namespace, or change who may read it and which releases it accepts."""
@@ -158,14 +166,22 @@ def set_namespace(  # noqa: PLR0913
         "signing_keys": keys,
         "signature_covers": signature_covers,
         "main": main,
+        "changes": changes,
     }
     with connected() as connection:
-        document = connection.api.put(_namespace_path(namespace), body, wire.access.NamespaceOut)
+        document = made_or_requested(
+            connection,
+            namespace,
+            {"kind": "settings", "settings": {name: value for name, value in body.items() if value is not None}},
+            lambda: connection.api.put(_namespace_path(namespace), body, wire.access.NamespaceOut),
+            json=json,
+        )
     pairs = [
         ("visible", _visibility(document)),
         ("signed only", document.require_signature),
         ("signature covers", document.signature_covers),
         ("main is", f"the last {document.main}"),
+        ("changes need", "two admins" if document.changes == "two" else "one admin"),
     ]
     render.document(document, json, lambda: render.lines(f"namespace {namespace}", pairs))
 
@@ -227,7 +243,8 @@ def set_retention(
     _refuse_no_limit([yanked, prereleases], keep_all, namespace, "--yanked, --prereleases or both, or --keep-all alone")
     body = {"keep_yanked_days": yanked, "keep_prerelease_days": prereleases}
     with connected() as connection:
-        document = connection.api.put(f"{_namespace_path(namespace)}/retention", body)
+        path, change = f"{_namespace_path(namespace)}/retention", {"kind": "retention", "retention": body}
+        document = made_or_requested(connection, namespace, change, lambda: connection.api.put(path, body), json=json)
     kept = [("yanked releases", yanked), ("pre-releases", prereleases)]
     pairs = [(what, f"{days} days" if days is not None else "kept") for what, days in kept]
     render.document(document, json, lambda: render.lines(f"retention of {namespace}", pairs))
@@ -293,8 +310,15 @@ def remove_user(user: User, json: JsonFlag = False) -> None:
 
 
 def _set_member(namespace: str, user: str, role: str | None, json: bool) -> None:
+    body = {"user": user, "role": role}
     with connected() as connection:
-        document = connection.api.put(_members_path(namespace), {"user": user, "role": role})
+        document = made_or_requested(
+            connection,
+            namespace,
+            {"kind": "member", **body},
+            lambda: connection.api.put(_members_path(namespace), body),
+            json=json,
+        )
     render.document(document, json, lambda: render.out(f"{user}: {role or 'no role'} in {namespace}"))
 
 

@@ -15,7 +15,8 @@ from registry.cli.console.groups import group
 from registry.cli.console.interrupt import interrupts
 from registry.cli.console.render import JsonFlag
 from registry.cli.evaluation import queued_evaluation
-from registry.cli.releases.release import Undo, WhyDeprecated, deprecation_body, deprecation_words, show_deprecation
+from registry.cli.releases.release import deprecation_words
+from registry.cli.releases.withdrawal import Undo, WhyDeprecated, deprecation_body, show_deprecation
 from registry.errors import NotAllowed, NotFound, Usage
 from registry.sdk.connection import Connection, load_settings
 

@@ -11,6 +11,7 @@ from registry.cli.console import render
 from registry.cli.console.connect import connected
 from registry.cli.console.groups import group
 from registry.cli.console.render import JsonFlag
+from registry.cli.operations.changes import made_or_requested
 from registry.cli.releases.release import Channel
 from registry.errors import Usage
 from registry.formats.references import PolicyScope, parse_channel_reference, parse_policy_scope
@@ -45,10 +46,12 @@ def set_policy(
     parsed, document = parse_policy_scope(scope), _document(file)
     with connected() as connection:
         if repin:
-            _pin(connection, parsed)
+            change: dict[str, Any] = {"kind": "gates", "scope": scope, "repin": True}
         else:
-            model = wire.quality.NamespacePolicyOut if parsed.of_namespace else wire.quality.PolicyOut
-            connection.api.put(_path(connection, parsed), document, model)
+            change = {"kind": "policy", "scope": scope, "policy": document}
+        made_or_requested(
+            connection, parsed.namespace, change, lambda: _set(connection, parsed, document, repin=repin), json=json
+        )
         _show(connection, parsed, json=json)
 
 
@@ -57,6 +60,14 @@ def _document(file: Path | None) -> dict[str, Any]:
     from registry.formats.channel_policy import MAX_CHARS, parse_policy
 
     return parse_policy(read_text(file, 4 * MAX_CHARS), str(file)).to_json() if file else {"version": 1}
+
+
+def _set(connection: Connection, scope: PolicyScope, document: dict[str, Any], *, repin: bool) -> None:
+    if repin:
+        _pin(connection, scope)
+        return
+    model = wire.quality.NamespacePolicyOut if scope.of_namespace else wire.quality.PolicyOut
+    connection.api.put(_path(connection, scope), document, model)
 
 
 def _pin(connection: Connection, scope: PolicyScope) -> None:
@@ -171,9 +182,15 @@ def grant_exception(
     scope = PolicyScope(repository.namespace, repository.name, name)
     with connected() as connection:
         path = f"{_path(connection, scope)}/exception"
-        if until is None:
-            document = connection.api.delete(path, wire.quality.PolicyOut)
-        else:
-            body = {"until": until.replace(tzinfo=UTC).isoformat(), "reason": reason}
-            document = connection.api.put(path, body, wire.quality.PolicyOut)
+        ends = None if until is None else until.replace(tzinfo=UTC).isoformat()
+        change = {"kind": "exception", "scope": channel, "until": ends, "reason": reason}
+        document = made_or_requested(
+            connection, scope.namespace, change, lambda: _except(connection, path, ends, reason), json=json
+        )
     render.document(document, json, lambda: _print_own(scope, document))
+
+
+def _except(connection: Connection, path: str, until: str | None, reason: str) -> "wire.quality.PolicyOut":
+    if until is None:
+        return connection.api.delete(path, wire.quality.PolicyOut)
+    return connection.api.put(path, {"until": until, "reason": reason}, wire.quality.PolicyOut)

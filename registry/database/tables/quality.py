@@ -219,6 +219,32 @@ class PolicyException(Row):
     created_by: Mapped[str] = mapped_column(String(128))
 
 
+class ChangeRequest(Row):
+    """A change of a namespace that one admin requested and that applies when a second one approves it.
+
+    pending -> applied | refused | conflict | cancelled | expired. `change` is its document. `before` and `after` are
+    what it replaces, as they were when it was requested.
+    """
+
+    __tablename__ = "change_requests"
+    __table_args__ = (Index("ix_change_requests_namespace", "namespace", "state"),)
+
+    id: Mapped[int] = mapped_column(Id, primary_key=True)
+    namespace: Mapped[str] = mapped_column(ForeignKey("namespaces.name"))
+    change: Mapped[dict[str, Any]] = mapped_column(JSON)
+    before: Mapped[dict[str, Any]] = mapped_column(JSON)
+    after: Mapped[dict[str, Any]] = mapped_column(JSON)
+    state: Mapped[str] = mapped_column(String(16))
+    actor: Mapped[str] = mapped_column(String(128))
+    token_id: Mapped[str | None] = mapped_column(String(16))
+    source: Mapped[str | None] = mapped_column(String(200))
+    ended_by: Mapped[str | None] = mapped_column(String(128))
+    error: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    expires_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    ended_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+
+
 class Promotion(Row):
     """A promotion that waits, or has waited, for something: scores, a soak, an approval.
 

@@ -36,6 +36,8 @@ class Actor:
     token_id: str | None = None
     source: str | None = None
     mints: bool = False
+    seconded_by: str | None = None
+    """The admin who approved what the actor requested."""
     hidden: Mapping[str, str] = field(default_factory=dict[str, str])
     """The user's own roles where the token's scope allows a lower one or none."""
 
@@ -53,6 +55,8 @@ class Act(StrEnum):
     BASE_UPDATE = "base:update"
     BLOB_COLLECT = "blob:collect"
     BLOB_DISCARD = "blob:discard"
+    CHANGE_END = "change:end"
+    CHANGE_REQUEST = "change:request"
     CHANNEL_CANARY = "channel:canary"
     CHANNEL_DELETE = "channel:delete"
     CHANNEL_PROMOTE = "channel:promote"
@@ -142,7 +146,7 @@ def record(  # noqa: PLR0913
         "reason": reason or None,
         "before": dict(before) if before is not None else None,
         "after": dict(after) if after is not None else None,
-        "detail": detail,
+        "detail": detail | ({"seconded_by": actor.seconded_by} if actor.seconded_by else {}),
     }
     audit_id = session.scalars(_INSERT, values).one()
     if event := outbox.event_of(act, after):

@@ -11,7 +11,15 @@ from registry.database.engine import insert_if_absent
 from registry.database.tables import Member, Namespace
 from registry.domain.access import audit
 from registry.domain.access.audit import Act, Actor
-from registry.domain.access.roles import EVERYWHERE, Role, permit, readable, refuse_reserved, unknown_namespace
+from registry.domain.access.roles import (
+    EVERYWHERE,
+    Role,
+    at_least,
+    permit,
+    readable,
+    refuse_reserved,
+    unknown_namespace,
+)
 from registry.errors import Invalid, Refused
 from registry.formats.references import parse_name, refuse_reserved_namespace
 from registry.formats.signatures import Covers, fingerprint
@@ -32,6 +40,7 @@ class NamespaceChange:
     signing_keys: Sequence[str] | None = None
     signature_covers: Covers | None = None
     main: Main | None = None
+    changes: Literal["one", "two"] | None = None
 
 
 def find(session: Session, name: str) -> Namespace:
@@ -80,6 +89,8 @@ def change(session: Session, actor: Actor, name: str, wanted: NamespaceChange) -
     row = find_or_create(session, actor, name)
     session.refresh(row, with_for_update=True)  # waits for transactions that publish under the current settings
     before = _settings(row)
+    if any(getattr(wanted, name) not in (None, before[name]) for name in _OF_TWO_ADMINS):
+        refuse_alone(actor, row)
     _check_keys(wanted.signing_keys or ())
     for column, value in asdict(wanted).items():
         if value is not None:
@@ -92,10 +103,23 @@ def change(session: Session, actor: Actor, name: str, wanted: NamespaceChange) -
             next_step="Give the keys too: --signing-key PUB.pem, in REST signing_keys.",
         )
     session.flush()
+    if wanted.changes == "two":
+        _refuse_one_admin(session, row)
     after = _settings(row)
     if after != before:
         audit.record(session, actor, Act.NAMESPACE_SET, name, namespace=name, before=before, after=after)
     return row
+
+
+def refuse_alone(actor: Actor, row: Namespace) -> None:
+    """Raises Refused if the namespace requires a second admin for this change, and none has approved it."""
+    if row.changes == "two" and actor.seconded_by is None:
+        raise Refused(
+            "second_admin_needed",
+            f"{row.name} requires a second admin for this.",
+            subject=row.name,
+            next_step=f"Request it: POST /v1/namespaces/{row.name}/changes, or the same command of `adaptory`.",
+        )
 
 
 def list_page(session: Session, actor: Actor, *, after: str, limit: int) -> list[Namespace]:
@@ -133,10 +157,13 @@ def set_member(session: Session, actor: Actor, namespace: str, user: str, role: 
     """Sets a user's role in a namespace (`*` for all); None removes it."""
     if role is not None:
         refuse_reserved(user)
-    if namespace != EVERYWHERE:
-        find_or_create(session, actor, namespace)
+    home = find_or_create(session, actor, namespace) if namespace != EVERYWHERE else None
+    if home is not None:
+        session.refresh(home, with_for_update={"key_share": True})  # two admins cannot both be the last but one to go
     row = session.get(Member, (user, namespace))
     before = {"role": row.role} if row else {}
+    if home is not None and any(at_least(held, Role.RELEASER) for held in (role, before.get("role")) if held):
+        refuse_alone(actor, home)
     if role is None:
         session.execute(delete(Member).where(Member.user == user, Member.namespace == namespace))
     elif row is None:
@@ -144,6 +171,8 @@ def set_member(session: Session, actor: Actor, namespace: str, user: str, role: 
     else:
         row.role = role
     session.flush()
+    if home is not None and home.changes == "two":
+        _refuse_one_admin(session, home)
     after = {"role": str(role)} if role else {}
     if before != after:
         where = None if namespace == EVERYWHERE else namespace
@@ -160,6 +189,22 @@ def members(session: Session, namespace: str) -> dict[str, str]:
 def roles_of(session: Session, user: str) -> dict[str, str]:
     """The user's role by namespace."""
     return {row.namespace: row.role for row in session.scalars(select(Member).where(Member.user == user))}
+
+
+_OF_TWO_ADMINS = ("require_signature", "signing_keys", "signature_covers", "changes")
+"""Settings whose change may need a second admin."""
+
+
+def _refuse_one_admin(session: Session, row: Namespace) -> None:
+    """Raises Refused unless two users could approve each other's changes."""
+    held = session.execute(select(Member.user, Member.role).where(Member.namespace.in_([row.name, EVERYWHERE])))
+    if len({user for user, role in held if at_least(role, Role.ADMIN)}) < 2:
+        raise Refused(
+            "second_admin_missing",
+            f"{row.name} needs two admins while its changes do.",
+            subject=row.name,
+            next_step=f"Grant someone else the role first: `adaptory namespace grant {row.name} USER admin`.",
+        )
 
 
 def _settings(row: Namespace) -> Mapping[str, Any]:

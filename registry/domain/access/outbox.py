@@ -33,6 +33,8 @@ _EVENTS = {
     "promotion:approve": "promotion.approved",
     "promotion:end": "promotion.refused",
     "promotion:cancel": "promotion.refused",
+    "change:request": "change.waiting",
+    "change:end": "change.ended",
     "job:end": "job.ended",
     "fleet:drift": "fleet.drifted",
     "fleet:recover": "fleet.recovered",

@@ -9,6 +9,7 @@ from sqlalchemy.orm import Session
 from registry.database.tables import Blob, BlobHolder, Namespace, Release, Repository, Revision, Upload, XetUpload
 from registry.domain.access import audit
 from registry.domain.access.audit import Act, Actor
+from registry.domain.access.namespaces import refuse_alone
 from registry.errors import Refused
 
 
@@ -43,7 +44,10 @@ def measure(session: Session, namespace: str, now: datetime) -> Holdings:
 
 
 def set_limits(session: Session, actor: Actor, row: Namespace, wanted: Quota | RetentionPolicy) -> None:
-    """Sets the columns named like its fields. Existing contents stay."""
+    """Sets the columns named like its fields. Existing contents stay. Raises Refused for a retention that needs a
+    second admin."""
+    if isinstance(wanted, RetentionPolicy):
+        refuse_alone(actor, row)
     after = asdict(wanted)
     before = {name: getattr(row, name) for name in after}
     for name, value in after.items():

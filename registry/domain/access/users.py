@@ -16,6 +16,7 @@ from registry.database.tables import (
     Base,
     Canary,
     CanaryFigures,
+    ChangeRequest,
     Commit,
     Job,
     KeptAnswer,
@@ -50,6 +51,7 @@ RENAMED: tuple[tuple[type[Row], str], ...] = (
     (Approval, "user"), (Move, "actor"), (Score, "measured_by"), (Signature, "created_by"), (Promotion, "actor"),
     (Webhook, "created_by"),
     (PolicyException, "created_by"), (WorkerKey, "revoked_by"), (Canary, "actor"), (CanaryFigures, "reporter"),
+    (ChangeRequest, "actor"), (ChangeRequest, "ended_by"),
 )  # fmt: skip
 """Every column with a user's name is here or in `ENDED`, whose rows are deleted."""
 ENDED: tuple[tuple[type[Row], str], ...] = ((Member, "user"), (KeptAnswer, "user"), (ProviderUser, "user"))
@@ -76,7 +78,7 @@ def remove(session: Session, actor: Actor, user: str) -> RemovedUser:
     own = update(AuditRow).where(AuditRow.actor == user).values(source=None).returning(AuditRow.id)
     rewritten = set(session.scalars(own, execution_options=_UNTRACKED))
     about = _rename_in_audit(session, user, pseudonym)
-    rows = len(about)
+    rows = len(about) + _end_changes(session, actor, user, pseudonym)
     for table, name in ENDED:
         column = getattr(table, name)
         gone = delete(table).where(column == user).returning(column)
@@ -110,6 +112,25 @@ def _rename_in_audit(session: Session, user: str, pseudonym: str) -> list[int]:
             setattr(row, column.key, _replaced(getattr(row, column.key), user, pseudonym))
     session.flush()
     return [row.id for row in rows]
+
+
+def _end_changes(session: Session, actor: Actor, user: str, pseudonym: str) -> int:
+    """Cancels the requests by the user or about the user that wait for a second admin, and renames the user in all of
+    them. Returns how many are about the user."""
+    columns = (ChangeRequest.change, ChangeRequest.before, ChangeRequest.after, ChangeRequest.error)
+    naming = or_(*(cast(column, Text).contains(json.dumps(user), autoescape=True) for column in columns))
+    rows = session.scalars(select(ChangeRequest).where(or_(ChangeRequest.actor == user, naming)).with_for_update())
+    about = 0
+    for row in rows.all():
+        if row.state == "pending":
+            row.state, row.ended_at, row.ended_by = "cancelled", actor.at, actor.name
+        documents = {column.key: getattr(row, column.key) for column in columns}
+        renamed = _replaced(documents, user, pseudonym)
+        about += renamed != documents
+        for name, value in renamed.items():
+            setattr(row, name, value)
+    session.flush()
+    return about
 
 
 _DOCUMENTS = (AuditRow.before, AuditRow.after, AuditRow.detail)

@@ -27,7 +27,7 @@ from registry.database.tables import (
     Upload,
 )
 from registry.database.tables.catalog import new_stamp
-from registry.domain.access import audit
+from registry.domain.access import audit, namespaces
 from registry.domain.access.audit import Act, Actor
 from registry.domain.catalog import barred, releases, repositories, search_index
 from registry.domain.catalog.releases import full_name
@@ -64,7 +64,13 @@ class Takedown:
         return list(self.kept_files)
 
 
-def take_down(session: Session, actor: Actor, release: Release, reason: str, *, bar: bool = True) -> Takedown:
+def take_down(session: Session, actor: Actor, release: Release, reason: str) -> Takedown:
+    """As `remove_files`. Raises Refused if the namespace requires a second admin."""
+    namespaces.refuse_alone(actor, namespaces.find(session, release.repository.namespace))
+    return remove_files(session, actor, release, reason)
+
+
+def remove_files(session: Session, actor: Actor, release: Release, reason: str, *, bar: bool = True) -> Takedown:
     """Takes the files of a release down, and yanks every version that has the same ones. Keeps the record of the
     publication; removes notes and provenance, since they may repeat what must not be seen.
 
@@ -125,7 +131,7 @@ def take_down_if_expired(session: Session, operator: Actor, release_id: int) -> 
     kind = "yanked releases" if release.yanked else "pre-releases"
     days = row.keep_yanked_days if release.yanked else row.keep_prerelease_days
     reason = f"the namespace keeps {kind} for {days} day{'' if days == 1 else 's'}"
-    take_down(session, operator, release, reason, bar=False)
+    remove_files(session, operator, release, reason, bar=False)
     return True
 
 

@@ -21,7 +21,7 @@ from registry.database.tables import (
     Repository,
     SuiteVersion,
 )
-from registry.domain.access import audit
+from registry.domain.access import audit, namespaces
 from registry.domain.access.audit import Act, Actor
 from registry.domain.access.roles import Role, unknown_namespace
 from registry.domain.catalog import metrics, repositories, suites
@@ -224,7 +224,7 @@ def _store(  # noqa: PLR0913
     *,
     repin: bool = False,
 ) -> int:
-    _lock(session, scope)
+    namespaces.refuse_alone(actor, _lock(session, scope))
     row = _row(session, scope)
     named = act is Act.GATE_SET
     document = policy.to_json()
@@ -253,16 +253,19 @@ def _store(  # noqa: PLR0913
     return row.revision
 
 
-def _lock(session: Session, scope: PolicyScope) -> None:
+def _lock(session: Session, scope: PolicyScope) -> Namespace:
     """Waits for the moves that are judged by the old policy; later ones wait for this transaction, and are judged by
-    the new one. The audit log has them in this order. Moves, too, lock their channel before the namespace."""
+    the new one. The audit log has them in this order. Moves, too, lock their channel before the namespace. Returns the
+    namespace."""
     query = select(Channel.id).join(Repository).where(Repository.namespace == scope.namespace)
     if not scope.of_namespace:
         query = query.where(Repository.name == scope.name)
     session.scalars(query.order_by(Channel.id).with_for_update(of=Channel)).all()
-    named = select(Namespace.name).where(Namespace.name == scope.namespace)
-    if session.scalar(named.with_for_update(key_share=True)) is None:
+    named = select(Namespace).where(Namespace.name == scope.namespace).execution_options(populate_existing=True)
+    row = session.scalar(named.with_for_update(key_share=True))
+    if row is None:
         raise unknown_namespace(scope.namespace)
+    return row
 
 
 def _new_row(session: Session, scope: PolicyScope) -> Gate | NamespacePolicy:
@@ -350,7 +353,7 @@ def grant_exception(
             subject=str(scope),
             next_step=f"Name a time within the next {MAX_EXCEPTION.days} days.",
         )
-    _lock(session, scope)
+    namespaces.refuse_alone(actor, _lock(session, scope))
     row = session.get(PolicyException, (repository.id, channel))
     before = _exception_facts(row) if row else None
     row = row or PolicyException(repository_id=repository.id, channel=channel)
@@ -365,7 +368,7 @@ def grant_exception(
 def end_exception(session: Session, actor: Actor, repository: Repository, channel: str) -> None:
     """Ends an exception before its time. Raises NotFound if none is in force."""
     scope = scope_of(repository, channel)
-    _lock(session, scope)
+    namespaces.refuse_alone(actor, _lock(session, scope))
     row = exception_of(session, repository, channel, actor.at)
     if row is None:
         raise NotFound("exception_unknown", f"{scope} has no exception.", subject=str(scope))
