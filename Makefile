@@ -29,7 +29,7 @@ tests: $(VENV)/.dev $(HUB_CLIENTS:%=.venv-hub-%/.ready)
 # With the full dose: a hundred kills, five times as many malformed inputs, and each story in every way of running a registry.
 # Tests of a vLLM that serves need `make .venv-vllm-server-$(VLLM)/.ready` first, or ADAPTORY_TEST_VLLM=PYTHON; without it they are skipped.
 test-long: lint $(ALL_HUB_CLIENTS:%=.venv-hub-%/.ready) .venv-vllm-$(VLLM)/.ready
-	ADAPTORY_TEST_FUZZ=5 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist worksteal -m "long or not long"
+	ADAPTORY_TEST_FUZZ=5 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist worksteal -m "long or not long" -o faulthandler_timeout=3600
 
 # What the Dockerfile installs, as server, worker, PostgreSQL, S3 and TLS proxy in processes of their own.
 smoke: $(VENV)/.dev

@@ -19,6 +19,7 @@ import pytest
 from pydantic import ValidationError
 
 from registry.environment.sections import PrometheusSettings
+from registry.errors import outages
 from registry.transfer.prometheus import measure_canaries
 from registry.worker import runner
 from tests import services
@@ -64,6 +65,12 @@ class Answers:
             for le, value in self.counts.get((kind, model), {}).items()
         ]
         return json.dumps({"status": "success", "data": {"resultType": "vector", "result": rows}})
+
+
+@pytest.fixture(autouse=True)
+def _each_warning_is_logged(monkeypatch: pytest.MonkeyPatch) -> None:  # pyright: ignore[reportUnusedFunction]
+    """A warning within a second of one in the test before would be left out."""
+    monkeypatch.setattr(outages, "EVERY_S", 0.0)
 
 
 @contextmanager
