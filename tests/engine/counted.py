@@ -11,6 +11,7 @@ from typing import Any
 
 from registry.errors import Invalid
 from registry.worker.engine.units import Count, HostNode, Node, Result, Task, Unit, always_intact
+from tests.eventually import eventually
 
 log = logging.getLogger(__name__)
 
@@ -34,8 +35,8 @@ def events(journal: Path) -> Counter[str]:
 def double(_node: Node, unit: Unit, _count: Count) -> Result:
     """Doubles its number; ends only when `beside` units have begun, since processes start slowly."""
     note(unit, "begun")
-    while sum(line.startswith("begun") for line in _lines(unit)) < unit.hints.get("beside", 0):
-        time.sleep(0.02)
+    beside = unit.hints.get("beside", 0)
+    eventually(lambda: sum(line.startswith("begun") for line in _lines(unit)) >= beside, every_s=0.02)
     time.sleep(float(unit.hints.get("seconds", 0)))
     note(unit, "done")
     return {"number": 2 * unit.content["number"], "process": os.getpid()}
