@@ -12,17 +12,25 @@ class IntervalDocument(TypedDict):
 
 
 class EffectDocument(TypedDict):
-    """An `Effect` on a member. `verdict` and `tolerated` are there if it was judged."""
+    """An `Effect` on a member. `verdict`, `tolerated` and `answers_required` are there if it was judged."""
 
     member: str
     suite: str
+    base: NotRequired[float]
+    alone: NotRequired[float]
+    combined: NotRequired[float]
     loss: float
+    loss_stderr: NotRequired[float | None]
     loss_interval: IntervalDocument | None
     kept: float | None
     answered: int
     still_answered: int
+    examples: NotRequired[int]
+    alone_weighted: NotRequired[float | None]
+    answers_interval: NotRequired[IntervalDocument | None]
     verdict: NotRequired[str]
     tolerated: NotRequired[float | None]
+    answers_required: NotRequired[float]
 
 
 class GuardDocument(TypedDict):
@@ -30,9 +38,13 @@ class GuardDocument(TypedDict):
 
     suite: str
     base: float
+    alone: NotRequired[Mapping[str, float]]
     combined: float
+    cost: NotRequired[float]
     rise: float
+    rise_stderr: NotRequired[float | None]
     rise_interval: IntervalDocument | None
+    examples: NotRequired[int]
     verdict: NotRequired[str]
     tolerated: NotRequired[float | None]
 

@@ -18,6 +18,7 @@ from composer.evaluation.measure import Encoded, encode, encode_prompt
 from composer.evaluation.model import LoadedModel
 from composer.evaluation.observe import ForwardPass, Watch, observe
 from composer.evaluation.stack_inputs import Stack
+from composer.formats.recipes.lock import CalibrationDocument
 from composer.formats.recipes.methods import Regmean
 from composer.formats.recipes.phrases import half_reworded, phrased
 from composer.formats.recipes.suite import CalibrationSet
@@ -45,7 +46,7 @@ class Calibration:
     def model(self) -> LoadedModel:
         return self.load()
 
-    def to_json(self) -> list[dict[str, object]]:
+    def to_json(self) -> list[CalibrationDocument]:
         return [examples.to_json() for examples in (*self.sets, *self.guards)]
 
     @property

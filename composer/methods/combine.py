@@ -213,7 +213,7 @@ def _refuse_idle(adapters: Sequence[LoadedAdapter], weights: Sequence[Weight], s
                 message = f"The rule {rule.to_json()} matches no module of {adapter.name}."
                 raise Mismatch("rule_unused", message, subject=adapter.name, next_step="List its modules: inspect.")
             if towers := rule.towers(delta.module for delta in adapter.deltas):
-                layers, modules = rule.to_json()["layers"], rule.modules or ""
+                layers, modules = rule.to_json().get("layers"), rule.modules or ""
                 message = f"The rule {rule.to_json()} matches layers of {' and of '.join(towers)} in {adapter.name}."
                 one, each = f"{layers}/{towers[0]}.*{modules}", f"{layers}/*{modules}"
                 next_step = f"Name one: --rule N:{one}={rule.weight:g}; or all: --rule N:{each}={rule.weight:g}."

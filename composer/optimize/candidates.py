@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from composer.formats.recipes.lock import ChoiceDocument
 from composer.formats.recipes.methods import AnySettings, parse_settings
 from composer.formats.recipes.weights import Weight
 
@@ -69,15 +70,17 @@ class Candidate:
         """The members' weights times their factors."""
         return [weight.times(factor) for weight, factor in zip(own, self.factors, strict=True)]
 
-    def to_json(self) -> dict[str, object]:
-        return {
+    def to_json(self) -> ChoiceDocument:
+        document: ChoiceDocument = {
             "name": self.name,
             "family": self.family,
             "method": SET if self.is_set else self.method,
             "settings": dict(self.settings),
             "factors": list(self.factors),
-            **({"phrases": list(self.phrases)} if self.phrases else {}),
         }
+        if self.phrases:
+            document["phrases"] = list(self.phrases)
+        return document
 
 
 def as_set(count: int) -> Candidate:

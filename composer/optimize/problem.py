@@ -11,10 +11,18 @@ from composer.conflicts.evidence.outcome import Limits
 from composer.deltas.variants.load import LoadedAdapter
 from composer.errors import Mismatch
 from composer.evaluation.model import LoadedModel
+from composer.formats.recipes.lock import ExamplesDocument
 from composer.formats.recipes.phrases import phrase_of, phrased, phrased_suite, reworded
 from composer.formats.recipes.policy import THRESHOLDS, Policy
 from composer.formats.recipes.recipe import CONFIRM, SEARCH, Optimize
-from composer.formats.recipes.suite import CalibrationSet, Contradiction, Example, Suite, contradicting_suites
+from composer.formats.recipes.suite import (
+    CalibrationSet,
+    Contradiction,
+    Example,
+    Suite,
+    contradicting_suites,
+    first_examples,
+)
 from composer.formats.recipes.weights import Weight
 from composer.formats.sets.router import SEPARABLE, separability_of
 from composer.optimize.evolution import require_cmaes
@@ -50,9 +58,9 @@ class Split:
         """The search examples, to fit on."""
         return CalibrationSet.of_member(self.suite, len(self.search))
 
-    def to_json(self) -> dict[str, object]:
-        """The digests of the search examples, in the form of a lock's calibration sets."""
-        return CalibrationSet(self.suite, len(self.search)).to_json()
+    def to_json(self) -> ExamplesDocument:
+        """The digests of the search examples, as a lock has them."""
+        return first_examples(self.suite, len(self.search))
 
 
 def splits(members: Sequence[Suite], guards: Sequence[Suite], search: int, confirm: int) -> dict[str, Split]:

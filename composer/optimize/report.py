@@ -1,14 +1,15 @@
 """The result of a search, for people and for a lock."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import floor, isfinite
-from typing import Any, NotRequired, TypedDict
+from typing import NotRequired, TypedDict
 
 from composer.conflicts.documents import EffectDocument, GuardDocument
 from composer.conflicts.evidence.interval import needed_for
 from composer.conflicts.evidence.outcome import LEAST_EXAMPLES, Effect, Limits, Outcome
 from composer.findings import Verdict
+from composer.formats.recipes.lock import ChoiceDocument, ExamplesDocument, SearchDocument
 from composer.formats.recipes.methods import Regmean
 from composer.formats.recipes.recipe import accepted_share
 from composer.formats.recipes.suite import Contradiction
@@ -54,7 +55,7 @@ class Confirmed:
         answers = [effect.still_answered / effect.answered for effect in self.outcome.effects if effect.answered]
         return min([self.worst_kept, *answers])
 
-    def to_json(self) -> dict[str, object]:
+    def to_json(self) -> "ConfirmedDocument":
         return {
             **self.candidate.to_json(),
             "answer": self.answer,
@@ -73,23 +74,24 @@ class MeasuredMember(EffectDocument):
     kept_share: float
 
 
-class ConfirmedDocument(TypedDict):
+class ConfirmedDocument(ChoiceDocument):
     """A `Confirmed`."""
 
-    name: str
+    answer: str
     verdict: str
+    worst_kept: float
     examples: int
+    broken: str
     members: list[MeasuredMember]
     guards: list[GuardDocument]
-    phrases: NotRequired[list[str]]
 
 
-class TriedDocument(TypedDict):
-    """A `Tried`."""
+class TriedDocument(ChoiceDocument):
+    """A `Tried`. A number that is not finite is None."""
 
-    name: str
     k: int
     worst_kept: float | None
+    excess: float | None
 
 
 class Seconds(TypedDict):
@@ -113,28 +115,25 @@ class RoutedDocument(TypedDict):
     count: int
 
 
-class SearchedDocument(TypedDict):
-    """A suite, and the digests of its examples that the search saw."""
+class ContradictionDocument(TypedDict):
+    a: str
+    b: str
+    shared: int
+    different: int
 
-    suite_digest: str
-    examples: list[str]
 
-
-class OptimizeDocument(TypedDict):
+class OptimizeDocument(SearchDocument):
     """An `OptimizeReport` with its headline, as a lock keeps it; those of earlier versions lack some fields."""
 
-    headline: str
-    choice: Mapping[str, Any] | None
-    accepted: NotRequired[str]
-    offers: NotRequired[list[str]]
+    members: list[str]
     reworded: NotRequired[list[MeasuredMember]]
     without_phrases: NotRequired[list[MeasuredMember]]
     separability: NotRequired[list[SeparableDocument]]
     routed: NotRequired[list[RoutedDocument]]
-    searched: list[SearchedDocument]
     best: list[ConfirmedDocument]
     tried: list[TriedDocument]
     left_out: Mapping[str, str]
+    contradictions: NotRequired[list[ContradictionDocument]]
     passes: int
     run: int
     seconds: Seconds
@@ -159,9 +158,13 @@ class Tried:
             excess=standing.excess(limits),
         )
 
-    def to_json(self) -> dict[str, object]:
-        numbers = {"worst_kept": self.worst_kept, "excess": self.excess}
-        return {**self.candidate.to_json(), "k": self.k, **{k: v if isfinite(v) else None for k, v in numbers.items()}}
+    def to_json(self) -> TriedDocument:
+        return {
+            **self.candidate.to_json(),
+            "k": self.k,
+            "worst_kept": self.worst_kept if isfinite(self.worst_kept) else None,
+            "excess": self.excess if isfinite(self.excess) else None,
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,43 +189,42 @@ class OptimizeReport:
     contradictions: tuple[Contradiction, ...]
     separability: tuple[Separability, ...]
     routed: tuple[Routed, ...]
-    searched: tuple[Mapping[str, object], ...]
+    searched: tuple[ExamplesDocument, ...]
     passes: int
     run: int
     search_s: float
     confirm_s: float
     seed: int
 
-    def to_json(self) -> dict[str, object]:
-        return {
+    def to_json(self) -> OptimizeDocument:
+        document: OptimizeDocument = {
+            "headline": headline(self),
+            "offers": offers(self),
             "members": list(self.members),
             "choice": self.choice.to_json() if self.choice else None,
-            **({"accepted": self.accepted} if self.accepted else {}),
             "reworded": list(map(_with_share, self.reworded)),
             "without_phrases": list(map(_with_share, self.without_phrases)),
-            "separability": [asdict(pair) for pair in self.separability],
-            "routed": [asdict(routed) for routed in self.routed],
+            "separability": [{"a": pair.a, "b": pair.b, "share": pair.share} for pair in self.separability],
+            "routed": [{"name": own.name, "right": own.right, "count": own.count} for own in self.routed],
             "best": [confirmed.to_json() for confirmed in self.best],
             "tried": [tried.to_json() for tried in self.tried],
             "left_out": dict(self.left_out),
             "contradictions": [
-                {
-                    "a": contradiction.a,
-                    "b": contradiction.b,
-                    "shared": contradiction.shared,
-                    "different": contradiction.different,
-                }
-                for contradiction in self.contradictions
+                {"a": pair.a, "b": pair.b, "shared": pair.shared, "different": pair.different}
+                for pair in self.contradictions
             ],
-            "searched": [dict(examples) for examples in self.searched],
+            "searched": list(self.searched),
             "passes": self.passes,
             "run": self.run,
             "seconds": {"search": round(self.search_s, 1), "confirm": round(self.confirm_s, 1)},
             "seed": self.seed,
         }
+        if self.accepted:
+            document["accepted"] = self.accepted
+        return document
 
 
-def _with_share(effect: Effect) -> dict[str, object]:
+def _with_share(effect: Effect) -> MeasuredMember:
     return {**effect.to_json(), "kept_share": kept_share(effect)}
 
 
@@ -309,11 +311,6 @@ def _broken(outcome: Outcome, limits: Limits, *, of_suite: bool) -> Iterable[str
     for guard in outcome.guards:
         if guard.verdict(limits) is Verdict.WARN:
             yield f"{guard.suite} rises {guard.rise:.2f} nats a token, {limits.guard:.2f} allowed"
-
-
-def document(report: OptimizeReport) -> dict[str, object]:
-    """The report as JSON, with its answer in a sentence."""
-    return {**report.to_json(), "headline": headline(report), "offers": offers(report)}
 
 
 def offers(report: OptimizeReport) -> list[str]:

@@ -9,8 +9,9 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from composer.formats.checkpoints.checkpoint import Architecture
+from composer.formats.recipes.lock import Lock
 from composer.formats.recipes.methods import AnySettings, parse_settings
-from composer.formats.recipes.recipe import Lock, Recipe, parse_recipe
+from composer.formats.recipes.recipe import Recipe, parse_recipe
 from composer.formats.recipes.suite import CalibrationSet, Suite
 from registry.database.tables import Base
 from registry.domain.access.audit import Actor
@@ -84,7 +85,7 @@ class CompositionRun:
         outputs. It omits the lock's digest, which would let readers guess names, and the measurements of a search.
         """
         recipe, lock = self.recipe.to_json(), self.lock.to_json()
-        inputs = [{name: row[name] for name in _NAMELESS if name in row} for row in lock["inputs"]]
+        inputs = [{name: value for name, value in row.items() if name in _NAMELESS} for row in lock["inputs"]]
         return {
             "recipe": {name: value for name, value in recipe.items() if name not in _NAMING},
             "lock": {name: value for name, value in lock.items() if name not in _UNNOTED} | {"inputs": inputs},

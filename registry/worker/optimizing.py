@@ -3,8 +3,9 @@
 from dataclasses import replace
 from typing import NoReturn
 
+from composer.formats.recipes.lock import Lock
 from composer.formats.recipes.policy import read_policy
-from composer.formats.recipes.recipe import Lock, Optimize
+from composer.formats.recipes.recipe import Optimize
 from registry.domain.compositions import compositions, locking
 from registry.domain.compositions.locking import SearchChoice
 from registry.errors import Refused
@@ -38,7 +39,6 @@ def _searched(held: JobRun, work: CompositionRun, asked: Optimize) -> Lock:
     from composer.optimize.candidates import Candidate
     from composer.optimize.optimize import expected_passes, optimize
     from composer.optimize.problem import SearchEffort, SearchMember, SearchProblem
-    from composer.optimize.report import document
 
     suites = suites_named(held, [name or "" for name in work.member_suites])
     guards = [suite for suite in suites_named(held, work.recipe.evaluate) if suite.kind == "guard"]
@@ -66,7 +66,7 @@ def _searched(held: JobRun, work: CompositionRun, asked: Optimize) -> Lock:
     content = f"search {work.lock.base} {[locked.commit for locked in work.lock.inputs]} {problem.name}"
     journal = evaluation_journal(held.resources.settings, content)
     report = optimize(problem, [own], journal, done, search_passes(held, work, problem, done))
-    choice, lock, evidence = report.choice, work.lock, document(report)
+    choice, lock, evidence = report.choice, work.lock, report.to_json()
     if choice is None:
         return replace(lock, optimized=evidence)
     if choice.is_set:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, NoReturn, NotRequired, TypedDict, cast
 
 from composer.conflicts.documents import ReportDocument
 from composer.errors import ComposerError
+from composer.formats.recipes.lock import Lock
 from composer.formats.recipes.methods import parse_settings
 from composer.formats.recipes.policy import read_policy
-from composer.formats.recipes.recipe import Lock
 from composer.formats.recipes.suite import Suite
 from composer.formats.recipes.weights import parse_weight
 from registry.domain.catalog import bases

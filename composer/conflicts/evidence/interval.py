@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from math import atan, ceil, cos, exp, inf, lgamma, log, log1p, pi, sin, sqrt
 from statistics import NormalDist
 
+from composer.conflicts.documents import IntervalDocument
+
 CONFIDENCE = 0.95
 _MANY = 200  # degrees of freedom from which the normal quantile is within 1 %
 
@@ -20,7 +22,7 @@ class Interval:
     def holds(self, value: float) -> bool:
         return self.low <= value < self.high
 
-    def to_json(self) -> dict[str, float] | None:
+    def to_json(self) -> IntervalDocument | None:
         """None if the interval is open: JSON has no infinity."""
         return None if inf in (-self.low, self.high) else {"low": self.low, "high": self.high}
 

@@ -5,9 +5,10 @@ Losses are judged by their intervals, and so is the share of answers that is lef
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import inf, isfinite
 
+from composer.conflicts.documents import EffectDocument, GuardDocument, ProbeDocument
 from composer.conflicts.evidence.interval import Interval, interval, share_interval
 from composer.evaluation.measure import ExampleScore, ratio
 from composer.findings import Verdict
@@ -137,16 +138,33 @@ class Effect:
         """Whether the member is harmed so clearly that more examples would not change it."""
         return Verdict.WARN in (self.of_loss(limits), self.of_answers(limits))
 
-    def to_json(self) -> dict[str, object]:
-        share = self.answers_interval.to_json() if self.answered else None
-        return {**asdict(self), "loss_interval": self.loss_interval.to_json(), "answers_interval": share}
+    def to_json(self) -> EffectDocument:
+        return {
+            "member": self.member,
+            "suite": self.suite,
+            "base": self.base,
+            "alone": self.alone,
+            "combined": self.combined,
+            "loss": self.loss,
+            "loss_stderr": self.loss_stderr,
+            "loss_interval": self.loss_interval.to_json(),
+            "kept": self.kept,
+            "answered": self.answered,
+            "still_answered": self.still_answered,
+            "examples": self.examples,
+            "alone_weighted": self.alone_weighted,
+            "answers_interval": self.answers_interval.to_json() if self.answered else None,
+        }
 
-    def judged_json(self, limits: Limits) -> dict[str, object]:
+    def judged_json(self, limits: Limits) -> EffectDocument:
         """As `to_json`, with the loss that is tolerated, None for any, the share of answers required, and the
         verdict."""
-        tolerated = _or_none(self.limit(limits))
-        judged = {"tolerated": tolerated, "answers_required": limits.answers, "verdict": str(self.verdict(limits))}
-        return {**self.to_json(), **judged}
+        return {
+            **self.to_json(),
+            "tolerated": _or_none(self.limit(limits)),
+            "answers_required": limits.answers,
+            "verdict": str(self.verdict(limits)),
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,10 +192,20 @@ class SideEffect:
     def cost(self) -> float:
         return self.combined - self.base
 
-    def to_json(self) -> dict[str, object]:
-        return {**asdict(self), "cost": self.cost, "rise_interval": self.rise_interval.to_json()}
+    def to_json(self) -> GuardDocument:
+        return {
+            "suite": self.suite,
+            "base": self.base,
+            "alone": dict(self.alone),
+            "combined": self.combined,
+            "cost": self.cost,
+            "rise": self.rise,
+            "rise_stderr": self.rise_stderr,
+            "rise_interval": self.rise_interval.to_json(),
+            "examples": self.examples,
+        }
 
-    def judged_json(self, limits: Limits) -> dict[str, object]:
+    def judged_json(self, limits: Limits) -> GuardDocument:
         """As `to_json`, with the rise that is tolerated, None for any, and the verdict."""
         return {**self.to_json(), "tolerated": _or_none(limits.guard), "verdict": str(self.verdict(limits))}
 
@@ -229,7 +257,7 @@ class Outcome:
         few = any(effect.answered and effect.has_few_answers for effect in self.effects) and limits.answers > 0
         return risen or few or self.verdict(limits) is not Verdict.OK
 
-    def to_json(self, limits: Limits) -> dict[str, object]:
+    def to_json(self, limits: Limits) -> ProbeDocument:
         return {
             "k": self.k,
             "effects": [effect.judged_json(limits) for effect in self.effects],

@@ -1,4 +1,4 @@
-"""A recipe states what to compose; a lock is the recipe with every input resolved to a digest.
+"""A recipe states what to compose.
 
 base: smollm2                        # optional: the base of the inputs
 inputs:
@@ -21,11 +21,8 @@ optimize: {search: 8, confirm: 16}   # find method, settings and weights; passes
 notes: one line
 """
 
-import hashlib
-import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Annotated, Any, Self, cast
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, ValidationInfo, model_validator
@@ -44,9 +41,9 @@ from composer.formats.recipes.documents import (
 from composer.formats.recipes.methods import METHOD_NAMES, PIPELINES, settings_of
 from composer.formats.recipes.phrases import MAX_PHRASE_CHARS, problem_of_phrase
 from composer.formats.recipes.policy import PolicyDocument
-from composer.formats.recipes.rounding import Mode, Rounding, parse_rounding
+from composer.formats.recipes.rounding import Mode, Rounding, rounding_json
 from composer.formats.recipes.suite import GUARD_EXAMPLES
-from composer.formats.recipes.weights import Factor, Rules, Weight, WeightRule, parse_weight
+from composer.formats.recipes.weights import Factor, Rules, rules_json
 from composer.formats.untrusted import LONE_SURROGATE, printable
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -299,7 +296,7 @@ class Recipe(Document):
                 "adapter": i.adapter,
                 "weight": i.weight,
                 "suite": i.suite,
-                **_rules_json(i.rules),
+                **rules_json(i.rules),
                 **({"prompts": list(i.prompts)} if i.prompts else {}),
                 **({"phrase": i.phrase} if i.phrase else {}),
             }
@@ -320,113 +317,8 @@ class Recipe(Document):
             "notes": self.notes,
             **({"policy": dict(self.policy)} if self.policy else {}),
             **({"optimize": self.optimize.to_json()} if self.optimize else {}),
-            **_rounding_json(self.rounding),
+            **rounding_json(self.rounding),
         }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LockedInput:
-    """A resolved input. `files` maps a path to its sha256."""
-
-    repository: str
-    version: str
-    commit: str
-    weight: float
-    files: Mapping[str, str]
-    rules: tuple[WeightRule, ...] = ()
-
-    @property
-    def weighted(self) -> Weight:
-        """The weight with its rules."""
-        return Weight(self.weight, self.rules)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Lock:
-    """Everything that determines the result, by digest: equal locks give the same weights, except for the last bits of
-    a fitted method.
-
-    `calibration` has for each input the digests of the examples that it is fitted on. `gates` are the default ones:
-    each member against the inputs on its own suite. They decide whether the result is published, so the digest excludes
-    them. `method_version` is that of the method's pipeline; the digest excludes it if it is 1, so that older locks keep
-    theirs. `optimized` is the evidence of the search that chose method, settings and weights, None without one; the
-    digest excludes it. With `is_set` the inputs are not combined: `calibration` has the examples of the set's router.
-    """
-
-    base: str
-    method: str
-    settings: Mapping[str, Any]
-    dtype: str | None
-    inputs: tuple[LockedInput, ...]
-    rounding: Rounding = field(default_factory=Rounding)
-    calibration: tuple[Mapping[str, Any], ...] = ()
-    gates: tuple[str, ...] = ()
-    method_version: int = 1
-    optimized: Mapping[str, Any] | None = None
-    is_set: bool = False
-
-    def to_json(self) -> dict[str, Any]:
-        gates = {"gates": list(self.gates)} if self.gates else {}
-        optimized = {"optimized": dict(self.optimized)} if self.optimized is not None else {}
-        return {**self._content(), **gates, **optimized, "digest": self.digest}
-
-    @property
-    def digest(self) -> str:
-        """sha256 of the canonical JSON, without gates and without method version 1."""
-        text = json.dumps(self._content(), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()
-
-    def _content(self) -> dict[str, Any]:
-        inputs = [
-            {
-                "repository": i.repository,
-                "version": i.version,
-                "commit": i.commit,
-                "weight": i.weight,
-                "files": dict(i.files),
-                **_rules_json(i.rules),
-            }
-            for i in self.inputs
-        ]
-        return {
-            "base": self.base,
-            "method": self.method,
-            "settings": dict(self.settings),
-            "dtype": self.dtype,
-            "inputs": inputs,
-            **_rounding_json(self.rounding),
-            **({"calibration": list(self.calibration)} if self.calibration else {}),
-            **({"method_version": self.method_version} if self.method_version > 1 else {}),
-            **({"set": True} if self.is_set else {}),
-        }
-
-    @classmethod
-    def from_json(cls, document: Mapping[str, Any]) -> "Lock":
-        """Parses what `to_json` wrote, also in earlier versions."""
-        inputs = tuple(
-            LockedInput(
-                repository=row["repository"],
-                version=row["version"],
-                commit=row["commit"],
-                weight=row["weight"],
-                files=row["files"],
-                rules=parse_weight({"rules": row.get("rules", [])}).rules,
-            )
-            for row in document["inputs"]
-        )
-        return cls(
-            base=document["base"],
-            method=document["method"],
-            settings=document["settings"],
-            dtype=document["dtype"],
-            inputs=inputs,
-            rounding=parse_rounding(**document["rounding"]) if "rounding" in document else Rounding(),
-            calibration=tuple(document.get("calibration", ())),
-            gates=tuple(document.get("gates", ())),
-            method_version=document.get("method_version", 1),
-            optimized=document.get("optimized"),
-            is_set=document.get("set", False),
-        )
 
 
 def load_recipe(text: str, subject: str = "recipe") -> Recipe:
@@ -464,18 +356,6 @@ def taming(adapter: str, into: str, guards: Sequence[str], suite: str | None = N
         "gates": [f"{name}.nll within {TAMED_COST} of base" for name in guards],
         "notes": f"{adapter}, tamed with {', '.join(guards)}",
     }
-
-
-def _rules_json(rules: tuple[WeightRule, ...]) -> dict[str, Any]:
-    """Rules for a lock; empty if there are none, so that such a lock keeps its digest."""
-    return {"rules": [rule.to_json() for rule in rules]} if rules else {}
-
-
-def _rounding_json(rounding: Rounding) -> dict[str, Any]:
-    """Rounding for a lock; empty for `nearest`, for the same reason."""
-    if rounding.mode is Mode.NEAREST:
-        return {}
-    return {"rounding": {"mode": rounding.mode.value, "seed": rounding.seed}}
 
 
 def _check_texts(document: object, subject: str) -> None:

@@ -8,6 +8,7 @@ what was added (Gupta et al., arXiv 1502.02551): single values are less exact, s
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TypedDict
 
 from composer.errors import NotSupported
 from composer.formats.untrusted import printable
@@ -41,3 +42,21 @@ def parse_rounding(mode: str, seed: int = 0) -> Rounding:
     if not 0 <= seed < 2**64:
         raise NotSupported("seed", f"The seed {seed} must be from 0 to 2^64 - 1.", subject=str(seed))
     return Rounding(Mode(mode), seed)
+
+
+class RoundingDocument(TypedDict):
+    mode: str
+    seed: int
+
+
+class RoundingPart(TypedDict, total=False):
+    """The rounding in a recipe's or a lock's document, which lacks it for `nearest`."""
+
+    rounding: RoundingDocument
+
+
+def rounding_json(rounding: Rounding) -> RoundingPart:
+    """The rounding for a document; empty for `nearest`, so that a lock without it keeps its digest."""
+    if rounding.mode is Mode.NEAREST:
+        return {}
+    return {"rounding": {"mode": rounding.mode.value, "seed": rounding.seed}}

@@ -38,6 +38,7 @@ from composer.formats.recipes.documents import (
     problem_of,
     refuse_unknown,
 )
+from composer.formats.recipes.lock import CalibrationDocument, ExamplesDocument
 from composer.formats.recipes.tasks import TEACHER_FORCED, Generation, ScorerChoice, ScorerField, Task, scorer_of
 from composer.formats.untrusted import LONE_SURROGATE, MAX_EXAMPLES, read_text
 
@@ -389,14 +390,22 @@ class CalibrationSet:
         plain = dataclasses.replace(example, prompt=prompt or example.prompt)
         return example in self.examples or plain in self.examples or example.prompt in self.prompts
 
-    def to_json(self) -> dict[str, object]:
+    def to_json(self) -> CalibrationDocument:
         """The digests for a lock: sha256 over the canonical JSON of [prompt, completion] or of the prompt."""
         if self.suite is None:
             return {"prompts": [_digest(prompt) for prompt in self.prompts]}
-        used = [example_digest(example) for example in self.examples]
-        how = {"phrase": self.phrase} if self.phrase else {}
-        how |= {"reworded": True} if self.reworded else {}
-        return {"suite": self.suite.name, "suite_digest": self.suite.digest, "examples": used, **how}
+        document = first_examples(self.suite, self.count)
+        if self.phrase:
+            document["phrase"] = self.phrase
+        if self.reworded:
+            document["reworded"] = True
+        return document
+
+
+def first_examples(suite: Suite, count: int) -> ExamplesDocument:
+    """The first examples of the suite's fixed random order, by digest."""
+    used = [example_digest(example) for example in suite.sample(count)]
+    return {"suite": suite.name, "suite_digest": suite.digest, "examples": used}
 
 
 GUARD_EXAMPLES = 16

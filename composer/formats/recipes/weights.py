@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import isfinite
-from typing import Annotated, Any, Self, TypeVar, cast
+from typing import Annotated, Any, Self, TypedDict, TypeVar, cast
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -100,6 +100,23 @@ Layers = Annotated[
 Modules = Annotated[str, ParsedBy(_glob, {"type": "string"})]
 
 
+class _Places(TypedDict, total=False):
+    layers: str
+    modules: str
+
+
+class RuleDocument(_Places):
+    """A `WeightRule`."""
+
+    weight: float
+
+
+class RulesPart(TypedDict, total=False):
+    """The rules in a recipe's or a lock's document, which lacks them if there are none."""
+
+    rules: list[RuleDocument]
+
+
 class WeightRule(Document):
     """A rule: `weight` replaces the adapter's own in these layers (first and last) and in modules that match the glob.
     A glob matches the full path or an end of it after a dot: `q_proj`, `mlp.*`, `model.layers.3.*`."""
@@ -130,10 +147,18 @@ class WeightRule(Document):
         towers = sorted({tower_of(module) for module in modules if self.holds(module)})
         return towers if len(towers) > 1 else []
 
-    def to_json(self) -> dict[str, Any]:
-        layers = {} if self.layers is None else {"layers": f"{self.layers[0]}-{self.layers[1]}"}
-        modules = {} if self.modules is None else {"modules": self.modules}
-        return {**layers, **modules, "weight": self.weight}
+    def to_json(self) -> RuleDocument:
+        places: _Places = {}
+        if self.layers is not None:
+            places["layers"] = f"{self.layers[0]}-{self.layers[1]}"
+        if self.modules is not None:
+            places["modules"] = self.modules
+        return {**places, "weight": self.weight}
+
+
+def rules_json(rules: Sequence[WeightRule]) -> RulesPart:
+    """The rules for a document; empty if there are none, so that a lock without them keeps its digest."""
+    return {"rules": [rule.to_json() for rule in rules]} if rules else {}
 
 
 @dataclass(frozen=True, slots=True)

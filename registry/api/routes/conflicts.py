@@ -2,7 +2,8 @@
 
 from fastapi import APIRouter, Response
 
-from composer.formats.recipes.recipe import Lock, Recipe, parse_recipe
+from composer.formats.recipes.lock import Lock
+from composer.formats.recipes.recipe import Recipe, parse_recipe
 from registry.api.http.request import ResourcesOf, RowId
 from registry.api.http.routes import Route
 from registry.api.http.rules import Caller

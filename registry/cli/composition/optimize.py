@@ -1,7 +1,7 @@
 """Searches for the best combination, and shows what was found."""
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -44,7 +44,6 @@ def search(  # noqa: PLR0913
     from composer.optimize.candidates import Candidate
     from composer.optimize.optimize import expected_passes, optimize
     from composer.optimize.problem import SearchProblem
-    from composer.optimize.report import document
     from registry.sdk.connection import load_settings
     from registry.transfer.collect import evaluation_journal
 
@@ -58,7 +57,7 @@ def search(  # noqa: PLR0913
     problem = problem.under(policy)
     journal = evaluation_journal(load_settings(), f"search {content} {problem.name}")
     with render.progress("optimize", expected_passes(problem, [own]), "examples") as bar:
-        return cast("OptimizeDocument", document(optimize(problem, [own], journal, bar)))
+        return optimize(problem, [own], journal, bar).to_json()
 
 
 def members_of(rows: "Iterable[tuple[LoadedAdapter, Suite | None, Weight]]") -> "list[SearchMember]":

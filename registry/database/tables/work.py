@@ -6,6 +6,7 @@ from typing import Any, NotRequired, TypedDict
 from sqlalchemy import JSON, BigInteger, Float, ForeignKey, Index, SmallInteger, String
 from sqlalchemy.orm import Mapped, mapped_column
 
+from composer.formats.recipes.lock import LockDocument
 from registry.database.engine import Row, UtcDateTime
 from registry.database.tables.catalog import Id
 
@@ -104,7 +105,7 @@ class Composition(Row):
     job_id: Mapped[int] = mapped_column(ForeignKey("jobs.id"), unique=True)
     plan_only: Mapped[bool]
     recipe: Mapped[dict[str, Any]] = mapped_column(JSON)
-    lock: Mapped[dict[str, Any]] = mapped_column(JSON)
+    lock: Mapped[LockDocument] = mapped_column(JSON)
     conflicts: Mapped[dict[str, Any] | None] = mapped_column(JSON)
     candidate_scores: Mapped[list[dict[str, Any]] | None] = mapped_column(JSON)
     gates: Mapped[list[dict[str, Any]] | None] = mapped_column(JSON)
@@ -121,7 +122,7 @@ class ConflictCheck(Row):
     id: Mapped[int] = mapped_column(Id, primary_key=True)
     key: Mapped[str] = mapped_column(String(64), unique=True)
     job_id: Mapped[int | None] = mapped_column(ForeignKey("jobs.id"), unique=True)
-    lock: Mapped[dict[str, Any]] = mapped_column(JSON)
+    lock: Mapped[LockDocument] = mapped_column(JSON)
     report: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True), deferred=True)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from sqlalchemy import delete, select, update
 from sqlalchemy.orm import Session
 
-from composer.formats.recipes.recipe import Lock
+from composer.formats.recipes.lock import Lock
 from registry.database.engine import insert_if_absent
 from registry.database.tables import ConflictCheck, Job
 from registry.domain.access.audit import Actor

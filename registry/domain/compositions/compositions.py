@@ -8,8 +8,9 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from composer.formats.recipes.lock import Lock
 from composer.formats.recipes.methods import parse_settings
-from composer.formats.recipes.recipe import Lock, Recipe, parse_recipe
+from composer.formats.recipes.recipe import Recipe, parse_recipe
 from registry.database.tables import Base, Composition, Evaluation, Job, Namespace, Release, ReleaseInput
 from registry.domain.access import audit, tokens
 from registry.domain.access.audit import Act, Actor, EventQuery

@@ -3,13 +3,13 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from sqlalchemy.orm import Session
 
+from composer.formats.recipes.lock import CalibrationDocument, Lock, LockedInput, SearchDocument
 from composer.formats.recipes.methods import AnySettings, Regmean, parse_settings
 from composer.formats.recipes.phrases import fit_without_phrase
-from composer.formats.recipes.recipe import Lock, LockedInput, Recipe, accepted_share
+from composer.formats.recipes.recipe import Recipe, accepted_share
 from composer.formats.recipes.suite import CalibrationSet, Suite, guard_sets
 from registry.database.tables import Base, Release
 from registry.domain.catalog import bases, releases, suites
@@ -161,8 +161,8 @@ class SearchChoice:
     method: str
     settings: Mapping[str, object]
     factors: Sequence[float]
-    calibration: Sequence[Mapping[str, Any]]
-    evidence: Mapping[str, Any]
+    calibration: Sequence[CalibrationDocument]
+    evidence: SearchDocument
 
 
 def with_choice(lock: Lock, choice: SearchChoice) -> Lock:
@@ -184,7 +184,7 @@ def with_choice(lock: Lock, choice: SearchChoice) -> Lock:
     )
 
 
-def with_set(lock: Lock, calibration: Sequence[Mapping[str, Any]], evidence: Mapping[str, Any]) -> Lock:
+def with_set(lock: Lock, calibration: Sequence[CalibrationDocument], evidence: SearchDocument) -> Lock:
     """The lock of a set, which a search chose since no single adapter fits; `calibration` are its router's examples."""
     return replace(lock, is_set=True, calibration=tuple(calibration), optimized=evidence)
 
@@ -253,7 +253,7 @@ def gates_to_add(recipe: Recipe, own: Sequence[str | None], accept: str | None =
 
 def _calibration(
     session: Session, recipe: Recipe, settings: AnySettings, own: Sequence[str | None]
-) -> tuple[dict[str, object], ...]:
+) -> tuple[CalibrationDocument, ...]:
     """The examples that a fitted method uses: each input's prompts, or the first examples of its suite, and after them
     those of the guard suites that the recipe evaluates. Raises Refused if an input has none, or if none would be left
     for evaluation."""

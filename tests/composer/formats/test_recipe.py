@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 
 from composer.errors import InvalidFile
-from composer.formats.recipes.recipe import Lock, LockedInput, load_recipe, parse_recipe
+from composer.formats.recipes.lock import Lock, LockedInput
+from composer.formats.recipes.recipe import load_recipe, parse_recipe
 from composer.formats.recipes.rounding import Mode, Rounding
 
 BOMB = "\n".join(

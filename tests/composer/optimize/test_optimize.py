@@ -22,7 +22,7 @@ from composer.methods.combine import combine_parsed
 from composer.optimize.candidates import PLAIN_FIT, Candidate
 from composer.optimize.optimize import expected_passes, optimize
 from composer.optimize.problem import SearchEffort, SearchMember, SearchProblem
-from composer.optimize.report import OptimizeReport, accepted, document
+from composer.optimize.report import OptimizeReport, accepted
 from tests.composer.small_model import Load, load_adapter, save_llama, scaled
 from tests.device import DEVICE
 
@@ -59,7 +59,7 @@ def report(problem: SearchProblem) -> OptimizeReport:
 
 def decided(report: OptimizeReport) -> dict[str, object]:
     """The common results of two runs of one search: all except the time and the passes."""
-    return {name: value for name, value in document(report).items() if name not in ("seconds", "run")}
+    return {name: value for name, value in report.to_json().items() if name not in ("seconds", "run")}
 
 
 def test_the_choice_is_the_best_of_the_search_that_keeps_the_limits_on_unseen_examples(
@@ -77,7 +77,7 @@ def test_the_choice_is_the_best_of_the_search_that_keeps_the_limits_on_unseen_ex
 def test_the_report_is_json_and_names_the_examples_that_were_seen(
     report: OptimizeReport, problem: SearchProblem
 ) -> None:
-    said = json.loads(json.dumps(document(report)))
+    said = json.loads(json.dumps(report.to_json()))
     assert said["choice"]["method"] == report.choice.method  # pyright: ignore[reportOptionalMemberAccess]
     seen = {row["suite"]: row["examples"] for row in said["searched"]}
     for suite in (*(member.suite for member in problem.members), *problem.guards):
@@ -162,12 +162,12 @@ def test_if_nothing_fits_there_is_no_choice_and_the_best_are_shown(problem: Sear
     assert impossible.best
     assert {standing.verdict for standing in impossible.best} == {Verdict.WARN}
     assert "ties_svd x 0.7" in {trial.candidate.name for trial in impossible.tried}, "full space is the last resort"
-    headline = str(document(impossible)["headline"])
+    headline = str(impossible.to_json()["headline"])
     best = max((row for row in impossible.best if not row.candidate.is_set), key=lambda row: row.worst)
     nearest = f"the best is {re.escape(best.candidate.name)}, whose worst member keeps .+: (red|blue) loses"
     assert re.match(rf"nothing fits: no combination of \d+ keeps the limits; {nearest}", headline)
     assert headline.endswith("nats a token, -100.00 allowed")
-    offers = " ".join(cast("list[str]", document(impossible)["offers"]))
+    offers = " ".join(cast("list[str]", impossible.to_json()["offers"]))
     assert "phrase: TEXT" in offers
     assert "A set" not in offers, "it breaks the limits too"
 
@@ -187,8 +187,8 @@ def test_an_acceptance_takes_the_best_that_breaks_a_limit_and_the_report_says_wh
         r"accepted \(worst >= 0.9; it is (0.99|1.00)\) although the input of (red|crimson) loses .+ allowed",
         taken.accepted,
     )
-    assert document(taken)["accepted"] == taken.accepted
-    assert document(taken)["headline"] == f"one adapter: {best.candidate.name}, {taken.accepted}"
+    assert taken.to_json()["accepted"] == taken.accepted
+    assert taken.to_json()["headline"] == f"one adapter: {best.candidate.name}, {taken.accepted}"
     kept = optimize(replace(alike, limits=problem.limits, effort=accepting))
     assert kept.accepted == "", "nothing is broken"
     chosen = next(row for row in kept.best if row.candidate == kept.choice)
@@ -207,9 +207,9 @@ def test_members_that_answer_the_same_prompts_differently_are_not_raced(problem:
     result = optimize(replace(problem, members=[red, replace(blue, suite=other)], limits=tight))
     assert (result.choice, result.tried) == (None, ())
     assert [row.candidate.name for row in result.best] == [PLAIN_FIT, f"{PLAIN_FIT}, with phrases", "mean", AS_SET]
-    headline = str(document(result)["headline"])
+    headline = str(result.to_json()["headline"])
     assert headline.startswith("nothing fits: 16 of 16 shared prompts have other answers; the best is ")
-    assert document(result)["offers"] == ["Serve them separately, and name the adapter in each request."]
+    assert result.to_json()["offers"] == ["Serve them separately, and name the adapter in each request."]
 
 
 def test_a_budget_ends_the_search_and_the_best_so_far_are_confirmed(problem: SearchProblem) -> None:
@@ -307,7 +307,7 @@ def test_few_unseen_examples_confirm_nothing(problem: SearchProblem) -> None:
         for member in problem.members
     ]
     few = optimize(replace(problem, members=members, effort=SearchEffort(search=4, confirm=4)))
-    assert "not confirmed: only 6 unseen examples" in str(document(few)["headline"])
+    assert "not confirmed: only 6 unseen examples" in str(few.to_json()["headline"])
 
 
 def test_an_undecided_confirmation_goes_on_with_more_examples(problem: SearchProblem) -> None:
@@ -323,7 +323,7 @@ def test_a_choice_with_too_few_answers_is_measured_on_all_unseen_ones_and_says_h
     twins = [red, replace(red, adapter=replace(red.loaded, name="red again"))]
     limits = replace(problem.limits, answers=0.9)
     few = optimize(replace(problem, members=twins, limits=limits, effort=SearchEffort(search=4, confirm=4)))
-    (offer,) = cast(list[str], document(few)["offers"])
+    (offer,) = cast(list[str], few.to_json()["offers"])
     assert re.search(r"Add examples to red .* 90% of its exact matches: it keeps 11 of 11, and 29 would do", offer)
     assert (few.best[0].verdict, few.best[0].unseen) == (Verdict.UNDECIDED, 12)
 
@@ -423,6 +423,6 @@ def test_a_choice_is_measured_on_unseen_prompts_in_other_words_where_suites_are_
     for example, wrapped in zip(unseen.confirm, unseen.reworded.examples, strict=True):
         assert example.prompt in wrapped.prompt != example.prompt
         assert example.completion == wrapped.completion
-    said = json.loads(json.dumps(document(result)))["reworded"]
+    said = json.loads(json.dumps(result.to_json()))["reworded"]
     assert [row["member"] for row in said] == ["red"]
     assert report.reworded == (), "a prefix of plain text is not reworded"

@@ -24,7 +24,7 @@ from composer.optimize.candidates import PLAIN_FIT
 from composer.optimize.combiner import pass_runner
 from composer.optimize.optimize import expected_passes, optimize
 from composer.optimize.problem import SearchEffort, SearchMember, SearchProblem
-from composer.optimize.report import AS_SET, ONE_ADAPTER, WITH_PHRASES, Confirmed, OptimizeReport, choose, document
+from composer.optimize.report import AS_SET, ONE_ADAPTER, WITH_PHRASES, Confirmed, OptimizeReport, choose
 from tests.composer.small_model import SIZES, WIDTHS, save_tokenizer
 
 ANSWERS = ("red", "blue")
@@ -99,7 +99,7 @@ def test_a_contradictory_pair_is_refused_as_it_is_and_confirmed_with_phrases(rep
 
 
 def test_the_answer_names_the_phrases_the_figure_and_both_candidates(report: OptimizeReport) -> None:
-    shown: Any = json.loads(json.dumps(document(report)))
+    shown: Any = json.loads(json.dumps(report.to_json()))
     assert shown["headline"].startswith(f"{WITH_PHRASES}: {PLAIN_FIT}, with phrases, confirmed on")
     assert shown["choice"]["phrases"] == ["aaa.", "222:"]
     assert shown["separability"][0]["share"] < 0.9

@@ -11,7 +11,7 @@ from composer.findings import Verdict
 from composer.formats.recipes.suite import Suite
 from composer.optimize.optimize import optimize
 from composer.optimize.problem import SearchProblem
-from composer.optimize.report import AS_SET, Confirmed, OptimizeReport, choose, document
+from composer.optimize.report import AS_SET, Confirmed, OptimizeReport, choose
 from tests.composer.optimize.test_optimize import EFFORT, problem
 
 __all__ = ["problem"]
@@ -47,7 +47,7 @@ def test_where_no_single_adapter_fits_a_set_of_the_members_is_chosen(report: Opt
     assert [(row.name, row.right, row.count) for row in report.routed[:2]] == [("red", 8, 8), ("blue", 8, 8)]
     for effect in of_set(report).outcome.effects:
         assert effect.combined == pytest.approx(effect.alone, abs=1e-6), "each member answers as it does alone"
-    shown = document(report)
+    shown = report.to_json()
     assert str(shown["headline"]).startswith("a set: members with a router")
     assert shown["choice"] == {**report.choice.to_json(), "method": "set"}
 
@@ -56,8 +56,8 @@ def test_a_set_that_may_not_be_published_is_named_beside_what_fails(strict: Sear
     report = optimize(strict)
     assert report.choice is None
     assert of_set(report).verdict is Verdict.UNDECIDED, "8 examples do not prove that every answer is left"
-    assert str(document(report)["headline"]).endswith("a set with a router may keep the limits")
-    assert "may keep the limits: add `set: NAMESPACE/NAME:VERSION`" in str(document(report)["offers"])
+    assert str(report.to_json()["headline"]).endswith("a set with a router may keep the limits")
+    assert "may keep the limits: add `set: NAMESPACE/NAME:VERSION`" in str(report.to_json()["offers"])
 
 
 def test_one_adapter_that_may_be_used_is_preferred_to_a_set(report: OptimizeReport) -> None:

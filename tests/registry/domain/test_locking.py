@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from composer.formats.recipes.recipe import Lock, LockedInput
+from composer.formats.recipes.lock import Lock, LockedInput
 from composer.formats.recipes.weights import Weight, parse_rule
 from registry.domain.compositions.locking import SearchChoice, with_choice
 
