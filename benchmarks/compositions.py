@@ -1,4 +1,4 @@
-"""What is left of adapters in every kind of composition, and how often the choice errs: on examples that nothing saw.
+"""Retention of adapters in every kind of composition, and the errors of the choice: on examples that nothing saw.
 
 python examples/train.py unrehearsed --base BASE --out ADAPTERS
 python examples/train.py contradictory --base BASE --out ADAPTERS
@@ -181,7 +181,7 @@ class Study:
         return SearchProblem(load=lambda: self.loaded, members=members, guards=[self.tasks.guard])
 
     def searched(self, names: Sequence[str]) -> dict[str, Any]:
-        """What `conflicts --optimize` answers, and its CPU seconds."""
+        """The answer of `conflicts --optimize`, and its CPU seconds."""
         problem, begun = self.problem(names), process_time()
         report = optimize(replace(problem, may_be_set=True))
         verdicts = {row.candidate.name: str(row.verdict) for row in report.best}

@@ -1,5 +1,5 @@
-"""What the engine costs, and what a second node gains: units that do nothing, a search on one node and on two, and the
-growth curve to 100 shards and 16 nodes.
+"""The cost of the engine, and the gain of a second node: units that do nothing, a search on one node and on two, and
+the growth curve to 100 shards and 16 nodes.
 
 The nodes are processes of this machine with one core each. A search's units are passes of a few examples each, so that
 every round waits for its slowest. The growth is simulated: its assumptions are printed with it.
@@ -54,7 +54,7 @@ SHARDS, NODES = 100, (1, 2, 4, 8, 16)
 
 @dataclass(frozen=True)
 class Held:
-    """What a search needs of its job."""
+    """The parts of a job that a search needs."""
 
     engine: WorkerEngine
 
@@ -64,7 +64,7 @@ class Held:
 
 @dataclass(frozen=True)
 class Times:
-    """Of one run: its seconds with start and plan, and the sum of its units' seconds."""
+    """The times of one run: its seconds with start and plan, and the sum of its units' seconds."""
 
     wall_s: float
     units_s: float

@@ -1,4 +1,4 @@
-"""What followers of a channel cost a server process, and how soon they notice a move.
+"""The cost of a channel's followers for a server process, and the time until they notice a move.
 
 .venv/bin/python -m benchmarks.followers [followers] [idle seconds] [moves] [postgresql]
 

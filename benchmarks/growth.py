@@ -1,4 +1,4 @@
-"""How the cost of a merge grows with the number of adapters (1 to 16), their rank (4 to 128) and the size of the base
+"""Growth of the cost of a merge with the number of adapters (1 to 16), their rank (4 to 128) and the size of the base
 (0.1 to 2.1 billion).
 
 Each point runs in its own process, timed without imports, next to a copy of the same checkpoint in the same round.

@@ -1,4 +1,4 @@
-"""What a job takes on one machine: seconds from the queue to its end, of each kind, in a registry of its own.
+"""The time of a job on one machine: seconds from the queue to its end, of each kind, in a registry of its own.
 
 It runs in any checkout, so that two of them can be compared: give the second one as `--tool`. Each round then runs the
 jobs once with each checkout, and prints the ratio within the round.

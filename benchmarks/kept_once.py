@@ -1,4 +1,4 @@
-"""What is left of each adapter in merged checkpoints: `python -m benchmarks.kept_once BASE ADAPTER=SUITE... -- OUT...`.
+"""Retention of each adapter in merged checkpoints: `python -m benchmarks.kept_once BASE ADAPTER=SUITE... -- OUT...`.
 
 Prints for each checkpoint a line of JSON with the members' kept shares of their gain, in nats on examples that no
 method was fitted on, and their exact answers out of those that they give alone.

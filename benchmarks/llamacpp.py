@@ -1,4 +1,4 @@
-"""What users get from llama.cpp while a channel moves: each move is a second process, and then the end of the first.
+"""Answers of llama.cpp while a channel moves: each move is a second process, and then the end of the first.
 
 .venv/bin/python -m benchmarks.llamacpp [moves]
 

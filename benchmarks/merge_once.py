@@ -48,7 +48,7 @@ def device_copy(device: str, base: Path, out: Path, adapters: Sequence[Path]) ->
 
 
 def imports(device: str, base: Path, out: Path, adapters: Sequence[Path]) -> float:
-    """What the process costs before it does anything: its imports."""
+    """The cost of the process before it does anything: its imports."""
     import composer.formats.checkpoints.checkpoint
     import composer.merge.plan
     import composer.merge.run  # noqa: F401

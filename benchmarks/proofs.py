@@ -1,4 +1,4 @@
-"""What passes for proof and should not: wrong adapters before the served check, and figures that somebody types.
+"""False proofs that pass: wrong adapters before the served check, and figures that somebody types.
 
 .venv/bin/python -m benchmarks.proofs
 

@@ -49,7 +49,7 @@ def adaptory(url: str, home: Path, stack: ExitStack) -> int:
 
 
 def started(url: str, home: Path, stack: ExitStack, processes: int = 1) -> tuple[int, int]:
-    """Its port and process id."""
+    """The server's port and process id."""
     port = load.free_port()
     command = [str(harness.ADAPTORY), "serve", "--port", str(port), "--no-worker", "--processes", str(processes)]
     environment = {"ADAPTORY_HOME": str(home), "ADAPTORY_DATABASE_URL": url}

@@ -1,4 +1,4 @@
-"""What sealing the audit log costs moves, and how many rows a second it seals.
+"""The cost of sealing the audit log for moves, and the rows that it seals a second.
 
 python -m benchmarks.sealing [moves] [rounds] [postgresql]
 

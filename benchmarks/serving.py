@@ -1,4 +1,4 @@
-"""What a promotion costs the servers that follow it, on doubles of vLLM.
+"""The cost of a promotion for the servers that follow it, on doubles of vLLM.
 
 .venv/bin/python -m benchmarks.serving [agents] [moves]
 

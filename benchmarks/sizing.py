@@ -1,4 +1,4 @@
-"""What an installation needs: the figures of docs/how-to/size.md.
+"""The needs of an installation: the figures of docs/how-to/size.md.
 
 A server's requests are counted by the seconds of CPU that its process took, and those of its connections' PostgreSQL
 processes: neighbours on the machine hardly change them, while requests a second depend on everything. Memory is what
@@ -157,7 +157,7 @@ def _load(url: str, port: int, process: int, path: str, seconds: float) -> Usage
 
 
 def _backends(url: str) -> list[int]:
-    """Process ids of the connections to this database, but for the one that asks."""
+    """Process ids of the connections to this database, except the one that reads them."""
     if not url.startswith("postgresql"):
         return []
     with closing(Database(url)) as database, database.read() as session:

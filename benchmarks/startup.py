@@ -1,4 +1,4 @@
-"""How long `adaptory --help` takes from a cold start, and which heavy modules it must not load.
+"""The time of `adaptory --help` from a cold start, and the heavy modules that it must not load.
 
 The floor is the interpreter itself. Exits 1 when a module is loaded that must not be: that is a fact, not a timing.
 """

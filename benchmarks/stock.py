@@ -138,7 +138,7 @@ def _administer(postgres: str, statement: str) -> None:
 
 
 def versions(releases: int) -> list[tuple[str, dict[str, str]]]:
-    """For each release that `fill` writes: its repository, and its searchable facts and scores as tags."""
+    """The releases that `fill` writes, each with its repository, and its searchable facts and scores as tags."""
     chance = random.Random(7)  # noqa: S311
     made = [_facts(chance) for _ in range(releases // RELEASES_EACH * RELEASES_EACH)]
     rows: list[tuple[str, dict[str, str]]] = []

@@ -151,7 +151,7 @@ class Bench:
 
 
 def _process(command: Sequence[str], work: Path) -> tuple[dict[str, Any], int]:
-    """What it printed last, and its peak memory in bytes."""
+    """Its last printed line, and its peak memory in bytes."""
     child = subprocess.Popen(command, env={**os.environ, "TMPDIR": str(work)}, stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None
     output = child.stdout.read()

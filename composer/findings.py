@@ -43,7 +43,7 @@ _NEXT_STEPS = {
 
 
 class Severity(StrEnum):
-    """How serious a finding is; an error refuses the operation."""
+    """The severity of a finding; an error refuses the operation."""
 
     NOTICE = "notice"
     WARNING = "warning"

@@ -323,8 +323,9 @@ def _together(compared: PairSums, *rounded: Rounded) -> SetMetrics:
 def _retention(
     adapters: Sequence[LoadedAdapter], weights: Sequence[Weight | float], settings: AnySettings, *, blocked: bool
 ) -> tuple[Retention, list[Finding]]:
-    """What the method keeps of the adapters, and its findings, as notices: what they mean for the answers is measured
-    here or not known. Not known for a fitted method, whose result depends on the examples, or for too many entries."""
+    """The retention of the adapters by the method, and its findings, as notices: what they mean for the answers is
+    measured here or not known. Not known for a fitted method, whose result depends on the examples, or for too many
+    entries."""
     effective, pipeline = effective_weights(weights, settings), settings.pipeline
     dense = pipeline.space == "full" or bool(pipeline.parity)
     if blocked or pipeline.fitted or (dense and too_large(adapters)):

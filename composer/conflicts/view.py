@@ -252,7 +252,7 @@ def _by_verdict(report: ReportDocument) -> list[PairDocument]:
 
 
 def _rank(verdict: str) -> int:
-    """From best to worst; an unknown one is best."""
+    """The verdict's rank, from best to worst; an unknown one is best."""
     return list(SENTENCES).index(verdict) if verdict in SENTENCES else -1
 
 

@@ -22,7 +22,7 @@ NOTHING = 1e-20
 
 
 class Layout(StrEnum):
-    """How the targeted weight is stored relative to the factors."""
+    """The orientation of the stored weight relative to the factors."""
 
     LINEAR = "linear"
     CONV1D = "conv1d"

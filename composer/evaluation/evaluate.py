@@ -212,7 +212,7 @@ def _likeliest(example: Example, measured: Sequence[ExampleScore], per: str) -> 
 
 
 def _measured(loaded: LoadedModel, encoded: Sequence[Encoded]) -> list[ExampleScore]:
-    """As `measure`, in this thread."""
+    """Measures like `measure`, in this thread."""
     results: dict[int, ExampleScore] = {}
     for batch in batches_of(encoded, loaded.batch_tokens):
         results.update(zip(batch, measure_batch(Prefix(loaded, ()), [encoded[index] for index in batch]), strict=True))

@@ -84,8 +84,8 @@ def examine_rest(
     scorers: PythonScorers = NO_PYTHON,
     progress: Callable[[int], None] = lambda _count: None,
 ) -> list[Result]:
-    """As `examine`, without the examples that the journal has. `model` is called if any is missing, for the base and
-    the deltas on it; `progress` gets the number of examples just done."""
+    """Examines like `examine`, without the examples that the journal has. `model` is called if any is missing, for the
+    base and the deltas on it; `progress` gets the number of examples just done."""
     missing = journal.missing(examples)
 
     def keep(results: Mapping[int, Result]) -> None:

@@ -252,9 +252,9 @@ _DIGITS = 5
 
 
 def token_evidence(loaded: LoadedModel, suite: Suite, deltas: Deltas) -> list[dict[str, object]]:
-    """For up to 8 examples, chosen by the suite's digest: `ids`, the position `start` of the first completion token,
-    and the log-probabilities in nats of the completion's tokens for the `release` and its `base`. Raises what `encode`
-    raises."""
+    """The evidence of up to 8 examples, chosen by the suite's digest: `ids`, the position `start` of the first
+    completion token, and the log-probabilities in nats of the completion's tokens for the `release` and its `base`.
+    Raises what `encode` raises."""
     encoded = [encode(loaded, example, suite.chat, suite.ends) for example in suite.sample(EVIDENCE_EXAMPLES)]
     kept = [example for example in encoded if len(example.ids) <= EVIDENCE_TOKENS]
     base = [_log_probabilities(loaded, example) for example in kept]

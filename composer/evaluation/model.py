@@ -199,7 +199,7 @@ _MODULES, _MODULES_A_TENSOR = 1_000, 16
 
 
 class _Building(threading.local):
-    """How many more modules each thread may build; None for no limit."""
+    """The number of modules that each thread may still build; None for no limit."""
 
     left: int | None = None
 

@@ -214,8 +214,8 @@ def _common(chunk: Chunk, begin: int, rows: int) -> tuple[slice, slice] | None:
 
 @dataclass(slots=True)
 class RewriteStats:
-    """What rewriting did to values, counted over all of them, from any number of threads. `changed` is True once one
-    differs from the base's in the output's dtype; `flushed` counts by tensor those that float16 made zero."""
+    """The effect of rewriting on values, counted over all of them, from any number of threads. `changed` is True once
+    one differs from the base's in the output's dtype; `flushed` counts by tensor those that float16 made zero."""
 
     changed: bool = False
     flushed: Counter[str] = field(default_factory=Counter[str])

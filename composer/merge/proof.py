@@ -90,9 +90,9 @@ def proof_prompts(suites: Sequence[Suite], phrases: Mapping[str, str] | None = N
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Proof:
-    """How a merged checkpoint answers, compared with a `reference`: its base with deltas active. `equal` positions of
-    all have the same likeliest next token. A distance is |a - b| / |b| of two positions' logits, each minus their mean:
-    `distance` is the largest, rounded up; `base_distance` is the median of the base alone. `within` positions are
+    """The answers of a merged checkpoint, compared with a `reference`: its base with deltas active. `equal` positions
+    of all have the same likeliest next token. A distance is |a - b| / |b| of two positions' logits, each minus their
+    mean: `distance` is the largest, rounded up; `base_distance` is the median of the base alone. `within` positions are
     within `limit`, that of `dtype`: the weights' own, or that of the arithmetic where it is coarser. `computed_in` is
     the dtype of the reference's arithmetic.
 
@@ -141,9 +141,9 @@ class Proof:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _ExpectedAnswers:
-    """What the result should answer: the token ids that `tokenizer` makes of each prompt as text and, where there is a
-    chat template, as a chat; the rows to compare, and their logits (P x V) from the reference and from the base
-    alone."""
+    """The answers that the result should give: the token ids that `tokenizer` makes of each prompt as text and, where
+    there is a chat template, as a chat; the rows to compare, and their logits (P x V) from the reference and from the
+    base alone."""
 
     tokenizer: Any
     ids: Mapping[str, Sequence[Sequence[int]]]

@@ -319,7 +319,7 @@ def _needs_all_rows(slot: WeightSlot) -> bool:
 
 
 class _Once:
-    """A matrix made on first use on a device, by whichever thread comes first."""
+    """A matrix that the first thread that needs it makes on a device."""
 
     def __init__(self, make: Callable[[torch.device], Matrix]) -> None:
         self._make, self._lock = make, Lock()

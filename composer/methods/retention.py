@@ -1,4 +1,4 @@
-"""What a combination M keeps of its adapters, from the deltas alone.
+"""The retention of adapters in a combination M, from the deltas alone.
 
 Of adapter i: <M, Δ_i> / |Δ_i|², the weight with which Δ_i alone explains most of M; for a plain sum of orthogonal
 deltas, its own weight. Of the sum S = Σ w_i Δ_i, with the method's own factors in w_i: 1 - |S - M| / |S|. Both are over
@@ -44,8 +44,9 @@ _Slot = tuple[str, int, tuple[int, int]]
 
 @dataclass(frozen=True, slots=True)
 class KeptAdapter:
-    """What is left of one adapter. `weight` is its effective weight, averaged over the energy of its modules: the
-    retention that it would have alone. `retention` is None for an adapter without factors, or if it is not known."""
+    """The part of one adapter that is left. `weight` is its effective weight, averaged over the energy of its modules:
+    the retention that it would have alone. `retention` is None for an adapter without factors, or if it is not
+    known."""
 
     name: str
     weight: float
@@ -66,7 +67,7 @@ class KeptAdapter:
 
 @dataclass(frozen=True, slots=True)
 class Retention:
-    """What a combination keeps of the weighted sum of its adapters, and of each of them. `of_sum` is None where an
+    """The retention of the weighted sum of the adapters, and of each of them. `of_sum` is None where an
     adapter has no factors, or where the result depends on the base or is too large to compute twice. A `fitted`
     method gets no words, since its weights do not tell: RegMean kept nearly all answers and 0 % of the sum."""
 
@@ -132,7 +133,7 @@ def retention_of(
     settings: AnySettings,
     combined: CombinedDeltas | None = None,
 ) -> Retention:
-    """What `combined`, which the method made of the adapters, keeps of them; without it, what a sum keeps."""
+    """The retention of the adapters in `combined`, which the method made of them; without it, that in a sum."""
     own = effective_weights(weights, settings)
     made = [delta for delta in (combined.deltas if combined else ()) if isinstance(delta, RowwiseDelta | LowRank)]
     computed = [delta for delta in made if isinstance(delta, RowwiseDelta)]
@@ -160,7 +161,7 @@ def retention_of(
 
 
 def unknown(adapters: Sequence[LoadedAdapter], weights: Sequence[Weight]) -> Retention:
-    """The retention where nothing can be said."""
+    """The retention where it is not known."""
     return Retention(
         None, tuple(KeptAdapter(adapter.name, weight.value) for adapter, weight in zip(adapters, weights, strict=True))
     )

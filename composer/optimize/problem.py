@@ -201,7 +201,7 @@ class SearchProblem:
 
     @cached_property
     def separability(self) -> list["Separability"]:
-        """How far prompts tell each two members apart that have other suites, the least separable first."""
+        """The separability of each two members with different suites by their prompts, the least separable first."""
         pairs = [
             Separability(a.name, b.name, separability_of(a.suite, b.suite))
             for a, b in combinations(self.members, 2)

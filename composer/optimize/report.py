@@ -95,14 +95,14 @@ class TriedDocument(ChoiceDocument):
 
 
 class Seconds(TypedDict):
-    """How long a search and its confirmation took."""
+    """The duration of a search and of its confirmation."""
 
     search: float
     confirm: float
 
 
 class SeparableDocument(TypedDict):
-    """How far prompts tell two members apart."""
+    """The share of prompts that tell two members apart."""
 
     a: str
     b: str
@@ -314,7 +314,7 @@ def _broken(outcome: Outcome, limits: Limits, *, of_suite: bool) -> Iterable[str
 
 
 def offers(report: OptimizeReport) -> list[str]:
-    """What may serve the members where nothing fits, each with what to write, the most promising first. For a choice
+    """The ways to serve the members where nothing fits, each with what to write, the most promising first. For a choice
     that is undecided, what would decide it."""
     if report.choice is not None:
         chosen = next(confirmed for confirmed in report.best if confirmed.candidate is report.choice)

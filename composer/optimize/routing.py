@@ -13,7 +13,7 @@ from composer.optimize.problem import SearchProblem
 
 @dataclass(frozen=True, slots=True)
 class Routed:
-    """Of `count` unseen prompts of a member's suite, or of a guard, the number that the router assigns to it."""
+    """The number of `count` unseen prompts of a member's suite, or of a guard, that the router assigns to it."""
 
     name: str
     right: int
@@ -44,7 +44,7 @@ class SetRouting:
 
     @property
     def routed(self) -> tuple[Routed, ...]:
-        """How many unseen prompts the router assigns right, by member and by guard."""
+        """The number of unseen prompts that the router assigns right, by member and by guard."""
         return tuple(
             Routed(name, sum(self._router.choose(example.prompt) == who for example in unseen), len(unseen))
             for who, name, suite in self._classes

@@ -335,7 +335,7 @@ class MirrorDirectory:
 
 
 def _stamps(directory: Path) -> _Stamps:
-    """What shows cheaply that files were changed or replaced; empty for a directory that is not there."""
+    """A cheap stamp that changes when files are changed or replaced; empty for a directory that is not there."""
     with suppress(OSError):
         stats = [(str(path), path.lstat()) for path in directory.rglob("*") if not path.is_dir()]
         return frozenset((path, stat.st_ino, stat.st_size, stat.st_mtime_ns) for path, stat in stats)

@@ -139,8 +139,8 @@ class _Counts:
 
 @dataclass(frozen=True, slots=True)
 class _Choice:
-    """What answers a request: `model` is the name that servers know, or that of a set with OF_BASE, and `version` what
-    the requested channel serves, if one was requested: the model, or the set that it belongs to."""
+    """The model that answers a request: `model` is the name that servers know, or that of a set with OF_BASE, and
+    `version` what the requested channel serves, if one was requested: the model, or the set that it belongs to."""
 
     model: str
     version: str

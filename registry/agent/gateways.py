@@ -22,7 +22,7 @@ Document = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class GatewayTarget:
-    """What the files name: the pool, backend or service, and the gateway of Envoy's routes, [NAMESPACE/]NAME."""
+    """The names in the files: the pool, backend or service, and the gateway of Envoy's routes, [NAMESPACE/]NAME."""
 
     pool: str
     gateway: str = ""

@@ -94,8 +94,9 @@ class Mirror:
             kept.server.close()
 
     def round(self, wanted: Mapping[str, FollowedOut | None], channels: Sequence[str]) -> NodeReportIn:
-        """Does what is needed now. `wanted` has the channels that are known; null is one that cannot be read. If the
-        directory cannot be written, nothing that is served changes, and the report says why."""
+        """Makes the servers and the directory what the channels want now. `wanted` has the channels that are known;
+        null is one that cannot be read. If the directory cannot be written, nothing that is served changes, and the
+        report says why."""
         written = self._directory.read_routes()
         self._routes = routes = written or self._routes
         targets = {channel: self._target(channel, wanted, routes) for channel in channels}
@@ -278,7 +279,7 @@ class Mirror:
                 self._directory.remove(commit)
 
     def _wrong_clock(self) -> str:
-        """What is wrong with this host's clock, compared with the registry's; empty if nothing is."""
+        """The error of this host's clock, compared with the registry's; empty if nothing is."""
         ahead_s = self._api.ahead_s or 0.0
         if abs(ahead_s) < CLOCK_S:
             return ""

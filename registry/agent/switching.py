@@ -167,14 +167,14 @@ class KeptServer:
         return self.why_not(version)
 
     def why_not(self, version: ServedVersion) -> str:
-        """Why the last check of the version failed, or an empty text."""
+        """The reason why the last check of the version failed; empty if it passed."""
         checked = self.checks.get(version.name)
         failed = self.answers and checked is not None and checked.commit == version.commit and checked.failed
         return checked.result.why if checked and failed else ""
 
     def _not_replaced(self, version: ServedVersion) -> str:
-        """Why a loaded name still refers to something other than the version, or an empty text. A name that this agent
-        loaded always refers to the same version; one that was loaded from elsewhere is replaced once."""
+        """The reason why a loaded name still refers to something other than the version, or an empty text. A name that
+        this agent loaded always refers to the same version; one that was loaded from elsewhere is replaced once."""
         name, commit = version.name, self.commit_of(version.name)
         if commit == version.commit:
             return ""

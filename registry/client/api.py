@@ -77,8 +77,9 @@ class Api:
 
     @property
     def ahead_s(self) -> float | None:
-        """How far this machine's clock is ahead of the registry's, to a second or two. It is known from the registry's
-        last answer and a steady clock, so that a jump shows without another answer. None before the first one."""
+        """The seconds by which this machine's clock is ahead of the registry's, to a second or two. It is known from
+        the registry's last answer and a steady clock, so that a jump shows without another answer. None before the
+        first one."""
         if self._dated is None:
             return None
         theirs_s, steady_s = self._dated

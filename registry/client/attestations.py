@@ -15,7 +15,7 @@ _COMPARED = ("metric", "value", "stderr", "n", "higher_is_better")
 
 @dataclass(frozen=True, slots=True)
 class Attested:
-    """An attestation whose key is not revoked, with its statement. Of scores, `is_newest` says whether any of them was
+    """An attestation whose key is not revoked, with its statement. For scores, `is_newest` says whether any of them was
     not measured again on the same suite."""
 
     row: AttestationOut

@@ -13,7 +13,7 @@ _POLL_S = 1.0
 
 
 def rollout(api: Api, channel: str) -> RolloutOut:
-    """What REPO@CHANNEL serves, and what its nodes do."""
+    """The release that REPO@CHANNEL serves, and the states of its nodes."""
     return api.get(_path(api, channel), RolloutOut)
 
 

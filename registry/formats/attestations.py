@@ -30,7 +30,7 @@ _CODE = ("registry", "composer")
 
 @dataclass(frozen=True, slots=True)
 class Statement:
-    """What is attested: `subjects` maps names to the sha256 of their content, and `predicate` is JSON."""
+    """The content of an attestation: `subjects` maps names to the sha256 of their content, and `predicate` is JSON."""
 
     predicate_type: str
     subjects: Mapping[str, str]

@@ -63,7 +63,7 @@ def _chained(previous: str, content: str, removal: int | None) -> str:
 
 
 def _resealed(row: Mapping[str, Any] | None) -> int:
-    """How many rows are sealed again after this one; 0 after anything but the removal of a user."""
+    """The number of rows that are sealed again after this one; 0 after anything but the removal of a user."""
     if row is None or row["act"] != "user:remove" or not isinstance(row["detail"], dict):
         return 0
     count = cast("dict[str, Any]", row["detail"]).get(RESEALED)

@@ -19,14 +19,14 @@ _FARTHEST = 1e4
 
 @dataclass(frozen=True, slots=True)
 class Tolerance:
-    """What proves a release: the least `share`, and the most that one token may be off, in nats."""
+    """The limits of a proof: the least `share`, and the most that one token may be off, in nats."""
 
     share: float = 0.9
     worst: float = 0.3
 
     @classmethod
     def within(cls, nats: float) -> "Tolerance":
-        """For servers that differ by that much, as their operator states, such as those of quantized bases.
+        """The limits for servers that differ by that much, as their operator states, such as those of quantized bases.
         The base, and an adapter that is nearer to it than to the release, still are not proved."""
         return cls(0.75, nats)
 
@@ -48,8 +48,8 @@ class EvidenceExample:
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """How far a server applies a release: a `share` of 1 is the release, and 0 as far from it as its base is; `worst`
-    is the largest difference of one token, in nats."""
+    """The degree to which a server applies a release: a `share` of 1 is the release, and 0 as far from it as its base
+    is; `worst` is the largest difference of one token, in nats."""
 
     share: float
     worst: float

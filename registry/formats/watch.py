@@ -1,4 +1,4 @@
-"""How a canary is watched: `watch` of a channel's policy, and its rules.
+"""The watch of a canary: `watch` of a channel's policy, and its rules.
 
 errors <= served + 0.01              the share of requests that fail
 errors <= 0.05
@@ -57,7 +57,7 @@ class WatchRule:
 
 
 def parse_rule(text: str) -> WatchRule:
-    """Parses a rule. Raises ValueError, with the reason, for one that says nothing that can be tested."""
+    """Parses a rule. Raises ValueError, with the reason, for one that cannot be tested."""
     match = _RULE.fullmatch(text.strip())
     if match is None:
         raise ValueError(
@@ -106,7 +106,7 @@ def _checked(text: str) -> str:
 
 
 class Watch(Document):
-    """How a canary proceeds. Each step lasts `for` at least, and until the candidate and the served release have
+    """The steps of a canary. Each lasts `for` at least, and until the candidate and the served release have
     answered `min` requests; the last step is the promotion. A broken rule ends the canary at any time."""
 
     step_for: Annotated[str, ParsedBy(_seconds, {"type": "string"})] = Field(

@@ -1,4 +1,4 @@
-"""What webhooks get: events, bodies in CloudEvents 1.0 or for Slack, and signatures of Standard Webhooks 1.0."""
+"""The requests to webhooks: events, bodies in CloudEvents 1.0 or for Slack, and signatures of Standard Webhooks 1.0."""
 
 import base64
 import hashlib

@@ -101,7 +101,7 @@ class Chunks:
 
     @classmethod
     def of(cls, headers: bytes) -> "Chunks":
-        """From the headers that a `ChunkScanner` has collected."""
+        """Makes it from the headers that a `ChunkScanner` has collected."""
         table: npt.NDArray[Any] = np.frombuffer(headers, _CHUNK)
         weights = np.array([1, 1 << 8, 1 << 16], np.int64)
         stored, plain = table["stored"] @ weights, table["plain"] @ weights

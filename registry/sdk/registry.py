@@ -192,7 +192,7 @@ class Registry:
         yield from self.api.pages(f"{line}/channels/{name}/history", Move)
 
     def follow(self, *channels: str) -> Iterator[ChannelChange]:
-        """What each REPO@CHANNEL serves, then every change of it, without end: also after an outage.
+        """Yields what each REPO@CHANNEL serves, then every change of it, without end: also after an outage.
 
         >>> changes = registry.follow("acme/sql@prod")
         >>> first = next(changes)  # each further one waits until the channel serves something else
@@ -201,7 +201,7 @@ class Registry:
         yield from follow(self.api, channels)
 
     def rollout(self, channel: str, *, wait_s: float | None = None) -> Rollout:
-        """What REPO@CHANNEL serves, and what each node that follows it gives users.
+        """The release that REPO@CHANNEL serves, and what each node that follows it gives users.
 
         With `wait_s`, waits until all nodes that report follow. Raises Refused when the time is up, with a finding for
         each node that does not follow.
@@ -241,7 +241,7 @@ class Registry:
         policy: "Policy | None" = None,
         device: str = "auto",
     ) -> "ConflictReport":
-        """What two or more adapters, releases or directories, would do to each other, combined by the method with the
+        """The effects of two or more adapters, releases or directories, on each other, combined by the method with the
         weights. Needs the extra `composer`; a measurement needs `models` and the base's weights on this machine.
 
         With `probe`, measures on that many examples of each adapter's suite (`ok` needs 8 or more), and on `probe_max`

@@ -35,7 +35,7 @@ class Score:
 
     @classmethod
     def of(cls, document: ScoreOut) -> "Score":
-        """From its document."""
+        """Makes it from its document."""
         return cls(**{name: getattr(document, name) for name in cls.__slots__})
 
 
@@ -56,7 +56,7 @@ class Release:
 
     @classmethod
     def of(cls, document: ReleaseOut) -> "Release":
-        """From its document."""
+        """Makes it from its document."""
         same = {name: getattr(document, name) for name in cls.__slots__ if name not in ("base", "scores")}
         return cls(**same, base=document.base.name, scores=tuple(map(Score.of, document.scores)))
 

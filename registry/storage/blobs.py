@@ -258,7 +258,7 @@ class RecentStats:
         self._known: dict[Digest, tuple[float, BlobStat]] = {}
 
     def stat(self, store: BlobStore, sha256: Digest) -> BlobStat | None:
-        """As `store.stat`. One caller renews an old answer, since a busy store may take longer than clients wait.
+        """Caches `store.stat`. One caller renews an old answer, since a busy store may take longer than clients wait.
         Absent blobs are not remembered."""
         asked_at, known = self._known.get(sha256, (0.0, None))
         if known is not None:

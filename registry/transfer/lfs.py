@@ -59,7 +59,7 @@ class Permitted:
 
 @dataclass(frozen=True, slots=True)
 class Sending:
-    """How to send a file: in one request to the address `put`, in parts of `part_bytes` to their addresses, or with
+    """The way to send a file: in one request to the address `put`, in parts of `part_bytes` to their addresses, or with
     `send` through the API. `finish` is called when the store has the bytes."""
 
     file: ManifestFile

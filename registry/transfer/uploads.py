@@ -400,7 +400,7 @@ def _upload_instructions(
 
 
 def _begin_parts(resources: Resources, arrivals: DirectUploads, row: Upload) -> Upload:
-    """Of two requests that begin the same upload at once, the later one continues the other's."""
+    """Begins an upload. Of two requests that begin the same one at once, the later continues the other's."""
     multipart_id = arrivals.begin(_arrival(row))
     with resources.write() as session:
         unchanged = Upload.multipart_id.is_not_distinct_from(row.multipart_id)

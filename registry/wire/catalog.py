@@ -14,7 +14,7 @@ Count = Annotated[int, Field(ge=0, le=MAX_INT64)]
 
 
 class DeprecationOut(Wire):
-    """Why to choose something else, and the successor. A deprecation blocks nothing."""
+    """The reason to choose something else, and the successor. A deprecation blocks nothing."""
 
     reason: str
     successor: str | None
@@ -264,7 +264,7 @@ class NamedRelease(Wire):
 
     @property
     def path(self) -> str:
-        """Its own path in the API."""
+        """The path of the resource in the API."""
         return f"{self.line}/releases/{self.version}"
 
 
@@ -302,7 +302,7 @@ class ReleaseOut(NamedRelease):
 
     @property
     def own_facts(self) -> AdapterFactsOut | ModelFactsOut | SetFactsOut | None:
-        """The facts of whichever it is: adapter, model or set."""
+        """The facts of its kind: adapter, model or set."""
         return self.adapter or self.model or self.set
 
 

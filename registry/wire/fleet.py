@@ -74,7 +74,7 @@ class SwitchIn(Wire):
 
 
 class NodeReportIn(WireIn):
-    """What a node serves. `agent` is the program that reports, with its version. `instance` is a random text of its
+    """The report of a node. `agent` is the program that reports, with its version. `instance` is a random text of its
     process: while two of them report in turn as one node, its channels have failed. Without `switch`, the node gives an
     earlier permission back."""
 
@@ -143,9 +143,9 @@ class RolloutNodeOut(Wire):
 
 
 class RolloutOut(Wire):
-    """What a channel serves, which every node should, and what each node serves. `totals` counts the nodes by state;
-    `proved` is the number of those that follow and whose last check proved the release. `nodes` is empty for a caller
-    without a role in the namespace, who reads the channel because the namespace is public.
+    """The release that a channel serves, which every node should, and what each node serves. `totals` counts the nodes
+    by state; `proved` is the number of those that follow and whose last check proved the release. `nodes` is empty for
+    a caller without a role in the namespace, who reads the channel because the namespace is public.
 
     A node's state is the first that applies: `silent` without a report in the last 60 seconds; `failed` or `switching`
     if it says so; `following` if it gives users the version and commit that the channel serves; otherwise `behind`.
@@ -162,7 +162,7 @@ class RolloutOut(Wire):
 
 
 class VersionFiguresIn(Wire):
-    """What a source has counted of a version since it started. `errors` are the requests that failed by the server's
+    """The counts of a version by one source since it started. `errors` are the requests that failed by the server's
     fault. `seconds` counts requests by the time to the end of the answer, by index into the bounds 0.01 x 1.1^i
     seconds, i from 0 to 115; 116 stands for all above. `metrics` are [n, sum] of values from 0 to 1."""
 
@@ -184,7 +184,7 @@ class VersionFiguresIn(Wire):
 
 
 class FrontFigures(Wire):
-    """What a front has counted since it started, by the channel that was requested, such as acme/sql@prod, and the
+    """The counts of a front since it started, by the channel that was requested, such as acme/sql@prod, and the
     model that answered, such as acme/sql@1.2.0. `source` is new after a restart."""
 
     source: str = Field(min_length=1, max_length=100)

@@ -68,6 +68,6 @@ class NewWebhookOut(WebhookOut):
 
 
 class ReplayedOut(Wire):
-    """How many deliveries go out again."""
+    """The number of deliveries that go out again."""
 
     replayed: int

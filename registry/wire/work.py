@@ -14,7 +14,7 @@ MAX_CHECKED = 16
 
 
 class WishIn(WireIn):
-    """How a worker should treat a job."""
+    """The instruction to a worker about a job."""
 
     priority: Priority = Field(
         default=Priority.NORMAL,
@@ -82,7 +82,7 @@ class InputScore(MeasuredValue):
 
 
 class RewordedAnswers(TypedDict):
-    """Of the answers that an input gives alone to some prompts of its suite in other words, those that are left."""
+    """The answers that an input gives alone to reworded prompts of its suite, and those of them that are left."""
 
     answered: int
     still_answered: int

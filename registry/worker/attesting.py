@@ -84,7 +84,7 @@ def attested(
 def attested_scores(
     session: Session, settings: Settings, actor: Actor, about: About, measured: list[Measurement]
 ) -> Attestation | None:
-    """As `attested`, of scores on one suite."""
+    """Attests scores on one suite, like `attested`."""
     names = ("metric", "value", "stderr", "n", "higher_is_better", "results_sha256", "source")
     rows = [{name: getattr(score, name) for name in names} for score in measured]
     return attested(session, settings, actor, about, (SCORES, {"scores": rows}))
@@ -93,7 +93,7 @@ def attested_scores(
 def attested_composition(
     session: Session, settings: Settings, actor: Actor, about: About, composition: Composition
 ) -> Attestation | None:
-    """As `attested`, of the lineage of a composed release, and of the verdict about its inputs."""
+    """Attests, like `attested`, the lineage of a composed release, and of the verdict about its inputs."""
     if isinstance(about.subject, Release) and (known := attestations.of_composition(session, about.subject)):
         return known  # the same recipe again, which made the same release
     conflicts = composition.conflicts or {}

@@ -40,7 +40,7 @@ class CalibrationRow(TypedDict):
 
 
 class CombineContent(TypedDict):
-    """What determines the bytes of a combined adapter; `architecture` is the key of a shared document."""
+    """Everything that determines the bytes of a combined adapter; `architecture` is the key of a shared document."""
 
     base: str
     architecture: str

@@ -69,7 +69,7 @@ class CompositionRun:
 
     @property
     def accepted(self) -> str:
-        """Why the search's choice was taken although it breaks a limit; empty if it breaks none."""
+        """The reason why the search's choice was taken although it breaks a limit; empty if it breaks none."""
         return str((self.lock.optimized or {}).get("accepted", ""))
 
     @property
@@ -95,7 +95,7 @@ class CompositionRun:
 
     @property
     def outputs(self) -> list[Output]:
-        """The adapter, the model or both, whichever the recipe publishes, or the set."""
+        """The adapter, the model or both, as the recipe publishes them, or the set."""
         made = ((self.recipe.adapter, Kind.ADAPTER), (self.recipe.model, Kind.MODEL))
         if self.lock.is_set:
             made = ((self.recipe.adapter_set, Kind.SET),)

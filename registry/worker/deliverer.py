@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 class Deliverer:
-    """What one worker has under way."""
+    """The deliveries that one worker has under way."""
 
     def __init__(self, resources: Resources) -> None:
         self._resources = resources

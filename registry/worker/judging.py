@@ -86,7 +86,7 @@ class Examination:
         return [score.to_json() | stated for score in scores(suite, results)], results
 
     def reworded(self, candidate: Subject, member: JudgedInput, suite: Suite, phrase: str = "") -> Row | None:
-        """How many of the answers that the member gives alone to some prompts in other words the candidate gives too;
+        """The number of the member's answers to reworded prompts that the candidate gives too;
         None for a suite without chat."""
         asked = reworded(suite, suite.sample(CONFIRM, self.used))
         if asked is None:

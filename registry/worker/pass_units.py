@@ -60,7 +60,7 @@ class SuitedRow(MemberRow):
 
 
 class PassContent(TypedDict):
-    """What all passes of a document share; `architecture` is the key of another."""
+    """The content that all passes of a document share; `architecture` is the key of another."""
 
     base: str
     architecture: str

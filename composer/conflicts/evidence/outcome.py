@@ -157,7 +157,7 @@ class Effect:
         }
 
     def judged_json(self, limits: Limits) -> EffectDocument:
-        """As `to_json`, with the loss that is tolerated, None for any, the share of answers required, and the
+        """The `to_json` document, with the loss that is tolerated, None for any, the share of answers required, and the
         verdict."""
         return {
             **self.to_json(),
@@ -206,7 +206,7 @@ class SideEffect:
         }
 
     def judged_json(self, limits: Limits) -> GuardDocument:
-        """As `to_json`, with the rise that is tolerated, None for any, and the verdict."""
+        """The `to_json` document, with the rise that is tolerated, None for any, and the verdict."""
         return {**self.to_json(), "tolerated": _or_none(limits.guard), "verdict": str(self.verdict(limits))}
 
 

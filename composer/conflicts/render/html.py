@@ -16,7 +16,7 @@ _STEPS = 8
 
 
 def page(report: ReportDocument) -> str:
-    """The page of a report's JSON, whichever version wrote it. All text from adapters, suites or users is escaped."""
+    """The page of a report's JSON, also of earlier versions. All text from adapters, suites or users is escaped."""
     view, shown = read(report), {name: maps(report, name) for name in MEASURES}
     return _ENVIRONMENT.get_template("report.html").render(
         title=f"Conflicts of {', '.join(member['name'] for member in view.members)}",

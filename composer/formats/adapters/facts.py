@@ -76,7 +76,8 @@ class AdapterFacts:
     peft_version: str | None
 
     def to_json(self) -> dict[str, Any]:
-        """As sent over REST: `ranks` and `alphas` only for modules that differ from `rank_max` and `alpha`."""
+        """The facts as sent over REST: `ranks` and `alphas` only for modules that differ from `rank_max` and
+        `alpha`."""
         return asdict(self) | {
             "targets": list(self.targets),
             "modules_to_save": list(self.modules_to_save),

@@ -36,7 +36,7 @@ class ServerProfile:
 
     @property
     def bit(self) -> int:
-        """Its bit in a mask of servers."""
+        """The server's bit in a mask of servers."""
         return 1 << SERVERS.index(self.server)
 
     def __str__(self) -> str:

@@ -15,7 +15,7 @@ class StoredFile(Protocol):
 
     @property
     def name(self) -> str:
-        """Its name in the checkpoint."""
+        """The file's name in the checkpoint."""
         ...
 
     @property

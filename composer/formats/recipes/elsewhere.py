@@ -40,7 +40,7 @@ class Documents(Document):
 class _Elsewhere(Document):
     @property
     def content(self) -> dict[str, object]:
-        """Its identity as JSON: all fields but `version` and `metrics`."""
+        """The identity of the suite as JSON: all fields but `version` and `metrics`."""
         return self.model_dump(mode="json", exclude={"version", "metrics"})
 
     @property

@@ -45,8 +45,8 @@ class ChoiceDocument(TypedDict):
 
 
 class SearchDocument(TypedDict):
-    """What a lock needs of the search's report (composer/optimize/report.py). `searched` are the examples that the
-    search saw. Locks of earlier versions lack `accepted` and `offers`."""
+    """The part of the search's report (composer/optimize/report.py) that a lock needs. `searched` are the examples that
+    the search saw. Locks of earlier versions lack `accepted` and `offers`."""
 
     headline: str
     choice: ChoiceDocument | None
@@ -64,7 +64,7 @@ class LockedInputDocument(RulesPart):
 
 
 class LockContent(RoundingPart):
-    """What the digest of a lock covers."""
+    """The content that the digest of a lock covers."""
 
     base: str
     method: str

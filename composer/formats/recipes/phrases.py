@@ -17,7 +17,7 @@ MAX_PHRASE_CHARS = 100
 
 
 def problem_of_phrase(phrase: str) -> str:
-    """Why a text cannot be a phrase; empty if it can."""
+    """The reason why a text cannot be a phrase; empty if it can."""
     if not phrase.strip():
         return "it is empty"
     if len(phrase) > MAX_PHRASE_CHARS:
@@ -49,8 +49,8 @@ def phrased_suite(phrase: str, suite: Suite) -> Suite:
 
 
 def fit_without_phrase(adapter: str, suite: str, phrase: str) -> str:
-    """Why an adapter that answers its suite only after a phrase cannot be fitted: a fit or a search would run it
-    without."""
+    """The reason why an adapter that answers its suite only after a phrase cannot be fitted: a fit or a search would
+    run it without."""
     return f"{adapter} answers {suite} after the phrase “{phrase}”, and the fit would leave it out."
 
 

@@ -71,7 +71,7 @@ class ScoreLike(Protocol):
 
 def score_cost(score: ScoreLike, base: ScoreLike) -> str:
     """`guard_cost` of two scores on the same content. A model that was fitted on some of a guard's examples is measured
-    on the others, on which the base's score says nothing."""
+    on the others, for which the base's score is not a comparison."""
     if score.n and base.n and score.n != base.n:
         return f"measured on {score.n} examples, the base on {base.n}: they do not compare"
     return guard_cost(score.value, base.value)
@@ -244,7 +244,7 @@ class Suite(Document):
 
 
 def _misfit(task: Task, example: Example) -> str:
-    """Why the example's choices do not fit the task; empty if they do."""
+    """The reason why the example's choices do not fit the task; empty if they do."""
     if task != "multiple_choice":
         return "only multiple_choice has choices" if example.choices else ""
     if len(example.choices) < 2:
@@ -371,8 +371,8 @@ class CalibrationSet:
 
     @classmethod
     def of_member(cls, suite: Suite, count: int, phrase: str = "") -> "CalibrationSet":
-        """What a member is fitted on: a chat also in other words, or the fit may answer little once a sentence is put
-        before a prompt."""
+        """The examples that a member is fitted on: a chat also in other words, or the fit may answer little once a
+        sentence is put before a prompt."""
         return cls(suite, count, phrase=phrase, reworded=suite.chat and suite.kind != "guard")
 
     @property

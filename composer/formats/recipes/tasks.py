@@ -24,7 +24,7 @@ SCORER_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
 
 
 class Generation(Document):
-    """How answers are generated. An answer ends at the end of the sequence, before the first stop text, or at the
+    """The generation of answers. An answer ends at the end of the sequence, before the first stop text, or at the
     limit."""
 
     max_new_tokens: Annotated[int, Field(ge=1, le=MAX_NEW_TOKENS)] = 64
@@ -43,7 +43,7 @@ class Generation(Document):
 
 
 class MatchSettings(Document):
-    """What `match` compares besides the words of a text."""
+    """The parts of a text that `match` compares besides its words."""
 
     case: bool = Field(default=False, description="Whether upper and lower case differ.")
     punctuation: bool = Field(default=True, description="Whether punctuation counts.")

@@ -58,7 +58,7 @@ def tower_of(module: str) -> str:
 
 
 def tower_name(tower: str) -> str:
-    """What is particular in the path of a tower: `vision_tower.encoder` of `model.vision_tower.encoder.layers`."""
+    """The particular part of a tower's path: `vision_tower.encoder` of `model.vision_tower.encoder.layers`."""
     return ".".join(part for part in tower.split(".") if part not in _IN_EVERY_TOWER)
 
 

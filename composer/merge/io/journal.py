@@ -42,7 +42,7 @@ class ShardJournal:
             return name in self._finished
 
     def measured(self, name: str) -> dict[str, Any]:
-        """What was measured when the shard was written."""
+        """The measurements from when the shard was written."""
         return self._finished[name][1]
 
     def close(self) -> None:

@@ -27,8 +27,8 @@ _WEIGHTS, _ROWS = 6, 32
 
 
 def quantized_bases(checkpoint: Checkpoint, loaded: Sequence[LoadedAdapter]) -> list[Finding]:
-    """A notice for each adapter whose files say that it was trained on a 4-bit base, with |NF4(W) - W| / |W| on sampled
-    rows as measure.
+    """A notice for each adapter whose files state that it was trained on a 4-bit base, with |NF4(W) - W| / |W| on
+    sampled rows as measure.
 
     Empty for a checkpoint that is in 4 bits itself.
     """

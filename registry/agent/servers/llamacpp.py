@@ -197,7 +197,7 @@ class LlamaServer:
         return compared(self.endpoint(name).url, name, decide(evidence, answered, self._limits), loosely=loosely)
 
     def _adapters(self, name: str) -> list[str]:
-        """The files that a process says it has loaded."""
+        """The files that a process reports as loaded."""
         http = self._http[self._served[name][0]]
         answer = http.request("GET", "/lora-adapters", within_s=CHECK_S)
         if answer.status_code != 200:

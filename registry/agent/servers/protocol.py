@@ -1,4 +1,4 @@
-"""What an agent does with a server, whatever its kind."""
+"""The operations of an agent on a server of any kind."""
 
 import shlex
 import time
@@ -70,7 +70,7 @@ class Server(Protocol):
 
     @property
     def problem(self) -> str:
-        """What was wrong at the last `loaded`, although versions are served; empty if nothing was."""
+        """The problem at the last `loaded`, although versions are served; empty if nothing was."""
         ...
 
     def loaded(self) -> Mapping[str, str]:
@@ -94,7 +94,7 @@ class Server(Protocol):
         ...
 
     def check(self, name: str, evidence: Sequence[EvidenceExample] | None = None) -> CheckResult:
-        """Requests an answer under the name, and compares what the server says of its tokens with the evidence. Without
+        """Requests an answer under the name, and compares the server's tokens with the evidence. Without
         evidence, nothing is proved."""
         ...
 

@@ -90,7 +90,7 @@ class VllmServer(HttpServer):
         return compared(self.address, name, decide(evidence, known, self._limits))
 
     def _answered(self, name: str, example: EvidenceExample, until_s: float) -> list[float] | None:
-        """The server's log-probabilities of the completion's tokens, up to one that is off; None if it does not say
+        """The server's log-probabilities of the completion's tokens, up to one that is off; None if it does not report
         them. Where the server would generate another token, it is asked for the completion's alone."""
         values = list[float]()
         while len(values) < len(example.release):
@@ -115,7 +115,7 @@ class VllmServer(HttpServer):
     def _generated(
         self, name: str, ids: Sequence[int], asked: Mapping[str, Any], until_s: float
     ) -> list[tuple[int, float]] | None:
-        """The tokens that the server generates, with their log-probabilities; None if its answer does not say them."""
+        """The tokens that the server generates, with their log-probabilities; None if its answer lacks them."""
         said = {"logprobs": 0, "return_tokens_as_token_ids": True, "ignore_eos": True, **asked}
         try:
             rows = self._completion(name, list(ids), until_s, said)["choices"][0].get("logprobs")
@@ -128,7 +128,7 @@ class VllmServer(HttpServer):
             return None
 
     def _too_long(self, evidence: Sequence[EvidenceExample]) -> str:
-        """Why the server cannot be asked for the longest example, or an empty text."""
+        """The reason why the server cannot run the longest example; empty if it can."""
         longest = max(len(example.ids) for example in evidence) + 1  # with the one token that is asked for
         document = self.document("/v1/models")
         try:
@@ -142,7 +142,7 @@ class VllmServer(HttpServer):
     def _completion(
         self, name: str, prompt: str | list[int], until_s: float, asked: Mapping[str, Any] | None = None
     ) -> Any:
-        """The answer to a request, for one token unless it says more. Raises Refused or Unavailable."""
+        """The answer to a request, for one token unless it sets another limit. Raises Refused or Unavailable."""
         within_s = until_s - time.monotonic()
         if within_s <= 0:
             raise Unavailable(

@@ -1,4 +1,4 @@
-"""What workers attested: their keys, the attestations of a release, and its evidence for the check of servers."""
+"""Attestations of workers: their keys, the attestations of a release, and its evidence for the check of servers."""
 
 from fastapi import APIRouter
 

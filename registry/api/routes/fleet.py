@@ -127,7 +127,7 @@ def _node(row: FleetNode, channels: list[FleetChannel], actor: Actor) -> NodeOut
 
 @repository_routes.get("/{namespace}/{name}/channels/{channel}/rollout")
 def show_rollout(named: RepositoryOf, channel: str, resources: ResourcesOf, actor: Reader) -> RolloutOut:
-    """What the channel serves, and which nodes give that to users."""
+    """The release that the channel serves, and the nodes that give it to users."""
     with resources.snapshot() as session:
         repository = named.find(session)
         return rollout_view(session, actor, find_channel(session, repository, channel), repository)

@@ -34,7 +34,7 @@ class NamedRepository:
         return repositories.find(session, self.name, self.kind)
 
     def release(self, session: Session, version: str) -> Release:
-        """Its release of that version. Raises NotFound."""
+        """The repository's release of a version. Raises NotFound."""
         return releases.find(session, self.name, parse_version(version), self.kind)
 
 

@@ -148,7 +148,7 @@ def resolve_reference(ref: Annotated[str, Query(max_length=400)], resources: Res
 
 
 def _resolved(resolved: ResolvedRow) -> dict[str, object]:
-    """As ResolvedOut, from columns validated when written: validating again would cost more than reading them."""
+    """A ResolvedOut from columns validated when written: validating again would cost more than reading them."""
     row = resolved.row
     release = {
         "repository": f"{row.namespace}/{row.repository}",

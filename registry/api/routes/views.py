@@ -141,7 +141,8 @@ def channel_view(session: Session, row: Channel, repository: Repository) -> Chan
 
 
 def rollout_view(session: Session, actor: Actor, row: Channel, repository: Repository) -> RolloutOut:
-    """What the channel serves and what its nodes do. Only members of the namespace see which nodes there are."""
+    """The release that the channel serves, and the states of its nodes. Only members of the namespace see which nodes
+    there are."""
     named, served = repositories.name_of(repository), serving_move(session, row)
     nodes = fleet.nodes_of(session, ChannelName(named, row.name), actor.at)
     return RolloutOut(

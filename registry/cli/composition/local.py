@@ -187,7 +187,7 @@ def _given(  # noqa: PLR0913
 
 
 def _rows_of(report: "MergeReport", document: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """What is printed of a merge."""
+    """The printed report of a merge."""
     left_out = (*_SHOWN_APART, *(() if report.compressions else ("lost",)))
     rows = render.fields(document, *left_out) + _kept(report.retention)
     rounding = render.fields(document["survival"], "sampled_rows", "relative_size")

@@ -170,7 +170,7 @@ def show_separability(report: "OptimizeDocument") -> None:
 
 
 def _show_routing(report: "OptimizeDocument") -> None:
-    """How well a set's router assigns unseen prompts."""
+    """Prints how well a set's router assigns unseen prompts."""
     for row in report.get("routed", []):
         render.out(f"a set's router is right: {cut(row['name'], 30)}: {row['right']} of {row['count']}")
 

@@ -48,7 +48,7 @@ Optimized = Annotated[
 
 @dataclass(frozen=True, slots=True)
 class RecipeOptions:
-    """What the options of `merge` and `combine` add to a recipe. `as_adapter`: the result is an adapter. `prove`: the
+    """The options of `merge` and `combine` that add to a recipe. `as_adapter`: the result is an adapter. `prove`: the
     merged model is compared with its base and adapters."""
 
     base: Path | None
@@ -63,8 +63,9 @@ class RecipeOptions:
 
 @dataclass(frozen=True, slots=True)
 class LocalCombination:
-    """What is combined or merged, as a recipe or options state it. `calibration` has the examples of a fitted method;
-    `proof` are prompts to compare a merged model on. `searched` is the report of the search that chose the method."""
+    """The inputs and the method of a combination or a merge, as a recipe or options state them. `calibration` has the
+    examples of a fitted method; `proof` are prompts to compare a merged model on. `searched` is the report of the
+    search that chose the method."""
 
     base: Path | None
     adapters: "list[tuple[Path, Weight]]"
@@ -85,9 +86,9 @@ class LocalCombination:
 
 
 def combination_of(path: Path, options: RecipeOptions) -> LocalCombination:
-    """Reads the recipe, finds its inputs and suites, and searches if that is asked for. Prints why and exits 1 if
-    nothing fits. Raises InvalidFile for a bad recipe, Usage for one that publishes only a set, and what the registry
-    raises for a release or a suite that is not on this machine."""
+    """Reads the recipe, finds its inputs and suites, and searches if the recipe or an option requests it. Prints the
+    reason and exits 1 if nothing fits. Raises InvalidFile for a bad recipe, Usage for one that publishes only a set,
+    and what the registry raises for a release or a suite that is not on this machine."""
     from composer.formats.recipes.recipe import MAX_FILE_BYTES, Optimize, load_recipe
 
     recipe = load_recipe(read_text(path, MAX_FILE_BYTES), str(path))
@@ -201,7 +202,7 @@ class _Local:
         return self._is_fitted or self.options.prove or has_phrases
 
     def _member_suites(self) -> "list[Suite | None]":
-        """Of each input, the suite that the recipe names, or the target suite of its release; none if none is
+        """The suite of each input: the one that the recipe names, or the target suite of its release; none if none is
         needed. Raises Usage for an input that is fitted and answers its suite only after a phrase."""
         if not self._needs_suites:
             return [None] * len(self.recipe.inputs)
@@ -284,7 +285,8 @@ class _Local:
         guards: "Sequence[Suite]",
         searched: "OptimizeDocument | None",
     ) -> "Calibration":
-        """What to fit on: after a search, the same examples of the guards as the combination that it confirmed."""
+        """The examples to fit on: after a search, the same examples of the guards as the combination that it
+        confirmed."""
         from composer.evaluation.calibration import Calibration
         from composer.formats.recipes.suite import guard_sets
 

@@ -326,7 +326,7 @@ def _rule(result: Mapping[str, Any]) -> str:
 
 
 def _mark(result: Mapping[str, Any]) -> str:
-    """Of a gate: `wait` if it may still pass by itself, `warn` if it is not required."""
+    """The word for a gate: `wait` if it may still pass by itself, `warn` if it is not required."""
     if result["passed"]:
         return "pass"
     return "wait" if result.get("waiting") else "FAIL" if result.get("required", True) else "warn"
@@ -345,7 +345,7 @@ class StepProgress:
         """Starts or updates the bar of the current step, indeterminate if no total is known."""
 
     def show_running(self, steps: "Sequence[wire.work.StepOut]") -> None:
-        """As `step`, for the running one of a job's steps, if there is one."""
+        """The `step` text of a job's running step; empty if none runs."""
         for step in steps:
             if step.state == "running":
                 self.step(step.name, step.done, step.total, step.unit)

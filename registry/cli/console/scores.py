@@ -28,7 +28,7 @@ class Scored(Protocol):
 
 
 def said_by(score: object) -> str:
-    """Who says it: `measured by worker W` or `stated by U`; empty for a score that is not recorded yet."""
+    """The origin of a score: `measured by worker W` or `stated by U`; empty for a score that is not recorded yet."""
     worker, user = getattr(score, "measured_by", None), getattr(score, "stated_by", None)
     return f"measured by worker {worker}" if worker else f"stated by {user}" if user else ""
 
@@ -40,7 +40,7 @@ def _note(score: Scored) -> str:
 
 
 def score_table(title: str, scores: Sequence[Scored]) -> None:
-    """A table of scores, with who says them. Those that are only reported are marked, with the file that reports them;
+    """A table of scores with their origins. Those that are only reported are marked, with the file that reports them;
     others have the harness that measured them, if any, and the phrase before the prompts."""
     rows = [
         (

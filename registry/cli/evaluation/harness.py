@@ -60,7 +60,7 @@ class HarnessChoice:
     chat: bool = False
 
     def refuse_idle(self, next_step: str) -> None:
-        """Raises Usage for options that say how tasks are run, if there are none."""
+        """Raises Usage for options of running tasks, if there are none."""
         options = {"--harness-path": self.directory, "--num-fewshot": self.num_fewshot is not None}
         if not self.names:
             refuse_idle(options | {"--apply-chat-template": self.chat}, "without --harness", next_step)

@@ -180,7 +180,7 @@ def gate(
 
 
 def deprecation_words(deprecated: "wire.catalog.DeprecationOut | None") -> str | None:
-    """Why something is deprecated and what follows it; None if it is not."""
+    """The reason for a deprecation, and the successor; None if it is not."""
     if deprecated is None:
         return None
     return deprecated.reason + (f"; use {deprecated.successor}" if deprecated.successor else "")

@@ -81,7 +81,7 @@ def _checked(check: "wire.fleet.NodeCheck | None") -> str:
 
 
 def waited_for_nodes(connection: Connection, channel: str, wait_s: int | None) -> Refused | None:
-    """Waits for the nodes of REPO@CHANNEL as `--wait` says, and prints what changes. Returns the failure."""
+    """Waits for the nodes of REPO@CHANNEL as long as `--wait`, and prints changes. Returns the failure."""
     if wait_s is None:
         return None
     from registry.client.rollout import wait_for_nodes

@@ -11,7 +11,7 @@ from registry.database.tables.catalog import Id, Release
 
 
 class FleetNode(Row):
-    """What a node of a group reported last about one namespace. Nodes of two namespaces are different nodes even if
+    """The last report of a group's node about one namespace. Nodes of two namespaces are different nodes even if
     their names are equal. `servers` has only the loaded names of the namespace; `digest` is a sha256 of the report. The
     node may switch until `switch_until`; None without the permission. `instances` are the processes that reported last,
     the newest last; two of them report in turn until `shared_until`, None if none do."""
@@ -106,7 +106,7 @@ class Canary(Row):
 
 
 class CanaryFigures(Row):
-    """What one source has counted, by version, since it started: at its first report (`first`) and at its last. The
+    """The counts of one source, by version, since it started: at its first report (`first`) and at its last. The
     difference is the canary's. Two users who name a source alike have two sources."""
 
     __tablename__ = "canary_figures"

@@ -75,7 +75,7 @@ class Job(Row):
 
 
 class JobNeed(Row):
-    """What a job's worker must have: `base:DIGEST`, `scorer:NAME`, `harness` or `evolution`."""
+    """The capability that a job's worker must have: `base:DIGEST`, `scorer:NAME`, `harness` or `evolution`."""
 
     __tablename__ = "job_needs"
 
@@ -127,8 +127,8 @@ class ConflictCheck(Row):
 
 
 class StoredPair(TypedDict):
-    """What is to be measured: a release by its id, or None for the base alone; the digest of the base to measure on;
-    and a suite's digest."""
+    """The subject of a measurement: a release by its id, or None for the base alone; the digest of the base to measure
+    on; and a suite's digest."""
 
     release: int | None
     base: str

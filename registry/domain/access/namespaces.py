@@ -52,7 +52,7 @@ def find(session: Session, name: str) -> Namespace:
 
 
 def find_for_share(session: Session, name: str) -> Namespace:
-    """As `find`; locks the row against changes until this transaction ends."""
+    """Finds like `find`, and locks the row against changes until this transaction ends."""
     row = session.get(Namespace, name, with_for_update={"read": True}, populate_existing=True)
     if row is None:
         raise unknown_namespace(name)
@@ -129,7 +129,7 @@ def list_page(session: Session, actor: Actor, *, after: str, limit: int) -> list
 
 
 def main_of(row: Namespace) -> Main:
-    """What `main` means in its repositories: the setting of an admin or, by default, the newest release where
+    """The meaning of `main` in its repositories: the setting of an admin or, by default, the newest release where
     signatures are required, else the last commit."""
     if row.main is None:
         return "release" if row.require_signature else "commit"

@@ -57,7 +57,7 @@ def max_role(one: str, other: str) -> Role:
 
 
 def limited(role: str, limit: str) -> Role:
-    """What is left of a role by a token whose scope names `limit`. As a limit, admin leaves every role as it is."""
+    """The role that a token leaves whose scope names `limit`. As a limit, admin leaves every role as it is."""
     return Role(role) if limit == Role.ADMIN else min_role(role, limit)
 
 

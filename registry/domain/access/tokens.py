@@ -304,7 +304,7 @@ def _roles(session: Session, row: Token) -> dict[str, str]:
 
 
 def effective_grants(roles: Mapping[str, str], scope: Mapping[str, str]) -> dict[str, str]:
-    """For each namespace, the user's role within the limit of the token's."""
+    """The user's role in each namespace, within the limit of the token's."""
     grants: dict[str, str] = {}
     everywhere = roles.get(EVERYWHERE)
     for namespace in {*roles, *(scope if everywhere else ())}:

@@ -1,4 +1,4 @@
-"""What workers attested of releases and bases, verified when it is stored."""
+"""Attestations of workers about releases and bases, verified when they are stored."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +23,7 @@ KINDS: Mapping[str, str] = {SCORES: "scores", COMPOSITION: "composition", EVIDEN
 
 @dataclass(frozen=True, slots=True)
 class About:
-    """What an attestation is about: a release on its base, or a base alone; the suite that was measured; and the
+    """The subjects of an attestation: a release on its base, or a base alone; the suite that was measured; and the
     releases that a composition was made of."""
 
     subject: Release | Base

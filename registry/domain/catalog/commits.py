@@ -59,7 +59,7 @@ class Deletion:
 
 @dataclass(frozen=True, slots=True)
 class CommitChange:
-    """What a commit does, in order. With a `parent` (7 digits or more), it applies only to that commit."""
+    """The operations of a commit, in order. With a `parent` (7 digits or more), it applies only to that commit."""
 
     title: str
     message: str = ""
@@ -166,8 +166,8 @@ def _file(added: Addition, sizes: Mapping[str, int]) -> ManifestFile:
 
 
 def publish(session: Session, actor: Actor, new: NewRelease, *, moves_main: bool = True) -> tuple[Release, bool]:
-    """As `releases.publish`; in a repository with commits, a release whose files are not those of a commit becomes the
-    head of `main`, if it `moves_main`."""
+    """Publishes like `releases.publish`; in a repository with commits, a release whose files are not those of a commit
+    becomes the head of `main`, if it `moves_main`."""
     release, created = releases.publish(session, actor, new)
     if created and moves_main and has_commits(session, release.repository):
         made_from = select(Commit.id).where(Commit.revision_id == release.revision_id).limit(1)

@@ -143,7 +143,7 @@ def is_measured(session: Session, actor: Actor, suite: str, metric: str) -> bool
 
 
 def has_readable_score(session: Session, actor: Actor, suite: SuiteVersion) -> bool:
-    """As `is_measured`, of any metric, on this content."""
+    """Like `is_measured`, for any metric on this content."""
     return _readable(session, actor, Score.suite_id == suite.id)
 
 

@@ -201,7 +201,7 @@ def find_file(session: Session, release: Release, path: str) -> RevisionFile:
 
 
 def find_revision_file(session: Session, revision_id: int, path: str, release: str) -> RevisionFile:
-    """As `find_file`, by the id of the revision; `release` is its name in errors."""
+    """Like `find_file`, by the id of the revision; `release` is its name in errors."""
     file = session.get(RevisionFile, (revision_id, path)) if "\0" not in path else None
     if file is None:
         if (revision := session.get(Revision, revision_id)) is not None:
@@ -254,8 +254,8 @@ def list_versions(session: Session, name: RepositoryName) -> dict[str, str]:
 
 
 def list_introductions(session: Session, name: RepositoryName, revision_id: int) -> dict[str, PublishedEntry]:
-    """For each file of a revision, the first release of the repository that had it with this content, by path; without
-    those that none has."""
+    """The first release of the repository that had each file of a revision with this content, by path; without files
+    that none has."""
     file, earlier = RevisionFile.__table__.alias("file"), Release.__table__.alias("earlier")
     wanted = select(RevisionFile.path, RevisionFile.sha256).where(RevisionFile.revision_id == revision_id).subquery()
     first = (

@@ -20,7 +20,7 @@ _LISTED = 20
 
 
 class Kind(StrEnum):
-    """What the releases of a repository are."""
+    """The kind of a repository's releases."""
 
     ADAPTER = "adapter"
     MODEL = "model"

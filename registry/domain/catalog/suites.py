@@ -247,7 +247,7 @@ def find(session: Session, text: str, reader: Actor | None = None) -> SuiteVersi
 
 
 def find_any(session: Session, text: str) -> SuiteVersion | None:
-    """As `find`, benchmarks of reported scores included; None if there is none."""
+    """Like `find`, with the benchmarks of reported scores; None if there is none."""
     name, at, version = text.partition("@")
     if _DIGEST.fullmatch(text):
         named = SuiteVersion.digest == text
@@ -466,7 +466,7 @@ def with_ids(session: Session, ids: Sequence[int]) -> list[Score]:
 
 
 def scores_of_bases(session: Session, *listed: Base) -> dict[str, list[Score]]:
-    """As `scores_of`, by base digest, with one query for a page of bases."""
+    """Like `scores_of`, by base digest, with one query for a page of bases."""
     by_base: dict[str, list[Score]] = {base.digest: [] for base in listed}
     query = select(Score).join(SuiteVersion).where(Score.base_digest.in_(by_base), SuiteVersion.current)
     for score in session.scalars(query.order_by(SuiteVersion.name, Score.metric)):

@@ -66,7 +66,7 @@ def apply(session: Session, actor: Actor, namespace: str, change: Change) -> Non
 
 
 def replaced(session: Session, namespace: str, change: Change) -> dict[str, Any]:
-    """What the change replaces, as it is now: taken before and after a trial, it shows what an approval approves."""
+    """The state that the change replaces: taken before and after a trial, it shows what an approval approves."""
     match change:
         case PolicyChange() | GatesChange():
             stored = policies.find(session, _scope(namespace, change.scope))

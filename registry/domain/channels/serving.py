@@ -1,4 +1,4 @@
-"""What channels serve and have served, by moves, yanks and policies, and as followers see it."""
+"""The releases that channels serve and have served, by moves, yanks and policies, and as followers see them."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -327,13 +327,13 @@ class ChannelMove:
 
     @classmethod
     def of_row(cls, row: Any) -> "ChannelMove":
-        """From a row with the columns `MOVE_COLUMNS`, possibly without gates or with further columns."""
+        """Makes it from a row with the columns `MOVE_COLUMNS`, possibly without gates or with further columns."""
         columns = row._asdict()
         return cls(**{name: columns[name] for name in cls.__dataclass_fields__ if name in columns})
 
     @classmethod
     def recorded(cls, move_id: int, values: NewMove, from_version: str | None, to_version: str) -> "ChannelMove":
-        """From the inserted columns."""
+        """Makes it from the inserted columns."""
         return cls(
             id=move_id,
             kind=values["kind"],

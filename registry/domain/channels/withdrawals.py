@@ -65,7 +65,7 @@ class Takedown:
 
 
 def take_down(session: Session, actor: Actor, release: Release, reason: str) -> Takedown:
-    """As `remove_files`. Raises Refused if the namespace requires a second admin."""
+    """Removes like `remove_files`. Raises Refused if the namespace requires a second admin."""
     namespaces.refuse_alone(actor, namespaces.find(session, release.repository.namespace))
     return remove_files(session, actor, release, reason)
 
@@ -250,7 +250,7 @@ def unyank(session: Session, actor: Actor, release: Release, reason: str) -> lis
 
 
 def preview(session: Session, act: Callable[[], Outcome]) -> Outcome:
-    """What a yank, an unyank or a takedown would change: the act is done and undone."""
+    """The changes that a yank, an unyank or a takedown would make: the act is done and undone."""
     attempt = session.begin_nested()
     try:
         return act()

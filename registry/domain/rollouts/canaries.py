@@ -407,7 +407,7 @@ def _is_stale(canary: Canary, now: datetime) -> bool:
 
 
 def why(canary: Canary, now: datetime) -> str:
-    """How a canary ended, or what holds it now: nobody may report any more."""
+    """The end of a canary, or what holds it now: nobody may report any more."""
     is_held = canary.state == pending.RUNNING and canary.watch is not None and _is_stale(canary, now)
     return "held: no new requests" if is_held else canary.why
 

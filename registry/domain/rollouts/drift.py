@@ -29,7 +29,7 @@ Key = tuple[int, str, str]
 
 @dataclass(frozen=True, slots=True)
 class Drifts:
-    """What differs from what is recorded. `due` are recorded rows that are to be reported now."""
+    """The differences from the recorded drift. `due` are recorded rows that are to be reported now."""
 
     new: Sequence[fleet.OutOfStep]
     due: Sequence[fleet.OutOfStep]

@@ -75,7 +75,7 @@ class ReportedServer:
 
 @dataclass(frozen=True, slots=True)
 class NodeReport:
-    """What a node reports. `max_unavailable` is set if it asks to switch; `instance` is a text of its process."""
+    """The report of a node. `max_unavailable` is set if it asks to switch; `instance` is a text of its process."""
 
     group: str
     node: str
@@ -88,7 +88,7 @@ class NodeReport:
 
 @dataclass(slots=True)
 class _Part:
-    """What a report says about one namespace."""
+    """The part of a report about one namespace."""
 
     channels: list[LiveChannel] = field(default_factory=list[LiveChannel])
     servers: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
@@ -104,8 +104,8 @@ def permit_report(actor: Actor, reported: NodeReport) -> None:
 
 
 def repeats(session: Session, actor: Actor, reported: NodeReport) -> timedelta | None:
-    """How long the node's last report counts, if this one says the same so soon after it that it need not be recorded;
-    else None. Agents may then look often, without a write each time."""
+    """The time that the node's last report counts, if this one is the same and follows so soon that it need not be
+    recorded; else None. Agents may then look often, without a write each time."""
     parts = _parts(actor, reported)
     if reported.max_unavailable is not None or not parts:
         return None
@@ -408,7 +408,7 @@ def totals(nodes: Iterable[RolloutNode]) -> dict[str, int]:
 
 
 def counts_of_all(session: Session, now: datetime) -> dict[str, int]:
-    """How many nodes follow a channel, by state; a node counts once for each of its channels."""
+    """The number of a channel's nodes, by state; a node counts once for each of its channels."""
     followed = _followed(_state(now).label("state")).subquery()
     rows = session.execute(select(followed.c.state, func.count()).group_by(followed.c.state))
     return dict.fromkeys(STATES, 0) | {state: count for state, count in rows}  # noqa: C416

@@ -42,7 +42,7 @@ def rarest(session: Session, names: Names, values: dict[str, Any]) -> tuple[str 
 
 @prepared
 def _counts(names: Names, lookups: Names, most: int) -> Selection:
-    """For each lookup the number of its releases, counted up to `most`, a literal: PostgreSQL expects a bound limit to
+    """The number of each lookup's releases, counted up to `most`, a literal: PostgreSQL expects a bound limit to
     be a tenth of the rows."""
     limit = literal_column(str(most), Integer)
     each = (_lookup(names, name).limit(limit).subquery(f"of_{name}") for name in lookups)

@@ -47,7 +47,7 @@ class Outgoing:
 
 @dataclass(frozen=True, slots=True)
 class DeliveryOutcome:
-    """What came of an attempt: the status of the answer, or the reason why there was none."""
+    """The outcome of an attempt: the status of the answer, or the reason why there was none."""
 
     status: int | None
     error: str | None = None

@@ -1,4 +1,4 @@
-"""A Hugging Face Hub: what a revision contains, its files, and the commit and tag of an export.
+"""A Hugging Face Hub: the contents of a revision, its files, and the commit and tag of an export.
 
 Only the hub that HF_ENDPOINT names (https://huggingface.co by default) gets a token: HF_TOKEN, or the one that
 `hf auth login` has stored. Any other endpoint is asked without one, and no hub gets a token of Adaptory.

@@ -38,7 +38,7 @@ here."""
 
 
 class BaseHints(TypedDict):
-    """How a unit finds its base."""
+    """The places where a unit finds its base."""
 
     locations: list[str]
     size_bytes: int

@@ -143,7 +143,7 @@ class AdapterConfig:
         return "rslora" if self.use_rslora else "lora"
 
     def unsupported(self) -> RefusedType | None:
-        """Why this adapter cannot be merged or combined; None if it can."""
+        """The reason why this adapter cannot be merged or combined; None if it can."""
         if self.peft_type != "LORA":
             return _refused_type(self)
         for flag in self.flags:

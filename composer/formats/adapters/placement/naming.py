@@ -1,4 +1,4 @@
-"""From an adapter's keys to modules, and from modules to the checkpoint's tensors."""
+"""Names: the modules of an adapter's keys, and the checkpoint's tensors of modules."""
 
 import re
 from collections.abc import Iterable

@@ -83,7 +83,8 @@ def show_repository(
 
 
 def _changes(listed: Sequence[ReleaseOut]) -> dict[str, float]:
-    """How the first score of each release differs from that of the release below it on the same content, by version."""
+    """The difference of each release's first score from that of the release below it on the same content, by
+    version."""
     changes: dict[str, float] = {}
     for release, before in pairwise(listed):
         scored = {(score.suite_digest, score.metric): score.value for score in before.scores}

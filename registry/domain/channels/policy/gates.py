@@ -181,7 +181,7 @@ class ScoreConditions:
         return f" ({', '.join(words)})" if words else ""
 
     def objection(self, score: GateScore) -> str:
-        """Why the score does not count; empty if it does."""
+        """The reason why the score does not count; empty if it does."""
         if self.measured and score.reported:
             return "it is reported, not measured"
         if self.measured == "worker" and not score.by_worker:
@@ -253,7 +253,7 @@ class GateResult:
         return {**judged, **figures, "policy": self.policy or None}
 
     def with_waiting(self) -> dict[str, Any]:
-        """As `to_json`, with whether it waits."""
+        """The `to_json` document, with whether it waits."""
         return {**self.to_json(), "waiting": self.waiting}
 
 

@@ -59,7 +59,7 @@ class PolicyReport:
 
     @property
     def expires_hours(self) -> float:
-        """How long the promotion may wait, by the policy that allows least."""
+        """The time that the promotion may wait, by the policy that allows least."""
         return min(policy.expires_hours for policy in self.in_force.values())
 
     @property
@@ -186,7 +186,7 @@ SERVES_NOTHING = "none"
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """What the caller last saw of the channel, from its ETag: the id of the last move (`NOTHING_YET` of `moves` for no
+    """The channel as the caller last saw it, from its ETag: the id of the last move (`NOTHING_YET` of `moves` for no
     channel), and what it served (SERVES_NOTHING, or a version). A move's own ETag leaves that out."""
 
     move_id: int

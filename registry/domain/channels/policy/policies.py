@@ -157,7 +157,7 @@ def approver(in_force: InForce) -> Role | None:
 
 
 def watch_of(session: Session, scope: PolicyScope) -> Watch | None:
-    """How a canary of the channel proceeds: as its own policy states or, if that does not, its namespace's."""
+    """The watch of the channel's canaries: as its own policy states or, if that does not, its namespace's."""
     return find(session, scope).policy.watch or find(session, scope.in_namespace()).policy.watch
 
 
@@ -276,8 +276,8 @@ def _new_row(session: Session, scope: PolicyScope) -> Gate | NamespacePolicy:
 
 
 def _repositories(session: Session, scope: PolicyScope, *, moved: bool) -> list[Repository]:
-    """The repositories whose channels may serve something else under a new policy; those of a namespace only if what it
-    says of yanked releases has changed, since it may have thousands."""
+    """The repositories whose channels may serve something else under a new policy; those of a namespace only if its
+    rule for yanked releases has changed, since it may have thousands."""
     query = select(Repository).where(Repository.namespace == scope.namespace).order_by(Repository.id)
     if not scope.of_namespace:
         return list(session.scalars(query.where(Repository.name == scope.name)))

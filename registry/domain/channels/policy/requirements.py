@@ -81,7 +81,7 @@ def judge_licenses(session: Session, policy: Licenses, release: Release) -> list
 
 
 def judge_stated(policy: Licenses, stated: Sequence[Stated]) -> list[GateResult]:
-    """As `judge_licenses`, for the stated licences."""
+    """Judges like `judge_licenses`, for the stated licences."""
     results: list[GateResult] = []
     for part in policy.stated:
         own = [licence for licence in stated if licence.part == part]
