@@ -100,12 +100,12 @@ Layers = Annotated[
 Modules = Annotated[str, ParsedBy(_glob, {"type": "string"})]
 
 
-class _Places(TypedDict, total=False):
+class _RuleSelector(TypedDict, total=False):
     layers: str
     modules: str
 
 
-class RuleDocument(_Places):
+class RuleDocument(_RuleSelector):
     """A `WeightRule`."""
 
     weight: float
@@ -148,12 +148,12 @@ class WeightRule(Document):
         return towers if len(towers) > 1 else []
 
     def to_json(self) -> RuleDocument:
-        places: _Places = {}
+        selector: _RuleSelector = {}
         if self.layers is not None:
-            places["layers"] = f"{self.layers[0]}-{self.layers[1]}"
+            selector["layers"] = f"{self.layers[0]}-{self.layers[1]}"
         if self.modules is not None:
-            places["modules"] = self.modules
-        return {**places, "weight": self.weight}
+            selector["modules"] = self.modules
+        return {**selector, "weight": self.weight}
 
 
 def rules_json(rules: Sequence[WeightRule]) -> RulesPart:

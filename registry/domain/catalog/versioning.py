@@ -74,7 +74,7 @@ def refuse_breaking(
 
 
 def refuse_other_base(session: Session, repository: Repository, version: Version, base_digest: str) -> None:
-    """Like `refuse_breaking`, for a release of which only the base is known yet."""
+    """Like `refuse_breaking`, for a release whose base alone is known so far."""
 
     def beside(neighbour: Surface) -> Surface:
         return replace(neighbour, base=base_digest, weights=frozenset())
