@@ -15,7 +15,7 @@ from starlette.datastructures import QueryParams
 from composer.formats.adapters.serving import ServerProfile, loads
 from registry.api.http.pagination import decode_cursor, encode_cursor
 from registry.api.http.request import ResourcesOf
-from registry.api.http.routes import Route, cached_by_query
+from registry.api.http.routes import Route, cached_by_query, needs_only_request
 from registry.api.http.rules import Caller
 from registry.api.http.threads import in_search_threads
 from registry.api.routes.documents import (
@@ -83,6 +83,7 @@ def _parse_query(query: bytes) -> tuple[SearchIn, search.Query]:
     responses={422: {"model": Problem}},
     openapi_extra={"parameters": PARAMETERS},
 )
+@needs_only_request
 @in_search_threads
 def search_releases(request: Request, resources: ResourcesOf, actor: Caller) -> Response:
     """Search the releases that the caller may read; all conditions must hold."""

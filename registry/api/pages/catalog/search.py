@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request, Response
 
 from registry.api.http.problems import as_registry_error
 from registry.api.http.request import ResourcesOf
+from registry.api.http.routes import needs_only_request
 from registry.api.http.threads import in_search_threads
 from registry.api.pages.html.render import page
 from registry.api.pages.html.wire import ERRORS, PageCaller, PageRoute
@@ -37,6 +38,7 @@ class NotLoading:
 
 
 @router.get("/")
+@needs_only_request
 @in_search_threads
 def home(request: Request, resources: ResourcesOf, actor: PageCaller) -> Response:
     """Search, the newest releases, and the last moves of channels."""
@@ -51,6 +53,7 @@ def home(request: Request, resources: ResourcesOf, actor: PageCaller) -> Respons
 
 
 @router.get("/search", openapi_extra={"parameters": PARAMETERS})
+@needs_only_request
 @in_search_threads
 def search(request: Request, resources: ResourcesOf, actor: PageCaller) -> Response:
     """Matching releases, by the parameters of REST. Empty fields of the form are ignored, and so is `include=related`
