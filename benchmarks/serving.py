@@ -95,7 +95,7 @@ def start_agent(url: str, kept_in: Path, address: str) -> MirrorDirectory:
     api, directory, health = Api(url), MirrorDirectory(kept_in), Health()
     (kept_in / "by-commit").mkdir(parents=True)
     kept = KeptServer(VllmServer(address), directory, None, 600.0)
-    duties = Duties(lambda _release, _files: None, lambda: True)
+    duties = Duties()
     mirror = Mirror(api, directory, [kept], Options(), duties)
     followed = loop.Followed(api, [CHANNEL], health, lambda _text: None)
     threading.Thread(target=lambda: loop.run(mirror, followed, None, None, health), daemon=True).start()

@@ -3,6 +3,7 @@
 - `by-commit/COMMIT/`: a release's files. It appears complete and verified, and never changes.
 - `by-version/acme/sql@1.2.0/`: the same files, as links, for servers that watch a directory. Only `adapter_config.json`
   is a copy, with the server's own base name, which vLLM's resolver compares with its `--model`.
+- `signed.json`: the releases that the key of `--verify` was seen to have signed, for rounds without the registry.
 - `routes.json`: the versions to which channels are routed, and the servers that have each version loaded.
 - `state.json`: the last report, to read.
 """
@@ -15,6 +16,7 @@ from collections.abc import Callable, Container, Generator, Iterable, Iterator, 
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from tempfile import mkdtemp, mkstemp
 from typing import Any, cast
@@ -35,11 +37,18 @@ from registry.formats.references import Digest, parse_reference
 from registry.wire.search import AnyRelease
 
 CONFIG = "adapter_config.json"
+_SIGNED = "signed.json"
 _MAX_CONFIG_BYTES = 1 << 20
 _PART = ".part-"
 
-Check = Callable[[AnyRelease, Path], None]
-"""Raises if the verified files of a release must not be served."""
+
+@dataclass(frozen=True, slots=True)
+class Signer:
+    """The key that must have signed every release that is served. `verify` raises for a release with intact files that
+    it has not signed."""
+
+    fingerprint: str
+    verify: Callable[[AnyRelease, Path], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,28 +133,45 @@ class MirrorDirectory:
             commit = self._note_of(Path(path)).get("commit")
         return commit if isinstance(commit, str) and is_commit(commit) else None
 
-    def fetch(self, api: Api, version: ServedVersion, check: Check) -> Path:
-        """The release's directory, complete and verified. An existing one is verified once in each process, and again
-        after a change of its files, without the registry, since its name is the hash of its files. Raises the
-        registry's errors, Unavailable for a full disk, and what `check` raises."""
+    def fetch(self, api: Api, version: ServedVersion, signer: Signer | None) -> Path:
+        """The release's directory, complete, verified, and signed by the signer if there is one. An existing one is
+        verified once in each process, and again after a change of its files, without the registry, since its name is
+        the hash of its files. Raises the registry's errors, Unavailable for a full disk, and what the signer raises."""
         target = self.path(version.commit)
-        if (stamps := _stamps(target)) and self._intact.get(version.commit) == stamps:
-            return target
-        if not self._is_intact(target, version.commit):
-            release = api.resolve(parse_reference(version.reference)).release
-            if release.commit != version.commit:
-                raise Invalid(
-                    "other_release",
-                    f"The channel serves {version.reference} as {version.commit[:12]}, but that release is "
-                    f"{release.commit[:12]}.",
-                    subject=version.reference,
-                )
-            pull(api, release, target, lambda _count: None, None, lambda files: check(release, files), replace=True)
-            with _writing(target):
-                _sync(self._by_commit)
-            self._renew_version(version)
-        self._intact[version.commit] = _stamps(target)
+        stamps = _stamps(target)
+        intact = bool(stamps) and self._intact.get(version.commit) == stamps
+        intact = intact or self._is_intact(target, version.commit)
+        if intact:
+            self._intact[version.commit] = stamps
+        if signer is not None and self._signed(signer).get(version.name) != version.commit:
+            release = _release(api, version)
+            if intact:
+                signer.verify(release, target)
+            else:
+                self._pull(api, version, release, partial(signer.verify, release))
+            signed = {**self._signed(signer), version.name: version.commit}
+            there = {name: commit for name, commit in signed.items() if self.path(commit).is_dir()}
+            write_json(self.root / _SIGNED, {"key": signer.fingerprint, "releases": there})
+        elif not intact:
+            self._pull(api, version, _release(api, version), lambda _files: None)
         return target
+
+    def _pull(self, api: Api, version: ServedVersion, release: AnyRelease, check: Callable[[Path], None]) -> None:
+        target = self.path(version.commit)
+        pull(api, release, target, lambda _count: None, None, check, replace=True)
+        with _writing(target):
+            _sync(self._by_commit)
+        self._renew_version(version)
+        self._intact[version.commit] = _stamps(target)
+
+    def _signed(self, signer: Signer) -> Mapping[str, str]:
+        """The commits of the versions that this key was seen to have signed; none for another key's file."""
+        try:
+            document = json.loads((self.root / _SIGNED).read_bytes())
+            releases = {_version_name(name): _commit(commit) for name, commit in document["releases"].items()}
+            return releases if document["key"] == signer.fingerprint else {}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            return {}
 
     def members(self, version: ServedVersion) -> Mapping[str, ServedVersion]:
         """The members of a set that was fetched, by class; empty for any other version. Raises Invalid for a damaged
@@ -237,9 +263,9 @@ class MirrorDirectory:
 
     def remove_partial(self, needed: Container[str]) -> None:
         """Removes partial downloads, except those of the releases that are needed."""
-        for partial in self._by_commit.glob(".*.partial"):
-            if partial.name.split(".")[1] not in needed:
-                self._remove(partial)
+        for left in self._by_commit.glob(".*.partial"):
+            if left.name.split(".")[1] not in needed:
+                self._remove(left)
 
     def routes(self) -> Routes:
         """The routes that were written last; none if they cannot be read."""
@@ -340,6 +366,19 @@ def _stamps(directory: Path) -> _Stamps:
         stats = [(str(path), path.lstat()) for path in directory.rglob("*") if not path.is_dir()]
         return frozenset((path, stat.st_ino, stat.st_size, stat.st_mtime_ns) for path, stat in stats)
     return frozenset()
+
+
+def _release(api: Api, version: ServedVersion) -> AnyRelease:
+    """Raises Invalid if the registry has another commit under this version."""
+    release = api.resolve(parse_reference(version.reference)).release
+    if release.commit != version.commit:
+        raise Invalid(
+            "other_release",
+            f"The channel serves {version.reference} as {version.commit[:12]}, but that release is "
+            f"{release.commit[:12]}.",
+            subject=version.reference,
+        )
+    return release
 
 
 def _version_name(name: str) -> str:

@@ -11,7 +11,7 @@ from importlib.metadata import version as package_version
 from itertools import product
 from typing import Any, TypeVar
 
-from registry.agent.directory import Check, MirrorDirectory, Routes
+from registry.agent.directory import MirrorDirectory, Routes, Signer
 from registry.agent.switching import Checked, KeptServer
 from registry.agent.versions import ALL, ServedVersion, weights_of
 from registry.client.api import Api
@@ -52,10 +52,10 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Duties:
-    """`check` may refuse the verified files of a release, by raising; `may_switch` is called before each switch, and
-    `publish` with the routes of each round."""
+    """Releases that `signer` has not signed are refused; `may_switch` is called before each switch, and `publish` with
+    the routes of each round."""
 
-    check: Check
+    signer: Signer | None = None
     may_switch: Callable[[], bool] = lambda: True
     publish: Callable[[Routes], None] = lambda _routes: None
 
@@ -156,10 +156,10 @@ class Mirror:
         failures, members = dict[ServedVersion, str](), dict[ServedVersion, tuple[ServedVersion, ...]]()
         for version in sorted(needed):
             try:
-                self._directory.fetch(self._api, version, self._duties.check)
+                self._directory.fetch(self._api, version, self._duties.signer)
                 members[version] = tuple(self._directory.members(version).values()) or (version,)
                 for member in members[version]:
-                    self._directory.fetch(self._api, member, self._duties.check)
+                    self._directory.fetch(self._api, member, self._duties.signer)
             except RegistryError as error:
                 failures[version] = error.detail
         fetched = sorted({member for version, rows in members.items() if version not in failures for member in rows})

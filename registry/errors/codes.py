@@ -4,6 +4,7 @@ input_codes.py has the codes of wrong input.
 """
 
 REFUSED = {
+    "evidence_not_allowed": "Add it to the suite's file and register that: `adaptory suite add FILE`.",
     "serves_nothing": "Promote the release instead.",
     "too_many_sources": "Report under the same source while it runs.",
     "already_served": "There is nothing to do.",

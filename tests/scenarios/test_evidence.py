@@ -35,6 +35,10 @@ def test_evidence_is_made_by_a_worker_on_a_suite_that_allows_it(team: Cli, tmp_p
     team.ok("suite", "add", write_suite(tmp_path, "said", evidence=True))
     missing = team("evidence", "acme/sql:1.0.0")
     assert (missing.code, "acme/sql:1.0.0 has no evidence" in missing.err) == (3, True)
+    team.ok("suite", "add", write_suite(tmp_path, "kept-back"))
+    refused = team("evidence", "acme/sql:1.0.0", "--suite", "said", "--suite", "kept-back")
+    assert (refused.code, "kept-back does not state `evidence: true`" in refused.err) == (1, True)
+    assert team.json("show", "acme/sql:1.0.0")["scores"] == [], "nothing was measured"
     before = team.json("show", "acme/sql:1.0.0")["commit"]
     document = team.json("evidence", "acme/sql:1.0.0", "--suite", "said")
     statement = open_attestation(document["envelope"], document["key"]["public_key"])

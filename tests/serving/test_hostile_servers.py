@@ -71,7 +71,7 @@ def take_round(directory: MirrorDirectory) -> Callable[..., NodeReportIn]:
     def take(url: str, said: FollowedOut | None = None) -> NodeReportIn:
         wanted = {CHANNEL: said or FollowedOut(move=1, version=None, commit=None)}
         kept = KeptServer(VllmServer(url), directory, None, 0.0)
-        duties = Duties(lambda _release, _files: None, lambda: True)
+        duties = Duties()
         taken = Mirror(Api("http://127.0.0.1:1"), directory, [kept], Options(), duties)
         try:
             return taken.round(wanted, [CHANNEL])
@@ -196,7 +196,7 @@ def test_a_server_that_never_ends_its_work_holds_up_no_other_server(
     wanted = {CHANNEL: FollowedOut(move=1, version=VERSION.version, commit=commit)}
     with double() as (url, _), scripted({"/v1/models": models()} | {path: trickling_header}) as slow:
         servers = [KeptServer(VllmServer(address), directory, None, 0.0) for address in (slow.url, url)]
-        duties = Duties(lambda _release, _files: None, lambda: True)
+        duties = Duties()
         taken = Mirror(Api("http://127.0.0.1:1"), directory, servers, Options(), duties)
         for _ in range(2):
             report = taken.round(wanted, [CHANNEL])
@@ -309,7 +309,7 @@ def test_no_damage_to_a_directory_ends_an_agent(tmp_path: Path, damage: str) -> 
         if damage == "by-commit removed":
             (directory.root / "by-commit").rmdir()
         kept = KeptServer(DirectoryServer(directory, None), directory, None, 0.0)
-        duties = Duties(lambda _release, _files: None, lambda: True)
+        duties = Duties()
         taken = Mirror(Api("http://127.0.0.1:1"), directory, [kept], Options(), duties)
         assert taken.round({}, [CHANNEL]).channels[0].error
         taken.close()
@@ -346,7 +346,7 @@ def test_without_routes_that_can_be_read_nothing_is_unloaded_while_the_registry_
     directory: MirrorDirectory, monkeypatch: pytest.MonkeyPatch, damage: bytes | None
 ) -> None:
     monkeypatch.setattr(switching, "LOOK_S", 0.0)
-    path, duties = directory.root / "routes.json", Duties(lambda _release, _files: None, lambda: True)
+    path, duties = directory.root / "routes.json", Duties()
     if damage:
         path.write_bytes(damage)
     loaded = models(row(VERSION.name, str(directory.path(VERSION.commit))))
@@ -368,7 +368,7 @@ def test_without_routes_that_can_be_read_a_new_agent_keeps_the_route_of_a_channe
     monkeypatch.setattr(switching, "LOOK_S", 0.0)
     commit, other = with_its_own_commit(directory), "acme/tables@prod"
     says = FollowedOut(move=1, version=VERSION.version, commit=commit)
-    path, duties = directory.root / "routes.json", Duties(lambda _release, _files: None, lambda: True)
+    path, duties = directory.root / "routes.json", Duties()
     with double(max_loras=2) as (url, _):
 
         def rounds(wanted: dict[str, FollowedOut | None], count: int) -> NodeReportIn:

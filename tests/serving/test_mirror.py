@@ -198,19 +198,6 @@ def test_a_name_that_was_loaded_by_hand_is_replaced_when_no_request_uses_it(site
             assert loaded(server)["mine"] == foreign["lora_path"], "other names are not the agent's"
 
 
-def test_an_unsigned_release_is_not_served(site: Site, tmp_path: Path) -> None:
-    from cryptography.hazmat.primitives.asymmetric import ec
-    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-
-    key = ec.generate_private_key(ec.SECP256R1()).public_key()
-    public = tmp_path / "key.pub"
-    public.write_bytes(key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
-    with double() as (server, _), mirrored(site, "--server", f"vllm={server}", "--verify", public) as agent:
-        agent.wait_for_problem("sign")
-        assert agent.routed() is None
-        assert loaded(server) == {}
-
-
 @pytest.mark.long
 def test_files_of_an_earlier_release_go_after_the_grace_period_and_not_before_it_is_unloaded(site: Site) -> None:
     words = ("--keep", "0", "--grace", "1s")

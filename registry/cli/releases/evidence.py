@@ -12,6 +12,9 @@ from registry.cli.console.groups import root
 from registry.cli.console.render import JsonFlag
 from registry.cli.evaluation import queued_evaluation
 from registry.cli.releases.transfer import resolved
+from registry.errors import Refused
+from registry.sdk.connection import Connection
+from registry.sdk.suites import fetch_suite
 
 
 @root.command()
@@ -32,6 +35,8 @@ def evidence(
     with connected() as connection:
         release = resolved(connection, ref)
         made: Sequence[str] = suite or ()
+        for name in made:
+            _refuse_unless_allowed(connection, name)
         if made:
             report = queued_evaluation.queue(connection, [release.name], made, {}, wait=True)
             if error := queued_evaluation.error_of(report.job, report.state, report.error):
@@ -42,3 +47,9 @@ def evidence(
     shown = f"{render.counted(len(examples), 'example')}, {render.counted(tokens, 'completion token')}"
     by = f"attested by worker {document.key.worker} at {render.minute(document.created_at)}"
     render.document(document, json, lambda: render.out(f"evidence of {release.name}: {shown}, {by}"))
+
+
+def _refuse_unless_allowed(connection: Connection, suite: str) -> None:
+    """Raises Refused for a suite whose examples servers may not be asked."""
+    if not fetch_suite(connection, suite).evidence:
+        raise Refused("evidence_not_allowed", f"{suite} does not state `evidence: true`.", subject=suite)

@@ -18,7 +18,7 @@ from registry.formats.references import parse_node_name, parse_reference
 from registry.formats.watch import parse_duration
 
 if TYPE_CHECKING:
-    from registry.agent.directory import Check, MirrorDirectory
+    from registry.agent.directory import MirrorDirectory, Signer
     from registry.agent.loop import GroupNode
     from registry.agent.servers.protocol import HttpServer, Server
     from registry.agent.versions import ServedVersion
@@ -126,14 +126,14 @@ def mirror(  # noqa: PLR0913
     opened, listens_at = _servers(server, kept_in, tolerance), address(listen) if listen else None
     with ExitStack() as stack:
         api = stack.enter_context(connected()).api
-        check = _signed_by(api, verify)
+        signer = _signer(api, verify) if verify else None
         stack.enter_context(kept_in.locked())
         if listens_at is not None:
             stack.callback(health.serve(state, *listens_at))
         busy, evidence = partial(_busy_in, fronts) if fronts else None, partial(_evidence, api)
         servers = [KeptServer(kept, kept_in, busy, options.grace_s, evidence) for kept in opened]
         reporter = loop.Reporter(api, named, state) if named else None
-        duties = Duties(check, reporter.may_switch if reporter else lambda: True, partial(write_all, files))
+        duties = Duties(signer, reporter.may_switch if reporter else lambda: True, partial(write_all, files))
         mirrored = Mirror(api, kept_in, servers, options, duties)
         stack.callback(mirrored.close)
         followed = loop.Followed(api, names, state, render.say)
@@ -187,19 +187,19 @@ def _servers(texts: Sequence[str] | None, directory: "MirrorDirectory", toleranc
     return opened
 
 
-def _signed_by(api: "Api", key: Path | None) -> "Check":
-    """A check that refuses releases which this key has not signed."""
-    if key is None:
-        return lambda _release, _files: None
+def _signer(api: "Api", key: Path) -> "Signer":
+    """Raises Invalid for a key that cannot verify."""
+    from registry.agent.directory import Signer
     from registry.client.signing import read_public_key, verify_release
+    from registry.formats.signatures import fingerprint
 
     public_key = read_public_key(key)
 
-    def check(release: "AnyRelease", files: Path) -> None:
+    def verify(release: "AnyRelease", files: Path) -> None:
         asked = parse_reference(f"{release.repository}:{release.version}")
         verify_release(api, release, asked, files, public_key)
 
-    return check
+    return Signer(fingerprint(public_key), verify)
 
 
 def _evidence(api: "Api", version: "ServedVersion") -> "Sequence[EvidenceExample] | None":
