@@ -26,6 +26,7 @@ from composer.evaluation.scorers.process import open_scorer
 from composer.evaluation.scorers.scorer import NO_PYTHON, PythonScorers, Scorer, checked_score
 from composer.formats.recipes.suite import Example, Suite
 from composer.formats.recipes.tasks import LikelihoodSettings, ScorerChoice
+from composer.formats.scores import ScoreDocument
 
 MAX_ANSWER_CHARS = 2_000
 """Kept of an answer, in characters."""
@@ -44,8 +45,17 @@ class SuiteScore:
     n: int
     higher_is_better: bool
 
-    def to_json(self) -> dict[str, object]:
-        return {name: getattr(self, name) for name in self.__slots__}
+    def to_json(self) -> ScoreDocument:
+        return ScoreDocument(
+            suite=self.suite,
+            suite_digest=self.suite_digest,
+            task=self.task,
+            metric=self.metric,
+            value=self.value,
+            stderr=self.stderr,
+            n=self.n,
+            higher_is_better=self.higher_is_better,
+        )
 
 
 @dataclass(frozen=True, slots=True)

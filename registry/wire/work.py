@@ -5,6 +5,7 @@ from typing import Annotated, Any, NotRequired, TypedDict, cast
 
 from pydantic import Field
 
+from composer.formats.scores import ScoreDocument
 from registry.formats.priority import Priority
 from registry.wire.catalog import BaseRef
 from registry.wire.document import MAX_INT64, Wire, WireIn
@@ -74,10 +75,12 @@ class MeasuredValue(TypedDict):
 
 
 class InputScore(MeasuredValue):
-    """The score of an input. Older compositions do not record whether the suite is the input's own."""
+    """The score of an input. Older compositions do not record whether the suite is the input's own, nor whether the
+    score was recorded before."""
 
     repository: str
     version: str
+    recorded: NotRequired[bool]
     own_suite: NotRequired[bool]
 
 
@@ -88,12 +91,12 @@ class RewordedAnswers(TypedDict):
     still_answered: int
 
 
-class CandidateScore(MeasuredValue):
-    """A score of a composition's result, with those of its inputs and of the base on the same examples. `reworded` is
-    stated for accuracy on the own suite of an input, if that is a chat and no search has measured it."""
+class CandidateScore(ScoreDocument):
+    """A score of a composition's result, with those of its inputs and of the base on the same examples. `phrase` was
+    before each prompt. `reworded` is stated for accuracy on the own suite of an input, if that is a chat and no search
+    has measured it."""
 
-    suite: str
-    metric: str
+    phrase: NotRequired[str]
     inputs: NotRequired[list[InputScore]]
     base: NotRequired[MeasuredValue]
     reworded: NotRequired[RewordedAnswers]

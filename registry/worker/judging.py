@@ -2,19 +2,19 @@
 
 from collections.abc import Callable, Container, Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from composer.formats.recipes.phrases import phrased, reworded
 from composer.formats.recipes.recipe import CONFIRM
 from composer.formats.recipes.suite import Example, Suite
+from composer.formats.scores import ScoreDocument
 from registry.domain.channels.policy import gates
 from registry.domain.channels.policy.gates import GateScore, Scores
 from registry.formats.manifest import ManifestFile
+from registry.wire.work import CandidateScore, InputScore, MeasuredValue, RewordedAnswers
 
 if TYPE_CHECKING:
     from composer.evaluation.evaluate import Result
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +41,20 @@ class JudgedInput:
     suite: str | None
     recorded: Mapping[tuple[str, str], GateScore]
     subject: Subject
+
+
+class CandidateGate(NamedTuple):
+    """The outcome of a gate for a candidate. One that is not `required` only warns."""
+
+    result: gates.GateResult
+    required: bool
+
+    @property
+    def fails(self) -> bool:
+        return self.required and not self.result.passed
+
+    def to_json(self) -> dict[str, Any]:
+        return {**self.result.to_json(), "required": self.required}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,19 +87,23 @@ class Examination:
             or (suite.kind == "guard" and suite.digest not in self.base_scored)
         ]
 
-    def scores(self, subject: Subject, suite: Suite) -> list[Row]:
+    def scores(self, subject: Subject, suite: Suite) -> list[CandidateScore]:
         """Evaluates the subject on the suite's remaining examples."""
         return self.measured(subject, suite)[0]
 
-    def measured(self, subject: Subject, suite: Suite, phrase: str = "") -> "tuple[list[Row], Sequence[Result]]":
+    def measured(
+        self, subject: Subject, suite: Suite, phrase: str = ""
+    ) -> "tuple[list[CandidateScore], Sequence[Result]]":
         """Evaluates like `scores`, with the phrase before each prompt, and also returns the per-example results."""
         from composer.evaluation.evaluate import scores
 
         results = self.examine(subject, suite, phrased(phrase, suite.sample(None, self.used)))
-        stated = {"phrase": phrase} if phrase else {}
-        return [score.to_json() | stated for score in scores(suite, results)], results
+        rows = [CandidateScore(**score.to_json()) for score in scores(suite, results)]
+        return [{**row, "phrase": phrase} for row in rows] if phrase else rows, results
 
-    def reworded(self, candidate: Subject, member: JudgedInput, suite: Suite, phrase: str = "") -> Row | None:
+    def reworded(
+        self, candidate: Subject, member: JudgedInput, suite: Suite, phrase: str = ""
+    ) -> RewordedAnswers | None:
         """The number of the member's answers to reworded prompts that the candidate gives too;
         None for a suite without chat."""
         asked = reworded(suite, suite.sample(CONFIRM, self.used))
@@ -117,17 +135,19 @@ class Examination:
         return {metric: score for metric, score in recorded if score.n == count and not score.reported}
 
 
-def with_inputs(candidate: Sequence[Row], examination: Examination, members: Sequence[JudgedInput]) -> list[Row]:
+def with_inputs(
+    candidate: Sequence[CandidateScore], examination: Examination, members: Sequence[JudgedInput]
+) -> list[CandidateScore]:
     """Adds to each of the candidate's scores those of the inputs on the same examples and, on `on_base`, that of the
     base. Scores that are not recorded are measured now. `own_suite` marks the input's own suite."""
-    beside: dict[tuple[str, str], list[Row]] = {}
+    beside: dict[tuple[str, str], list[InputScore]] = {}
     missing = examination.missing(members)
     for member in members:
         for suite in examination.suites:
             rows = [(metric, score, True) for metric, score in examination.known(member, suite).items()]
             if (member, suite) in missing:
                 measured = examination.scores(member.subject, suite)
-                rows = [(row["metric"], _measured(row), False) for row in measured]
+                rows = [(row["metric"], _measured(row, row), False) for row in measured]
             for metric, score, recorded in rows:
                 beside.setdefault((suite.digest, metric), []).append(
                     {
@@ -141,25 +161,23 @@ def with_inputs(candidate: Sequence[Row], examination: Examination, members: Seq
                     }
                 )
     rows = [row for suite in examination.on_base for row in examination.scores(BASE, suite)]
-    named = ("value", "stderr", "n")
-    on_base = {(row["suite_digest"], row["metric"]): {"base": {name: row[name] for name in named}} for row in rows}
-    return [
-        {
-            **row,
-            "inputs": beside.get((row["suite_digest"], row["metric"]), []),
-            **on_base.get((row["suite_digest"], row["metric"]), {}),
-        }
-        for row in candidate
-    ]
+    on_base = {(row["suite_digest"], row["metric"]): row for row in rows}
+    compared: list[CandidateScore] = []
+    for row in candidate:
+        key = (row["suite_digest"], row["metric"])
+        compared.append({**row, "inputs": beside.get(key, [])})
+        if base := on_base.get(key):
+            compared[-1]["base"] = MeasuredValue(value=base["value"], stderr=base["stderr"], n=base["n"])
+    return compared
 
 
 def with_rewordings(
-    rows: Sequence[Row],
+    rows: Sequence[CandidateScore],
     candidate: Subject,
     examination: Examination,
     members: Sequence[JudgedInput],
     phrases: Mapping[str, str],
-) -> list[Row]:
+) -> list[CandidateScore]:
     """Adds to the candidate's accuracy on each input's own suite how many answers it keeps in other words."""
     suites = {suite.name: suite for suite in examination.suites}
     answers = {
@@ -173,23 +191,24 @@ def with_rewordings(
     ]
 
 
-def judge(rules: Mapping[str, bool], rows: Sequence[Row], base: Scores, guards: Set[str]) -> list[Row]:
-    """Evaluates each rule, and marks whether it is `required`; others only warn. `base` holds the base's recorded
-    scores; scores on exactly the candidate's examples replace them. `guards` names the guard suites."""
-    candidate = {(row["suite"], row["metric"]): _measured(row) for row in rows}
+def judge(
+    rules: Mapping[str, bool], rows: Sequence[CandidateScore], base: Scores, guards: Set[str]
+) -> list[CandidateGate]:
+    """Evaluates each rule, which is `required` or only warns. `base` holds the base's recorded scores; scores on
+    exactly the candidate's examples replace them. `guards` names the guard suites."""
+    candidate = {(row["suite"], row["metric"]): _measured(row, row) for row in rows}
     members: dict[tuple[str, str], dict[tuple[str, str], GateScore]] = {}
     for row in rows:
         for input_row in row.get("inputs", []):
             own = members.setdefault((input_row["repository"], input_row["version"]), {})
-            own[row["suite"], row["metric"]] = _measured({**row, **input_row})
-    same = {(row["suite"], row["metric"]): _measured({**row, **row["base"]}) for row in rows if "base" in row}
+            own[row["suite"], row["metric"]] = _measured(input_row, row)
+    same = {(row["suite"], row["metric"]): _measured(row["base"], row) for row in rows if "base" in row}
     inputs = gates.best_of(list(members.values()))
     against = gates.Baselines(base={**base, **same}, inputs=inputs, guards=guards)
     results = gates.judge(gates.parse_rules(list(rules)), candidate, against)
-    return [
-        {**result.to_json(), "required": required} for result, required in zip(results, rules.values(), strict=True)
-    ]
+    return [CandidateGate(result, required) for result, required in zip(results, rules.values(), strict=True)]
 
 
-def _measured(row: Mapping[str, Any]) -> GateScore:
-    return GateScore(row["value"], row["stderr"], row["n"], row["higher_is_better"])
+def _measured(value: MeasuredValue | ScoreDocument, of: CandidateScore) -> GateScore:
+    """The value as a score of the candidate's metric."""
+    return GateScore(value["value"], value["stderr"], value["n"], of["higher_is_better"])

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from sqlalchemy.orm import Session
 
@@ -42,6 +42,7 @@ from registry.formats.signatures import is_key_of, open_signature, own_fingerpri
 from registry.transfer import publishing, results
 from registry.transfer.collect import discard
 from registry.transfer.publishing import Push
+from registry.wire.work import CandidateScore
 from registry.worker import evaluating, report_units
 from registry.worker.attesting import attested_composition, attested_scores
 from registry.worker.combine_units import calibration_rows, combined_adapter, member_rows
@@ -216,15 +217,16 @@ def gate(held: JobRun) -> None:
     with held.resources.read() as session:
         composition, _ = compositions.find(session, work.composition_id)
         base = gates.scores(session, session.get_one(Base, work.lock.base))
-        scores = composition.candidate_scores or []
+        scores = cast("list[CandidateScore]", composition.candidate_scores or [])
         evaluated = [suites.find(session, name) for name in work.evaluated]
         current = {suite.digest for suite in evaluated}
         guards = {suite.name for suite in evaluated if suite.kind == "guard"}
     replaced = sorted({row["suite"] for row in scores if row["suite_digest"] not in current})
     report = judge(work.rules, [row for row in scores if row["suite_digest"] in current], base, guards)
-    store(held, work, gates=report)
-    required = [result for result in report if result["required"]]
-    failed = [result for result in required if not result["passed"]]
+    documents = [gate.to_json() for gate in report]
+    store(held, work, gates=documents)
+    required = [gate for gate in report if gate.required]
+    failed = [gate for gate in required if gate.fails]
     if failed:
         raise Refused(
             "gate_failed",
@@ -233,7 +235,7 @@ def gate(held: JobRun) -> None:
             next_step=f"Compose again: {', '.join(replaced)} changed while the candidate was measured."
             if replaced
             else "Change weights, method, inputs or the gate, or serve the adapters separately.",
-            findings=report,
+            findings=documents,
         )
 
 
