@@ -14,10 +14,9 @@ records the removal: the chain shows which rows were rewritten and for whom, but
 
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypedDict
 
 from registry.errors import Invalid
 from registry.formats.attestations import Statement, attest, open_attestation, unverified
@@ -27,15 +26,28 @@ RESEALED = "resealed"
 """The detail of a removal: how many rows are sealed again after it."""
 CHECKPOINT = "https://adaptory/audit-checkpoint/v1"
 _SUBJECT = "audit"
-FIELDS = (
-    *("id", "at", "actor", "token", "source", "act", "subject", "namespace", "reason", "before", "after", "detail"),
-)
 
 
-def _content(row: Mapping[str, Any]) -> str:
-    """The digest of a row alone. `row` has FIELDS; `at` is a datetime with its time zone."""
-    at: datetime = row["at"]
-    canonical = {**{name: row[name] for name in FIELDS}, "at": at.astimezone(UTC).isoformat(timespec="microseconds")}
+class AuditContent(TypedDict):
+    """A row of the audit log. `at` has its time zone."""
+
+    id: int
+    at: datetime
+    actor: str
+    token: str | None
+    source: str | None
+    act: str
+    subject: str
+    namespace: str | None
+    reason: str | None
+    before: dict[str, Any] | None
+    after: dict[str, Any] | None
+    detail: dict[str, Any]
+
+
+def _content(row: AuditContent) -> str:
+    """The digest of a row alone."""
+    canonical = {**row, "at": row["at"].astimezone(UTC).isoformat(timespec="microseconds")}
     text = json.dumps(canonical, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -51,7 +63,7 @@ class Seal:
     digest: str
 
 
-def next_seal(previous: Seal | None, row: Mapping[str, Any], removal: int | None = None) -> Seal:
+def next_seal(previous: Seal | None, row: AuditContent, removal: int | None = None) -> Seal:
     """Seals a row after `previous`, None for the first one."""
     number, digest = (previous.number, previous.digest) if previous else (0, START)
     content = _content(row)
@@ -62,11 +74,11 @@ def _chained(previous: str, content: str, removal: int | None) -> str:
     return hashlib.sha256(f"{previous}{content}{removal or ''}".encode()).hexdigest()
 
 
-def _resealed(row: Mapping[str, Any] | None) -> int:
+def _resealed(row: AuditContent | None) -> int:
     """The number of rows that are sealed again after this one; 0 after anything but the removal of a user."""
-    if row is None or row["act"] != "user:remove" or not isinstance(row["detail"], dict):
+    if row is None or row["act"] != "user:remove":
         return 0
-    count = cast("dict[str, Any]", row["detail"]).get(RESEALED)
+    count = row["detail"].get(RESEALED)
     return count if isinstance(count, int) else 0
 
 
@@ -93,7 +105,7 @@ class ChainCheck:
     """The removal whose rewritten rows are sealed right after it, and how many of them are left: no later seal may name
     it."""
 
-    def add(self, seal: Seal, row: Mapping[str, Any] | None) -> None:
+    def add(self, seal: Seal, row: AuditContent | None) -> None:
         """Follows one seal. `row` is what the database contains now, None if it was deleted."""
         subject, removal = seal.audit_id, seal.removal
         if seal.number != self.number + 1:

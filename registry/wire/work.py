@@ -6,6 +6,7 @@ from typing import Annotated, Any, NotRequired, TypedDict, cast
 from pydantic import Field
 
 from composer.formats.scores import ScoreDocument
+from registry.formats.audit_chain import AuditContent
 from registry.formats.priority import Priority
 from registry.wire.catalog import BaseRef
 from registry.wire.document import MAX_INT64, Wire, WireIn
@@ -304,6 +305,24 @@ class AuditOut(Wire):
     before: dict[str, Any] | None
     after: dict[str, Any] | None
     detail: dict[str, Any]
+
+    @property
+    def content(self) -> AuditContent:
+        """The row as its seal stands for it."""
+        return AuditContent(
+            id=self.id,
+            at=self.at,
+            actor=self.actor,
+            token=self.token,
+            source=self.source,
+            act=self.act,
+            subject=self.subject,
+            namespace=self.namespace,
+            reason=self.reason,
+            before=self.before,
+            after=self.after,
+            detail=self.detail,
+        )
 
 
 class SealedAuditOut(Wire):

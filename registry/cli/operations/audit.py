@@ -2,6 +2,7 @@
 
 import json as json_module
 from contextlib import closing
+from dataclasses import dataclass
 from enum import StrEnum
 from itertools import islice
 from pathlib import Path
@@ -19,7 +20,7 @@ from registry.formats.signatures import fingerprint
 
 if TYPE_CHECKING:
     from registry.client.api import Api
-    from registry.formats.audit_chain import Checkpoint
+    from registry.formats.audit_chain import ChainCheck, Checkpoint
 
 AUDIT_ROWS = 1000
 """Default limit for a table, which people read."""
@@ -134,14 +135,38 @@ def verify(
     public_key = _read(key) if key is not None else None
     kept = read_checkpoint(_read(file), str(file), public_key)
     with connected() as connection:
-        result = _compare(connection.api, kept)
-    result["signed"] = public_key is not None
-    render.document(result, json, lambda: _show_comparison(kept, result))
-    if not result["matches"]:
+        compared = _compare(connection.api, kept, signed=public_key is not None)
+    render.document(compared.to_json(), json, lambda: _show_comparison(compared))
+    if not compared.matches:
         raise typer.Exit(1)
 
 
-def _compare(api: "Api", kept: "Checkpoint") -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class _Comparison:
+    """The chain of the log as it was computed again, beside a checkpoint. `same` says whether the chain has its digest,
+    `signed` whether a key signed it."""
+
+    kept: "Checkpoint"
+    chain: "ChainCheck"
+    same: bool
+    signed: bool
+
+    @property
+    def matches(self) -> bool:
+        return self.same and not self.chain.damage
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "matches": self.matches,
+            "checkpoint": {"number": self.kept.number, "at": self.kept.at, "matches": self.same},
+            "rows": self.chain.number,
+            "rewritten": [{"removal": removal, "rows": rows} for removal, rows in self.chain.rewritten.items()],
+            "damage": [{"row": row.audit_id, "kind": row.kind, "message": row.message} for row in self.chain.damage],
+            "signed": self.signed,
+        }
+
+
+def _compare(api: "Api", kept: "Checkpoint", *, signed: bool) -> _Comparison:
     """Computes the chain of the log again, as far as it goes."""
     from registry.formats.audit_chain import START, ChainCheck, Seal
 
@@ -149,37 +174,31 @@ def _compare(api: "Api", kept: "Checkpoint") -> dict[str, Any]:
     with closing(api.lines("/v1/audit/chain")) as lines:
         for line in lines:
             link = wire.work.SealedAuditOut.read(json_module.loads(line))
-            row = dict(link.row) if link.row is not None else None
+            row = link.row.content if link.row is not None else None
             chain.add(Seal(link.number, link.id, link.content, link.removal, link.digest), row)
             if link.number == kept.number:
                 at_checkpoint = link.digest
-    damage = chain.damage
-    return {
-        "matches": at_checkpoint == kept.digest and not damage,
-        "checkpoint": {"number": kept.number, "at": kept.at, "matches": at_checkpoint == kept.digest},
-        "rows": chain.number,
-        "rewritten": [{"removal": removal, "rows": rows} for removal, rows in chain.rewritten.items()],
-        "damage": [{"row": row.audit_id, "kind": row.kind, "message": row.message} for row in damage],
-    }
+    return _Comparison(kept, chain, at_checkpoint == kept.digest, signed)
 
 
-def _show_comparison(kept: "Checkpoint", result: dict[str, Any]) -> None:
-    for row in result["damage"][:_DAMAGED]:
-        render.out(f"row {row['row']} {row['message']}")
-    if len(result["damage"]) > _DAMAGED:
-        render.out(f"and {render.counted(len(result['damage']) - _DAMAGED, 'further row')}")
-    seals, later = f"the first {render.counted(kept.number, 'seal')}", result["rows"] - kept.number
+def _show_comparison(compared: _Comparison) -> None:
+    kept, chain, damage = compared.kept, compared.chain, compared.chain.damage
+    for row in damage[:_DAMAGED]:
+        render.out(f"row {row.audit_id} {row.message}")
+    if len(damage) > _DAMAGED:
+        render.out(f"and {render.counted(len(damage) - _DAMAGED, 'further row')}")
+    seals, later = f"the first {render.counted(kept.number, 'seal')}", chain.number - kept.number
     if later < 0:
-        render.out(f"the checkpoint of {kept.at} has {kept.number:,} seals, the log only {result['rows']:,}")
-    elif not result["checkpoint"]["matches"]:
+        render.out(f"the checkpoint of {kept.at} has {kept.number:,} seals, the log only {chain.number:,}")
+    elif not compared.same:
         render.out(f"{seals} are not those of the checkpoint of {kept.at}: computed again, or of another registry")
-    elif result["damage"]:
+    elif damage:
         render.out(f"{seals} are those of the checkpoint of {kept.at}, but these rows are not as they were sealed")
     else:
         render.out(f"{seals} and their rows are those of the checkpoint of {kept.at}; {later:,} were added since")
-    for row in result["rewritten"]:
-        render.out(f"row {row['removal']} removed a user, and rewrote {render.counted(row['rows'], 'row')}")
-    if not result["signed"]:
+    for removal, rows in chain.rewritten.items():
+        render.out(f"row {removal} removed a user, and rewrote {render.counted(rows, 'row')}")
+    if not compared.signed:
         render.out("no signature was checked: --key KEY.pub accepts only a checkpoint that this key signed")
 
 
@@ -206,7 +225,7 @@ def _export(api: "Api", query: dict[str, str | None], limit: int | None, written
     with closing(api.lines("/v1/audit.jsonl", **query)) as lines:
         for line in islice(lines, limit):
             row = wire.work.AuditOut.read(json_module.loads(line)) if written is Format.CEF else None
-            print(render.escaped(line if row is None else cef_line(dict(row), product)))
+            print(render.escaped(line if row is None else cef_line(row.content, product)))
 
 
 def _show_events(events: "list[wire.work.AuditOut]") -> None:

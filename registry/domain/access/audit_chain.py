@@ -4,7 +4,7 @@ Rows are sealed after their commit, so that no change waits for the chain. Rows 
 that is changed under a lock, have their ids in the order of the changes, and are sealed in the order of their ids.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from typing import Any, cast
@@ -16,8 +16,8 @@ from composer.findings import Finding, Severity
 from registry.database.locks import lock_sealing
 from registry.database.tables import AuditRow, AuditSeal
 from registry.domain.access.audit import Act
-from registry.formats.audit_chain import FIELDS, ChainCheck, Checkpoint, Seal, next_seal
 from registry.formats.audit_chain import START as EMPTY
+from registry.formats.audit_chain import AuditContent, ChainCheck, Checkpoint, Seal, next_seal
 
 BATCH = 500
 """Rows sealed in one transaction: SQLite has one writer, and a move waits for it about 5 ms."""
@@ -79,7 +79,7 @@ def _chain(
     session: Session, rows: Select[*tuple[Any, ...]], previous: Seal | None, removal: int | None = None
 ) -> Iterator[Seal]:
     for row in session.execute(rows).mappings():
-        previous = next_seal(previous, cast("Mapping[str, Any]", row), removal)
+        previous = next_seal(previous, cast("AuditContent", row), removal)
         yield previous
 
 
@@ -95,14 +95,15 @@ def checkpoint(session: Session, at: str) -> Checkpoint:
     return Checkpoint(seal.number, seal.digest, at) if seal else Checkpoint(0, EMPTY, at)
 
 
-def sealed_rows(session: Session, *, after: int, limit: int) -> list[tuple[Seal, Mapping[str, Any] | None]]:
-    """Seals in their order, each with its row as it is now (FIELDS), None if it was deleted. `after` is the number of
+def sealed_rows(session: Session, *, after: int, limit: int) -> list[tuple[Seal, AuditContent | None]]:
+    """Seals in their order, each with its row as it is now, None if it was deleted. `after` is the number of
     the last seal seen."""
     query = select(*_SEAL, *_COLUMNS).outerjoin(AuditRow, _audit.id == AuditSeal.audit_id)
     query = query.where(AuditSeal.number > after).order_by(AuditSeal.number).limit(limit)
     ends = len(_SEAL)
+    names = AuditContent.__annotations__
     return [
-        (Seal(*row[:ends]), dict(zip(FIELDS, row[ends:], strict=True)) if row[ends] is not None else None)
+        (Seal(*row[:ends]), cast("AuditContent", dict(zip(names, row[ends:], strict=True))) if row[ends] else None)
         for row in session.execute(query)
     ]
 
