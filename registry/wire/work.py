@@ -1,7 +1,7 @@
 """Documents of compositions, jobs and audit rows."""
 
 from datetime import datetime
-from typing import Annotated, Any, NotRequired, TypedDict, cast
+from typing import TYPE_CHECKING, Annotated, Any, NotRequired, TypedDict, cast
 
 from pydantic import Field
 
@@ -10,6 +10,9 @@ from registry.formats.audit_chain import AuditContent
 from registry.formats.priority import Priority
 from registry.wire.catalog import BaseRef
 from registry.wire.document import MAX_INT64, Wire, WireIn
+
+if TYPE_CHECKING:
+    from composer.formats.recipes.lock import LockDocument
 
 MAX_CHECKED = 16
 """The most adapters in one conflict check, which every reader may request."""
@@ -121,6 +124,11 @@ class CompositionOut(Wire):
     results: list[ResultRow]
     steps: list[StepOut]
     error: dict[str, Any] | None
+
+    @property
+    def locked(self) -> "LockDocument":
+        """The lock, whose earlier versions lack some parts."""
+        return cast("LockDocument", self.lock)
 
     @property
     def verdict(self) -> str | None:

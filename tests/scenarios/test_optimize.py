@@ -120,7 +120,7 @@ def test_the_recipe_of_a_choice_that_was_fitted_with_a_guard_makes_the_same_adap
     stated = {"inputs": inputs, "optimize": {"search": 4, "confirm": 8}, "model": None, "gates": []}
     done = small_team.json("compose", recipe_of(tmp_path, evaluate=["general"], **stated))
     assert [len(row["examples"]) for row in done["lock"]["calibration"]] == [4, 4, 4]
-    used = recipe_used(done["recipe"], done["lock"])
+    used = recipe_used(done["recipe"], done["lock"], done["lock"]["optimized"]["choice"])
     assert (used["method"], used["guard_examples"]) == ("regmean", 4)
     again = tmp_path / "again.yaml"
     again.write_text(as_yaml({**used, "adapter": "acme/again:1.0.0"}))

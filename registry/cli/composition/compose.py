@@ -23,6 +23,7 @@ from registry.sdk.connection import Connection
 
 if TYPE_CHECKING:
     from composer.findings import Verdict
+    from composer.formats.recipes.lock import LockDocument
     from composer.formats.recipes.recipe import Optimize, Recipe
     from composer.formats.recipes.weights import Weight, WeightRule
 
@@ -243,12 +244,12 @@ def _show(composition: "wire.work.CompositionOut") -> None:
         render.out(f"A worker of the server composes it: `adaptory jobs {composition.job}` shows its progress.")
     if optimized := composition.lock.get("optimized"):
         optimizing.show(optimized)
-    _show_lock(composition.lock)
+    _show_lock(composition.locked)
     if composition.conflicts:
         _show_conflicts(composition.conflicts)
     if scores := wire.work.candidate_scores(composition):
         render.table("scores", ("suite", "metric", "of", "value", "n"), _side_by_side(scores))
-        if unjudged := _unjudged(scores, composition.lock):
+        if unjudged := _unjudged(scores, composition.locked):
             render.out(
                 f"not compared on a suite of their own: {', '.join(unjudged)}. What the result keeps of them is "
                 "not known: name a suite for each (`suite` of an input in the recipe)."
@@ -273,7 +274,7 @@ def _show_merge(merged: Mapping[str, Any]) -> None:
             render.out(line)
 
 
-def _unjudged(scores: "Sequence[wire.work.CandidateScore]", lock: Mapping[str, Any]) -> list[str]:
+def _unjudged(scores: "Sequence[wire.work.CandidateScore]", lock: "LockDocument") -> list[str]:
     """The inputs to be kept that the candidate was not compared with on their own suite; empty for older compositions,
     which do not record which suite is an input's own."""
     compared = [measured for score in scores for measured in score.get("inputs", [])]
@@ -308,7 +309,7 @@ def _side_by_side(scores: "Sequence[wire.work.CandidateScore]") -> list[tuple[An
     return rows
 
 
-def _show_lock(lock: Mapping[str, Any]) -> None:
+def _show_lock(lock: "LockDocument") -> None:
     from registry.formats.lineage import of_lock, rule_words
 
     made = of_lock(lock)

@@ -62,18 +62,20 @@ def test_what_a_search_chose_is_a_recipe_of_the_same_releases_phrases_and_gates(
     stated = {"adapter": "acme/sql@prod", "weight": 1, "phrase": "given"}
     recipe = {"inputs": [stated, stated], "evaluate": ["general"], "gates": None, "optimize": {}}
     inputs = [{"repository": "acme/sql", "version": f"1.0.{number}", "weight": 0.5} for number in range(2)]
-    choice = {"settings": {"steps": 1}}
+    choice: Any = {"settings": {"steps": 1}}
     gates = ["sql.accuracy keeps 0.8 of inputs"]
-    lock: dict[str, Any] = {"inputs": inputs, "method": "regmean", "gates": gates, "optimized": {"choice": choice}}
-    used = recipe_used(recipe, lock)
+    lock: Any = {"inputs": inputs, "method": "regmean", "gates": gates, "optimized": {"choice": choice}}
+    used = recipe_used(recipe, lock, choice)
     assert [row["adapter"] for row in used["inputs"]] == ["acme/sql:1.0.0", "acme/sql:1.0.1"]
     assert [row["phrase"] for row in used["inputs"]] == [None, None], "the choice has none, though some were given"
     assert used["gates"] is None
     assert "guard_examples" not in used
-    fitted = {**lock, "calibration": [{"examples": ["a"]}] * 2 + [{"examples": ["a", "b"]}]}
-    assert recipe_used(recipe, fitted)["guard_examples"] == 2, "as many of the guard as the search fitted its choice on"
-    accepted = {"choice": {**choice, "phrases": ["a", "b"]}, "accepted": "accepted"}
-    used = recipe_used(recipe, {**lock, "optimized": accepted})
+    fitted: Any = {**lock, "calibration": [{"examples": ["a"]}] * 2 + [{"examples": ["a", "b"]}]}
+    assert recipe_used(recipe, fitted, choice)["guard_examples"] == 2, (
+        "as many of the guard as the search fitted its choice on"
+    )
+    phrased = {**choice, "phrases": ["a", "b"]}
+    used = recipe_used(recipe, {**lock, "optimized": {"choice": phrased, "accepted": "accepted"}}, phrased)
     assert [row["phrase"] for row in used["inputs"]] == ["a", "b"]
     assert (used["gates"], used["evaluate"]) == (gates, ["general", "sql"])
 

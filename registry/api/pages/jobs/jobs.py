@@ -15,7 +15,7 @@ from registry.api.pages.html.forms import FormOf
 from registry.api.pages.html.render import page, redirect
 from registry.api.pages.html.wire import PageCaller, PageContributor, PageRoute
 from registry.api.pages.jobs import report
-from registry.api.pages.jobs.recipe_form import as_yaml, has_choice, recipe_used
+from registry.api.pages.jobs.recipe_form import as_yaml, choice_of, recipe_used
 from registry.api.routes.views import composition_view, job_page, job_view
 from registry.domain.compositions import compositions
 from registry.domain.jobs import queue
@@ -82,7 +82,8 @@ def show_composition(composition_id: RowId, request: Request, resources: Resourc
         pair = compositions.find(session, composition_id)
         compositions.permit_look(actor, *pair, hidden=compositions.unknown(composition_id))
         view, job = composition_view(*pair), job_view(session, pair[1])
-    made, stated = of_lock(view.lock), view.conflicts
+    lock = view.locked
+    made, stated, choice = of_lock(lock), view.conflicts, choice_of(lock)
     judged = [GateResultOut.read(gate) for gate in view.gates or []]
     return page(
         request,
@@ -92,15 +93,15 @@ def show_composition(composition_id: RowId, request: Request, resources: Resourc
         finished=view.state in FINISHED,
         members=[(member, [rule_words(rule) for rule in member.weight.rules]) for member in made.members],
         how=made.how,
-        search=view.lock.get("optimized"),
+        search=lock.get("optimized"),
         report=report.read(stated, report.options_for(view.id)) if stated else None,
         compared=list(map(_compared, candidate_scores(view))),
         reworded=[score for score in candidate_scores(view) if "reworded" in score],
         gate_lines=gates.lines(judged),
         passed=gates.summary(judged),
         recipe=as_yaml(view.recipe),
-        used=as_yaml(recipe_used(view.recipe, view.lock)) if has_choice(view.lock) else None,
-        refits=len(view.lock.get("calibration", ())) > len(view.lock["inputs"]),
+        used=as_yaml(recipe_used(view.recipe, lock, choice)) if choice else None,
+        refits=len(lock.get("calibration", ())) > len(lock["inputs"]),
         json_address=f"/v1/compositions/{composition_id}",
     )
 

@@ -8,6 +8,7 @@ from typing import Any, Self, cast
 
 import yaml
 
+from composer.formats.recipes.lock import ChoiceDocument, LockDocument
 from composer.formats.recipes.methods import PIPELINES, settings_of
 from composer.formats.recipes.recipe import Recipe, load_recipe, parse_recipe
 from registry.api.pages.jobs.chosen import Fields, values_of
@@ -154,34 +155,36 @@ def as_yaml(document: Mapping[str, Any]) -> str:
     return yaml.safe_dump(stated, sort_keys=False, allow_unicode=True)
 
 
-def has_choice(lock: Mapping[str, Any]) -> bool:
-    """Whether a search has chosen what is combined."""
-    searched: Mapping[str, Any] = lock.get("optimized") or {}
-    return searched.get("choice") is not None
+def choice_of(lock: LockDocument) -> ChoiceDocument | None:
+    """What a search has chosen to combine; None without a search, and if nothing fits."""
+    searched = lock.get("optimized")
+    return searched["choice"] if searched else None
 
 
-def recipe_used(recipe: Mapping[str, Any], lock: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe with what its search chose in place of the search: releases, method, settings, weights, phrases, and
+def recipe_used(recipe: Mapping[str, Any], lock: LockDocument, choice: ChoiceDocument) -> dict[str, Any]:
+    """The recipe with its search's choice in place of the search: releases, method, settings, weights, phrases, and
     the gates that an acceptance loosened."""
     if lock.get("set"):
         return {**recipe, "method": None, "settings": {}, "optimize": None, "adapter": None, "model": None}
-    choice: Mapping[str, Any] = lock["optimized"]["choice"]
     phrases: Sequence[str | None] = choice.get("phrases", [None] * len(lock["inputs"]))
     inputs = [
         {
             **stated,
-            **{name: locked[name] for name in ("weight", "rules") if name in locked},
+            "weight": locked["weight"],
+            **({"rules": locked["rules"]} if "rules" in locked else {}),
             "adapter": f"{locked['repository']}:{locked['version']}",
             "phrase": phrase,
         }
         for stated, locked, phrase in zip(recipe["inputs"], lock["inputs"], phrases, strict=True)
     ]
-    used: dict[str, Any] = {"inputs": inputs, "method": lock["method"], "settings": choice.get("settings", {})}
-    if guards := lock.get("calibration", ())[len(inputs) :]:
-        used["guard_examples"] = max(len(guard["examples"]) for guard in guards)
-    if "accepted" in lock["optimized"] and recipe.get("gates") != []:
-        judged = [rule.suite for rule in parse_rules(lock["gates"])]
-        used["gates"] = [*(recipe.get("gates") or ()), *lock["gates"]]
+    used: dict[str, Any] = {"inputs": inputs, "method": lock["method"], "settings": choice["settings"]}
+    calibration = lock.get("calibration", [])
+    if of_guards := [len(fitted["examples"]) for fitted in calibration[len(inputs) :] if "examples" in fitted]:
+        used["guard_examples"] = max(of_guards)
+    searched, gates = lock.get("optimized"), lock.get("gates", [])
+    if searched and "accepted" in searched and recipe.get("gates") != []:
+        judged = [rule.suite for rule in parse_rules(gates)]
+        used["gates"] = [*(recipe.get("gates") or ()), *gates]
         used["evaluate"] = list(dict.fromkeys([*(recipe.get("evaluate") or ()), *judged]))
     return {**recipe, **used, "optimize": None, "set": None}
 
