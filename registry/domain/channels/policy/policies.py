@@ -7,7 +7,7 @@ one repository until its end.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, TypedDict
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -34,18 +34,27 @@ from registry.formats.references import ALL_REPOSITORIES, PolicyScope, Repositor
 from registry.formats.watch import Watch
 
 MAX_EXCEPTION = timedelta(days=366)
-Pins = Mapping[str, Mapping[str, Any]]
-"""What a channel's gate rules were set on, by suite: the `digest` of its content, and `higher_is_better` by metric.
+
+
+class Pin(TypedDict):
+    """What the gate rules on a suite were set on: the digest of its content, and by metric whether more is better."""
+
+    digest: str
+    higher_is_better: dict[str, bool]
+
+
+Pins = Mapping[str, Pin]
+"""The pins of a channel, by suite.
 
 A suite's author may have no role in the namespace. The author's later changes are announced, and take effect only when
 an admin of the namespace accepts them.
 """
 
 
-def pin_rules(session: Session, actor: Actor, rules: Sequence[Rule], kept: Pins) -> dict[str, Any]:
+def pin_rules(session: Session, actor: Actor, rules: Sequence[Rule], kept: Pins) -> dict[str, Pin]:
     """The pins of these rules: those `kept`, and the current state of each suite or metric without one. Raises NotFound
     for a suite that the actor may not name."""
-    pins: dict[str, dict[str, Any]] = {}
+    pins: dict[str, Pin] = {}
     for rule in rules:
         before = kept.get(rule.suite)
         if rule.suite not in pins:
@@ -94,7 +103,7 @@ def changes_since(session: Session, pins: Pins) -> dict[str, str]:
     return changed
 
 
-def _directions(pin: Mapping[str, Any]) -> list[tuple[str, bool]]:
+def _directions(pin: Pin) -> list[tuple[str, bool]]:
     return list(pin["higher_is_better"].items())
 
 
@@ -109,7 +118,7 @@ class StoredPolicy:
 
     policy: ChannelPolicy
     revision: int = 0
-    pins: Pins = field(default_factory=dict[str, Mapping[str, Any]])
+    pins: Pins = field(default_factory=dict[str, Pin])
 
 
 InForce = Mapping[PolicyScope, ChannelPolicy]
@@ -287,7 +296,7 @@ def _repositories(session: Session, scope: PolicyScope, *, moved: bool) -> list[
     return list(session.scalars(query.where(Repository.id.in_(named))))
 
 
-def _pins(session: Session, actor: Actor, policy: ChannelPolicy, rules: Sequence[Rule], kept: Pins) -> dict[str, Any]:
+def _pins(session: Session, actor: Actor, policy: ChannelPolicy, rules: Sequence[Rule], kept: Pins) -> dict[str, Pin]:
     """The pins of the rules. Raises for a rule on something unknown, or that can never pass."""
     for rule in rules:
         gates.refuse_unknown(session, actor, rule)
