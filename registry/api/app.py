@@ -61,7 +61,7 @@ ROUTERS = tuple(RouterEntry(*entry) for entry in (
     ("operations", "router", ("jobs", "healthz", "readyz", "metrics")),
     ("audit", "router", ("audit", "audit.jsonl")),
     ("policies", "router", ("policies",)),
-    ("changes", "router", ("changes",)),
+    ("changes", "router", ("changes", "inbox")),
     ("access", "router", ("whoami", "tokens", "namespaces", "users")),
     ("publishers", "router", ("publishers",)),
     ("webhooks", "router", ("webhooks",)),
@@ -73,7 +73,7 @@ PAGES: tuple[str, ...] = (
     *(f"accounts.{module}" for module in ("login", "provider", "account", "webhooks")),
     "catalog.bases",
     *(f"jobs.{module}" for module in ("conflicts", "compose", "jobs")),
-    *(f"channels.{module}" for module in ("moving", "waiting", "policy", "withdrawing", "channel")),
+    *(f"channels.{module}" for module in ("inbox", "moving", "waiting", "policy", "withdrawing", "channel")),
     *("catalog.compare", "channels.history", "catalog.release", "catalog.repository"),
 )  # fmt: skip
 """Modules of the pages, which only servers have. They come last, since they answer every path of one to three parts.

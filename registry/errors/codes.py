@@ -165,6 +165,8 @@ STALE = {
 }
 
 NOT_ALLOWED = {
+    "suite_namespace": "Put the name of your namespace before it, as in acme/sql-exact.",
+    "suite_private": "Ask an admin of its namespace for a role, or to share it: `adaptory suite share SUITE`.",
     "hub_access": "Set HF_ENDPOINT to the hub and HF_TOKEN to a token of it that may do this.",
     "hub_public": "Make the repository private there, or leave --private out.",
     "namespace_public": "Use a private namespace.",

@@ -98,6 +98,7 @@ USAGE = {
     "same_base": "Name two bases; `adaptory base list` shows them.",
     "sent_directly": "Send them to the url that POST /v1/uploads names.",
     "successor_missing": "Name the new base.",
+    "suite_shared": "Name a suite of a namespace, such as acme/sql-exact: `adaptory suite list`.",
     "suite_elsewhere": "Run the task of a harness on a machine that has it: `adaptory eval REF --harness TASK`.",
     "suite_missing": "Name one: `--suite NAME` for each adapter, or `suite:` in the recipe.",
     "suite_name": "Register its file with `adaptory suite add FILE`, and use the name in the file.",

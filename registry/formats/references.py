@@ -22,8 +22,8 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 RESERVED_NAMESPACES = frozenset(
     (
         *("account", "api", "assets", "audit", "bases", "buckets", "compose", "compositions", "conflicts", "datasets"),
-        *("docs", "healthz", "jobs", "login", "logout", "metrics", "models", "oauth", "openapi.json", "readyz"),
-        *("robots.txt", "search", "spaces", "static", "suites", "v1", "v2", "xet"),
+        *("docs", "healthz", "inbox", "jobs", "login", "logout", "metrics", "models", "oauth", "openapi.json"),
+        *("readyz", "robots.txt", "search", "spaces", "static", "suites", "v1", "v2", "xet"),
     )
 )
 """Names that begin addresses of a server, or that clients of the Hugging Face Hub do not accept as a namespace."""

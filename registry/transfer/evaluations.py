@@ -48,7 +48,7 @@ def request(
     with resources.write() as session:
         releases = [resolve.resolve(session, reference) for reference in references]
         named = [_own_base(session, actor, name) for name in base_names]
-        named_suites = [suites.find(session, name, actor) for name in on]
+        named_suites = [suites.find_readable(session, name, actor) for name in on]
         wanted_suites = [
             suite if suite.task == suites.HARNESS else suites.with_examples(suite) for suite in named_suites
         ]

@@ -96,7 +96,7 @@ def _plan(
     before, after = bases.find(session, old), bases.find(session, new)
     if before.digest == after.digest:
         raise Usage("same_base", f"{old} and {new} are the same base.", subject=new)
-    named = [suites.with_examples(suites.find(session, name, actor)) for name in suite_names]
+    named = [suites.with_examples(suites.find_readable(session, name, actor)) for name in suite_names]
     for suite in named:
         metrics.refuse_disabled(suite, enabled)
     same = before.architecture_digest == after.architecture_digest and before.model_type == after.model_type

@@ -78,6 +78,29 @@ class ChangeIn(WireIn):
     change: Change
 
 
+class InboxItem(Wire):
+    """A promotion, or a change that needs a second admin, that waits until `expires_at`. `for_you` says whether the
+    caller may approve it, and has not."""
+
+    kind: Literal["promotion", "change"]
+    id: int
+    namespace: str
+    subject: str
+    summary: str
+    waits_for: list[str]
+    actor: str
+    for_you: bool
+    created_at: datetime
+    expires_at: datetime
+
+
+class InboxOut(Wire):
+    """What waits, the first to expire first; `more` if that is not all."""
+
+    items: list[InboxItem]
+    more: bool
+
+
 class ChangeOut(Wire):
     """A change that was requested. `before` and `after` are what it replaces; `ended_by` is the admin who approved or
     cancelled it, and `error` says why it ended without effect."""

@@ -89,10 +89,17 @@ class ScoresImported(Wire):
     warnings: list[dict[str, Any]]
 
 
+class SuiteSharedIn(WireIn):
+    shared: bool
+
+
 class SuiteOut(Wire):
-    """`metrics` are those whose better direction the suite's file states; `content` has the examples."""
+    """`namespace` is null for a suite that is for all; one of a namespace is `shared` with all, or for those who may
+    read there. `metrics` are those whose better direction the suite's file states; `content` has the examples."""
 
     name: str
+    namespace: str | None = None
+    shared: bool = True
     digest: str
     version: str | None
     kind: str

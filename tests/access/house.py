@@ -23,7 +23,7 @@ from registry.domain.access.audit import Actor
 from registry.domain.access.namespaces import NamespaceChange
 from registry.domain.access.roles import EVERYWHERE, Role
 from registry.domain.access.tokens import NewToken
-from registry.domain.catalog import bases, releases, suites
+from registry.domain.catalog import bases, releases, suite_registration, suites
 from registry.domain.catalog.bases import NewBase, TensorRow
 from registry.domain.catalog.releases import NewRelease
 from registry.domain.catalog.repositories import Kind
@@ -180,7 +180,7 @@ def _publish_yardsticks(resources: Resources) -> None:
     with resources.write() as session:
         bases.register(session, HOST, NewBase("tiny", "llama", False, rows, digest))
         document = {"name": "exact", "kind": "target", "chat": False, "examples": [{"prompt": "a", "completion": "b"}]}
-        suites.add(session, HOST, Suite.from_json(document))
+        suite_registration.add(session, HOST, Suite.from_json(document))
 
 
 def _furnish(resources: Resources, namespace: str) -> Things:

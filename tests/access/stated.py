@@ -65,15 +65,16 @@ POST   /v1/{kind}/{namespace}/{name}/releases/{version}/takedown                
 POST   /v1/{kind}/{namespace}/{name}/releases/{version}/scores                  publisher
 POST   /v1/{kind}/{namespace}/{name}/releases/{version}/scores/import           publisher
 GET    /v1/{kind}/{namespace}/{name}/releases/{version}/scores                  reader
-GET    /v1/{kind}/{namespace}/{name}/releases/{version}/scores/{suite}/results  reader
-DELETE /v1/{kind}/{namespace}/{name}/releases/{version}/scores/{suite}/{metric} publisher
+GET    /v1/{kind}/{namespace}/{name}/releases/{version}/scores/{suite:path}/results reader
+DELETE /v1/{kind}/{namespace}/{name}/releases/{version}/scores/{suite:path}/{metric} publisher
 POST   /v1/suites                                                               publisher somewhere
 GET    /v1/suites                                                               reader somewhere
-GET    /v1/suites/{suite}                                                       reader somewhere
+GET    /v1/suites/{suite:path}                                                  reader somewhere
+PUT    /v1/suites/{suite:path}/shared                                           publisher somewhere
 POST   /v1/bases/{base:path}/scores                                             publisher somewhere
 GET    /v1/bases/{base:path}/scores                                             reader somewhere
-GET    /v1/bases/{base:path}/scores/{suite}/results                             reader somewhere
-DELETE /v1/bases/{base:path}/scores/{suite}/{metric}                            publisher somewhere
+GET    /v1/bases/{base:path}/scores/{suite:path}/results                        reader somewhere
+DELETE /v1/bases/{base:path}/scores/{suite:path}/{metric}                       publisher somewhere
 POST   /v1/bases                                                                publisher somewhere
 DELETE /v1/bases/aliases/{alias:path}                                           publisher somewhere
 GET    /v1/bases                                                                reader somewhere
@@ -122,6 +123,7 @@ GET    /v1/namespaces/{namespace}/changes                                       
 GET    /v1/namespaces/{namespace}/changes/{change_id}                           admin
 POST   /v1/namespaces/{namespace}/changes/{change_id}/approve                   admin
 POST   /v1/namespaces/{namespace}/changes/{change_id}/cancel                    admin
+GET    /v1/inbox                                                                reader somewhere
 GET    /v1/namespaces                                                           inside: everybody
 GET    /v1/namespaces/{namespace}                                               reader
 PUT    /v1/namespaces/{namespace}                                               admin

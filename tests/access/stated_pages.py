@@ -20,12 +20,15 @@ POST   /account/tokens/{token_id}/revoke        user
 POST   /{namespace}/-/members                   admin
 GET    /{namespace}/-/webhooks                  admin
 POST   /{namespace}/-/webhooks/{webhook_id}/replay admin
+GET    /inbox                                   reader +
+POST   /{namespace}/-/changes/{change_id}/approve admin
+POST   /{namespace}/-/changes/{change_id}/cancel admin
 GET    /                                        everybody
 GET    /search                                  everybody
 GET    /bases                                   reader +
 GET    /bases/{base:path}                       reader +
 GET    /suites                                  reader +
-GET    /suites/{suite}                          reader +
+GET    /suites/{suite:path}                     reader +
 GET    /conflicts                               everybody
 POST   /conflicts                               everybody
 GET    /compose                                 publisher +

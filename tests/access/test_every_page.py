@@ -173,6 +173,7 @@ def _denied(answer: httpx2.Response) -> bool:
         "spectrum_unknown",
         "no_match",
         "webhook_unknown",
+        "change_unknown",
     ):
         if f"<code>{code}</code>" in answer.text or "You are not signed in" in answer.text:
             return False
@@ -181,8 +182,8 @@ def _denied(answer: httpx2.Response) -> bool:
 
 def _filled(path: str, namespace: str, things: Things | None = None) -> str:
     values = {"{namespace}": namespace, "{name}": "sql", "{version}": "1.0.0", "{token_id}": "aaaaaaaaaaaa"}
-    values |= {"{webhook_id}": "aaaaaaaaaaaa"}
-    values |= {"{base:path}": "tiny", "{suite}": "exact", "{channel}": "prod", "{versions}": "1.0.0...1.1.0"}
+    values |= {"{webhook_id}": "aaaaaaaaaaaa", "{change_id}": "4000"}
+    values |= {"{base:path}": "tiny", "{suite:path}": "exact", "{channel}": "prod", "{versions}": "1.0.0...1.1.0"}
     values |= {"{commit}": "c0ffee0", "{path:path}": "weights.safetensors"}
     if things is not None:
         values |= {"{job_id}": str(things.job_id), "{composition_id}": str(things.composition_id)}

@@ -216,7 +216,7 @@ def _filled(method: str, path: str, things: Things) -> str:
         "{name}": next((name for kind, (name, _) in NAMED.items() if path.startswith(f"/v1/{kind}s")), "sql"),
         "{path:path}": "weights.safetensors",
         "{alias:path}": "Acme/Nothing",
-        "{base:path}": "tiny", "{suite}": "exact", "{metric}": "none",
+        "{base:path}": "tiny", "{suite:path}": "exact", "{metric}": "none",
         "{sha256}": things.sha256, "{job_id}": str(things.job_id),
         "{composition_id}": str(things.composition_id), "{check_id}": str(things.check_id),
         "{upload_id}": things.upload_id, "{number}": "1",

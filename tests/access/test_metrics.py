@@ -12,15 +12,16 @@ from registry.domain.access.audit import EventQuery, list_oldest_first
 from tests import services
 from tests.access.house import House, new_house
 
-SUITE = {"name": "long", "kind": "target", "description": "", "chat": False}
+SUITE = {"name": "acme/long", "kind": "target", "description": "", "chat": False}
 EXAMPLES = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}]
 
 
 @pytest.fixture(params=services.PAIRINGS[:2])
 def house(request: pytest.FixtureRequest, tmp_path: Path) -> Generator[House]:
-    """`publisher` of the private acme is the author of the suite `long`."""
+    """`publisher` of the private acme is the author of the shared suite acme/long."""
     furnished = new_house(request.param, tmp_path / "home")
     assert add(furnished, "publisher").status_code == 201
+    assert furnished.ask("publisher", "PUT", "/v1/suites/acme/long/shared", json={"shared": True}).status_code == 200
     yield furnished
     furnished.close()
 
@@ -30,7 +31,7 @@ def add(house: House, caller: str, **more: Any) -> httpx2.Response:
 
 
 def record(house: House, caller: str, namespace: str, better: bool, metric: str = "f1") -> httpx2.Response:
-    digest = house.ask(caller, "GET", "/v1/suites/long").json()["digest"]
+    digest = house.ask(caller, "GET", "/v1/suites/acme/long").json()["digest"]
     score = {"suite_digest": digest, "metric": metric, "value": 0.5, "n": 1, "higher_is_better": better}
     path = f"/v1/adapters/{namespace}/sql/releases/1.0.0/scores"
     return house.ask(caller, "POST", path, json={"scores": [score]})
@@ -50,7 +51,7 @@ def test_who_records_a_metric_first_decides_nothing_and_its_author_does(house: H
 @pytest.mark.parametrize("number", [{"value": 1e101}, {"value": -1e101}, {"stderr": 1e101}, {"nats": 1e101}])
 def test_numbers_whose_squares_are_not_finite_are_refused(house: House, number: dict[str, float]) -> None:
     assert record(house, "publisher", "acme", better=True).status_code == 200
-    digest = house.ask("publisher", "GET", "/v1/suites/long").json()["digest"]
+    digest = house.ask("publisher", "GET", "/v1/suites/acme/long").json()["digest"]
     score = {"suite_digest": digest, "metric": "f1", "value": 0.5, "n": 1, "higher_is_better": True}
     body: dict[str, Any] = {"scores": [{**score, **number}]}
     if "nats" in number:
@@ -65,8 +66,8 @@ def test_a_stranger_is_answered_alike_whatever_was_measured_in_private(house: Ho
 
     def answers() -> list[tuple[int, str]]:
         tried = [record(house, caller, "other", better) for caller, better in asked]
-        tried += [house.ask("stranger", "GET", "/v1/releases", params={"sort": "long.f1"})]
-        tried += [house.ask("stranger", "GET", "/v1/suites/long"), house.ask("stranger", "GET", "/v1/suites")]
+        tried += [house.ask("stranger", "GET", "/v1/releases", params={"sort": "acme/long.f1"})]
+        tried += [house.ask("stranger", "GET", "/v1/suites/acme/long"), house.ask("stranger", "GET", "/v1/suites")]
         return [(answer.status_code, answer.text.replace(answer.headers["X-Request-Id"], "")) for answer in tried]
 
     before = answers()
@@ -77,19 +78,25 @@ def test_a_stranger_is_answered_alike_whatever_was_measured_in_private(house: Ho
 
 
 def test_the_file_of_a_suite_states_its_metrics_and_its_author_corrects_them(house: House) -> None:
-    digest = house.ask("stranger", "GET", "/v1/suites/long").json()["digest"]
-    assert add(house, "stranger", metrics={"f1": "higher"}).json()["code"] == "not_yours"
+    digest = house.ask("stranger", "GET", "/v1/suites/acme/long").json()["digest"]
+    assert add(house, "releaser", metrics={"f1": "higher"}).json()["code"] == "not_yours"
     stated = add(house, "publisher", metrics={"f1": "lower", "rouge_l": "higher"})
     assert (stated.status_code, stated.json()["digest"]) == (200, digest), "scores that are there stay"
-    assert house.ask("stranger", "GET", "/v1/suites/long").json()["metrics"] == {"f1": "lower", "rouge_l": "higher"}
+    assert house.ask("stranger", "GET", "/v1/suites/acme/long").json()["metrics"] == {
+        "f1": "lower",
+        "rouge_l": "higher",
+    }
     assert record(house, "stranger", "other", better=True).status_code == 422
     assert record(house, "stranger", "other", better=False).status_code == 200
     shown = house.ask("stranger", "GET", "/v1/adapters/other/sql/releases/1.0.0").json()["scores"]
     assert [score["higher_is_better"] for score in shown if score["metric"] == "f1"] == [False]
-    assert add(house, "stranger", metrics={"f1": "lower"}).status_code == 200, "what is stated already changes nothing"
+    assert add(house, "releaser", metrics={"f1": "lower"}).status_code == 200, "what is stated already changes nothing"
 
     assert add(house, "publisher", metrics={"f1": "higher"}).status_code == 200
-    assert house.ask("stranger", "GET", "/v1/suites/long").json()["metrics"] == {"f1": "higher", "rouge_l": "higher"}
+    assert house.ask("stranger", "GET", "/v1/suites/acme/long").json()["metrics"] == {
+        "f1": "higher",
+        "rouge_l": "higher",
+    }
     shown = house.ask("stranger", "GET", "/v1/adapters/other/sql/releases/1.0.0").json()["scores"]
     assert [score["higher_is_better"] for score in shown if score["metric"] == "f1"] == [True]
     with house.resources.read() as session:
@@ -111,7 +118,7 @@ def test_what_eval_measures_is_better_in_one_way_alone(house: House) -> None:
 
 def test_who_recorded_a_score_deletes_it_and_the_audit_keeps_it(house: House) -> None:
     assert record(house, "publisher", "acme", better=False, metric="nll").status_code == 200
-    path = "/v1/adapters/acme/sql/releases/1.0.0/scores/long/nll"
+    path = "/v1/adapters/acme/sql/releases/1.0.0/scores/acme/long/nll"
     refused = house.ask("releaser", "DELETE", path)
     assert (refused.status_code, refused.json()["code"]) == (403, "not_yours")
     deleted = house.ask("publisher", "DELETE", path)
@@ -119,7 +126,7 @@ def test_who_recorded_a_score_deletes_it_and_the_audit_keeps_it(house: House) ->
     assert house.ask("publisher", "DELETE", path).json()["code"] == "score_unknown"
     shown = house.ask("reader", "GET", "/v1/adapters/acme/sql/releases/1.0.0").json()["scores"]
     assert [score["suite"] for score in shown] == ["exact"]
-    assert house.ask("admin", "DELETE", path.replace("long", "exact")).status_code == 200
+    assert house.ask("admin", "DELETE", path.replace("acme/long", "exact")).status_code == 200
     rows = house.ask("admin", "GET", "/v1/audit", params={"act": "score:delete"}).json()["items"]
     assert [(row["actor"], row["before"]["measured_by"]) for row in rows] == [
         ("admin", "host"),
@@ -135,7 +142,7 @@ def test_metrics_of_another_form_are_refused_by_name(metrics: object, tmp_path: 
 
 
 def test_what_a_suite_states_of_its_metrics_is_not_in_its_digest(tmp_path: Path) -> None:
-    text = "name: long\nkind: target\nchat: false\nexamples: [{prompt: a, completion: b}]\n"
+    text = "name: acme/long\nkind: target\nchat: false\nexamples: [{prompt: a, completion: b}]\n"
     (tmp_path / "plain.yaml").write_text(text)
     (tmp_path / "stated.yaml").write_text(f"{text}metrics: {{rouge_l: higher, seconds: lower}}\n")
     plain, stated = parse_suite(tmp_path / "plain.yaml"), parse_suite(tmp_path / "stated.yaml")

@@ -45,6 +45,7 @@ PAGES = (
     REFUSED,
     "/compose?with=acme/sql:1.0.0&with=acme/terraform:1.0.0*0.5&method=ties",
     "/acme/-/webhooks",
+    "/inbox",
     "/audit",
     "/audit?act=channel:promote&since=2020-01-01",
     "/docs/errors/gate_failed",

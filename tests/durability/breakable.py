@@ -113,7 +113,8 @@ class Stock:
         blob = self.announced if method == "PUT" else self.sha256
         values = {
             "{namespace}": "acme", "{name}": "sql", "{version}": self.version, "{channel}": "prod",
-            "{base:path}": "tiny", "{path:path}": "adapter_model.safetensors", "{suite}": "exact", "{sha256}": blob,
+            "{base:path}": "tiny", "{path:path}": "adapter_model.safetensors",
+            "{suite:path}": "exact", "{sha256}": blob,
             "{job_id}": self.job_id, "{composition_id}": self.composition_id, "{upload_id}": self.upload_id,
             "{token_id}": "aaaaaaaaaaaa", "{alias:path}": "Acme/Nothing", "{number}": 1, "{metric}": "nll",
             "{promotion_id}": 1, "{change_id}": 1, "{user}": "ann", "{key}": "aaaaaaaaaaaa",
@@ -147,6 +148,7 @@ class Stock:
         tensor = {"name": "w", "dtype": "F32", "shape": [1], "sha256": "3" * 64}
         bodies: dict[str, Any] = {
             "/v1/fleet/{group}/{node}": {"agent": "adaptory", "channels": [followed]},
+            "/v1/suites/{suite:path}/shared": {"shared": True},
             "/v1/suites": {"name": "exact", "kind": "target", "chat": False, "examples": [example]},
             "/v1/bases": {
                 "name": "new", "model_type": "llama", "tied": False,

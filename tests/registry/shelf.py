@@ -15,7 +15,7 @@ from registry.database.tables import Base, Blob, BlobHolder
 from registry.domain.access.audit import Actor
 from registry.domain.access.namespaces import find_or_create
 from registry.domain.access.roles import EVERYWHERE, Role
-from registry.domain.catalog import bases, releases, suites
+from registry.domain.catalog import bases, releases, suite_registration, suites
 from registry.domain.catalog.bases import NewBase, TensorRow
 from registry.domain.catalog.releases import NewRelease
 from registry.domain.catalog.repositories import Kind
@@ -72,7 +72,7 @@ def stock(database: Database, seed: int = 5, count: int = 150) -> list[Item]:
         for number, name in enumerate(SUITES):
             examples = [{"prompt": f"{number} {i}", "completion": "x"} for i in range(6)]
             content = {"name": name, "kind": "target", "chat": False, "examples": examples}
-            suites.add(session, HOST, Suite.from_json(content))
+            suite_registration.add(session, HOST, Suite.from_json(content))
         items = [_publish(session, chance, number, digests) for number in range(count)]
         return _move_and_yank(session, chance, items)
 

@@ -36,7 +36,7 @@ def small_team(stocked_on_disk: Cli, world: World) -> Cli:
         (["eval", "acme/sql", "--suite", "sql-exakt"], "Did you mean sql-exact?"),
         (["eval", "tinny", "--suite", "sql-exact"], "Did you mean tiny?"),
         (["pul", "acme/sql"], "Did you mean 'pull'?"),
-        (["suite", "show"], "The commands are add, list, guard."),
+        (["suite", "show"], "The commands are add, list, share, guard."),
     ],
 )
 def test_what_is_not_there_is_answered_with_what_is(small_team: Cli, command: list[str], hint: str) -> None:

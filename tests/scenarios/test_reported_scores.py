@@ -11,7 +11,7 @@ import yaml
 
 from composer.formats.recipes.elsewhere import parse_content
 from registry.domain.access.audit import Actor
-from registry.domain.catalog import releases, suites
+from registry.domain.catalog import releases, suite_registration, suites
 from registry.domain.catalog.repositories import Kind
 from registry.errors import Conflict, NotFound
 from registry.formats.references import parse_repository, parse_version
@@ -133,6 +133,6 @@ def test_the_benchmarks_of_a_private_card_are_found_only_by_those_who_may_read_i
             examples = [{"prompt": "a", "completion": "b"}]
             content = parse_content({"name": name, "kind": "target", "chat": False, "examples": examples})
             with pytest.raises(Conflict, match="Names that begin with reported- are"):
-                suites.add(session, stranger, content)
+                suite_registration.add(session, stranger, content)
     refused = cli("eval", "acme/sql", "--suite", "reported-acme-secret")
     assert (refused.code, "does not have the examples" in refused.err) == (2, True)

@@ -1,6 +1,7 @@
 """What is left of an input's answers when its prompts are worded otherwise."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
@@ -8,12 +9,12 @@ from composer.evaluation.evaluate import Result
 from composer.formats.recipes.suite import Example, Suite
 from registry.formats.manifest import ManifestFile
 from registry.formats.references import Digest
-from registry.worker.judging import Examination, JudgedInput, Row, Subject, with_rewordings
+from registry.worker.judging import Examination, JudgedInput, Subject, with_rewordings
 
 FILES = [ManifestFile("adapter_model.safetensors", 1, Digest("a" * 64))]
 MEMBER = JudgedInput(repository="acme/a", version="1.0.0", suite="a", recorded={}, subject=Subject(files=FILES))
 CANDIDATE = Subject()
-ROWS: list[Row] = [{"suite": "a", "metric": name} for name in ("nll", "accuracy")]
+ROWS: Any = [{"suite": "a", "metric": name} for name in ("nll", "accuracy")]
 
 
 def suite_of(*, chat: bool) -> Suite:

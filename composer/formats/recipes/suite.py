@@ -49,8 +49,8 @@ MAX_FILE_BYTES = 64 * 2**20
 MAX_TEXT_CHARS = 100_000
 _SUITE = "A suite has name, kind, chat and examples of {prompt, completion}."
 _EXAMPLE = "Write {prompt: …, completion: …}."
-# No dot: a score is addressed as `suite.metric`.
-NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
+# No dot behind the slash: a score is addressed as `suite.metric`.
+NAME = re.compile(r"(?!.{65})(?:[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?/)?[a-z0-9][a-z0-9_-]{0,63}")
 METRIC = re.compile(r"[a-z_][a-z0-9_]{0,63}")
 VERSION = re.compile(r"(0|[1-9][0-9]{0,8})(\.(0|[1-9][0-9]{0,8})){2}(-[0-9A-Za-z-]+(\.[0-9A-Za-z-]+)*)?")
 MAX_VERSION_CHARS = 80
@@ -95,7 +95,9 @@ def _named(pattern: re.Pattern[str], expected: str) -> ParsedBy:
     return ParsedBy(read, {"type": "string", "pattern": f"^{pattern.pattern}$"})
 
 
-Name = Annotated[str, _named(NAME, "a name of lower-case letters, digits, - and _, at most 64")]
+Name = Annotated[
+    str, _named(NAME, "NAME or NAMESPACE/NAME of lower-case letters, digits, - and _, at most 64 in all")
+]
 Metric = Annotated[str, _named(METRIC, "a name of lower-case letters, digits and _, at most 64")]
 Text = Annotated[str, Strict(), Field(min_length=1, max_length=MAX_TEXT_CHARS)]
 

@@ -1,4 +1,4 @@
-"""Changes of a namespace that a second admin approves."""
+"""Changes of a namespace that a second admin approves, and the inbox, which has them and waiting promotions."""
 
 from fastapi import APIRouter
 
@@ -6,13 +6,13 @@ from registry.api.http.callers import ActorCache
 from registry.api.http.pagination import Cursor, Limit, decode_number, page
 from registry.api.http.request import ResourcesOf, RowId
 from registry.api.http.routes import Route
-from registry.api.http.rules import Admin, CallersOf
+from registry.api.http.rules import Admin, CallersOf, Member
 from registry.database.tables import ChangeRequest
 from registry.domain.access import namespaces
 from registry.domain.access.audit import Actor
-from registry.domain.changes import kinds, requests
+from registry.domain.changes import inbox, kinds, requests
 from registry.transfer.resources import Resources
-from registry.wire.changes import ChangeIn, ChangeOut, TakedownChange
+from registry.wire.changes import ChangeIn, ChangeOut, InboxOut, TakedownChange
 from registry.wire.document import Page
 
 router = APIRouter(prefix="/v1", tags=["access"], route_class=Route)
@@ -50,11 +50,7 @@ def approve_change(
 ) -> ChangeOut:
     """Make a change that another admin requested. The answer's `state` says whether it was made: `refused` if it no
     longer may be, `conflict` if what it replaces has changed since."""
-    with resources.write() as session:
-        row = requests.approve(session, actor, requests.find(session, namespace, change_id))
-        view, change = _view(row, actor), requests.change_of(row)
-    _follow_up(resources, callers, took_down=isinstance(change, TakedownChange) and view.state == "applied")
-    return view
+    return approved(resources, callers, actor, namespace, change_id)
 
 
 @router.post(CHANGES + "/{change_id}/cancel")
@@ -64,12 +60,26 @@ def cancel_change(namespace: str, change_id: RowId, resources: ResourcesOf, acto
         return _view(requests.cancel(session, actor, requests.find(session, namespace, change_id)), actor)
 
 
-def _follow_up(resources: Resources, callers: ActorCache, *, took_down: bool) -> None:
+@router.get("/inbox")
+def show_inbox(resources: ResourcesOf, actor: Member, limit: Limit = 50) -> InboxOut:
+    """Show what waits for a person: promotions where the caller is a member, and changes that need a second admin
+    where the caller is an admin."""
+    with resources.read() as session:
+        items, more = inbox.waiting(session, actor, limit)
+    return InboxOut(items=list(items), more=more)
+
+
+def approved(resources: Resources, callers: ActorCache, actor: Actor, namespace: str, change_id: int) -> ChangeOut:
+    """Makes a change that another admin requested. Raises as `requests.approve` does."""
+    with resources.write() as session:
+        row = requests.approve(session, actor, requests.find(session, namespace, change_id))
+        view, change = _view(row, actor), requests.change_of(row)
     callers.forget()
-    if took_down:
+    if isinstance(change, TakedownChange) and view.state == "applied":
         from registry.transfer.collect import remove_marked  # which loads more than all other routes here need
 
         remove_marked(resources)
+    return view
 
 
 def _view(row: ChangeRequest, actor: Actor) -> ChangeOut:

@@ -14,7 +14,7 @@ from registry.api.routes.repository import RepositoryOf, RepositoryRouter
 from registry.api.routes.views import score_view, suite_page, suite_view
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import EVERYWHERE, refuse_other_owner
-from registry.domain.catalog import bases, suites
+from registry.domain.catalog import bases, suite_registration, suites
 from registry.domain.catalog.suites import Measurement
 from registry.domain.jobs.queue import Wish
 from registry.formats.references import parse_version
@@ -29,6 +29,7 @@ from registry.wire.quality import (
     ScoresOut,
     SuiteOut,
     SuiteResultsOut,
+    SuiteSharedIn,
 )
 from registry.wire.work import EvaluationIn, EvaluationOut
 
@@ -46,7 +47,7 @@ def add_suite(body: dict[str, Any], resources: ResourcesOf, actor: Contributor, 
     """
     content = parse_content(body)
     with resources.write() as session:
-        suite, created = suites.add(session, actor, content)
+        suite, created = suite_registration.add(session, actor, content)
         response.status_code = 201 if created else 200
         [view] = suite_page(session, [suite])
         return view
@@ -55,15 +56,25 @@ def add_suite(body: dict[str, Any], resources: ResourcesOf, actor: Contributor, 
 @router.get("/suites")
 def list_suites(resources: ResourcesOf, actor: Member, limit: Limit = 50, cursor: Cursor = None) -> Page[SuiteOut]:
     with resources.read() as session:
-        rows = suites.list_page(session, after=decode_number(cursor), limit=limit + 1)
+        rows = suites.list_page(session, actor, after=decode_number(cursor), limit=limit + 1)
         return page(suite_page(session, rows), limit, [row.id for row in rows])
 
 
-@router.get("/suites/{suite}")
+@router.get("/suites/{suite:path}")
 def show_suite(suite: str, resources: ResourcesOf, actor: Member) -> SuiteOut:
-    """Show a suite with its examples, by name (the current content) or digest."""
+    """Show a suite with its examples, by name (the current content) or digest. A suite of a namespace is for those who
+    may read there, unless it is shared."""
     with resources.read() as session:
-        return suite_view(session, suites.find(session, suite, actor))
+        return suite_view(session, suites.find_readable(session, suite, actor))
+
+
+@router.put("/suites/{suite:path}/shared")
+def share_suite(suite: str, body: SuiteSharedIn, resources: ResourcesOf, actor: Contributor) -> SuiteOut:
+    """Let every member of the registry read a namespace's suite, or only those who may read there. Only for its author
+    and admins of the namespace."""
+    with resources.write() as session:
+        [view] = suite_page(session, [suite_registration.share(session, actor, suite, shared=body.shared)])
+        return view
 
 
 @repository_routes.post("/{namespace}/{name}/releases/{version}/scores")
@@ -104,16 +115,18 @@ def release_scores(named: RepositoryOf, version: str, resources: ResourcesOf, ac
         return ScoresOut(scores=[score_view(row, phrases) for row in suites.scores_of(session, release)])
 
 
-@repository_routes.get("/{namespace}/{name}/releases/{version}/scores/{suite}/results", response_model=SuiteResultsOut)
+@repository_routes.get(
+    "/{namespace}/{name}/releases/{version}/scores/{suite:path}/results", response_model=SuiteResultsOut
+)
 @in_store_threads
 def release_results(named: RepositoryOf, version: str, suite: str, resources: ResourcesOf, actor: Reader) -> Response:
     """The result of each example on a suite, in its order. `suite` is a name, `NAME@VERSION` or digest."""
     with resources.read() as session:
-        sha256 = suites.results_of(session, named.release(session, version), suite)
+        sha256 = suites.results_of(session, named.release(session, version), suite, actor)
     return _document(resources, sha256)
 
 
-@repository_routes.delete("/{namespace}/{name}/releases/{version}/scores/{suite}/{metric}")
+@repository_routes.delete("/{namespace}/{name}/releases/{version}/scores/{suite:path}/{metric}")
 def delete_release_score(
     named: RepositoryOf, version: str, suite: str, metric: str, resources: ResourcesOf, actor: Publisher
 ) -> ScoreOut:
@@ -137,12 +150,12 @@ def record_base(base: str, body: ScoresIn, resources: ResourcesOf, actor: Contri
     return answer
 
 
-@router.get("/bases/{base:path}/scores/{suite}/results", response_model=SuiteResultsOut)
+@router.get("/bases/{base:path}/scores/{suite:path}/results", response_model=SuiteResultsOut)
 @in_store_threads
 def base_results(base: str, suite: str, resources: ResourcesOf, actor: Member) -> Response:
     """The result of each example on a suite, in its order. `suite` is a name, `NAME@VERSION` or digest."""
     with resources.read() as session:
-        sha256 = suites.results_of(session, bases.find(session, base), suite)
+        sha256 = suites.results_of(session, bases.find(session, base), suite, actor)
     return _document(resources, sha256)
 
 
@@ -152,7 +165,7 @@ def base_scores(base: str, resources: ResourcesOf, actor: Member) -> ScoresOut:
         return ScoresOut(scores=[score_view(row) for row in suites.scores_of(session, bases.find(session, base))])
 
 
-@router.delete("/bases/{base:path}/scores/{suite}/{metric}")
+@router.delete("/bases/{base:path}/scores/{suite:path}/{metric}")
 def delete_base_score(base: str, suite: str, metric: str, resources: ResourcesOf, actor: Contributor) -> ScoreOut:
     """Delete a score and return it. Only for its recorder and registry admins. `suite` is a name or digest."""
     with resources.write() as session:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import wrap
 from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import quote
 
 import typer
 
@@ -165,7 +166,7 @@ def tame(  # noqa: PLR0913
 
     with connected() as connection:
         for name in guard:
-            known = connection.api.get(f"/v1/suites/{name}", wire.quality.SuiteOut)
+            known = connection.api.get(f"/v1/suites/{quote(name, safe='')}", wire.quality.SuiteOut)
             check_guard(known.name, known.kind, known.examples)
     content = taming(ref, into, guard, suite)
     content["base"] = base

@@ -58,6 +58,7 @@ EXAMPLES = {
     "namespace revoke": "adaptory namespace revoke acme pia",
     "namespace set": "adaptory namespace set acme --public",
     "namespace usage": "adaptory namespace usage acme",
+    "inbox": "adaptory inbox",
     "change approve": "adaptory change approve acme 12",
     "change cancel": "adaptory change cancel acme 12",
     "change list": "adaptory change list acme",
@@ -96,6 +97,7 @@ EXAMPLES = {
     "suite add": "adaptory suite add examples/suites/*.yaml",
     "suite guard": "adaptory suite guard smollm2 -o guard.yaml",
     "suite list": "adaptory suite list",
+    "suite share": "adaptory suite share acme/guard-general",
     "tame": """adaptory tame acme/sql-migration --as acme/sql-tame:1.0.0 \\
   --guard guard-general""",
     "takedown": "adaptory takedown acme/sql-migration:1.0.0 --reason 'customer data'",

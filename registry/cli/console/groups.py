@@ -40,8 +40,8 @@ GROUPS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     (
         "Admin",
         (
-            "login", "logout", "profile", "whoami", "token", "publisher", "worker-key", "namespace", "change", "user",
-            "audit", "webhook",
+            "login", "logout", "profile", "whoami", "token", "publisher", "worker-key", "namespace", "change",
+            "inbox", "user", "audit", "webhook",
         ),
         "adaptory login https://adapters.example",
     ),

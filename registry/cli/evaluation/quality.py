@@ -16,6 +16,7 @@ from registry.cli.console.render import JsonFlag
 from registry.cli.console.scores import score_table
 from registry.errors import NotFound, Usage
 from registry.sdk.connection import Connection
+from registry.sdk.suites import refuse_bad_suite_name
 
 if TYPE_CHECKING:
     from composer.evaluation.evaluate import SuiteScore
@@ -91,6 +92,7 @@ def add(
 ) -> None:
     """Register suites; new content under a known name becomes its current version.
 
+    A suite named NAMESPACE/NAME is private like the namespace, until it is shared. A name alone is for all members.
     The directions that a file declares (metrics: {rouge_l: higher}) hold for all versions. The suite's author corrects
     them by adding the file again.
     """
@@ -112,6 +114,20 @@ def list_suites(json: JsonFlag = False) -> None:
     render.document({"items": suites, "next": None}, json, lambda: _show_suites(suites))
 
 
+@suite_app.command()
+def share(
+    suite: Annotated[str, typer.Argument(metavar="NAMESPACE/NAME", help="A suite.")],
+    stop: Annotated[bool, typer.Option("--stop", help="Only those who may read the namespace read it again.")] = False,
+    json: JsonFlag = False,
+) -> None:
+    """Let every member of the registry read a namespace's suite, with its examples."""
+    refuse_bad_suite_name(suite)
+    with connected() as connection:
+        path = f"/v1/suites/{quote(suite, safe='')}/shared"
+        shared = connection.api.put(path, {"shared": not stop}, wire.quality.SuiteOut)
+    render.document(shared, json, lambda: _show_suites([shared]))
+
+
 def _show_suites(suites: "list[wire.quality.SuiteOut]") -> None:
     rows = [
         (
@@ -119,11 +135,12 @@ def _show_suites(suites: "list[wire.quality.SuiteOut]") -> None:
             suite.kind if suite.task == "teacher_forced" else f"{suite.kind}, {suite.task}",
             suite.examples,
             suite.digest[:12],
+            "all" if suite.shared else suite.namespace,
             [f"{metric}: {better}" for metric, better in suite.metrics.items()],
         )
         for suite in suites
     ]
-    render.table("", ("suite", "kind", "examples", "digest", "better"), rows)
+    render.table("", ("suite", "kind", "examples", "digest", "read by", "better"), rows)
 
 
 @score_app.command()

@@ -1,4 +1,4 @@
-"""Changes that need a second admin: change list | show | approve | cancel."""
+"""Changes that need a second admin: change list | show | approve | cancel, and the inbox."""
 
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, TypeVar
@@ -8,7 +8,7 @@ import typer
 from registry import wire
 from registry.cli.console import render
 from registry.cli.console.connect import connected
-from registry.cli.console.groups import group
+from registry.cli.console.groups import group, root
 from registry.cli.console.render import JsonFlag
 from registry.errors import Refused
 from registry.sdk.connection import Connection
@@ -32,6 +32,31 @@ def made_or_requested(
     row = connection.api.post(_path(namespace), {"change": dict(change)}, wire.changes.ChangeOut)
     render.document(row, json, lambda: _show(row))
     raise typer.Exit
+
+
+@root.command()
+def inbox(json: JsonFlag = False) -> None:
+    """Show what waits for a person: promotions, and changes that need a second admin."""
+    with connected() as connection:
+        seen = connection.api.get("/v1/inbox?limit=100", wire.changes.InboxOut)
+    rows = [
+        (row.subject, row.summary, "; ".join(row.waits_for), row.actor, render.minute(row.expires_at), _approve(row))
+        for row in seen.items
+    ]
+    columns = ("subject", "what", "waits for", "by", "until", "you may")
+    render.document(seen, json, lambda: render.table("", columns, rows) if rows else render.out("nothing waits"))
+    if seen.more:
+        render.say("There is more than these.")
+
+
+def _approve(row: "wire.changes.InboxItem") -> str:
+    """The command by which the caller approves it; empty if the caller may not."""
+    if not row.for_you:
+        return ""
+    if row.kind == "change":
+        return f"adaptory change approve {row.namespace} {row.id}"
+    repository, _, channel = row.subject.partition("@")
+    return f"adaptory approve {repository}:{row.summary.rpartition(' ')[2]} --to {channel}"
 
 
 @changes.command("list")

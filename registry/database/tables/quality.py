@@ -3,7 +3,7 @@
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import JSON, CheckConstraint, ForeignKey, Index, String, Text, UniqueConstraint, false, text
+from sqlalchemy import JSON, CheckConstraint, ForeignKey, Index, String, Text, UniqueConstraint, false, text, true
 from sqlalchemy.orm import Mapped, mapped_column, relationship
 
 from registry.database.engine import Row, UtcDateTime
@@ -44,7 +44,10 @@ class Attestation(Row):
 
 class SuiteVersion(Row):
     """One content of a suite: a changed example results in another digest under the same name. The last one added is
-    current. A `version` labels one content of its name."""
+    current. A `version` labels one content of its name.
+
+    A name acme/sql belongs to the namespace `acme`, and its examples are for those who may read there, unless it is
+    `shared` with all. A name without a namespace is shared."""
 
     __tablename__ = "suites"
     __table_args__ = (
@@ -55,6 +58,8 @@ class SuiteVersion(Row):
 
     id: Mapped[int] = mapped_column(Id, primary_key=True)
     name: Mapped[str] = mapped_column(String(64))
+    namespace: Mapped[str | None] = mapped_column(String(64))
+    shared: Mapped[bool] = mapped_column(server_default=true())
     digest: Mapped[str] = mapped_column(String(64), unique=True)
     version: Mapped[str | None] = mapped_column(String(80))
     kind: Mapped[str] = mapped_column(String(16))

@@ -104,6 +104,7 @@ class Act(StrEnum):
     SESSION_END = "session:end"
     SESSION_REFUSE = "session:refuse"
     SUITE_ADD = "suite:add"
+    SUITE_SHARE = "suite:share"
     SUITE_METRIC = "suite:metric"
     TOKEN_CREATE = "token:create"  # noqa: S105  (the name of an act)
     TOKEN_EXCHANGE = "token:exchange"  # noqa: S105

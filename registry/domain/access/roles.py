@@ -187,19 +187,22 @@ def refuse_reserved(user: str) -> None:
         )
 
 
-def owns(actor: Actor, owner: str | None) -> bool:
-    """Whether the actor may change something that everyone relies on: a base, its scores, a suite."""
-    return owner is None or owner == actor.name or holds(actor, Role.ADMIN)
+def owns(actor: Actor, owner: str | None, namespace: str = EVERYWHERE) -> bool:
+    """Whether the actor may change something that others rely on: a base, its scores, a suite."""
+    return owner is None or owner == actor.name or holds(actor, Role.ADMIN, namespace)
 
 
-def refuse_other_owner(actor: Actor, subject: str, owner: str | None, way_out: str = "choose another name") -> None:
-    """Raises NotAllowed unless the actor owns the subject."""
-    if not owns(actor, owner):
+def refuse_other_owner(
+    actor: Actor, subject: str, owner: str | None, way_out: str = "choose another name", *, namespace: str = EVERYWHERE
+) -> None:
+    """Raises NotAllowed unless the actor owns the subject, which may belong to a namespace."""
+    if not owns(actor, owner, namespace):
+        admin = "an admin of the registry" if namespace == EVERYWHERE else f"an admin of {namespace}"
         raise NotAllowed(
             "not_yours",
             f"{subject} belongs to {owner}.",
             subject=subject,
-            next_step=f"Ask {owner} or an admin of the registry, or {way_out}.",
+            next_step=f"Ask {owner} or {admin}, or {way_out}.",
         )
 
 

@@ -95,12 +95,16 @@ def keep(session: Session, actor: Actor, about: About, key: WorkerKey, envelope:
     return row
 
 
-def of_release(session: Session, release: Release, *, evidence: bool) -> list[Attestation]:
-    """The attestations of a release, oldest first; only with `evidence` those that have token ids."""
+def of_release(session: Session, release: Release) -> list[Attestation]:
+    """The attestations of a release, oldest first. Those of evidence have token ids, which are for readers of the
+    suite."""
     query = select(Attestation).where(Attestation.release_id == release.id)
-    if not evidence:
-        query = query.where(Attestation.predicate_type != EVIDENCE)
     return list(session.scalars(query.order_by(Attestation.id)))
+
+
+def suite_of(session: Session, row: Attestation) -> SuiteVersion:
+    """The suite that evidence or scores are of."""
+    return session.get_one(SuiteVersion, row.suite_id)
 
 
 def of_composition(session: Session, release: Release) -> Attestation | None:

@@ -17,7 +17,7 @@ from registry.database.tables import Release, Repository, Score, SuiteMetric, Su
 from registry.database.tables.catalog import new_stamp
 from registry.domain.access import audit
 from registry.domain.access.audit import Act, Actor
-from registry.domain.access.roles import Role, holds, readable_names
+from registry.domain.access.roles import EVERYWHERE, owns, readable_names
 from registry.errors import Invalid, Refused
 
 HIGHER_IS_BETTER = {"nll": False, "accuracy": True}
@@ -157,9 +157,9 @@ def _readable(session: Session, actor: Actor, condition: ColumnElement[bool]) ->
 
 
 def is_author(session: Session, actor: Actor, suite: str) -> bool:
-    """Whether the actor made the suite's current version, or is a registry admin."""
-    made_by = select(SuiteVersion.created_by).where(SuiteVersion.name == suite, SuiteVersion.current)
-    return holds(actor, Role.ADMIN) or session.scalar(made_by) == actor.name
+    """Whether the actor made the suite's current version, or is an admin of its namespace or of the registry."""
+    current = session.scalar(select(SuiteVersion).where(SuiteVersion.name == suite, SuiteVersion.current))
+    return current is not None and owns(actor, current.created_by, current.namespace or EVERYWHERE)
 
 
 def is_higher_better(session: Session, suite: str, metric: str) -> bool:

@@ -17,7 +17,7 @@ from composer.formats.recipes.elsewhere import ReportedBenchmark
 from composer.formats.recipes.suite import NAME
 from registry.database.tables import Release, Score, SuiteVersion
 from registry.domain.access.audit import Actor
-from registry.domain.catalog import suites
+from registry.domain.catalog import suite_registration, suites
 from registry.domain.catalog.suites import Measurement
 from registry.errors import Conflict, Invalid
 
@@ -43,7 +43,7 @@ def record(
 
 def _suite(session: Session, actor: Actor, reported: ReportedScore) -> SuiteVersion:
     """The suite of the score. Raises Conflict for another revision of a suite of this registry."""
-    if own := _own_suite(session, reported.dataset):
+    if own := _own_suite(session, actor, reported.dataset):
         if reported.revision not in (None, own.version, own.digest):
             raise Conflict(
                 "suite_moved_on",
@@ -52,18 +52,14 @@ def _suite(session: Session, actor: Actor, reported: ReportedScore) -> SuiteVers
             )
         return own
     benchmark = ReportedBenchmark(dataset=reported.dataset, config=reported.config, split=reported.split)
-    return suites.add_reported(session, actor, benchmark)
+    return suite_registration.add_reported(session, actor, benchmark)
 
 
-def _own_suite(session: Session, dataset: str) -> SuiteVersion | None:
-    """The current suite of exactly that name; None for one that was made for reported scores."""
-    if not NAME.fullmatch(dataset):
-        return None
-    return session.scalar(
-        select(SuiteVersion).where(
-            SuiteVersion.name == dataset, SuiteVersion.current, SuiteVersion.task != suites.REPORTED
-        )
-    )
+def _own_suite(session: Session, actor: Actor, dataset: str) -> SuiteVersion | None:
+    """The current suite of exactly that name, if the actor may read it; None for one that was made for reported
+    scores."""
+    suite = suites.find_any(session, dataset) if NAME.fullmatch(dataset) else None
+    return suite if suite and suite.task != suites.REPORTED and suites.may_read(actor, suite) else None
 
 
 def _is_measured(session: Session, release: Release, suite: SuiteVersion, metric: str) -> bool:

@@ -6,28 +6,25 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
-from sqlalchemy import ColumnElement, select, update
+from sqlalchemy import ColumnElement, select, true
 from sqlalchemy.orm import Session
 
-from composer.formats.recipes.elsewhere import ReportedBenchmark, SuiteContent
 from composer.formats.recipes.weights import real
-from registry.database.engine import insert_if_absent
 from registry.database.tables import Attestation, Base, Release, Score, SuiteVersion
 from registry.database.tables.catalog import new_stamp
-from registry.domain.access import audit
+from registry.domain.access import audit, roles
 from registry.domain.access.audit import Act, Actor
-from registry.domain.access.roles import EVERYWHERE, Role, holds, refuse_other_owner
+from registry.domain.access.roles import EVERYWHERE, Role, holds, readable, refuse_other_owner
 from registry.domain.catalog import metrics
 from registry.errors import Conflict, Invalid, NotAllowed, NotFound, Usage
-from registry.formats.references import MAX_NEAR, nearest, parse_name
+from registry.formats.references import MAX_NEAR, nearest
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-_CONDITION = re.compile(r"\s*([a-z0-9][a-z0-9._-]*)\.([a-z_][a-z0-9_]*)\s*(>=|<=)\s*(\S+)\s*")
+_CONDITION = re.compile(r"\s*([a-z0-9][a-z0-9._/-]*)\.([a-z_][a-z0-9_]*)\s*(>=|<=)\s*(\S+)\s*")
 
 MAX_VALUE = 1e100
 """The largest value and standard error: the square of a larger one would not be finite."""
 REPORTED = "reported"
-REPORTED_PREFIX = f"{REPORTED}-"
 HARNESS = "harness"
 ELSEWHERE = {HARNESS: "a task of an evaluation harness", REPORTED: "a benchmark that scores are only reported of"}
 """Tasks of suites whose examples the registry does not have."""
@@ -92,103 +89,6 @@ def parse_condition(text: str) -> Condition:
     raise Usage("bad_condition", f"The condition {text[:120]!r} cannot be read.", subject=text[:120])
 
 
-def add(session: Session, actor: Actor, content: SuiteContent) -> tuple[SuiteVersion, bool]:
-    """Adds a suite. Returns it and whether it is new. The content added last, even if known, becomes current. Its
-    statements about metrics hold for all contents of its name.
-
-    A version labels one content: raises Conflict if another content has it, or this content another one. A suite with
-    examples and a task of a harness do not replace each other.
-    """
-    parse_name(content.name, "suite name")
-    _refuse_reserved(content.name)
-    known = session.scalar(select(SuiteVersion).where(SuiteVersion.digest == content.digest))
-    _refuse_other_label(session, content, known)
-    _refuse_other_origin(session, content)
-    if known is not None and content.version and known.version is None:
-        refuse_other_owner(actor, f"suite/{content.name}", known.created_by)
-        known.version = content.version
-    if known is not None and known.current:
-        if content.higher_is_better.items() - metrics.stated(session, [known])[known.name].items():
-            refuse_other_owner(actor, f"suite/{content.name}", known.created_by)
-            metrics.state(session, actor, content.name, content.higher_is_better)
-        return known, False
-    replaced = session.scalar(select(SuiteVersion).where(SuiteVersion.name == content.name, SuiteVersion.current))
-    refuse_other_owner(actor, f"suite/{content.name}", replaced.created_by if replaced else None)
-    session.execute(update(SuiteVersion).where(SuiteVersion.name == content.name).values(current=False))
-    suite = known or SuiteVersion(
-        name=content.name,
-        digest=content.digest,
-        version=content.version,
-        kind=content.kind,
-        task=content.task,
-        examples=content.count,
-        content=content.content,
-        created_at=actor.at,
-        created_by=actor.name,
-    )
-    suite.current = True
-    session.add(suite)
-    session.flush()
-    metrics.state(session, actor, content.name, content.higher_is_better)
-    audit.record(
-        session,
-        actor,
-        Act.SUITE_ADD,
-        f"suite/{content.name}",
-        namespace=None,
-        before=_labels(replaced) if replaced else None,
-        after={**_labels(suite), "examples": content.count},
-    )
-    return suite, known is None
-
-
-def _labels(suite: SuiteVersion) -> dict[str, str]:
-    return {"digest": suite.digest, **({"version": suite.version} if suite.version else {})}
-
-
-def _refuse_reserved(name: str) -> None:
-    """Raises Invalid for reserved names: whether one is taken would reveal which benchmarks private releases report."""
-    if name.startswith(REPORTED_PREFIX):
-        raise Conflict(
-            "suite_name_taken",
-            f"Names that begin with {REPORTED_PREFIX} are reserved for benchmarks whose scores are only reported.",
-            subject=name,
-        )
-
-
-def _refuse_other_label(session: Session, content: SuiteContent, known: SuiteVersion | None) -> None:
-    if content.version is None:
-        return
-    query = select(SuiteVersion).where(SuiteVersion.name == content.name, SuiteVersion.version == content.version)
-    labelled = session.scalar(query)
-    if labelled is not None and labelled.digest != content.digest:
-        raise Conflict(
-            "suite_version_taken",
-            f"{content.name}@{content.version} already labels different content ({labelled.digest[:12]}).",
-            subject=f"{content.name}@{content.version}",
-        )
-    if known is not None and known.version not in (None, content.version):
-        raise Conflict(
-            "suite_version_differs",
-            f"This content is already {content.name}@{known.version}.",
-            subject=f"{content.name}@{content.version}",
-            next_step=f"Write `version: {known.version}`, or leave it out.",
-        )
-
-
-def _refuse_other_origin(session: Session, content: SuiteContent) -> None:
-    """Refuses to replace a suite by a harness task of the same name, since gates would lose its scores."""
-    replaced = session.scalar(select(SuiteVersion).where(SuiteVersion.name == content.name, SuiteVersion.current))
-    if replaced is None or ELSEWHERE.get(replaced.task) == ELSEWHERE.get(content.task):
-        return
-    raise Conflict(
-        "suite_name_taken",
-        f"{content.name} is {ELSEWHERE.get(replaced.task, 'a suite with examples')}, registered by "
-        f"{replaced.created_by}.",
-        subject=content.name,
-    )
-
-
 def with_examples(suite: SuiteVersion) -> SuiteVersion:
     """The suite, if the registry has its examples. Raises Usage for a task of a harness and for a benchmark of reported
     scores, which workers cannot run."""
@@ -199,51 +99,47 @@ def with_examples(suite: SuiteVersion) -> SuiteVersion:
     return suite
 
 
-def add_reported(session: Session, actor: Actor, benchmark: ReportedBenchmark) -> SuiteVersion:
-    """The suite for the reported scores of a benchmark; it has no owner. Raises Conflict if its name is taken."""
-    added = insert_if_absent(
-        session,
-        SuiteVersion,
-        name=benchmark.name,
-        digest=benchmark.digest,
-        kind="target",
-        task=REPORTED,
-        examples=0,
-        content=benchmark.content,
-        current=True,
-        created_at=actor.at,
-        created_by=actor.name,
-    )
-    suite = find_any(session, benchmark.digest)
-    if suite is None:
-        raise Conflict(
-            "suite_name_taken",
-            f"{benchmark.name} is the name of another suite.",
-            subject=benchmark.name,
-            next_step="Give the data set its full name, as in owner/name.",
-        )
-    if added:
-        after = {"digest": benchmark.digest, "examples": 0}
-        audit.record(session, actor, Act.SUITE_ADD, f"suite/{benchmark.name}", namespace=None, after=after)
-    return suite
-
-
 def find(session: Session, text: str, reader: Actor | None = None) -> SuiteVersion:
     """Finds a suite by digest, by `NAME@VERSION`, or the current one by name. Its content is loaded lazily.
 
-    Benchmarks with only reported scores are named in files of private releases, so they are found only for a `reader`
-    who may read such a score.
+    A `reader` finds suites that they may read, or on which they may read a score. Only by such a score are benchmarks
+    found whose scores are reported, since files of private releases name them.
     """
     suite = find_any(session, text)
-    hidden = suite is not None and suite.task == REPORTED
-    if suite is None or (hidden and not (reader and metrics.has_readable_score(session, reader, suite))):
+    open_to_all = suite is not None and suite.task != REPORTED and (reader is None or may_read(reader, suite))
+    if suite is None or not (open_to_all or (reader and metrics.has_readable_score(session, reader, suite))):
         raise NotFound(
             "suite_unknown",
             f"The suite {text!r} does not exist.",
             subject=text,
-            next_step=nearest(text, _names(session), "If it is new, add it with `adaptory suite add FILE`."),
+            next_step=nearest(text, _names(session, reader), "If it is new, add it with `adaptory suite add FILE`."),
         )
     return suite
+
+
+def find_readable(session: Session, text: str, reader: Actor) -> SuiteVersion:
+    """Like `find`, for the examples of a suite. Raises NotAllowed for one of another namespace that is not shared."""
+    suite = find(session, text, reader)
+    if not may_read(reader, suite):
+        raise not_shared(suite)
+    return suite
+
+
+def not_shared(suite: SuiteVersion) -> NotAllowed:
+    """The error for examples that the actor may not read."""
+    why = f"{suite.name} is not shared: its examples are for those who may read {suite.namespace}."
+    return NotAllowed("suite_private", why, subject=suite.name)
+
+
+def may_read(actor: Actor, suite: SuiteVersion) -> bool:
+    """Whether the actor may read the suite's examples."""
+    return suite.namespace is None or suite.shared or roles.may_read(actor, suite.namespace)
+
+
+def _is_readable(reader: Actor | None) -> ColumnElement[bool]:
+    if reader is None:
+        return true()
+    return SuiteVersion.namespace.is_(None) | SuiteVersion.shared | readable(reader, SuiteVersion.namespace)
 
 
 def find_any(session: Session, text: str) -> SuiteVersion | None:
@@ -256,11 +152,9 @@ def find_any(session: Session, text: str) -> SuiteVersion | None:
     return session.scalar(select(SuiteVersion).where(named))
 
 
-def _names(session: Session) -> list[str]:
-    listed = (
-        select(SuiteVersion.name).where(SuiteVersion.current, SuiteVersion.task != REPORTED).order_by(SuiteVersion.name)
-    )
-    return list(session.scalars(listed.limit(MAX_NEAR)))
+def _names(session: Session, reader: Actor | None) -> list[str]:
+    listed = select(SuiteVersion.name).where(SuiteVersion.current, SuiteVersion.task != REPORTED, _is_readable(reader))
+    return list(session.scalars(listed.order_by(SuiteVersion.name).limit(MAX_NEAR)))
 
 
 def refuse_unknown_metric(session: Session, actor: Actor, suite: str, metric: str) -> None:
@@ -276,10 +170,11 @@ def refuse_unknown_metric(session: Session, actor: Actor, suite: str, metric: st
         )
 
 
-def list_page(session: Session, *, after: int, limit: int) -> list[SuiteVersion]:
-    """A page of current suites by id, from the first one after `after` on, without benchmarks of reported scores."""
+def list_page(session: Session, reader: Actor, *, after: int, limit: int) -> list[SuiteVersion]:
+    """A page of current suites by id, from the first one after `after` on, whose examples the reader may read, without
+    benchmarks of reported scores."""
     listed = select(SuiteVersion).where(SuiteVersion.id > after, SuiteVersion.current, SuiteVersion.task != REPORTED)
-    return list(session.scalars(listed.order_by(SuiteVersion.id).limit(limit)))
+    return list(session.scalars(listed.where(_is_readable(reader)).order_by(SuiteVersion.id).limit(limit)))
 
 
 def record(
@@ -406,10 +301,10 @@ def delete(session: Session, actor: Actor, subject: Release | Base, named: str, 
     return score
 
 
-def results_of(session: Session, subject: Release | Base, named: str) -> str:
-    """The digest of the blob with the results of each example on a suite, by name (its current content),
-    `NAME@VERSION` or digest. Raises NotFound."""
-    suite = find(session, named)
+def results_of(session: Session, subject: Release | Base, named: str, reader: Actor) -> str:
+    """The digest of the blob with the results of each example on a suite that the reader may read, by name (its current
+    content), `NAME@VERSION` or digest. Raises NotFound, and NotAllowed as `find_readable`."""
+    suite = find_readable(session, named, reader)
     recorded = (_of(subject), Score.suite_id == suite.id, Score.results_sha256.is_not(None))
     sha256 = session.scalar(select(Score.results_sha256).where(*recorded).order_by(Score.metric).limit(1))
     if sha256 is None:

@@ -63,7 +63,7 @@ def create(  # noqa: PLR0913
         _check_target(session, recipe, lock, target)
         _refuse_namespace(session, actor, target.repository.namespace, signer, lock)
     for name in (*recipe.evaluate, *(source.suite for source in recipe.inputs if source.suite)):
-        suites.with_examples(suites.find(session, name))
+        suites.with_examples(suites.find_readable(session, name, actor))
     for name in () if plan_only else locking.evaluated(recipe, lock):
         metrics.refuse_disabled(suites.find(session, name), enabled)
     _check_gates(session, recipe, lock)

@@ -81,7 +81,7 @@ def test_a_larger_sample_contains_the_smaller_one(suite: Suite, count: int) -> N
         (
             HEAD.replace("sql-exact", "SQL exact") + "examples: sql-exact.jsonl\n",
             "{}",
-            "name: .* is not a name of",
+            "name: .* is not NAME or NAMESPACE/NAME of",
         ),
         (
             HEAD.replace("target", "other") + "examples: sql-exact.jsonl\n",

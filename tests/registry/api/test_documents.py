@@ -8,7 +8,7 @@ from composer.formats.recipes.suite import Suite
 from registry.api.routes.documents import RenderedReleaseCache
 from registry.database.engine import Database, Session
 from registry.database.tables import Release
-from registry.domain.catalog import suites
+from registry.domain.catalog import suite_registration, suites
 from registry.domain.catalog.suites import Measurement
 from registry.domain.channels import withdrawals
 from registry.domain.search import search
@@ -60,7 +60,7 @@ def measured(value: float) -> Change:
 
 def another_suite(session: Session, _release: Release) -> object:
     examples = [{"prompt": "other", "completion": "x"}]
-    return suites.add(
+    return suite_registration.add(
         session, HOST, Suite.from_json({"name": SUITES[0], "kind": "target", "chat": False, "examples": examples})
     )
 

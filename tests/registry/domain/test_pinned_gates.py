@@ -7,7 +7,8 @@ import pytest
 from composer.formats.recipes.suite import Suite
 from registry.database.tables import Evaluation, Promotion
 from registry.domain.access.audit import Actor, EventQuery, list_oldest_first
-from registry.domain.catalog import bases, releases, suites
+from registry.domain.access.roles import EVERYWHERE, Role
+from registry.domain.catalog import bases, releases, suite_registration, suites
 from registry.domain.catalog.suites import Measurement
 from registry.domain.channels.serving import ChannelMove
 from registry.errors import RegistryError
@@ -25,8 +26,8 @@ from tests.registry.domain.test_waiting_promotions import (
     waiting,
 )
 
-AUTHOR = Actor("eve", NOW, {})
-"""A user without a role anywhere."""
+AUTHOR = Actor("eve", NOW, {EVERYWHERE: Role.PUBLISHER.value})
+"""An author whom no admin of the namespace chose."""
 CHANNEL = f"/v1/adapters/{NAME}/channels/prod"
 
 
@@ -35,7 +36,7 @@ def publish(house: House, completion: str = "b", better: str = "higher", **field
     examples = [{"prompt": "a", "completion": completion}]
     document = {"name": "theirs", "kind": "target", "chat": False, "examples": examples, "metrics": {"rouge": better}}
     with house.resources.write() as session:
-        return suites.add(session, AUTHOR, Suite.from_json({**document, **fields}))[0].digest
+        return suite_registration.add(session, AUTHOR, Suite.from_json({**document, **fields}))[0].digest
 
 
 def record(house: House, version: Version, digest: str, value: float, better: bool = True) -> None:

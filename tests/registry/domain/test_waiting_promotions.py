@@ -18,7 +18,7 @@ from registry.database.tables import Composition, Gate, Job, Move, Promotion, Re
 from registry.domain.access import namespaces, tokens
 from registry.domain.access.audit import Actor, EventQuery, list_oldest_first
 from registry.domain.access.roles import Role
-from registry.domain.catalog import bases, releases, repositories, suites
+from registry.domain.catalog import bases, releases, repositories, suite_registration, suites
 from registry.domain.catalog.suites import Measurement
 from registry.domain.channels import moves, pending, promotions
 from registry.domain.channels.moves import PromotionRequest
@@ -414,7 +414,7 @@ def test_a_task_of_a_harness_is_waited_for_without_a_job_that_could_not_run_it(h
     documents = {"count": 10, "sha256": "0" * 64}
     task = parse_content({"name": "arc", "task": "harness", "harness": harness, "config": {}, "documents": documents})
     with house.resources.write() as session:
-        suites.add(session, HOST, task)
+        suite_registration.add(session, HOST, task)
         older = releases.find(session, NAME, OLD).id
         score = Measurement(task.digest, "accuracy", 0.6, None, 10, True, source="lm-eval 0.4.13")
     demand(house, rules=["arc.accuracy >= 0.5"], min_n=10)
@@ -424,7 +424,9 @@ def test_a_task_of_a_harness_is_waited_for_without_a_job_that_could_not_run_it(h
         suites.record(session, person(house), session.get_one(Release, older), [score])
         digest = bases.find(session, "tiny").digest
         with pytest.raises(Conflict, match="arc is a task of an evaluation harness"):
-            suites.add(session, HOST, Suite(name="arc", kind="target", chat=False, examples=(Example("a", "b"),)))
+            suite_registration.add(
+                session, HOST, Suite(name="arc", kind="target", chat=False, examples=(Example("a", "b"),))
+            )
     settle_on_base(house.resources, digest)
     assert seen(house, began) == ("completed", "")
 

@@ -1,17 +1,15 @@
 """Bases, suites and error codes."""
 
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Request, Response
 
 from registry.api.http.pagination import Cursor, decode_cursor, decode_number, first_rows
 from registry.api.http.request import ResourcesOf
-from registry.api.http.rules import Where
 from registry.api.pages.html import scores
 from registry.api.pages.html.render import page
-from registry.api.pages.html.wire import PageCaller, PageRoute, PageRule
+from registry.api.pages.html.wire import PageCaller, PageMember, PageRoute
 from registry.api.routes.views import base_page, base_view, suite_page, suite_view
-from registry.domain.access.audit import Actor
 from registry.domain.catalog import bases, suites
 from registry.domain.catalog.suites import ELSEWHERE
 from registry.errors import FAMILIES, NotFound
@@ -21,7 +19,6 @@ router = APIRouter(route_class=PageRoute)
 
 SHOWN = 25
 EXAMPLES = 20
-PageMember = Annotated[Actor, Depends(PageRule(Where.ANYWHERE))]
 
 
 @router.get("/bases")
@@ -50,17 +47,17 @@ def show_base(base: str, request: Request, resources: ResourcesOf, actor: PageMe
 @router.get("/suites")
 def list_suites(request: Request, resources: ResourcesOf, actor: PageMember, cursor: Cursor = None) -> Response:
     with resources.read() as session:
-        rows = suites.list_page(session, after=decode_number(cursor), limit=SHOWN + 1)
+        rows = suites.list_page(session, actor, after=decode_number(cursor), limit=SHOWN + 1)
         listed, more = first_rows(rows, SHOWN, lambda row: row.id)
         views = suite_page(session, listed)
     return page(request, "suites.html", suites=views, more=more, first=cursor is None, json_address="/v1/suites")
 
 
-@router.get("/suites/{suite}")
+@router.get("/suites/{suite:path}")
 def show_suite(suite: str, request: Request, resources: ResourcesOf, actor: PageMember) -> Response:
     """A suite with the first of its examples, by name, `NAME@VERSION` or digest."""
     with resources.read() as session:
-        view = suite_view(session, suites.find(session, suite, actor))
+        view = suite_view(session, suites.find_readable(session, suite, actor))
     content: dict[str, Any] = view.content or {}
     return page(
         request,

@@ -36,6 +36,7 @@ PageReader = Annotated[Actor, Depends(PageRule(Where.NAMESPACE, Role.READER))]
 PagePublisher = Annotated[Actor, Depends(PageRule(Where.NAMESPACE, Role.PUBLISHER))]
 PageReleaser = Annotated[Actor, Depends(PageRule(Where.NAMESPACE, Role.RELEASER))]
 PageAdmin = Annotated[Actor, Depends(PageRule(Where.NAMESPACE, Role.ADMIN))]
+PageMember = Annotated[Actor, Depends(PageRule(Where.ANYWHERE))]
 PageContributor = Annotated[Actor, Depends(PageRule(Where.ANYWHERE, Role.PUBLISHER))]
 PageCaller = Annotated[Actor, Depends(PageRule(Where.INSIDE))]
 

@@ -102,7 +102,7 @@ def _page(
     spare: int = SPARE_ROWS,
 ) -> Response:
     with resources.read() as session:
-        listed = suites.list_page(session, after=0, limit=MAX_SUITES)
+        listed = suites.list_page(session, actor, after=0, limit=MAX_SUITES)
         known = {suite.name: suite.kind for suite in listed if suite.task not in suites.ELSEWHERE}
     rows = [*form.rows, *[InputRow()] * min(spare, MAX_INPUTS - len(form.rows))]
     return page(

@@ -32,7 +32,7 @@ from registry.formats import intervals
 from registry.formats.channel_policy import Measured
 
 MAX_RULES = 50
-_SCORE = r"\s*(?P<suite>[a-z0-9][a-z0-9._-]*)\.(?P<metric>[a-z_][a-z0-9_]*)\s+"
+_SCORE = r"\s*(?P<suite>[a-z0-9][a-z0-9._/-]*)\.(?P<metric>[a-z_][a-z0-9_]*)\s+"
 
 
 @dataclass(frozen=True, slots=True)
