@@ -26,7 +26,7 @@ from registry.domain.access import audit
 from registry.domain.access.audit import Act
 from registry.domain.catalog import commits
 from registry.domain.changes import requests
-from registry.domain.channels import withdrawals
+from registry.domain.channels import retention
 from registry.domain.compositions import checks
 from registry.domain.jobs import queue
 from registry.domain.rollouts import fleet
@@ -74,13 +74,13 @@ def collect(resources: Resources, *, grace: timedelta, dry_run: bool = False) ->
     followed_before = now - timedelta(days=resources.settings.commit_retention_days)
     collected = Collected()
     with resources.read() as session:
-        collected.loaded = len(withdrawals.expired(session, now, limit=None, loaded=True))
+        collected.loaded = len(retention.expired(session, now, limit=None, loaded=True))
     if dry_run:
         with resources.read() as session:
             forgotten = commits.forgettable(followed_before)
             jobs = queue.expired(ended_before).subquery()
             collected.jobs = session.scalar(select(func.count()).select_from(jobs)) or 0
-            collected.releases = len(withdrawals.expired(session, now, limit=None))
+            collected.releases = len(retention.expired(session, now, limit=None))
             collected.commits = session.scalar(select(func.count()).select_from(forgotten.subquery())) or 0
             unused = _unused(before, now, RevisionFile.revision_id.in_(forgotten))
             sizes = list(session.scalars(select(Blob.size_bytes).where(*unused)))
@@ -142,12 +142,12 @@ def _take_down_expired(resources: Resources, now: datetime) -> int:
     operator, count = audit.operator_actor(resources.settings.user, now), 0
     while True:
         with resources.read() as session:
-            expired = withdrawals.expired(session, now, limit=_BATCH)
+            expired = retention.expired(session, now, limit=_BATCH)
         if not expired:
             return count
         for release_id in expired:
             with resources.write() as session:
-                count += withdrawals.take_down_if_expired(session, operator, release_id)
+                count += retention.take_down_if_expired(session, operator, release_id)
 
 
 @dataclass(frozen=True, slots=True)

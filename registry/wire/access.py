@@ -100,10 +100,30 @@ class QuotaIn(WireIn):
 
 
 class RetentionIn(WireIn):
-    """Days after which `gc` takes down yanked releases, and pre-releases that no channel serves; null keeps them."""
+    """Days after which `gc` takes down yanked releases, and pre-releases that no channel serves; null keeps them.
+    `keep_channel_days` maps a channel's name to the days after which releases go that it no longer serves, and that no
+    channel without such a rule has ever served."""
 
     keep_yanked_days: Days | None
     keep_prerelease_days: Days | None
+    keep_channel_days: dict[Annotated[str, Field(max_length=64)], Days] | None = Field(default=None, max_length=50)
+
+
+class PlannedRemoval(Wire):
+    """A release that retention is about. `reason` is the rule; `spared_by` says why it stays all the same, and is empty
+    for one that the next `gc` takes down."""
+
+    release: str
+    size_bytes: int
+    reason: str
+    spared_by: str
+
+
+class RetentionPlanOut(Wire):
+    """What the next `gc` would do; `more` if these are not all."""
+
+    releases: list[PlannedRemoval]
+    more: bool
 
 
 class PersonIn(WireIn):
@@ -148,6 +168,7 @@ class NamespaceOut(Wire):
     max_releases: int | None
     keep_yanked_days: int | None
     keep_prerelease_days: int | None
+    keep_channel_days: dict[str, int] | None = None
     changes: Literal["one", "two"] = "one"
     created_at: datetime
     created_by: str

@@ -132,6 +132,7 @@ PUT    /v1/namespaces/{namespace}/members                                       
 GET    /v1/namespaces/{namespace}/usage                                         inside: reader with a token
 PUT    /v1/namespaces/{namespace}/quota                                         operator
 PUT    /v1/namespaces/{namespace}/retention                                     admin
+POST   /v1/namespaces/{namespace}/retention/plan                                admin
 PUT    /v1/users/{user}/person                                                  operator
 DELETE /v1/users/{user}                                                         operator
 GET    /v1/publishers/{namespace}/{name}                                        admin

@@ -174,6 +174,7 @@ class Stock:
             "takedown": {"reason": "because"},
             "quota": {"max_bytes": 10**12, "max_releases": None},
             "retention": {"keep_yanked_days": 30, "keep_prerelease_days": None},
+            "plan": {"keep_yanked_days": 30, "keep_prerelease_days": None},
             "{channel}": {"version": self.version},
             "canary": {"version": self.version, "weight": 10},
             "watch": {"source": "front", "versions": {}},

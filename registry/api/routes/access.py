@@ -15,6 +15,7 @@ from registry.domain.access.people import Person
 from registry.domain.access.quotas import Quota, RetentionPolicy
 from registry.domain.access.roles import EVERYWHERE, Role, permit, permit_everywhere, refuse_anonymous
 from registry.domain.access.tokens import NewToken
+from registry.domain.channels import retention
 from registry.errors import Refused
 from registry.formats.references import parse_name
 from registry.wire.access import (
@@ -27,6 +28,7 @@ from registry.wire.access import (
     PersonOut,
     QuotaIn,
     RetentionIn,
+    RetentionPlanOut,
     TokenIn,
     TokenOut,
     UsageOut,
@@ -36,6 +38,9 @@ from registry.wire.access import (
 from registry.wire.document import Page
 
 router = APIRouter(prefix="/v1", tags=["access"], route_class=Route)
+
+MAX_PLANNED = 500
+"""The most releases in a plan of retention."""
 
 
 @router.get("/whoami")
@@ -121,11 +126,20 @@ def set_quota(namespace: str, body: QuotaIn, resources: ResourcesOf, actor: Regi
 
 @router.put("/namespaces/{namespace}/retention")
 def set_retention(namespace: str, body: RetentionIn, resources: ResourcesOf, actor: Admin) -> NamespaceOut:
-    """Set the days after which `gc` takes down yanked releases and pre-releases."""
+    """Set the days after which `gc` takes down yanked releases, pre-releases, and what channels no longer serve."""
     with resources.write() as session:
         row = namespaces.find(session, namespace)
-        quotas.set_limits(session, actor, row, RetentionPolicy(body.keep_yanked_days, body.keep_prerelease_days))
+        quotas.set_limits(session, actor, row, RetentionPolicy(**body.model_dump()))
         return _namespace_view(row)
+
+
+@router.post("/namespaces/{namespace}/retention/plan")
+def plan_retention(namespace: str, body: RetentionIn, resources: ResourcesOf, actor: Admin) -> RetentionPlanOut:
+    """Show what `gc` would take down now under this retention, and what it would spare. Changes nothing."""
+    with resources.read() as session:
+        row = namespaces.find(session, namespace)
+        planned = retention.plan(session, row.name, RetentionPolicy(**body.model_dump()), actor.at, MAX_PLANNED + 1)
+    return RetentionPlanOut(releases=planned[:MAX_PLANNED], more=len(planned) > MAX_PLANNED)
 
 
 @router.get("/namespaces/{namespace}/members")

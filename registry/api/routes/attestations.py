@@ -1,13 +1,13 @@
 """Attestations of workers: their keys, the attestations of a release, and its evidence for the check of servers."""
 
 from fastapi import APIRouter
-from sqlalchemy.orm import Session
 
 from registry.api.http.pagination import Cursor, Limit, decode_cursor, page
 from registry.api.http.request import ResourcesOf
 from registry.api.http.routes import Route
 from registry.api.http.rules import Caller, Member, Reader, RegistryAdmin
 from registry.api.routes.repository import NamedRepository, RepositoryOf, RepositoryRouter
+from registry.database.engine import Session
 from registry.database.tables import Attestation, WorkerKey
 from registry.domain.access import worker_keys
 from registry.domain.access.audit import Actor

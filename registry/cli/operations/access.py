@@ -1,7 +1,7 @@
 """Access: tokens, namespaces, members, users, and the keys of workers."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +17,7 @@ from registry.cli.console.groups import group, root
 from registry.cli.console.render import JsonFlag
 from registry.cli.operations.changes import made_or_requested
 from registry.errors import Usage
+from registry.formats.references import parse_name
 
 tokens = group("token", "Manage access tokens.")
 namespaces = group("namespace", "Manage namespaces, the unit of permission.")
@@ -225,7 +226,7 @@ def set_quota(
 
 
 @namespaces.command("retention")
-def set_retention(
+def set_retention(  # noqa: PLR0913
     namespace: NamespaceName,
     yanked: Annotated[
         int | None, typer.Option(metavar="DAYS", min=1, help="For yanked releases; kept for good if omitted.")
@@ -233,21 +234,59 @@ def set_retention(
     prereleases: Annotated[
         int | None, typer.Option(metavar="DAYS", min=1, help="For pre-releases; kept for good if omitted.")
     ] = None,
-    keep_all: Annotated[bool, typer.Option("--keep-all", help="Keep both for good.")] = False,
+    channel: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=DAYS", help="For what a channel served, and no channel without such a rule. May be repeated."
+        ),
+    ] = None,
+    keep_all: Annotated[bool, typer.Option("--keep-all", help="Keep all for good.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what the next `gc` would take down.")] = False,
     json: JsonFlag = False,
 ) -> None:
-    """Set after how many days `gc` takes down yanked releases and pre-releases.
+    """Set after how many days `gc` takes down yanked releases, pre-releases, and what channels no longer serve.
 
-    It spares what a channel serves, what `main` has, and what another release was composed of.
+    It spares what a channel serves, what a node of the fleet has loaded, what `main` has, and what another release was
+    composed of.
     """
-    _refuse_no_limit([yanked, prereleases], keep_all, namespace, "--yanked, --prereleases or both, or --keep-all alone")
-    body = {"keep_yanked_days": yanked, "keep_prerelease_days": prereleases}
+    channels = _days_by_channel(channel or ())
+    limits = [yanked, prereleases, *channels.values()]
+    _refuse_no_limit(limits, keep_all, namespace, "--yanked, --prereleases or --channel, or --keep-all alone")
+    body = {"keep_yanked_days": yanked, "keep_prerelease_days": prereleases, "keep_channel_days": channels or None}
     with connected() as connection:
+        if dry_run:
+            planned = connection.api.post(
+                f"{_namespace_path(namespace)}/retention/plan", body, wire.access.RetentionPlanOut
+            )
+            render.document(planned, json, lambda: _show_plan(planned))
+            return
         path, change = f"{_namespace_path(namespace)}/retention", {"kind": "retention", "retention": body}
         document = made_or_requested(connection, namespace, change, lambda: connection.api.put(path, body), json=json)
     kept = [("yanked releases", yanked), ("pre-releases", prereleases)]
+    kept += [(f"what {name} served", days) for name, days in channels.items()]
     pairs = [(what, f"{days} days" if days is not None else "kept") for what, days in kept]
     render.document(document, json, lambda: render.lines(f"retention of {namespace}", pairs))
+
+
+def _days_by_channel(texts: Sequence[str]) -> dict[str, int]:
+    """Raises Usage for anything but NAME=DAYS."""
+    days: dict[str, int] = {}
+    for text in texts:
+        name, _, number = text.partition("=")
+        if not (name and number.isdecimal() and int(number[:6]) > 0 and len(number) < 6):
+            raise Usage("bad_retention", f"--channel {text} is not NAME=DAYS.", subject=text[:100])
+        days[parse_name(name, "channel name")] = int(number)
+    return days
+
+
+def _show_plan(planned: "wire.access.RetentionPlanOut") -> None:
+    rows = [(row.release, render.size(row.size_bytes), row.reason, row.spared_by) for row in planned.releases]
+    gone = [row for row in planned.releases if not row.spared_by]
+    if rows:
+        render.table("", ("release", "size", "the namespace", "stays, since"), rows)
+    render.out(f"{render.counted(len(gone), 'release')} would be taken down by the next `adaptory gc`")
+    if planned.more:
+        render.say("There is more than these.")
 
 
 @namespaces.command("members")

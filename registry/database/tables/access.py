@@ -15,7 +15,8 @@ class Namespace(Row):
     what hub clients get as `main`: a `release` or the last `commit`; None is the default. `max_bytes` and
     `max_releases` are
     its quota, None without one. After `keep_yanked_days` and `keep_prerelease_days` the files of yanked releases and of
-    pre-releases are removed; None keeps them. `changes` is how many admins a change of its rules needs: `one` or
+    pre-releases are removed, and after `keep_channel_days`, by the name of a channel, those of releases that only such
+    channels have served; None keeps them. `changes` is how many admins a change of its rules needs: `one` or
     `two`."""
 
     __tablename__ = "namespaces"
@@ -30,6 +31,7 @@ class Namespace(Row):
     max_releases: Mapped[int | None] = mapped_column(BigInteger)
     keep_yanked_days: Mapped[int | None]
     keep_prerelease_days: Mapped[int | None]
+    keep_channel_days: Mapped[dict[str, int] | None] = mapped_column(JSON(none_as_null=True))
     changes: Mapped[str] = mapped_column(String(8), default="one", server_default="one")
     created_at: Mapped[datetime] = mapped_column(UtcDateTime)
     created_by: Mapped[str] = mapped_column(String(128))

@@ -1,7 +1,9 @@
 """Quotas of namespaces: bytes of the blobs that they have sent, and releases that have files."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from typing import Self
 
 from sqlalchemy import case, func, select
 from sqlalchemy.orm import Session
@@ -23,10 +25,17 @@ class Quota:
 
 @dataclass(frozen=True, slots=True)
 class RetentionPolicy:
-    """Days after which `gc` takes down yanked releases and pre-releases that no channel serves; None keeps them."""
+    """Days after which `gc` takes down yanked releases and pre-releases that no channel serves; None keeps them.
+    `keep_channel_days` has, by the name of a channel, the days for releases that it has served last so long ago, if no
+    channel without such a rule has ever served them."""
 
     keep_yanked_days: int | None = None
     keep_prerelease_days: int | None = None
+    keep_channel_days: Mapping[str, int] | None = None
+
+    @classmethod
+    def of(cls, row: Namespace) -> Self:
+        return cls(row.keep_yanked_days, row.keep_prerelease_days, row.keep_channel_days)
 
 
 @dataclass(frozen=True, slots=True)

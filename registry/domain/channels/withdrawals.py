@@ -2,23 +2,18 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
 from itertools import groupby
 from typing import TypeVar
 
-from sqlalchemy import ColumnElement, and_, delete, exists, false, or_, select, update
-from sqlalchemy.orm import Session, aliased
+from sqlalchemy import delete, exists, select, update
+from sqlalchemy.orm import Session
 
 from registry.database.locks import lock_blobs_exclusive
 from registry.database.tables import (
     Blob,
     BlobHolder,
-    Channel,
     Commit,
-    FleetRelease,
-    Namespace,
     Release,
-    ReleaseInput,
     ReleaseWord,
     Repository,
     Revision,
@@ -105,62 +100,6 @@ def remove_files(session: Session, actor: Actor, release: Release, reason: str, 
         kept_files=_kept_files(session, namespace, digests),
         barred=[file.path for file in weights],
     )
-
-
-def expired(session: Session, now: datetime, *, limit: int | None, loaded: bool = False) -> list[int]:
-    """The releases that the retention of their namespaces takes down now: yanked ones and pre-releases that are old
-    enough, without those that a channel serves, that a node of the fleet has loaded, whose files `main` has, or that
-    another release was composed of. With `loaded`, those that stay only because a node has them loaded."""
-    rows = select(Namespace).where(
-        or_(Namespace.keep_yanked_days.is_not(None), Namespace.keep_prerelease_days.is_not(None))
-    )
-    ids: list[int] = []
-    for row in session.scalars(rows).all():
-        query = select(Release.id).where(*_expired_in(row, now, loaded=loaded)).order_by(Release.id)
-        ids += session.scalars(query.limit(limit - len(ids) if limit is not None else None))
-    return ids
-
-
-def take_down_if_expired(session: Session, operator: Actor, release_id: int) -> bool:
-    """Takes a release down if its namespace's retention still requires it."""
-    release = session.get_one(Release, release_id)
-    row = session.get_one(Namespace, release.repository.namespace)
-    repositories.lock(session, release.repository_id)
-    if session.scalar(select(Release.id).where(Release.id == release_id, *_expired_in(row, operator.at))) is None:
-        return False
-    kind = "yanked releases" if release.yanked else "pre-releases"
-    days = row.keep_yanked_days if release.yanked else row.keep_prerelease_days
-    reason = f"the namespace keeps {kind} for {days} day{'' if days == 1 else 's'}"
-    remove_files(session, operator, release, reason, bar=False)
-    return True
-
-
-def _expired_in(row: Namespace, now: datetime, *, loaded: bool = False) -> tuple[ColumnElement[bool], ...]:
-    twin, later = aliased(Release), aliased(Commit)
-    same_files = twin.revision_id == Release.revision_id
-    is_loaded = exists().where(same_files, FleetRelease.release_id == twin.id)
-    is_head = ~exists().where(later.repository_id == Commit.repository_id, later.id > Commit.id)
-    return (
-        _is_old(Release, row, now),
-        exists().where(Repository.id == Release.repository_id, Repository.namespace == row.name),
-        exists().where(Revision.id == Release.revision_id, Revision.taken_down_at.is_(None)),
-        ~exists().where(same_files, ~_is_old(twin, row, now)),
-        ~exists().where(same_files, Channel.served_id == twin.id),
-        ~exists().where(same_files, ReleaseInput.input_id == twin.id),
-        is_loaded if loaded else ~is_loaded,
-        ~exists().where(Commit.revision_id == Release.revision_id, is_head),
-    )
-
-
-def _is_old(release: type[Release], row: Namespace, now: datetime) -> ColumnElement[bool]:
-    """Whether a release, or an alias of the table, is old enough for the retention of its namespace."""
-    old: list[ColumnElement[bool]] = []
-    if row.keep_yanked_days is not None:
-        yanked_before = now - timedelta(days=row.keep_yanked_days)
-        old.append(and_(release.yanked, release.yanked_at.is_not(None), release.yanked_at < yanked_before))
-    if row.keep_prerelease_days is not None:
-        old.append(and_(~release.stable, release.created_at < now - timedelta(days=row.keep_prerelease_days)))
-    return or_(false(), *old)
 
 
 def _bury(session: Session, actor: Actor, release: Release, reason: str) -> None:
