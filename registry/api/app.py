@@ -70,7 +70,7 @@ HUB: tuple[str, ...] = ("oauth", "xet", "files", "push", "models")
 """Modules of the hub API, which only servers have. They come late: their paths begin with a namespace, or with /api."""
 PAGES: tuple[str, ...] = (
     "catalog.search", "html.assets",
-    *(f"accounts.{module}" for module in ("login", "provider", "account", "webhooks")),
+    *(f"accounts.{module}" for module in ("login", "provider", "account", "settings", "webhooks")),
     "catalog.bases",
     *(f"jobs.{module}" for module in ("conflicts", "compose", "jobs")),
     *(f"channels.{module}" for module in ("inbox", "moving", "waiting", "policy", "withdrawing", "channel")),

@@ -4,6 +4,7 @@
 `user`        who has signed in
 `reader`      who has that role, or a higher one, in the namespace of the path
 `reader +`    who has that role, or a higher one, in any namespace
+`operator`    an admin of the whole registry
 `open`        anybody, without a look at who that is
 """
 
@@ -17,7 +18,13 @@ POST   /logout                                  everybody
 GET    /account                                 user
 POST   /account/tokens                          user
 POST   /account/tokens/{token_id}/revoke        user
+GET    /{namespace}/-/settings                  admin
+POST   /{namespace}/-/settings                  admin
 POST   /{namespace}/-/members                   admin
+POST   /{namespace}/-/retention                 admin
+POST   /{namespace}/-/suites                    admin
+POST   /{namespace}/-/publishers/remove         admin
+POST   /{namespace}/-/quota                     operator
 GET    /{namespace}/-/webhooks                  admin
 POST   /{namespace}/-/webhooks/{webhook_id}/replay admin
 GET    /inbox                                   reader +

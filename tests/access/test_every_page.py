@@ -150,6 +150,8 @@ def _is_protected(answer: httpx2.Response, path: str) -> None:
 def _expected(whom: str, caller: str, namespace: str) -> int | str:
     if whom in ("open", "everybody"):
         return "allowed"
+    if whom == "operator":
+        return "allowed" if caller == "operator" else 401 if caller == "nobody" else 403
     if whom == "user":
         return 401 if caller == "nobody" else "allowed"
     role, somewhere = Role(whom.removesuffix(f" {SOMEWHERE}")), whom.endswith(SOMEWHERE)
@@ -252,7 +254,7 @@ def test_the_only_user_of_a_server_needs_no_session_and_its_forms_are_checked_to
         user = house.resources.settings.user
         assert f'<a href="/account">{user}</a>' in browser.open(f"/{PRIVATE}").text
         assert "needs no token here" in browser.open("/login").text
-        browser.open(f"/{PRIVATE}")
+        browser.open(f"/{PRIVATE}/-/settings")
         member = {"user": "new", "role": "reader"}
         assert browser.post("/login", {"token": house.secrets["reader"]}).status_code == 422
         assert browser.post(f"/{PRIVATE}/-/members", member).status_code == 303

@@ -357,23 +357,23 @@ def test_an_admin_adds_changes_and_removes_a_member_on_the_page(house: House, br
     browser.sign_in(house.secrets["admin"])
     members = f"/v1/namespaces/{PRIVATE}/members"
     for role in ("reader", "releaser", ""):
-        browser.open(f"/{PRIVATE}")
+        browser.open(f"/{PRIVATE}/-/settings")
         answer = browser.post(f"/{PRIVATE}/-/members", {"user": "new", "role": role})
-        assert (answer.status_code, answer.headers["location"]) == (303, f"/{PRIVATE}#members")
+        assert (answer.status_code, answer.headers["location"]) == (303, f"/{PRIVATE}/-/settings")
         assert house.ask("admin", "GET", members).json()["members"].get("new", "") == role
-    page = browser.open(f"/{PRIVATE}").text
+    page = browser.open(f"/{PRIVATE}/-/settings").text
     assert "Add a member" in page
     for wrong in ({"user": "", "role": "reader"}, {"user": "a/b", "role": "reader"}, {"user": "x", "role": "king"}):
         assert browser.post(f"/{PRIVATE}/-/members", wrong).status_code == 422, wrong
     browser.sign_in(house.secrets["reader"])
-    assert "Add a member" not in browser.open(f"/{PRIVATE}").text
+    assert "Add a member" not in browser.open(f"/{PRIVATE}/-/settings").text
     browser.sign_in(house.secrets["operator"])
     assert browser.post("/nothing-there/-/members", {"user": "x", "role": "reader"}).status_code == 404
 
 
 def post_members(http: httpx2.Client, role: str, own: dict[str, str]) -> set[int]:
     """The statuses of forms of one page, each over a connection of its own: every process answers some."""
-    carried = http.get(f"/{PRIVATE}").text.partition('name="form_token" value="')[2][:64]
+    carried = http.get(f"/{PRIVATE}/-/settings").text.partition('name="form_token" value="')[2][:64]
     forms = [{"form_token": carried, "user": f"new{number}", "role": role} for number in range(8)]
     header = {**own, "Connection": "close"}
     return {http.post(f"/{PRIVATE}/-/members", data=form, headers=header).status_code for form in forms}

@@ -44,6 +44,7 @@ PAGES = (
     "/conflicts?with=acme/sql:1.0.0&with=acme/terraform:1.0.0&with=acme/support:1.0.0",
     REFUSED,
     "/compose?with=acme/sql:1.0.0&with=acme/terraform:1.0.0*0.5&method=ties",
+    "/acme/-/settings",
     "/acme/-/webhooks",
     "/inbox",
     "/audit",

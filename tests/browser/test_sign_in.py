@@ -55,8 +55,10 @@ def test_somebody_signs_in_changes_a_member_creates_a_token_and_signs_out(
     readable(tab)
     tab.goto(f"{url}/{PRIVATE}")
     readable(tab)
+    tab.get_by_role("link", name="Settings").click()
+    readable(tab)
     tab.get_by_label("User").fill("new")
-    tab.get_by_role("button", name="Add").click()
+    tab.get_by_role("button", name="Add", exact=True).click()
     expect(tab.get_by_role("button", name="Remove new")).to_be_visible()
     tab.get_by_role("button", name="Remove new").click()
     expect(tab.get_by_role("button", name="Remove new")).not_to_be_visible()
@@ -91,7 +93,7 @@ def test_a_page_of_another_site_posts_no_form_here(served: tuple[str, str], brow
     with tab.expect_response(lambda answer: answer.url.endswith("/-/members")) as answered:
         tab.get_by_role("button", name="Win").click()
     assert answered.value.status == 403
-    tab.goto(f"{url}/{PRIVATE}")
+    tab.goto(f"{url}/{PRIVATE}/-/settings")
     expect(tab.get_by_role("button", name="Remove reader")).to_be_visible()
     expect(tab.get_by_role("button", name="Remove eve")).not_to_be_visible()
     context.close()

@@ -95,9 +95,7 @@ def _named(pattern: re.Pattern[str], expected: str) -> ParsedBy:
     return ParsedBy(read, {"type": "string", "pattern": f"^{pattern.pattern}$"})
 
 
-Name = Annotated[
-    str, _named(NAME, "NAME or NAMESPACE/NAME of lower-case letters, digits, - and _, at most 64 in all")
-]
+Name = Annotated[str, _named(NAME, "NAME or NAMESPACE/NAME of lower-case letters, digits, - and _, at most 64 in all")]
 Metric = Annotated[str, _named(METRIC, "a name of lower-case letters, digits and _, at most 64")]
 Text = Annotated[str, Strict(), Field(min_length=1, max_length=MAX_TEXT_CHARS)]
 

@@ -104,6 +104,12 @@ def list_of(session: Session, repository: RepositoryName) -> list[TrustedPublish
     return list(session.scalars(query.order_by(TrustedPublisher.created_at, TrustedPublisher.id)))
 
 
+def list_in(session: Session, namespace: str) -> list[TrustedPublisher]:
+    """The rules of all repositories of a namespace, oldest first."""
+    query = select(TrustedPublisher).where(TrustedPublisher.namespace == namespace)
+    return list(session.scalars(query.order_by(TrustedPublisher.created_at, TrustedPublisher.id)))
+
+
 def without_workflow(session: Session, issuers: Collection[str]) -> list[TrustedPublisher]:
     """The rules for these issuers that allow every workflow, as all did before migration 0022."""
     query = select(TrustedPublisher).where(TrustedPublisher.workflow.is_(None), TrustedPublisher.issuer.in_(issuers))

@@ -301,6 +301,12 @@ def delete(session: Session, actor: Actor, subject: Release | Base, named: str, 
     return score
 
 
+def list_in(session: Session, namespace: str, *, limit: int) -> list[SuiteVersion]:
+    """The current suites of a namespace, by name."""
+    listed = select(SuiteVersion).where(SuiteVersion.namespace == namespace, SuiteVersion.current)
+    return list(session.scalars(listed.order_by(SuiteVersion.name).limit(limit)))
+
+
 def results_of(session: Session, subject: Release | Base, named: str, reader: Actor) -> str:
     """The digest of the blob with the results of each example on a suite that the reader may read, by name (its current
     content), `NAME@VERSION` or digest. Raises NotFound, and NotAllowed as `find_readable`."""

@@ -95,6 +95,18 @@ def request(session: Session, actor: Actor, namespace: str, change: Change) -> C
     return made
 
 
+def make_or_request(session: Session, actor: Actor, namespace: str, change: Change) -> ChangeRequest | None:
+    """Makes the change or, where the namespace needs a second admin for it, requests it and returns the request."""
+    try:
+        with session.begin_nested():
+            kinds.apply(session, actor, namespace, change)
+    except Refused as error:
+        if error.code != "second_admin_needed":
+            raise
+        return request(session, actor, namespace, change)
+    return None
+
+
 def approve(session: Session, actor: Actor, row: ChangeRequest) -> ChangeRequest:
     """Makes the change with the rights that its requester has now. An error ends the request. Raises NotAllowed for
     one's own request, and Conflict for one that no longer waits."""

@@ -5,22 +5,21 @@ from urllib.parse import urlencode
 
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.exceptions import RequestValidationError
-from pydantic import ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from registry.api.http.pagination import Cursor, decode_number, first_rows
 from registry.api.http.request import ResourcesOf
 from registry.api.http.rules import CallersOf, Where
 from registry.api.pages.html.forms import Form, FormOf
 from registry.api.pages.html.render import page, redirect
-from registry.api.pages.html.wire import PageAdmin, PageCaller, PageRoute, PageRule, parses
+from registry.api.pages.html.wire import PageCaller, PageRoute, PageRule, parses
 from registry.api.routes.queries import EventFilters
 from registry.api.routes.views import audit_view
-from registry.domain.access import audit, namespaces, tokens
+from registry.domain.access import audit, tokens
 from registry.domain.access.audit import Act, Actor
 from registry.domain.access.roles import EVERYWHERE, Role, holds, refuse_anonymous
 from registry.domain.access.tokens import NewToken
-from registry.formats.references import parse_name
-from registry.wire.access import MemberIn, TokenIn
+from registry.wire.access import TokenIn
 
 router = APIRouter(route_class=PageRoute)
 
@@ -79,24 +78,12 @@ def _token_in(form: Form) -> TokenIn:
     return validated(TokenIn, document)
 
 
-def validated(model: type[Any], document: dict[str, Any]) -> Any:
+def validated(model: type[BaseModel] | TypeAdapter[Any], document: dict[str, Any]) -> Any:
     """A document of REST, validated from the fields of a form; raises the errors that REST raises."""
     try:
-        return model.model_validate(document)
+        return (model if isinstance(model, TypeAdapter) else TypeAdapter(model)).validate_python(document)
     except ValidationError as error:
         raise RequestValidationError(error.errors()) from error
-
-
-@router.post("/{namespace}/-/members")
-def set_member(namespace: str, resources: ResourcesOf, actor: PageAdmin, callers: CallersOf, form: FormOf) -> Response:
-    """Add a member, change its role, or remove it with an empty role. No repository is called `-`."""
-    name = parse_name(namespace, "namespace")
-    body: MemberIn = validated(MemberIn, {"user": form.get("user", "").strip(), "role": form.get("role") or None})
-    with resources.write() as session:
-        namespaces.find(session, name)  # only REST and the command line create one
-        namespaces.set_member(session, actor, name, body.user, Role(body.role) if body.role else None)
-    callers.forget()
-    return redirect(f"/{name}#members")
 
 
 ENTRIES = 50

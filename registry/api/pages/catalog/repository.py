@@ -39,9 +39,8 @@ def show_namespace(
         rows = repositories.list_page(session, actor, wanted, after=decode_cursor(cursor), limit=SHOWN + 1)
         listed, more = first_rows(rows, SHOWN, lambda row: str(repositories.name_of(row)))
         views = repository_page(session, listed)
-        members = namespaces.members(session, name) if holds(actor, Role.ADMIN, name) else None
-    roles = [role.value for role in Role]
-    facts: dict[str, Any] = {"namespace": name, "repositories": views, "more": more, "members": members, "roles": roles}
+    facts: dict[str, Any] = {"namespace": name, "repositories": views, "more": more}
+    facts["administers"] = holds(actor, Role.ADMIN, name)
     return page(request, "namespace.html", **facts, json_address=f"/v1/adapters?namespace={name}")
 
 

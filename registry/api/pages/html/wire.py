@@ -37,6 +37,7 @@ PagePublisher = Annotated[Actor, Depends(PageRule(Where.NAMESPACE, Role.PUBLISHE
 PageReleaser = Annotated[Actor, Depends(PageRule(Where.NAMESPACE, Role.RELEASER))]
 PageAdmin = Annotated[Actor, Depends(PageRule(Where.NAMESPACE, Role.ADMIN))]
 PageMember = Annotated[Actor, Depends(PageRule(Where.ANYWHERE))]
+PageRegistryAdmin = Annotated[Actor, Depends(PageRule(Where.REGISTRY, Role.ADMIN))]
 PageContributor = Annotated[Actor, Depends(PageRule(Where.ANYWHERE, Role.PUBLISHER))]
 PageCaller = Annotated[Actor, Depends(PageRule(Where.INSIDE))]
 
