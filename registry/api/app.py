@@ -63,6 +63,7 @@ ROUTERS = tuple(RouterEntry(*entry) for entry in (
     ("policies", "router", ("policies",)),
     ("changes", "router", ("changes", "inbox")),
     ("access", "router", ("whoami", "tokens", "namespaces", "users")),
+    ("sign_in", "router", ("sign-in",)),
     ("publishers", "router", ("publishers",)),
     ("webhooks", "router", ("webhooks",)),
 ))  # fmt: skip

@@ -32,6 +32,7 @@ USAGE = {
     "bad_profile": "Choose another name.",
     "bad_range": "Write a version (1.2.0) or an npm range (^1.2, ~1.2.3, >=1.0 <2.0).",
     "bad_relation": "Name a registered base, and a relation: cast, quantized, finetuned or merged.",
+    "logout_refused": "Send the logout token as the provider made it, to the registry whose client it names.",
     "bad_retention": "Write a channel and days, as in --channel dev=30.",
     "bad_replay": "`adaptory webhook deliveries ID` shows the deliveries.",
     "bad_repository": "Write it as namespace/name, as in acme/sql; a directory has to exist.",

@@ -33,6 +33,7 @@ from registry.transfer.issuer_keys import (
 )
 
 MAX_USER, MAX_SUBJECT = 128, 255
+LOGOUT = "http://schemas.openid.net/event/backchannel-logout"
 _MAX_GROUPS = 10_000
 _MAX_CODE = 4096
 
@@ -75,6 +76,17 @@ class Identity:
     roles: Mapping[str, Role]
 
 
+@dataclass(frozen=True, slots=True)
+class LoggedOut:
+    """A person who has signed out at the provider. `replay_key` is the same for every copy of the token, which is valid
+    until `expires_at`."""
+
+    issuer: str
+    subject: str
+    replay_key: str
+    expires_at: datetime
+
+
 @dataclass(slots=True)
 class OpenIdProvider:
     """The provider of the settings; one for each process, since it caches the provider's keys and addresses."""
@@ -114,6 +126,22 @@ class OpenIdProvider:
             raise refused("it has no code")
         claims = self._claims(self._redeemed(attempt, code, redirect_uri), attempt, now)
         return Identity(Person(self.settings.issuer, _subject(claims), self._user(claims)), self._roles(claims))
+
+    def logged_out(self, text: str, now: datetime) -> LoggedOut:
+        """The person whom a logout token names. Raises Unauthenticated for a token that is not valid here (OpenID
+        Connect Back-Channel Logout 1.0, 2.6), and Unavailable if the provider's keys cannot be fetched."""
+        issuer = self.settings.issuer
+        token = id_tokens.parse(text)
+        if token.issuer != issuer:
+            raise refused(f"it comes from {shown(token.issuer)}")
+        id_tokens.verify(token, self.keys.find(issuer, token.key_id))
+        expires_at = id_tokens.check(token, self.settings.client_id, now)
+        events: object = token.claims.get("events")
+        if not isinstance(events, dict) or not isinstance(cast("dict[str, object]", events).get(LOGOUT), dict):
+            raise refused("it is not a logout token (events)")
+        if "nonce" in token.claims:
+            raise refused("it has a nonce, as ID tokens have")
+        return LoggedOut(issuer, _subject(token.claims), id_tokens.replay_key(token), expires_at)
 
     def _endpoint(self, name: str) -> str:
         issuer = self.settings.issuer

@@ -10,7 +10,7 @@ from registry.database.tables import Token
 from registry.domain.access import audit, sessions, tokens
 from registry.domain.access.audit import Act, Actor, RefusalBudget
 from registry.domain.access.roles import ANONYMOUS
-from registry.errors import RegistryError
+from registry.errors import Refused, RegistryError
 from registry.transfer.openid import Attempt, OpenIdProvider
 from registry.transfer.resources import Resources
 
@@ -55,6 +55,22 @@ class SignIn:
             )
         except RegistryError as error:
             self._record(before, error)
+            raise
+
+    def logged_out(self, text: str, source: str) -> int:
+        """Ends the sessions that the provider began for the person whom a logout token names, and returns their number.
+        Raises Unauthenticated for a token that is not valid here, or was sent before, and Refused without a
+        provider."""
+        actor = Actor(ANONYMOUS, self.resources.clock(), {}, source=source)
+        if self.provider is None:
+            raise Refused("sign_in_disabled", "This registry has no OpenID provider.")
+        try:
+            gone = self.provider.logged_out(text, actor.at)
+            with self.resources.write() as session:
+                tokens.use_once(session, gone.replay_key, gone.expires_at, actor.at)
+                return sessions.end_of_person(session, actor, gone.issuer, gone.subject)
+        except RegistryError as error:
+            self._record(actor, error)
             raise
 
     def _begin(self, before: Actor, begin: Callable[[Session, Actor], tuple[Token, str]]) -> SignedIn:

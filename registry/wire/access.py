@@ -140,6 +140,36 @@ class PersonOut(Wire):
     subject: str
 
 
+class UserRole(Wire):
+    """A role, and its source: a `grant`, which an admin takes back, or the groups of the OpenID provider, in a session
+    until it ends."""
+
+    namespace: str
+    role: str
+    source: Literal["grant", "provider"]
+    session: str | None = None
+    until: datetime | None = None
+
+
+class CountingApproval(Wire):
+    """An approval that a promotion may still use, if the approver has the role then."""
+
+    channel: str
+    version: str
+    at: datetime
+    reason: str
+
+
+class UserDetailOut(Wire):
+    """`person` is who signs in as the user. `tokens` are those in force, browser sessions among them."""
+
+    user: str
+    person: PersonOut | None
+    roles: list[UserRole]
+    tokens: list[TokenOut]
+    approvals: list[CountingApproval]
+
+
 class UserOut(Wire):
     """The pseudonym of a removed user, and the number of rows in which it replaced the name."""
 

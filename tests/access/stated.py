@@ -134,7 +134,9 @@ PUT    /v1/namespaces/{namespace}/quota                                         
 PUT    /v1/namespaces/{namespace}/retention                                     admin
 POST   /v1/namespaces/{namespace}/retention/plan                                admin
 PUT    /v1/users/{user}/person                                                  operator
+GET    /v1/users/{user}                                                         operator
 DELETE /v1/users/{user}                                                         operator
+POST   /v1/sign-in/logout                                                       open
 GET    /v1/publishers/{namespace}/{name}                                        admin
 POST   /v1/publishers/{namespace}/{name}                                        admin
 DELETE /v1/publishers/{namespace}/{name}/{publisher_id}                         admin

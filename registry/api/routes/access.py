@@ -15,10 +15,12 @@ from registry.domain.access.people import Person
 from registry.domain.access.quotas import Quota, RetentionPolicy
 from registry.domain.access.roles import EVERYWHERE, Role, permit, permit_everywhere, refuse_anonymous
 from registry.domain.access.tokens import NewToken
-from registry.domain.channels import retention
-from registry.errors import Refused
+from registry.domain.catalog import repositories
+from registry.domain.channels import promotions, retention
+from registry.errors import NotFound, Refused
 from registry.formats.references import parse_name
 from registry.wire.access import (
+    CountingApproval,
     MemberIn,
     MembersOut,
     NamespaceIn,
@@ -32,7 +34,9 @@ from registry.wire.access import (
     TokenIn,
     TokenOut,
     UsageOut,
+    UserDetailOut,
     UserOut,
+    UserRole,
     WhoOut,
 )
 from registry.wire.document import Page
@@ -182,6 +186,40 @@ def link_user(
     with resources.write() as session:
         people.link(session, actor, Person(issuer, body.subject, user))
     return PersonOut(user=user, issuer=issuer, subject=body.subject)
+
+
+@router.get("/users/{user}")
+def show_user(
+    user: Annotated[str, Path(max_length=128)], resources: ResourcesOf, actor: RegistryAdmin
+) -> UserDetailOut:
+    """Show a user's roles with their sources, tokens and sessions in force, and approvals that still count."""
+    permit_everywhere(actor)
+    with resources.read() as session:
+        rows, granted = tokens.list_in_force(session, user, actor.at), namespaces.roles_of(session, user)
+        person, approvals = people.person_of(session, user), promotions.counting_approvals(session, user)
+        if not (rows or granted or person or approvals):
+            raise NotFound("user_unknown", f"{user} has no role, no token and no approval here.", subject=user)
+        roles = [UserRole(namespace=name, role=role, source="grant") for name, role in sorted(granted.items())]
+        roles += [
+            UserRole(namespace=name, role=role, source="provider", session=row.id, until=row.expires_at)
+            for row in rows
+            for name, role in sorted((row.session_roles or {}).items())
+        ]
+        return UserDetailOut(
+            user=user,
+            person=PersonOut(user=user, issuer=person.issuer, subject=person.subject) if person else None,
+            roles=roles,
+            tokens=[TokenOut.of(row) for row in rows],
+            approvals=[
+                CountingApproval(
+                    channel=f"{repositories.name_of(release.repository)}@{row.channel}",
+                    version=release.version,
+                    at=row.at,
+                    reason=row.reason,
+                )
+                for row, release in approvals
+            ],
+        )
 
 
 @router.delete("/users/{user}")

@@ -105,6 +105,7 @@ EXAMPLES = {
     "token list": "adaptory token list",
     "token revoke": "adaptory token revoke 1a2b3c4d5e6f",
     "unyank": "adaptory unyank acme/sql-migration:1.0.0 --reason 'quoting is fixed'",
+    "user show": "adaptory user show pia",
     "user link": "adaptory user link ann --subject 248289761001",
     "user remove": "adaptory user remove pia",
     "verify": "adaptory verify acme/assistant-merged --rebuild",

@@ -316,6 +316,46 @@ def revoke(namespace: NamespaceName, user: User, json: JsonFlag = False) -> None
     _set_member(namespace, user, None, json)
 
 
+@users.command("show")
+def show_user(user: User, json: JsonFlag = False) -> None:
+    """Show a user's roles and where they come from, tokens, sessions, and approvals that still count."""
+    with connected() as connection:
+        shown = connection.api.get(f"/v1/users/{quote(user, safe='')}", wire.access.UserDetailOut)
+    render.document(shown, json, lambda: _show_user(shown))
+
+
+def _show_user(shown: "wire.access.UserDetailOut") -> None:
+    person = f", who signs in as {shown.person.subject} of {shown.person.issuer}" if shown.person else ""
+    render.heading(f"{shown.user}{person}")
+    render.table(
+        "roles",
+        ("namespace", "role", "from", "until"),
+        [
+            (row.namespace, row.role, f"session {row.session}" if row.session else "grant", render.minute(row.until))
+            for row in shown.roles
+        ],
+    )
+    render.table(
+        "in force",
+        ("id", "kind", "name", "scope", "expires"),
+        [
+            (
+                row.id,
+                "session" if row.session else "token",
+                row.name,
+                [f"{name}={role}" for name, role in row.scope.items()],
+                render.minute(row.expires_at),
+            )
+            for row in shown.tokens
+        ],
+    )
+    render.table(
+        "approvals that still count",
+        ("channel", "version", "given", "reason"),
+        [(row.channel, row.version, render.minute(row.at), row.reason) for row in shown.approvals],
+    )
+
+
 @users.command("link")
 def link_user(
     user: User,

@@ -48,6 +48,11 @@ def user_of(session: Session, person: Person) -> str:
     )
 
 
+def person_of(session: Session, user: str) -> ProviderUser | None:
+    """The person of the provider who signs in as this user."""
+    return session.get(ProviderUser, user)
+
+
 def link(session: Session, actor: Actor, person: Person) -> None:
     """Makes the user of that name the provider's person, in place of another. Raises Conflict if the person has another
     user name here."""

@@ -12,13 +12,12 @@ from typing import Any
 from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
-from registry.database.engine import insert_if_absent
-from registry.database.tables import Token, TrustedPublisher, UsedIdToken
+from registry.database.tables import Token, TrustedPublisher
 from registry.domain.access import audit, namespaces, tokens
 from registry.domain.access.audit import Act, Actor
 from registry.domain.access.roles import Role
 from registry.domain.access.tokens import NewToken
-from registry.errors import Invalid, NotAllowed, NotFound, Unauthenticated
+from registry.errors import Invalid, NotAllowed, NotFound
 from registry.formats.id_tokens import CiJob
 from registry.formats.references import RepositoryName
 
@@ -152,19 +151,12 @@ def exchange(session: Session, actor: Actor, repository: RepositoryName, asserti
     Raises NotAllowed if no rule of the repository allows the job, and Unauthenticated for an ID token that was
     exchanged before. A refused token can be sent again.
     """
-    # Records of expired ID tokens go, and jobs' tokens that expired long ago.
-    session.execute(delete(UsedIdToken).where(UsedIdToken.expires_at < actor.at))
+    # Jobs' tokens that expired long ago go.
     old = (Token.expires_at < actor.at - _KEPT) & Token.publisher_id.is_not(None)
     session.execute(delete(Token).where(old))
     job = assertion.job
     row = _matching(session, repository, job)
-    used = {"sha256": assertion.replay_key, "expires_at": assertion.expires_at}
-    if not insert_if_absent(session, UsedIdToken, **used):
-        raise Unauthenticated(
-            "id_token_used",
-            "The ID token was exchanged before.",
-            next_step="Request a new one for each exchange; the token that you get is valid for an hour.",
-        )
+    tokens.use_once(session, assertion.replay_key, assertion.expires_at, actor.at)
     if row.project_id is None:
         row.project_id = job.project_id
     new = NewToken(actor.name, f"{job.project} {job.ref or ''}".strip()[:_MAX_NAME], {}, LIFETIME)

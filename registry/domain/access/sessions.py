@@ -11,7 +11,7 @@ from datetime import datetime, timedelta
 from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
-from registry.database.tables import Token
+from registry.database.tables import ProviderUser, Token
 from registry.domain.access import audit, people, tokens
 from registry.domain.access.audit import Act, Actor
 from registry.domain.access.people import Person
@@ -78,6 +78,19 @@ def end(session: Session, actor: Actor) -> None:
     row.expires_at = actor.at
     session.flush()
     audit.record(session, actor, Act.SESSION_END, f"token/{row.id}", namespace=None)
+
+
+def end_of_person(session: Session, actor: Actor, issuer: str, subject: str) -> int:
+    """Ends the sessions that the provider began for the person, and returns their number. Those begun with a token of
+    this registry go on."""
+    person = (ProviderUser.issuer == issuer) & (ProviderUser.subject == subject)
+    begun = (Token.session, Token.parent_id.is_(None), Token.expires_at > actor.at)
+    users = select(ProviderUser.user).where(person)
+    rows = session.scalars(select(Token).where(Token.user.in_(users), *begun).with_for_update()).all()
+    for row in rows:
+        row.expires_at = actor.at
+        audit.record(session, replace(actor, name=row.user), Act.SESSION_END, f"token/{row.id}", namespace=None)
+    return len(rows)
 
 
 def _begin(session: Session, actor: Actor, parent: Token | None, roles: Mapping[str, Role]) -> tuple[Token, str]:

@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import cast
 
-from sqlalchemy import ColumnElement, false, or_, select, true, update
+from sqlalchemy import ColumnElement, delete, false, or_, select, true, update
 from sqlalchemy.orm import Session
 
-from registry.database.tables import Token, TrustedPublisher
+from registry.database.engine import insert_if_absent
+from registry.database.tables import Token, TrustedPublisher, UsedIdToken
 from registry.domain.access import audit, namespaces
 from registry.domain.access.audit import Act, Actor
 from registry.domain.access.roles import EVERYWHERE, UNRESTRICTED, Role, holds, limited, max_role, refuse_reserved
@@ -180,6 +181,24 @@ def list_own_in_force(session: Session, actor: Actor, *, limit: int) -> list[Tok
     in_force = Token.revoked_at.is_(None) & or_(Token.expires_at.is_(None), Token.expires_at > actor.at)
     query = select(Token).where(_in_reach(actor), Token.user == actor.name, in_force)
     return list(session.scalars(query.order_by(Token.created_at.desc(), Token.id).limit(limit)))
+
+
+def use_once(session: Session, replay_key: str, expires_at: datetime, now: datetime) -> None:
+    """Notes that a token of another issuer was used. Raises Unauthenticated for one that was used before. Records of
+    tokens that have expired go."""
+    session.execute(delete(UsedIdToken).where(UsedIdToken.expires_at < now))
+    if not insert_if_absent(session, UsedIdToken, sha256=replay_key, expires_at=expires_at):
+        raise Unauthenticated(
+            "id_token_used",
+            "The ID token was exchanged before, or used otherwise.",
+            next_step="Request a new one for each exchange; the token that you get is valid for an hour.",
+        )
+
+
+def list_in_force(session: Session, user: str, now: datetime) -> list[Token]:
+    """The tokens and sessions of a user that have not ended, newest first."""
+    in_force = Token.revoked_at.is_(None) & or_(Token.expires_at.is_(None), Token.expires_at > now)
+    return list(session.scalars(select(Token).where(Token.user == user, in_force).order_by(Token.created_at.desc())))
 
 
 def exist(session: Session) -> bool:

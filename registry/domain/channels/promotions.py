@@ -180,6 +180,17 @@ def withdraw(session: Session, actor: Actor, release: Release, channel: str) -> 
     return withdrawn
 
 
+def counting_approvals(session: Session, user: str) -> list[tuple[Approval, Release]]:
+    """The approvals of a user that no move has used up, newest first."""
+    query = select(Approval, Release).join(Release, Release.id == Approval.release_id)
+    rows = session.execute(query.where(Approval.user == user).order_by(Approval.at.desc())).all()
+    return [
+        (approval, release)
+        for approval, release in rows
+        if approval in unspent_approvals(session, release, approval.channel)
+    ]
+
+
 def waiting_for(session: Session, release: Release, channel: str) -> Promotion | None:
     """The promotion of the release that the channel waits for."""
     query = select(Promotion).join(Channel, Channel.id == Promotion.channel_id)
