@@ -76,6 +76,12 @@ def test_a_shared_suite_is_for_all_members_until_it_is_not_shared_any_more(house
     assert share(house, "stranger").status_code == 404
     assert share(house, "releaser").status_code == 403
     assert share(house, "publisher").json()["shared"]
+    assert house.ask(
+        "admin", "PUT", "/v1/namespaces/acme/members", json={"user": "publisher", "role": "reader"}
+    ).is_success
+    assert share(house, "publisher", shared=False).status_code == 403, "its author publishes there no more"
+    back = {"user": "publisher", "role": "publisher"}
+    assert house.ask("admin", "PUT", "/v1/namespaces/acme/members", json=back).is_success
     assert "acme/long" in names(house, "stranger")
     assert house.ask("stranger", "GET", "/v1/suites/acme%2Flong").status_code == 200
     assert add(house, "publisher", examples=EXAMPLES[:2]).json()["shared"], "new content, too"
@@ -104,6 +110,27 @@ def test_scores_on_a_suite_that_one_may_not_read_show_its_name_and_never_its_exa
     assert house.ask("operator", "POST", "/v1/bases/tiny/scores", json=base).status_code == 200
     shown = house.ask("stranger", "GET", "/v1/bases/tiny/scores").json()["scores"]
     assert "acme/long" in {row["suite"] for row in shown}, "a base is for all members"
+    searched = house.ask("stranger", "GET", "/v1/releases", params={"score": "acme/long.nll<=1"})
+    assert searched.json()["items"] == [], "it may search by what it sees"
+    for method, path, body in (
+        ("PUT", "/v1/adapters/other/sql/channels/prod/policy", {"version": 1, "rules": ["acme/long.nll <= 1"]}),
+        ("POST", "/v1/evaluations", {"releases": ["other/sql:1.0.0"], "suites": ["acme/long"]}),
+        (
+            "POST",
+            "/v1/compositions",
+            {
+                "plan": True,
+                "recipe": {
+                    "inputs": ["other/sql:1.0.0", "other/sql:1.1.0"],
+                    "method": "stack",
+                    "adapter": "other/both:1.0.0",
+                    "evaluate": ["acme/long"],
+                },
+            },
+        ),
+    ):
+        refused = house.ask("stranger", method, path, json=body)
+        assert (refused.status_code, refused.json()["code"]) == (403, "suite_private"), (path, refused.text)
     refused = house.ask("stranger", "GET", f"/v1/suites/{digest}")
     assert (refused.status_code, refused.json()["code"]) == (403, "suite_private")
     assert "secret" not in refused.text

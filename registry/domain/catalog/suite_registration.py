@@ -97,8 +97,8 @@ def _refuse_other_owner(actor: Actor, suite: SuiteVersion) -> None:
 
 
 def share(session: Session, actor: Actor, named: str, *, shared: bool) -> SuiteVersion:
-    """Lets every member of the registry read a namespace's suite, or only those who may read there. For its author and
-    admins of the namespace."""
+    """Lets every member of the registry read a namespace's suite, or only those who may read there. For its author, as
+    long as that is a publisher there, and admins of the namespace."""
     suite = find_readable(session, named, actor)
     if suite.namespace is None:
         raise Usage(
@@ -106,6 +106,7 @@ def share(session: Session, actor: Actor, named: str, *, shared: bool) -> SuiteV
             f"{suite.name} belongs to no namespace: all may read it.",
             subject=suite.name,
         )
+    permit(actor, Role.PUBLISHER, suite.namespace)
     _refuse_other_owner(actor, suite)
     if suite.shared != shared:
         session.execute(update(SuiteVersion).where(SuiteVersion.name == suite.name).values(shared=shared))

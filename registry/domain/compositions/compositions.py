@@ -58,12 +58,14 @@ def create(  # noqa: PLR0913
     scorers that workers run.
     """
     releases.refuse_long_notes(recipe.notes, owner(recipe))
+    for name in (*recipe.evaluate, *(source.suite for source in recipe.inputs if source.suite)):
+        suites.with_examples(suites.find_readable(session, name, actor))
+    for rule in gates.parse_rules(recipe.gates or ()):
+        suites.find_readable(session, rule.suite, actor)
     lock = locking.lock_of(session, recipe)
     for target in _targets(recipe, plan_only=plan_only):
         _check_target(session, recipe, lock, target)
         _refuse_namespace(session, actor, target.repository.namespace, signer, lock)
-    for name in (*recipe.evaluate, *(source.suite for source in recipe.inputs if source.suite)):
-        suites.with_examples(suites.find_readable(session, name, actor))
     for name in () if plan_only else locking.evaluated(recipe, lock):
         metrics.refuse_disabled(suites.find(session, name), enabled)
     _check_gates(session, recipe, lock)

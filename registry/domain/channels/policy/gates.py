@@ -400,8 +400,9 @@ def lacking(rule: Rule, candidate: Scores, against: Baselines, needs: ScoreCondi
 
 
 def refuse_unknown(session: Session, actor: Actor, rule: Rule) -> None:
-    """Raises NotFound for a rule on an unknown suite or metric, and Usage for one that no release can pass."""
-    suite = suites.find(session, rule.suite, actor)
+    """Raises NotFound for a rule on an unknown suite or metric, Usage for one that no release can pass, and NotAllowed
+    for a suite that the actor may not read, since promotions are measured on it."""
+    suite = suites.find_readable(session, rule.suite, actor)
     if suite.name != rule.suite:
         why = f"a digest is not a name. Rules are pinned to the content that {suite.name} has when they are set"
         raise _bad(rule, why, f"Write {suite.name}.{rule.metric}.")
